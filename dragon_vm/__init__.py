@@ -1,0 +1,1 @@
+"""Dragon's virtual machine for PyTorch programs: `dragon.vm.torch` mirrors `torch`."""
