@@ -1,0 +1,1 @@
+"""Measurements and demonstrations that run on a user's own machine."""

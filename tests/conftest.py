@@ -1,0 +1,63 @@
+"""How every test process is set up: threads, device, Hypothesis profiles and the `gpu` marker."""
+
+import os
+
+# Before torch starts its threads. The tests' tensors are small, and pytest-xdist already fills the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
+
+# Before anything imports triton, which reads it once. A subprocess that compiles kernels for a named GPU
+# removes it from its environment.
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+# No deadlines: an interpreted kernel takes seconds on a busy machine, and that is no defect.
+settings.register_profile("dev", max_examples=50, deadline=None)
+settings.register_profile(
+    "ci",
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "soak",
+    max_examples=5000,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, or where its kernels are only interpreted."""
+    if HAS_GPU and not IS_INTERPRETING:
+        return
+    reason = "kernels are interpreted (TRITON_INTERPRET=1)" if HAS_GPU else "no CUDA, ROCm or XPU device"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device that triton's kernels run on here: a GPU, or the CPU under the interpreter."""
+    if IS_INTERPRETING:
+        return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "xpu")
+
+
+@pytest.fixture
+def interpreted() -> None:
+    """Skip the test where kernels are compiled: it looks inside triton's interpreter or at CPU tensors."""
+    if not IS_INTERPRETING:
+        pytest.skip("kernels are compiled here; needs TRITON_INTERPRET=1")
