@@ -1,0 +1,173 @@
+"""The distribution: what the wheel holds, and that every way of installing it imports."""
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {"dragon.vm": ROOT / "dragon_vm", "dragon.kernels": ROOT / "kernels"}
+IMPORT_ALL = (
+    "import pathlib, dragon.vm.torch, dragon.vm.torch.optim, dragon.vm.testing, dragon.kernels;"
+    "print(pathlib.Path(dragon.vm.torch.__file__).resolve());"
+    "print(pathlib.Path(dragon.kernels.__file__).resolve())"
+)
+TAKE_A_STEP = """
+import torch
+from dragon.vm.torch.optim import Adam
+
+parameter = torch.nn.Parameter(torch.ones(3))
+parameter.grad = torch.ones(3)
+Adam([parameter], lr=0.5).step()
+print(parameter.tolist())
+"""
+
+
+def _python(code: str, *paths: Path, cwd: Path) -> str:
+    """Run `code` on what is installed plus `paths`, without the editable install of this checkout.
+
+    `-S` keeps `.pth` files, and with them the hook of the editable install, from being read.
+    """
+    installed = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, paths), *installed])}
+    command = [sys.executable, "-S", "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _build(kind: str, source: Path, destination: Path, settings: str = "None") -> Path:
+    """Call the build backend as pip does, in the environment of the tests: no network is needed."""
+    code = (
+        f"import setuptools.build_meta as b; b.build_{kind}({str(destination)!r}, config_settings={settings})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return next(destination.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a distribution is built from: setuptools leaves its own folders beside it."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("dragon_vm", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel as pip installs it: an unpacked folder on the path."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+
+
+def test_every_package_of_the_tree_is_listed_in_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    tree = {
+        ".".join((name, *init.parent.relative_to(folder).parts))
+        for name, folder in SOURCES.items()
+        for init in folder.rglob("__init__.py")
+    }
+    assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(tree)
+
+
+def test_every_folder_with_sources_is_a_package() -> None:
+    folders = {path.parent for folder in SOURCES.values() for path in folder.rglob("*.py")}
+    assert [
+        str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").exists()
+    ] == []
+
+
+def test_the_wheel_holds_every_file_of_the_tree_and_nothing_else(wheel: Path, source: Path) -> None:
+    expected = {
+        str(Path(*name.split("."), path.relative_to(source / folder.name)))
+        for name, folder in SOURCES.items()
+        for path in _files(source / folder.name)
+    }
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == expected
+    assert {"dragon/vm/py.typed", "dragon/kernels/py.typed"} <= held
+    assert "dragon/__init__.py" not in held, "`dragon` is a namespace package"
+
+
+def test_the_wheel_carries_its_license_and_python_versions(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
+    assert "Requires-Python: >=3.10\n" in metadata
+    assert "License-Expression: BSD-2-Clause\n" in metadata
+
+
+def test_the_wheel_imports_from_an_empty_folder(unpacked: Path, tmp_path: Path) -> None:
+    places = _python(IMPORT_ALL, unpacked, cwd=tmp_path).split()
+    assert places == [
+        str(unpacked.resolve() / "dragon" / "vm" / "torch" / "__init__.py"),
+        str(unpacked.resolve() / "dragon" / "kernels" / "__init__.py"),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["lenient", "strict"])
+def test_an_editable_install_imports_the_checkout(mode: str, source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "site"
+    zipfile.ZipFile(_build("editable", source, tmp_path, f"{{'editable_mode': {mode!r}}}")).extractall(folder)
+    # On the path as well, and first: this checkout's own hook is a module of the same name.
+    code = f"import site; site.addsitedir({str(folder)!r}); {IMPORT_ALL}"
+    mirror, kernels = map(Path, _python(code, folder, cwd=folder).split())
+    assert mirror.samefile(source / "dragon_vm" / "torch" / "__init__.py")
+    assert kernels.samefile(source / "kernels" / "__init__.py")
+
+
+def test_the_strict_editable_install_has_folders_that_a_type_checker_can_follow(
+    source: Path, tmp_path: Path
+) -> None:
+    zipfile.ZipFile(_build("editable", source, tmp_path, "{'editable_mode': 'strict'}")).extractall(tmp_path)
+    links = Path(next(tmp_path.glob("*.pth")).read_text(encoding="utf-8").strip())
+    assert (links / "dragon" / "vm" / "torch" / "__init__.py").is_file()
+    assert (links / "dragon" / "vm" / "py.typed").is_file()
+
+
+def test_adam_takes_a_step_where_triton_is_absent(unpacked: Path, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules['triton'] = None\n{TAKE_A_STEP}"
+    assert _python(code, unpacked, cwd=tmp_path) == "[0.5, 0.5, 0.5]\n"
+
+
+def test_importing_the_mirror_does_not_import_triton(unpacked: Path, tmp_path: Path) -> None:
+    """Triton takes most of a second to import, and who steps on a CPU never needs it."""
+    code = "import sys, dragon.vm.torch.optim; print('triton' in sys.modules)"
+    assert _python(code, unpacked, cwd=tmp_path) == "False\n"
+
+
+def test_the_tests_see_this_checkout_and_no_other_install() -> None:
+    import dragon.kernels
+    import dragon.vm
+
+    assert Path(dragon.vm.__path__[0]).resolve() == SOURCES["dragon.vm"]
+    assert Path(dragon.kernels.__path__[0]).resolve() == SOURCES["dragon.kernels"]
+    assert str(ROOT) not in site.getsitepackages()
