@@ -32,8 +32,6 @@ OUT_OF_REACH = {
     f"{OPTIM}._scalars": {"torch", "triton", "numpy"},
     f"{OPTIM}._native": {"triton"},
     f"{OPTIM}._eager": {"triton"},
-    "dragon.vm.torch.tensor": {OPTIM, "triton"},
-    "dragon.vm.torch.nn": {OPTIM, "triton"},
 }
 
 TRITON_SIDE = {f"{OPTIM}._triton", f"{OPTIM}._table"}
@@ -141,6 +139,12 @@ def test_the_parity_kit_knows_nothing_of_what_it_judges(module: str) -> None:
 def test_what_must_stay_out_of_reach_is(module: str) -> None:
     reached = violations(module, OUT_OF_REACH[module])
     assert reached == [], f"{module} reaches {reached}, directly or through what it imports"
+
+
+@pytest.mark.parametrize("module", modules_of("dragon.vm.torch"))
+def test_tensors_and_modules_know_nothing_of_optimizers(module: str) -> None:
+    if module != "dragon.vm.torch" and not is_inside(module, OPTIM):
+        assert violations(module, {OPTIM}) == []
 
 
 @pytest.mark.parametrize("module", modules_of("dragon.vm"))
