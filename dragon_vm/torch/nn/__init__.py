@@ -1,1 +1,26 @@
-"""."""
+"""`torch.nn` with Dragon's `Parameter`; each module class is a twin of PyTorch's. The rest is PyTorch's own."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch as _torch
+
+from dragon.vm.torch._mirror import mirror
+from dragon.vm.torch.nn import parameter
+from dragon.vm.torch.nn.parameter import Parameter, UninitializedParameter
+from dragon.vm.torch.nn.twins import Module, twin_of
+
+if TYPE_CHECKING:
+    from torch.nn import *  # noqa: F403  # for editors and type checkers, which cannot follow `__getattr__`
+
+__all__ = [name for name in dir(_torch.nn) if not name.startswith("_")]
+
+_get_torch_attribute, __dir__ = mirror("torch.nn", globals())
+
+
+def __getattr__(name: str) -> Any:
+    """Return the twin of a module class of `torch.nn`, or what PyTorch has under that name."""
+    value = _get_torch_attribute(name)
+    if isinstance(value, type) and issubclass(value, _torch.nn.Module):
+        value = twin_of(value)
+        globals()[name] = value
+    return value
