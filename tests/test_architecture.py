@@ -19,7 +19,8 @@ OPTIM = "dragon.vm.torch.optim"
 # Lowest first. A module imports from its own layer and from those before it, the package itself from all.
 OPTIM_LAYERS = (
     {"_plan", "_scalars"},
-    {"_layout", "_options", "_state", "_table"},
+    {"_layout", "_options", "_state"},
+    {"_flatten", "_table"},
     {"_triton", "_native", "_eager"},
     {"optimizer"},
     {"adam", "adamw", "sgd"},
