@@ -20,7 +20,7 @@ OPTIM = "dragon.vm.torch.optim"
 OPTIM_LAYERS = (
     {"_plan", "_scalars"},
     {"_layout", "_options", "_state"},
-    {"_flatten", "_table"},
+    {"_chain", "_flatten", "_table"},
     {"_triton", "_native", "_eager"},
     {"optimizer"},
     {"adam", "adamw", "sgd"},

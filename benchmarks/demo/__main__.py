@@ -54,7 +54,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _run_all(device: torch.device, n_epochs: int, seed: int, console: Console) -> dict[str, Run]:
     digits = load(device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    # Convolutions that round alike in every run: else gradients differ before an optimizer sees them.
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with exact, Progress(*columns, console=console) as progress:
         tasks = {name: progress.add_task(name, total=n_steps(digits, n_epochs)) for name in CONTENDERS}
         return {
             name: train(digits, build, n_epochs, seed, on_step=partial(progress.advance, tasks[name]))
