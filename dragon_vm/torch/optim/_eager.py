@@ -1,0 +1,119 @@
+"""The eager backend: the updates in plain torch operations, one tensor at a time.
+
+This is the readable specification. It runs on any device, takes any layout and complex tensors, and autograd sees
+through it if asked to. It computes in fp32 for bf16 and fp16 tensors and reads counters, so on an accelerator it
+synchronises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._flatten import State
+from dragon.vm.torch.optim._layout import as_real
+from dragon.vm.torch.optim._scalars import one_minus_power
+
+Group = dict[str, Any]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of the maths, fp32 for half precision; a copy if autograd may keep it."""
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        return tensor.float()
+    return tensor.clone() if torch.is_grad_enabled() else tensor
+
+
+def _write(target: Tensor, value: Tensor) -> None:
+    if value is not target:
+        target.copy_(value)
+
+
+def _decayed(param: Tensor, grad: Tensor, group: Group, decoupled: bool) -> tuple[Tensor, Tensor]:
+    """Parameter and gradient after weight decay, out of place."""
+    weight_decay = group["weight_decay"]
+    if isinstance(weight_decay, Tensor) or weight_decay != 0:
+        if decoupled:
+            param = param * (1 - group["lr"] * weight_decay)
+        else:
+            grad = grad + weight_decay * param
+    return param, grad
+
+
+def _complement_power(beta: float | Tensor, step: Tensor) -> float | Tensor:
+    """1 - beta**step; a tensor if autograd must see it."""
+    if isinstance(beta, Tensor) and beta.requires_grad:
+        return 1 - beta ** step.to(beta.device)
+    return one_minus_power(float(beta), float(step))
+
+
+def _on(device: torch.device, value: float | Tensor) -> float | Tensor:
+    """A hyperparameter for use with tensors of a device: a float, unless autograd must see it."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        return value.reshape(()).to(device)
+    return float(value)
+
+
+def adam_step(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    """One step of Adam; see `dragon.kernels.adam.adam_update` for the formula and its sources.
+
+    Args:
+        param: updated in place; real or complex.
+        grad: of the parameter's shape, already scaled and clipped.
+        state: "step", counted up, "exp_avg", "exp_avg_sq" and, for AMSGrad, "max_exp_avg_sq", updated in place.
+        group: the parameter group's hyperparameters.
+    """
+    step, exp_avg, exp_avg_sq = state["step"], as_real(state["exp_avg"]), as_real(state["exp_avg_sq"])
+    device = param.device
+    lr, beta1, beta2 = (_on(device, value) for value in (group["lr"], *group["betas"]))
+    step += 1
+    correction1 = _complement_power(beta1, step)
+    correction2 = _complement_power(beta2, step) ** 0.5
+
+    target = as_real(param)
+    value, grad = _decayed(
+        _wide(target), _wide(as_real(grad)), {**group, "lr": lr}, group["decoupled_weight_decay"]
+    )
+    wide_avg, wide_avg_sq = _wide(exp_avg), _wide(exp_avg_sq)
+    new_avg = wide_avg + (1 - beta1) * (grad - wide_avg)
+    new_avg_sq = beta2 * wide_avg_sq + (1 - beta2) * (grad * grad)
+    largest = new_avg_sq
+    if group["amsgrad"]:
+        max_exp_avg_sq = as_real(state["max_exp_avg_sq"])
+        largest = torch.maximum(_wide(max_exp_avg_sq), new_avg_sq)
+        _write(max_exp_avg_sq, largest)
+    eps = group["eps"] if group["epsilon_hat"] else group["eps"] * correction2
+    denom = largest.sqrt() + eps
+    _write(exp_avg, new_avg)
+    _write(exp_avg_sq, new_avg_sq)
+    _write(target, value - (lr * correction2 / correction1) * (new_avg / denom))
+
+
+def sgd_step(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    """One step of SGD; see `dragon.kernels.sgd.sgd_update` for the formula.
+
+    Args:
+        param: updated in place.
+        grad: of the parameter's shape, already scaled and clipped.
+        state: with momentum, "step", counted up, and "momentum_buffer", updated in place.
+        group: the parameter group's hyperparameters.
+    """
+    target, lr, momentum = as_real(param), _on(param.device, group["lr"]), group["momentum"]
+    value, grad = _decayed(_wide(target), _wide(as_real(grad)), {**group, "lr": lr}, False)
+    if momentum != 0:
+        step, buffer = state["step"], as_real(state["momentum_buffer"])
+        step += 1
+        gain = 1 - group["dampening"] if step > 1 else 1.0
+        new_buffer = momentum * _wide(buffer) + gain * grad
+        _write(buffer, new_buffer)
+        grad = grad + momentum * new_buffer if group["nesterov"] else new_buffer
+    _write(target, value - lr * grad)
+
+
+def average(param: Tensor, state: State, decay: float) -> None:
+    """Move the average of the parameter, `state["ema"]`, towards it by ``1 - decay``."""
+    ema = as_real(state["ema"])
+    wide = _wide(ema)
+    _write(ema, wide + (1 - decay) * (_wide(as_real(param)) - wide))

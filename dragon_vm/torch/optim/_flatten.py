@@ -1,0 +1,143 @@
+"""Flattened groups: the tensors of an optimizer that may share a launch, whatever parameter group they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._layout import as_real, in_layout_of, is_dense
+from dragon.vm.torch.optim._state import arena_views, step_counters
+
+State = dict[str, Any]
+
+
+class Signature(NamedTuple):
+    """What tensors must have in common to share a launch."""
+
+    backend: str
+    device: torch.device
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    state_dtype: torch.dtype
+    # State tensors that the update walks, in its order, and the average if one is kept.
+    state_keys: tuple[str, ...]
+    average: bool
+
+
+@dataclass
+class FlattenedGroup:
+    """Tensors that share a launch, in walking order; all lists have one entry a tensor.
+
+    Attributes:
+        signature: what the tensors have in common.
+        params: parameters.
+        states: their entries of `Optimizer.state`.
+        rows: index of each one's parameter group.
+        select: picks this group's entries from a list of all parameters with a gradient.
+    """
+
+    signature: Signature
+    params: list[Tensor]
+    states: list[State]
+    rows: list[int]
+    select: Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+def flatten_groups(
+    params: Sequence[Tensor],
+    states: Sequence[State],
+    rows: Sequence[int],
+    signatures: Sequence[Signature],
+) -> list[FlattenedGroup]:
+    """Collect tensors of one signature, in order of first appearance."""
+    members: dict[Signature, list[int]] = {}
+    for index, signature in enumerate(signatures):
+        members.setdefault(signature, []).append(index)
+    return [
+        FlattenedGroup(
+            signature,
+            [params[i] for i in indices],
+            [states[i] for i in indices],
+            [rows[i] for i in indices],
+            _selector(indices, len(params)),
+        )
+        for signature, indices in members.items()
+    ]
+
+
+def _selector(indices: list[int], n_params: int) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    if len(indices) == n_params:
+        return _everything
+    if len(indices) == 1:
+        return itemgetter(slice(indices[0], indices[0] + 1))
+    return itemgetter(*indices)
+
+
+def _everything(tensors: list[Tensor]) -> Sequence[Tensor]:
+    return tensors
+
+
+def complete_states(
+    params: Sequence[Tensor],
+    states: Sequence[State],
+    keys: Sequence[tuple[str, ...]],
+    step_devices: Sequence[torch.device | None],
+    dtype: torch.dtype | None,
+) -> None:
+    """Give each parameter the state tensors that it lacks, zeroed, as views of arenas shared by their kind.
+
+    Args:
+        params: parameters.
+        states: their states, completed in place.
+        keys: names of each one's state tensors, beside "step".
+        step_devices: where each one's step counter lives; None for an update that does not count.
+        dtype: of new state tensors; None for the parameter's.
+    """
+    counters: dict[torch.device, list[State]] = {}
+    missing: dict[tuple[str, torch.device, torch.dtype, bool], list[int]] = {}
+    for index, (param, state) in enumerate(zip(params, states, strict=True)):
+        device = step_devices[index]
+        if device is not None and "step" not in state:
+            counters.setdefault(device, []).append(state)
+        for key in keys[index]:
+            if key not in state:
+                missing.setdefault((key, param.device, param.dtype, is_dense(param)), []).append(index)
+    for device, owners in counters.items():
+        for state, counter in zip(owners, step_counters(len(owners), device), strict=True):
+            state["step"] = counter
+    for (key, _, _, dense), indices in missing.items():
+        chosen = [params[i] for i in indices]
+        views = arena_views(chosen, dtype) if dense else [torch.zeros_like(p, dtype=dtype) for p in chosen]
+        for i, view in zip(indices, views, strict=True):
+            states[i][key] = view
+
+
+def settle_state(
+    param: Tensor, state: State, keys: tuple[str, ...], step_device: torch.device | None
+) -> None:
+    """Bring state tensors that somebody else put there to the parameter's device and layout, in place of them."""
+    step = state.get("step")
+    if step_device is not None and not (
+        isinstance(step, Tensor)
+        and step.device == step_device
+        and step.dtype == torch.float32
+        and step.numel() == 1
+        and not step.requires_grad
+    ):
+        value = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step or 0))
+        state["step"] = value.to(step_device, torch.float32, copy=True).reshape(())
+    for key in keys:
+        value = state[key]
+        if value.device != param.device:
+            value = value.to(param.device)
+        state[key] = in_layout_of(param, value) if is_dense(param) else value
+
+
+def real_views(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Complex tensors as real ones; the others as they are."""
+    return [as_real(tensor) for tensor in tensors]

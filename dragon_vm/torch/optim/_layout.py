@@ -1,0 +1,123 @@
+"""The layouts in which an update may walk a tensor, and the guard that notices when one changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # a private class of torch: without it the slower guard below does
+    TensorGuards = None
+
+
+class LayoutGuard(Protocol):
+    """Remembers shape, strides, dtype and device of tensors."""
+
+    def check(self, *tensors: Tensor) -> bool:
+        """Whether these tensors are laid out as the remembered ones were."""
+
+
+class PlainGuard:
+    """A `LayoutGuard` of public calls only; five times slower than torch's own."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._layouts = [_layout(tensor) for tensor in tensors]
+
+    def check(self, *tensors: Tensor) -> bool:
+        """Whether these tensors are laid out as the remembered ones were."""
+        return [_layout(tensor) for tensor in tensors] == self._layouts
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.shape, tensor.stride()
+
+
+def guard_layouts(tensors: Sequence[Tensor]) -> LayoutGuard:
+    """Remember the layout of each tensor; all must be strided."""
+    guard: LayoutGuard = (TensorGuards or PlainGuard)(*tensors)
+    return guard
+
+
+def walking_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of the dimensions that are walked: those longer than 1."""
+    return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, each once, in some order of the dimensions."""
+    expected = 1
+    if tensor.numel() == 0:
+        return True
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def same_walk(tensor: Tensor, other: Tensor) -> bool:
+    """Whether walking both memories in order meets the same elements; both dense and of one shape."""
+    return tensor.numel() == 0 or walking_strides(tensor) == walking_strides(other)
+
+
+def in_layout_of(param: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` itself if it lies in memory as the dense `param` does, else a copy that does."""
+    if tensor.shape == param.shape and same_walk(tensor, param) and is_dense(tensor):
+        return tensor
+    copy = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as its real view of shape ``[..., 2]``; a real one as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First byte and end of the memory that the elements span."""
+    first = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (last + 1) * tensor.element_size()
+
+
+def _element_offsets(tensor: Tensor, base: int) -> Tensor:
+    """Byte offset of every element from the address `base`, int64 [numel], on the CPU."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+    return offsets.flatten() * tensor.element_size() + tensor.data_ptr() - base
+
+
+def overlapping_pair(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Find two tensors, or one, in which some element of memory stands twice.
+
+    Returns:
+        The positions of both tensors, equal for a tensor that overlaps itself; None if there are none.
+    """
+    spans = []
+    for index, tensor in enumerate(tensors):
+        if tensor.numel():
+            if not is_dense(tensor) and _overlaps(tensor):
+                return index, index
+            spans.append((str(tensor.device), *_extent(tensor), index))
+    spans.sort()
+    active: list[tuple[str, int, int, int]] = []
+    for span in spans:
+        device, first, _, index = span
+        active = [other for other in active if other[0] == device and first < other[2]]
+        for other in active:
+            if _overlaps(tensors[other[3]], tensors[index]):
+                return other[3], index
+        active.append(span)
+    return None
+
+
+def _overlaps(*tensors: Tensor) -> bool:
+    base = min(tensor.data_ptr() for tensor in tensors)
+    offsets = torch.cat([_element_offsets(tensor, base) for tensor in tensors])
+    return offsets.unique().numel() < offsets.numel()

@@ -1,0 +1,190 @@
+"""The options of the optimizers: their types, their defaults, and the errors for values out of range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor
+
+
+class CommonOptions(TypedDict, total=False):
+    """Keyword options of every optimizer here.
+
+    Attributes:
+        maximize: step along the gradient instead of against it.
+        foreach, fused, capturable: accepted as PyTorch's; the update is always fused and always capturable.
+        differentiable: let autograd see the update; needs the eager backend.
+        grad_scale: positive factor of the gradients, per group.
+        clip_norm: largest L2 norm of each gradient after `grad_scale`, per group; 0 for no limit.
+        clip_value: largest magnitude of a gradient's elements, per group, if `clip_norm` is 0; 0 for no limit.
+        max_grad_norm: largest norm of all gradients together; 0 for no limit.
+        norm_type: 2 or infinity, the norm that `max_grad_norm` bounds.
+        skip_nonfinite: skip a step in which some gradient is infinite or NaN.
+        ema_decay: keep an exponential moving average of the parameters with this decay, per group; 0 for none.
+        state_dtype: dtype of the state tensors; None for the parameter's.
+        backend: "triton", "native", "eager", or None to choose.
+        flatten: move parameters and gradients into flat buffers.
+    """
+
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+    grad_scale: float
+    clip_norm: float
+    clip_value: float
+    max_grad_norm: float
+    norm_type: float
+    skip_nonfinite: bool
+    ema_decay: float
+    state_dtype: torch.dtype | None
+    backend: str | None
+    flatten: bool
+
+
+class AdamOptions(CommonOptions, total=False):
+    """Keyword options of Adam.
+
+    Attributes:
+        epsilon_hat: add `eps` to the square root of the uncorrected second moment, as the class says; False to
+            add it after the bias correction, as PyTorch does.
+        decoupled_weight_decay: decay the parameter itself, as AdamW does.
+    """
+
+    epsilon_hat: bool
+    decoupled_weight_decay: bool
+
+
+# Options that each parameter group may override; the others belong to the optimizer.
+GROUP_DEFAULTS: dict[str, Any] = {
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "grad_scale": 1.0,
+    "clip_norm": 0.0,
+    "clip_value": 0.0,
+    "ema_decay": 0.0,
+}
+
+
+class Settings(NamedTuple):
+    """Options of the optimizer as a whole."""
+
+    max_grad_norm: float = 0.0
+    norm_type: float = 2.0
+    skip_nonfinite: bool = False
+    state_dtype: torch.dtype | None = None
+    backend: str | None = None
+    flatten: bool = False
+
+
+def split_options(
+    owner: str, options: Mapping[str, Any], group_defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], Settings]:
+    """Divide keyword options into defaults of the groups and settings of the optimizer.
+
+    Raises:
+        TypeError: for unknown options, which it names.
+        ValueError: for an option out of range.
+    """
+    unknown = [name for name in options if name not in group_defaults and name not in Settings._fields]
+    if unknown:
+        raise TypeError(
+            f"{owner}.__init__() got unexpected keyword arguments: {', '.join(map(repr, unknown))}"
+        )
+    settings = Settings(**{name: value for name, value in options.items() if name in Settings._fields})
+    _check_settings(settings)
+    defaults = {name: options.get(name, default) for name, default in group_defaults.items()}
+    check_common(defaults, settings)
+    return defaults, settings
+
+
+def _check_settings(settings: Settings) -> None:
+    if settings.backend not in (None, "triton", "native", "eager"):
+        raise ValueError(f"backend must be None, 'triton', 'native' or 'eager', but got {settings.backend!r}")
+    if not settings.max_grad_norm >= 0:
+        raise ValueError(f"max_grad_norm must not be negative or NaN, but got {settings.max_grad_norm}")
+    if settings.norm_type not in (2, math.inf):
+        raise ValueError(f"norm_type must be 2 or infinity, but got {settings.norm_type}")
+    dtype = settings.state_dtype
+    if dtype is not None and dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"state_dtype must be a real floating point dtype or None, but got {dtype}")
+
+
+def check_common(group: Mapping[str, Any], settings: Settings) -> None:
+    """Check the options that all optimizers' groups have.
+
+    Raises:
+        ValueError: for values out of range or that contradict each other.
+        RuntimeError: for `fused` with `differentiable` or `foreach`, as PyTorch.
+    """
+    grad_scale, ema_decay = group["grad_scale"], group["ema_decay"]
+    if not 0.0 < grad_scale < math.inf:
+        raise ValueError(f"grad_scale must be positive and finite, but got {grad_scale}")
+    for name in ("clip_norm", "clip_value"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name} must not be negative or NaN, but got {group[name]}")
+    if not 0.0 <= ema_decay < 1.0:
+        raise ValueError(f"ema_decay must be at least 0 and below 1, but got {ema_decay}")
+    if group["clip_norm"] and settings.max_grad_norm:
+        raise ValueError(
+            "clip_norm and max_grad_norm contradict each other: "
+            f"got clip_norm={group['clip_norm']} and max_grad_norm={settings.max_grad_norm}"
+        )
+    if group["fused"]:
+        if group["differentiable"]:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if group["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if group["differentiable"] and settings.backend in ("triton", "native"):
+        raise ValueError(f"differentiable=True needs backend='eager', but got backend={settings.backend!r}")
+
+
+def check_lr(group: Mapping[str, Any]) -> None:
+    """Check a learning rate and weight decay with PyTorch's errors.
+
+    Raises:
+        ValueError: as PyTorch.
+    """
+    lr, weight_decay = group["lr"], group["weight_decay"]
+    if isinstance(lr, Tensor):
+        if group["foreach"] and not group["capturable"]:
+            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not 0.0 <= weight_decay:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+
+
+def check_betas(group: Mapping[str, Any]) -> None:
+    """Check Adam's coefficients with PyTorch's errors.
+
+    Raises:
+        ValueError: as PyTorch.
+    """
+    betas, eps = group["betas"], group["eps"]
+    if not 0.0 <= eps:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for index in range(2):
+        if not 0.0 <= betas[index] < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {betas[index]}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for index in range(2):
+        if isinstance(betas[index], Tensor):
+            if group["foreach"] and not group["capturable"]:
+                raise ValueError(
+                    f"betas[{index}] as a Tensor is not supported for capturable=False and foreach=True"
+                )
+            if betas[index].numel() != 1:
+                raise ValueError(f"Tensor betas[{index}] must be 1-element")

@@ -1,0 +1,99 @@
+"""Device memory of a flattened group: one buffer, mirrored on the host, uploaded in at most one copy a step."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class StagingRing:
+    """Pinned host buffers for copies to the device, each reused only once its last copy is done.
+
+    A busy slot is never waited for: the ring grows instead.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._slots: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy int64 `source` on the CPU to `target` of the same length on a CUDA device, in stream order."""
+        staging, event = self._free_slot()
+        staging = staging[: len(source)]
+        staging.copy_(source)
+        target.copy_(staging, non_blocking=True)
+        event.record()
+
+    def _free_slot(self) -> tuple[Tensor, torch.cuda.Event]:
+        # A copy under graph capture reads its slot at every replay: such a slot is never handed out again.
+        if torch.cuda.is_current_stream_capturing():
+            return self._new_slot()
+        for slot in self._slots:
+            if slot[1].query():
+                return slot
+        self._slots.append(self._new_slot())
+        return self._slots[-1]
+
+    def _new_slot(self) -> tuple[Tensor, torch.cuda.Event]:
+        return torch.empty(self._length, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+
+
+class DeviceTable:
+    """Sections of 64-bit words in one device buffer, with the host's copy of them.
+
+    Args:
+        sections: words of each section.
+        device: where the buffer lives.
+    """
+
+    def __init__(self, sections: Sequence[array[int]], device: torch.device) -> None:
+        self._bounds = [0]
+        self._host = array("q")
+        for section in sections:
+            self._host.extend(section)
+            # Kernels read sections as 16-byte aligned pointers.
+            if len(self._host) % 2:
+                self._host.append(0)
+            self._bounds.append(len(self._host))
+        self._words = torch.frombuffer(self._host, dtype=torch.int64) if self._host else torch.empty(0)
+        self._buffer = torch.empty(len(self._host), dtype=torch.int64, device=device)
+        self._ring = StagingRing(len(self._host)) if device.type == "cuda" else None
+        self._changed = (0, len(self._host))
+        self.n_uploads = 0
+
+    def section(self, index: int, dtype: torch.dtype) -> Tensor:
+        """The device's copy of a section, seen as another dtype."""
+        return self._buffer[self._bounds[index] : self._bounds[index + 1]].view(dtype)
+
+    def write(self, index: int, words: array[int], start: int = 0, step: int = 1) -> None:
+        """Change words of a section on the host, every `step`-th from `start`."""
+        low = self._bounds[index] + start
+        high = low + len(words) * step
+        if step == 1:
+            self._host[low:high] = words
+        else:
+            self._host[low:high:step] = words
+        first, end = self._changed
+        self._changed = (min(first, low), max(end, high)) if first < end else (low, high)
+
+    def upload(self) -> None:
+        """Copy what changed since the last upload, in one copy, in stream order, without waiting."""
+        first, end = self._changed
+        end = min(end, len(self._host))
+        if first >= end:
+            return
+        source, target = self._words[first:end], self._buffer[first:end]
+        if self._ring is not None:
+            self._ring.copy(source, target)
+        else:
+            target.copy_(source)
+        self._changed = (0, 0)
+        self.n_uploads += 1
+
+
+def words_of(numbers: Sequence[float]) -> array[int]:
+    """Float64 numbers as 64-bit words."""
+    return array("q", array("d", numbers).tobytes())

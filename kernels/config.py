@@ -1,0 +1,37 @@
+"""How a kernel is launched: everything about a launch that changes its speed and never its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """The tuning of one kernel variant.
+
+    Attributes:
+        chunk: elements that a program takes at a time, a power of two of at least 32 times `n_warps`.
+        n_warps: warps of a program.
+        n_stages: software pipelining stages of loops.
+        eviction: cache hint of loads and stores: "", "evict_first" or "evict_last".
+        programs_per_processor: with a persistent grid, programs for each multiprocessor; 0 for a program a chunk.
+    """
+
+    chunk: int = 1024
+    n_warps: int = 4
+    n_stages: int = 1
+    eviction: str = ""
+    programs_per_processor: int = 0
+
+
+# 1024 elements on 4 warps are 8 a thread: one 16-byte access of bf16, two of fp32, and 64 registers on sm_90,
+# where 2048 take 128 (triton 3.7.1).
+DEFAULT_CONFIG = LaunchConfig()
+
+# By architecture, as `triton` names it: the number for CUDA, the name for ROCm.
+DEFAULT_CONFIGS: dict[str, LaunchConfig] = {}
+
+
+def default_config(arch: str) -> LaunchConfig:
+    """The configuration of an architecture that nothing is measured for, such as "90" or "gfx942"."""
+    return DEFAULT_CONFIGS.get(arch, DEFAULT_CONFIG)
