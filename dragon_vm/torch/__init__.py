@@ -9,17 +9,23 @@ from dragon.vm.torch._mirror import install_finder, mirror
 
 install_finder()
 
-import torch as _torch  # noqa: E402  # the finder comes first, so that nothing below loads PyTorch's files twice
+import torch as _torch  # noqa: E402  # the finder comes before everything that may import below this package
 
-from dragon.vm.torch import creation, nn, optim, tensor_type  # noqa: E402  # as above
-from dragon.vm.torch.nn.parameter import UninitializedParameter  # noqa: E402  # as above
-from dragon.vm.torch.tensor_type import Tensor  # noqa: E402  # as above
+from dragon.vm.torch import creation as _creation  # noqa: E402  # as above
+from dragon.vm.torch import nn, optim  # noqa: E402, F401  # as above; attributes of the package
+from dragon.vm.torch import tensor_type as _tensor_type  # noqa: E402  # as above
+from dragon.vm.torch.nn import parameter as _parameter  # noqa: E402  # as above
 
 if TYPE_CHECKING:
-    from torch import *  # noqa: F403  # for editors and type checkers, which cannot follow `__getattr__`
+    # Editors and type checkers cannot follow `__getattr__`. They see PyTorch's own names and annotations.
+    from torch import *  # noqa: F403
 else:
-    globals().update(creation.FUNCTIONS)
+    Tensor = _tensor_type.Tensor
+    globals().update(_creation.FUNCTIONS)
 
-_torch.serialization.add_safe_globals([Tensor, nn.Parameter, UninitializedParameter, tensor_type.rebuild])
+# So that `torch.load` with `weights_only=True`, its default, reads what was saved from Dragon tensors.
+_torch.serialization.add_safe_globals(
+    [_tensor_type.Tensor, _parameter.Parameter, _parameter.UninitializedParameter, _tensor_type.rebuild]
+)
 
 __getattr__, __dir__ = mirror("torch", globals())

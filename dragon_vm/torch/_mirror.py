@@ -18,9 +18,9 @@ TORCH_ROOT = "torch"
 class Mirrored(type):
     """Metaclass of a Dragon class that stands in for one of PyTorch's.
 
-    Code written for `torch.Tensor` or `torch.nn.Linear` asks `isinstance`, and means PyTorch's class: a tensor that
-    a plain library returned has to pass. A class whose own namespace holds `__mirrors__` therefore answers for the
-    class named there. Its subclasses answer for themselves.
+    Code written for `torch.Tensor` or `torch.nn.Linear` asks `isinstance`, and means PyTorch's class: a
+    tensor that a plain library returned has to pass. A class whose own namespace holds `__mirrors__`
+    therefore answers for the class named there. Its subclasses answer for themselves.
     """
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -32,12 +32,11 @@ class Mirrored(type):
         return issubclass(subclass, mirrored) if mirrored else super().__subclasscheck__(subclass)
 
 
-def mirror(
-    real_name: str, namespace: dict[str, Any]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def mirror(real_name: str, namespace: dict[str, Any]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make the `__getattr__` and `__dir__` of a module that falls back to one of PyTorch's.
 
-    Nothing is cached: a name is looked up in PyTorch's module each time, so that it is always what PyTorch has now.
+    Nothing is cached: a name is looked up in PyTorch's module each time, so that it is always what PyTorch
+    has now.
 
     Args:
         real_name: PyTorch's module, such as `"torch.optim"`.
@@ -81,8 +80,8 @@ class _AliasLoader(Loader):
 class MirrorFinder(MetaPathFinder):
     """Finds `dragon.vm.torch.x.y` as `torch.x.y` where Dragon has no such module of its own.
 
-    It has to stand before Python's own finder: below an alias (`dragon.vm.torch.utils` is `torch.utils`) that one
-    would find PyTorch's file and load it a second time under Dragon's name.
+    It has to stand before Python's own finder: below an alias (`dragon.vm.torch.utils` is `torch.utils`) that
+    one would find PyTorch's file and load it a second time under Dragon's name.
     """
 
     def find_spec(

@@ -1,36 +1,36 @@
 """Dragon's gradient rule: a leaf's next backward replaces its gradient, where PyTorch adds to it.
 
-The rule is a tensor hook, `drop_old_gradient`, that a leaf carries. The autograd engine calls it once per backward,
-with the sum of all contributions, just before that sum is accumulated into `.grad`.
+The rule is a tensor hook, `drop_old_gradient`, that a leaf carries. The autograd engine calls it once per
+backward, with the sum of all contributions, just before that sum is accumulated into `.grad`.
 
-One backward is one engine run, with an exception: reentrant checkpointing runs an engine within the engine, one
-run a segment. A parameter that two segments share gets its gradient in several runs of one backward, which have to
-add up. So each outermost run has a record of the leaves it has reached; a nested run uses that of the run around it.
+One backward is one engine run, with an exception: reentrant checkpointing runs an engine within the engine,
+one run a segment. A parameter that two segments share gets its gradient in several runs of one backward, and
+they have to add up. So each outermost run has a record of the leaves it has reached; a nested run uses that of
+the run around it.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.hooks import unserializable_hook
 
 # Private, but there is no public way to ask what the engine is at; torch.utils.checkpoint and
 # torch.autograd.graph stand on the same functions.
 _current_task_id = torch._C._current_graph_task_id
 _current_node = torch._C._current_autograd_node
 _will_execute = torch._C._will_engine_execute_node
-_AccumulateGrad: type = torch._C._functions.AccumulateGrad
+_AccumulateGrad: type = getattr(torch._C._functions, "AccumulateGrad")  # noqa: B009  # not in the stubs
 _NO_TASK = -1
 
 
 class _Backward:
     """The leaves that one outermost engine run has reached, by `id`.
 
-    The engine run owns it, as a callback to be called at its end; everybody else refers to it weakly. So it is alive
-    exactly as long as the run is, also when that ends in an exception.
+    The engine run owns it, as a callback for its end; everybody else refers to it weakly. So it lives exactly
+    as long as the run, also when that ends in an exception.
     """
 
     __slots__ = ("__weakref__", "leaves")
@@ -53,10 +53,10 @@ _outermost = _Outermost()
 
 
 def overwrite_gradients(leaf: torch.Tensor) -> None:
-    """Make the gradient of `leaf` follow Dragon's rule; does nothing where no gradient is wanted or it does already.
+    """Make the gradient of `leaf` follow Dragon's rule, if it wants one and does not follow it already.
 
     Args:
-        leaf: A tensor of any shape. It is not kept: the rule holds no reference to it.
+        leaf: A tensor of any shape and dtype. It is not kept: the rule holds no reference to it.
     """
     with torch._C.DisableTorchFunctionSubclass():
         if not (leaf.requires_grad and leaf.is_leaf):
@@ -66,17 +66,16 @@ def overwrite_gradients(leaf: torch.Tensor) -> None:
             leaf.register_hook(drop_old_gradient)
 
 
-@unserializable_hook
 def drop_old_gradient(gradient: torch.Tensor) -> None:
-    """Drop the `.grad` that an earlier backward left in the leaf which the engine is about to accumulate into.
+    """Drop the `.grad` that an earlier backward left in the leaf that the engine is about to accumulate into.
 
-    `torch.autograd.grad` calls the hooks of a leaf too, and must leave its `.grad` alone; so must a backward that
-    reaches a tensor which is no leaf any more.
+    `torch.autograd.grad` calls the hooks of a leaf too, and must leave its `.grad` alone; so must a backward
+    that reaches a tensor which is no leaf any more.
     """
     node = _current_node()
     if type(node) is not _AccumulateGrad or not _accumulates(node):
         return
-    leaf: Any = node.variable
+    leaf: torch.Tensor = cast(Any, node).variable
     leaves = _current_backward().leaves
     if id(leaf) not in leaves:
         leaves.add(id(leaf))
@@ -84,11 +83,15 @@ def drop_old_gradient(gradient: torch.Tensor) -> None:
             leaf.grad = None
 
 
+# Read by PyTorch when it pickles: no warning that this hook stays behind, it is put on again.
+drop_old_gradient.__torch_unserializable__ = True  # type: ignore[attr-defined]  # a mark on a function
+
+
 def note_recomputation() -> None:
     """Remember the engine run in which this thread is, if it is in one.
 
-    Called from each operation on a Dragon tensor. A reentrant checkpoint runs its segment again within the outer
-    engine run, and then a nested one over it; this is where the two can be connected.
+    Called from each operation on a Dragon tensor. A reentrant checkpoint runs its segment again within the
+    outer engine run, and then a nested one over it; this is where the two can be connected.
     """
     if _current_task_id() != _NO_TASK:
         _outermost.backward = weakref.ref(_current_backward())
@@ -107,7 +110,7 @@ def _current_backward() -> _Backward:
     if backward is None:
         around = _outermost.backward() if _outermost.backward is not None else None
         backward = around if around is not None else _Backward()
-        # Held by the run itself; for a nested one this holds the outer record a little longer, which is harmless.
+        # The run itself holds it. A nested run holds that of the outer one, which outlives it anyway.
         torch.autograd.Variable._execution_engine.queue_callback(backward)
         _backwards[task_id] = backward
     return backward

@@ -18,7 +18,7 @@ _RETURNS_PLAIN = torch.overrides.get_default_nowrap_functions()
 _SET_REQUIRES_GRAD = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]  # a descriptor at run time
 
 
-class MirroredTensorType(Mirrored, type(torch.Tensor)):  # type: ignore[misc]  # the metaclass has no public name
+class MirroredTensorType(Mirrored, torch._C._TensorMeta):
     """Metaclass of `Tensor`: every tensor is an instance of it, as code that asks means `torch.Tensor`."""
 
 
@@ -28,8 +28,8 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
     - As a leaf, its next backward overwrites `.grad`, where PyTorch adds to it.
     - `backward()` of more than one element means a gradient of ones.
     - `x += y`, `-=`, `*=` and `/=` on a result that autograd follows rebind `x` to a new tensor, so that what
-      the graph has saved stays as it was. Views are changed in place, as everywhere in PyTorch: `x[0] += 1` and
-      `row = x[0]; row += 1` reach `x`.
+      the graph has saved stays as it was. Views are changed in place, as everywhere in PyTorch: `x[0] += 1`
+      and `row = x[0]; row += 1` reach `x`.
     """
 
     __module__ = "dragon.vm.torch"
@@ -38,7 +38,7 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
     _parameter_type: ClassVar[type]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let the results of a user's tensor type have that type; those of a parameter are plain Dragon tensors."""
+        """Give results of a user's tensor type that type; results of a parameter are plain Dragon tensors."""
         super().__init_subclass__(**kwargs)
         cls._result_type = Tensor if torch.nn.Parameter in cls.__mro__ else cls
 
@@ -50,7 +50,7 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run `func` on the tensors as PyTorch would, and make Dragon tensors of the new tensors it returns."""
+        """Run `func` on the tensors as PyTorch would; the new tensors that it returns are Dragon's."""
         for kind in types:
             if Tensor not in kind.__mro__:
                 return NotImplemented
@@ -76,7 +76,7 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
         create_graph: bool = False,
         inputs: Any = None,
     ) -> None:
-        """Compute the gradients of the graph's leaves; without `gradient` it starts from ones of this shape."""
+        """Compute the gradients of the graph's leaves, from `gradient` or from ones of this shape."""
         with torch._C.DisableTorchFunctionSubclass():
             if gradient is None and self.numel() != 1:
                 gradient = torch.ones_like(self)
@@ -90,25 +90,25 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
         overwrite_gradients(self)
         return self
 
-    def __iadd__(self, other: Any) -> Tensor:  # type: ignore[override,misc]  # the stubs know torch.Tensor only
+    def __iadd__(self, other: Any) -> Tensor:  # type: ignore[misc]  # the stubs know torch.Tensor only
         """Add, into a new tensor where autograd follows this result."""
         return self + other if _rebinds(self) else super().__iadd__(other)  # type: ignore[return-value]  # see above
 
-    def __isub__(self, other: Any) -> Tensor:  # type: ignore[override,misc]  # as in __iadd__
+    def __isub__(self, other: Any) -> Tensor:  # type: ignore[misc]  # as in __iadd__
         """Subtract, into a new tensor where autograd follows this result."""
         return self - other if _rebinds(self) else super().__isub__(other)  # type: ignore[return-value]  # as above
 
-    def __imul__(self, other: Any) -> Tensor:  # type: ignore[override,misc]  # as in __iadd__
+    def __imul__(self, other: Any) -> Tensor:  # type: ignore[misc]  # as in __iadd__
         """Multiply, into a new tensor where autograd follows this result."""
         return self * other if _rebinds(self) else super().__imul__(other)  # type: ignore[return-value]  # as above
 
-    def __itruediv__(self, other: Any) -> Tensor:  # type: ignore[override,misc]  # as in __iadd__
+    def __itruediv__(self, other: Any) -> Tensor:  # type: ignore[misc]  # as in __iadd__
         """Divide, into a new tensor where autograd follows this result."""
         return self / other if _rebinds(self) else super().__itruediv__(other)  # type: ignore[return-value]  # as above
 
     @property
-    def _is_param(self) -> bool:  # type: ignore[override]  # an attribute in PyTorch
-        """Whether this is a parameter: `torch.nn.Parameter(x)` sets it on a tensor of a type it does not know."""
+    def _is_param(self) -> bool:
+        """Whether this is a parameter. `torch.nn.Parameter(x)` sets it where it does not know the type."""
         return torch.nn.Parameter in type(self).__mro__
 
     @_is_param.setter
@@ -117,11 +117,11 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
             self.__class__ = self._parameter_type
             overwrite_gradients(self)
 
-    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+    def __repr__(self, **contents: Any) -> str:  # type: ignore[override]  # a keyword that is PyTorch's affair
         """Show the tensor as PyTorch shows its own."""
         with torch._C.DisableTorchFunctionSubclass():
-            text = super().__repr__(tensor_contents=tensor_contents)  # type: ignore[no-untyped-call]  # as in PyTorch
-        return "tensor(" + text[len("Tensor(") :] if text.startswith("Tensor(") else str(text)
+            text = str(super().__repr__(**contents))  # type: ignore[no-untyped-call]  # as in PyTorch
+        return "tensor(" + text.removeprefix("Tensor(") if text.startswith("Tensor(") else text
 
     def __format__(self, format_spec: str) -> str:
         """Format a 0-dim tensor as its number: PyTorch does so for its own type only."""
@@ -141,8 +141,8 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
         with torch._C.DisableTorchFunctionSubclass():
             if not self.is_leaf:
                 raise RuntimeError(
-                    "Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol "
-                    "at the moment."
+                    "Only Tensors created explicitly by the user (graph leaves) support the deepcopy "
+                    "protocol at the moment."
                 )
             plain = copy.deepcopy(self.detach(), memo)
             copied = rebuild(type(self), plain, self.requires_grad, copy.deepcopy(self.__dict__, memo))
@@ -178,12 +178,7 @@ def rebuild(kind: type[Tensor], plain: torch.Tensor, requires_grad: bool, state:
 
 def _rebinds(tensor: torch.Tensor) -> bool:
     with torch._C.DisableTorchFunctionSubclass():
-        return (
-            torch.is_grad_enabled()
-            and tensor.requires_grad
-            and not tensor.is_leaf
-            and not tensor._is_view()
-        )
+        return torch.is_grad_enabled() and tensor.requires_grad and not tensor.is_leaf and not tensor._is_view()
 
 
 def _convert(result: Any, kind: type, given: set[int]) -> Any:

@@ -1,16 +1,21 @@
-"""`torch.nn` with Dragon's `Parameter`; each module class is a twin of PyTorch's. The rest is PyTorch's own."""
+"""`torch.nn` with Dragon's `Parameter`; each module class is a twin of PyTorch's. The rest is PyTorch's."""
 
 from typing import TYPE_CHECKING, Any
 
 import torch as _torch
 
 from dragon.vm.torch._mirror import mirror
-from dragon.vm.torch.nn import parameter
-from dragon.vm.torch.nn.parameter import Parameter, UninitializedParameter
-from dragon.vm.torch.nn.twins import Module, twin_of
+from dragon.vm.torch.nn import parameter as _parameter
+from dragon.vm.torch.nn.twins import Module as _Module
+from dragon.vm.torch.nn.twins import twin_of
 
 if TYPE_CHECKING:
-    from torch.nn import *  # noqa: F403  # for editors and type checkers, which cannot follow `__getattr__`
+    # Editors and type checkers cannot follow `__getattr__`. They see PyTorch's own classes.
+    from torch.nn import *  # noqa: F403
+else:
+    Module = _Module
+    Parameter = _parameter.Parameter
+    UninitializedParameter = _parameter.UninitializedParameter
 
 __all__ = [name for name in dir(_torch.nn) if not name.startswith("_")]
 

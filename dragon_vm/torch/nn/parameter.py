@@ -19,8 +19,8 @@ class Parameter(Tensor, torch.nn.Parameter, metaclass=MirroredParameterType):
     """A `torch.nn.Parameter` whose next backward overwrites its gradient; operations on it give a `Tensor`.
 
     Args:
-        data: Any tensor; its memory is shared. Of a type that is neither PyTorch's nor Dragon's (a DTensor), the
-            result is what `torch.nn.Parameter` makes of it.
+        data: Any tensor; its memory is shared. For a type that is neither PyTorch's nor Dragon's (a DTensor)
+            the result is what `torch.nn.Parameter` makes of it.
         requires_grad: Whether autograd follows it.
     """
 
@@ -28,6 +28,7 @@ class Parameter(Tensor, torch.nn.Parameter, metaclass=MirroredParameterType):
     __mirrors__: ClassVar[type] = torch.nn.Parameter
 
     def __new__(cls, data: torch.Tensor | None = None, requires_grad: bool = True) -> Parameter:
+        """Make the parameter, over the memory of `data`."""
         if data is None:
             data = torch.empty(0)
         if type(data) not in (torch.Tensor, torch.nn.Parameter) and Tensor not in type(data).__mro__:
@@ -42,30 +43,31 @@ class Parameter(Tensor, torch.nn.Parameter, metaclass=MirroredParameterType):
                 memo[id(self)] = type(self)(values, self.requires_grad)
         return memo[id(self)]  # type: ignore[no-any-return]  # memo is Any
 
-    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+    def __repr__(self, **contents: Any) -> str:  # type: ignore[override]  # as in Tensor
         """Show the parameter as PyTorch shows its own."""
         tensor = rebuild(Tensor, self, self.requires_grad, {})
-        return "Parameter containing:\n" + Tensor.__repr__(tensor, tensor_contents=tensor_contents)
+        return "Parameter containing:\n" + Tensor.__repr__(tensor, **contents)
 
 
 class UninitializedParameter(torch.nn.UninitializedParameter, Parameter):
-    """A parameter of a lazy module, whose shape is not known before the first batch; becomes a `Parameter`."""
+    """A lazy module's parameter, whose shape the first batch tells; then it becomes a `Parameter`."""
 
     __module__ = "dragon.vm.torch.nn"
     __mirrors__: ClassVar[type] = torch.nn.UninitializedParameter
     cls_to_become = Parameter
 
     def __new__(cls, requires_grad: bool = True, device: Any = None, dtype: Any = None) -> UninitializedParameter:
-        parameter = super().__new__(cls, requires_grad, device, dtype)
+        """Make the empty parameter."""
+        parameter = torch.nn.UninitializedParameter.__new__(cls, requires_grad, device, dtype)
         overwrite_gradients(parameter)
-        return parameter  # type: ignore[return-value]  # PyTorch's annotation says None
+        return parameter
 
 
 Tensor._parameter_type = Parameter
 
 
 def adopt_parameter(parameter: torch.Tensor | None) -> None:
-    """Make a plain parameter Dragon's, in place: who shares it still shares it. Others are left as they are."""
+    """Make a plain parameter Dragon's, in place: who shares it still shares it. Others stay as they are."""
     if type(parameter) is torch.nn.Parameter:
         parameter.__class__ = Parameter
     elif type(parameter) is torch.nn.UninitializedParameter:

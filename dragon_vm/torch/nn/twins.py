@@ -1,7 +1,7 @@
 """Twins: PyTorch's module classes, as subclasses whose parameters are Dragon's.
 
-A twin runs PyTorch's own code. It differs in one point: what it owns as a parameter is a `Parameter` of Dragon,
-whoever made it, whether in its constructor, in the modules it builds inside of itself, or later. Modules that the
+A twin runs PyTorch's own code. It differs in one point: each parameter it owns is a `Parameter` of Dragon,
+whoever made it: its constructor, the modules it builds inside of itself, or somebody later. Modules that the
 caller hands in keep what they have.
 """
 
@@ -68,7 +68,7 @@ def _adopting_constructor(real: type[torch.nn.Module]) -> Any:
     construct = cast(Any, real).__init__
 
     @functools.wraps(construct)
-    def __init__(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    def construct_and_adopt(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
         handed_in = {
             module
@@ -80,7 +80,7 @@ def _adopting_constructor(real: type[torch.nn.Module]) -> Any:
             if module is not self and module not in handed_in:
                 _adopt_module(module)
 
-    return __init__
+    return construct_and_adopt
 
 
 def _adopt_module(module: torch.nn.Module) -> None:
