@@ -1,0 +1,211 @@
+"""Run any `torch.optim.Optimizer` over a drawn case and judge each step from its own start."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Generic
+
+import torch
+from torch import Tensor
+
+from .budget import DEFAULT_BUDGET, Budget
+from .cases import OptimizerCase, StepCase
+from .fence import Fenced, FenceError
+from .judge import ParityError, assert_within_budget
+from .records import AdamOptions, SGDOptions
+from .rules import AdamRule, OptionsT, Rule, SGDRule, StateT
+from .wide import real_view
+
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+MakeParameter = Callable[[Tensor], Tensor]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    # Into fresh memory: contiguous() keeps the strides of tensors of one element or none, which view()
+    # refuses.
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    return flat.copy_(tensor.detach().reshape(-1)).view(torch.uint8)
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    """Tell whether two tensors or numbers are equal bit by bit; NaN equals itself."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return bool(a == b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(_bits(a), _bits(b))
+
+
+def _changed_fields(before: StateT, after: StateT) -> list[str]:
+    pairs = zip(before._fields, before, after, strict=True)
+    return [name for name, old, new in pairs if not _same_bits(old, new)]
+
+
+@dataclass
+class _Run(Generic[StateT, OptionsT]):
+    """One run of one optimizer over one case."""
+
+    rule: Rule[StateT, OptionsT]
+    make_optimizer: MakeOptimizer
+    case: OptimizerCase
+    defaults: OptionsT
+    budget: Budget
+    state_dtype: torch.dtype | None
+    compute_dtype: torch.dtype | None
+
+    def start(self, make_parameter: MakeParameter, device: str) -> None:
+        """Build the parameters and the optimizer."""
+        self.fences = [tensor.build(device) for tensor in self.case.tensors]
+        self.params = [make_parameter(fence.tensor) for fence in self.fences]
+        for fence, param in zip(self.fences, self.params, strict=True):
+            if param.data_ptr() != fence.tensor.data_ptr():
+                raise ValueError("make_parameter must keep the memory of the tensor that it is given")
+        self.group_of = [i for i, group in enumerate(self.case.groups) for _ in group.tensors]
+        arguments: dict[str, Any] = self.case.options
+        self.options: list[OptionsT] = [
+            replace(self.defaults, **{**arguments, **group.options}) for group in self.case.groups
+        ]
+        self.optimizer = self.build_optimizer()
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Call the factory with fresh group dicts of the same parameters."""
+        params = iter(self.params)
+        groups = [{"params": [next(params) for _ in group.tensors], **group.options} for group in self.case.groups]
+        return self.make_optimizer(groups, **self.case.options)
+
+    def snapshots(self) -> list[StateT]:
+        """Copy the state of every parameter."""
+        found = []
+        for i, param in enumerate(self.params):
+            options = self.options[self.group_of[i]]
+            state: Mapping[str, Any] = self.optimizer.state.get(param, {})
+            dtype = self.state_dtype or param.dtype
+            for name, value in state.items():
+                wrong = isinstance(value, Tensor) and name != "step" and value.dtype != dtype
+                if wrong and value.shape == param.shape:
+                    raise ParityError(f"parameter {i}: {name} is {value.dtype}, expected {dtype}")
+            found.append(self.rule.snapshot(param, state, options, dtype))
+        return found
+
+    def reload(self) -> None:
+        """Go on with a fresh optimizer that has loaded the state of the old one, which may change no bit."""
+        before = self.snapshots()
+        saved = copy.deepcopy(self.optimizer.state_dict())
+        self.optimizer = self.build_optimizer()
+        self.optimizer.load_state_dict(saved)
+        for i, (old, new) in enumerate(zip(before, self.snapshots(), strict=True)):
+            if changed := _changed_fields(old, new):
+                raise ParityError(f"parameter {i}: {', '.join(changed)} changed by a save and load")
+
+    def set_gradients(self, step: StepCase) -> list[Fenced | None]:
+        """Give every parameter the gradient of this step, or none."""
+        fences: list[Fenced | None] = []
+        for param, gradient in zip(self.params, step.gradients, strict=True):
+            fence = None if gradient is None else gradient.build(param)
+            param.grad = None
+            if fence is not None:
+                if fence.tensor.dtype != param.dtype:
+                    param.grad_dtype = fence.tensor.dtype
+                param.grad = fence.tensor
+            fences.append(fence)
+        return fences
+
+    def take(self, step: StepCase) -> None:
+        """Take one step and judge it."""
+        if step.reload:
+            self.reload()
+        for i, lr in step.lr.items():
+            self.optimizer.param_groups[i]["lr"] = lr
+            changed: dict[str, Any] = {"lr": lr}
+            self.options[i] = replace(self.options[i], **changed)
+        gradients = self.set_gradients(step)
+        given = [None if fence is None else fence.tensor.detach().clone() for fence in gradients]
+        before = self.snapshots()
+        self.optimizer.step()
+        after = self.snapshots()
+        for i, fence in enumerate(gradients):
+            self.judge(i, before[i], given[i], after[i])
+            self.fences[i].check(f"parameter {i}")
+            if fence is not None and given[i] is not None:
+                fence.check(f"gradient of parameter {i}")
+                if not _same_bits(given[i], fence.tensor):
+                    raise ParityError(f"parameter {i}: step() changed its gradient")
+
+    def judge(self, i: int, before: StateT, grad: Tensor | None, after: StateT) -> None:
+        """Judge the step of parameter `i`."""
+        if grad is None:
+            if changed := _changed_fields(before, after):
+                raise ParityError(f"parameter {i}: {', '.join(changed)} changed without a gradient")
+            return
+        options: OptionsT = self.options[self.group_of[i]]
+        try:
+            errors = self.rule.errors(before, real_view(grad).cpu(), after, options, self.compute_dtype)
+        except ParityError as error:
+            raise ParityError(f"parameter {i}: {error}") from None
+        assert_within_budget(errors, self.budget, f"parameter {i}, {options}")
+
+
+def _check(run: _Run[StateT, OptionsT], make_parameter: MakeParameter, device: str) -> None:
+    run.start(make_parameter, device)
+    for number, step in enumerate(run.case.steps, 1):
+        try:
+            run.take(step)
+        except (ParityError, FenceError) as error:
+            raise type(error)(f"step {number} of {len(run.case.steps)}: {error}") from None
+
+
+def check_adam(
+    make_optimizer: MakeOptimizer,
+    case: OptimizerCase,
+    *,
+    epsilon_hat: bool = False,
+    defaults: AdamOptions | None = None,
+    budget: Budget = DEFAULT_BUDGET,
+    state_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+    make_parameter: MakeParameter = torch.nn.Parameter,
+    device: str = "cpu",
+) -> None:
+    """Assert that an Adam takes every step of a case right.
+
+    Parameters and gradients lie in fences; a step may write neither outside of the parameters nor to the
+    gradients. Parameters without a gradient keep their bits and their step count. A reload changes no bit of
+    the state.
+
+    Args:
+        make_optimizer: Called with a list of groups and the drawn keyword arguments; gives any optimizer
+            whose state has step, exp_avg, exp_avg_sq and, with AMSGrad, max_exp_avg_sq.
+        case: What to run, from `adam_cases`.
+        epsilon_hat: Which form of epsilon the optimizer implements; it is not passed to it.
+        defaults: What the optimizer takes for arguments that are left out; None for PyTorch's Adam.
+        budget: Slack by field, in units of the operand's eps.
+        state_dtype: Dtype that the states must have, None for the parameter's.
+        compute_dtype: Precision of its arithmetic, None for `default_compute_dtype`.
+        make_parameter: Makes a parameter of a tensor, in the same memory.
+        device: Where to put the parameters.
+
+    Raises:
+        ParityError: A value is out of budget, or a step count, gradient or state is not what it should be.
+        FenceError: Memory outside of a parameter or gradient was written.
+    """
+    options = replace(defaults or AdamOptions(), epsilon_hat=epsilon_hat)
+    run = _Run(AdamRule(), make_optimizer, case, options, budget, state_dtype, compute_dtype)
+    _check(run, make_parameter, device)
+
+
+def check_sgd(
+    make_optimizer: MakeOptimizer,
+    case: OptimizerCase,
+    *,
+    defaults: SGDOptions | None = None,
+    budget: Budget = DEFAULT_BUDGET,
+    state_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+    make_parameter: MakeParameter = torch.nn.Parameter,
+    device: str = "cpu",
+) -> None:
+    """Assert that an SGD takes every step of a case right; arguments and errors as in `check_adam`."""
+    run = _Run(SGDRule(), make_optimizer, case, defaults or SGDOptions(), budget, state_dtype, compute_dtype)
+    _check(run, make_parameter, device)

@@ -1,0 +1,144 @@
+"""The unit of error: eps of the operand, that is eps(dtype) times the largest addend of its sum.
+
+Units of the result would not do: where a gradient cancels a moment, a correctly rounded sum is off by 1e5 of
+those. Nor would rtol and atol: `1 - beta` in float32 is wrong by 100 eps of exp_avg_sq and passes
+`torch.testing.assert_close`.
+
+Every unit has a floor of one smallest subnormal. The unit of a parameter also holds what one unit of error
+in each moment can move it by, evaluated at the four corners and not by a derivative, so that cancelled,
+underflowed and zero second moments are judged by what arithmetic allows there.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .records import AdamOptions, AdamState, SGDOptions, SGDState
+from .reference import AdamReference, SGDReference, adam_change, bias_correction, loss_gradient
+from .wide import WideArray, eps, smallest_subnormal, wide, wide_scalar
+
+
+class AdamUnits(NamedTuple):
+    """One unit of error of each tensor, elementwise, in the tensor's own numbers."""
+
+    param: WideArray
+    exp_avg: WideArray
+    exp_avg_sq: WideArray
+    max_exp_avg_sq: WideArray | None
+
+
+class SGDUnits(NamedTuple):
+    """One unit of error of each tensor, elementwise, in the tensor's own numbers."""
+
+    param: WideArray
+    momentum_buffer: WideArray | None
+
+
+def _unit(addend: WideArray, *dtypes: torch.dtype) -> WideArray:
+    """Return eps times the addend plus one subnormal, of the coarsest of `dtypes`."""
+    return np.asarray(max(map(eps, dtypes)) * addend + max(map(smallest_subnormal, dtypes)))
+
+
+def _moment_addends(start: AdamState, grad: Tensor, options: AdamOptions) -> tuple[WideArray, WideArray]:
+    beta1, beta2 = map(wide_scalar, options.betas)
+    gradient = abs(loss_gradient(wide(grad), options))
+    if options.weight_decay and not options.decoupled_weight_decay:
+        # grad + weight_decay * param may cancel, and then has lost eps of its larger operand, or be twice as
+        # large.
+        decay = wide_scalar(options.weight_decay) * wide(start.param)
+        total = abs(loss_gradient(wide(grad), options) + decay)
+        gradient = np.maximum(np.maximum(gradient, abs(decay)), total)
+    first = np.maximum(beta1 * abs(wide(start.exp_avg)), (1 - beta1) * gradient)
+    second = np.maximum(beta2 * wide(start.exp_avg_sq), (1 - beta2) * gradient * gradient)
+    if options.amsgrad and start.max_exp_avg_sq is not None:
+        second = np.maximum(second, wide(start.max_exp_avg_sq))
+    return first, second
+
+
+def _scalar_error(options: AdamOptions, step: float) -> float:
+    """Return the relative error of 1 - beta**step in float64, which is where optimizers compute it."""
+    corrections = (bias_correction(beta, step) for beta in options.betas)
+    return float(sum(eps(torch.float64) / correction for correction in corrections))
+
+
+@np.errstate(all="ignore")
+def adam_units(
+    start: AdamState,
+    grad: Tensor,
+    expected: AdamReference,
+    options: AdamOptions,
+    compute_dtype: torch.dtype,
+) -> AdamUnits:
+    """Return the unit of error of every element that an Adam step writes.
+
+    Args:
+        start: State before the step, in storage dtypes.
+        grad: Gradient, the parameter's shape.
+        expected: `adam_reference` of the same arguments.
+        options: Hyperparameters.
+        compute_dtype: Precision of the arithmetic: moments that the parameter's update is made of have
+            errors of this dtype, those that are stored also have errors of the state's dtype.
+    """
+    first, second = _moment_addends(start, grad, options)
+    moment = expected.exp_avg_sq if expected.max_exp_avg_sq is None else expected.max_exp_avg_sq
+    change = adam_change(expected.exp_avg, moment, expected.step, options)
+    moved = np.zeros_like(change)
+    for sign1, sign2 in product((-1, 1), repeat=2):
+        corner1 = expected.exp_avg + sign1 * _unit(first, compute_dtype)
+        corner2 = np.maximum(moment + sign2 * _unit(second, compute_dtype), 0)
+        distance = abs(adam_change(corner1, corner2, expected.step, options) - change)
+        # NaN is 0/0: one unit below, the second moment is nothing and eps is 0, so any result is within
+        # reach.
+        moved = np.maximum(moved, np.where(np.isnan(distance), np.inf, distance))
+
+    addend = np.maximum(abs(wide(start.param)), abs(change))
+    if options.weight_decay and options.decoupled_weight_decay:
+        addend = np.maximum(addend, options.lr * options.weight_decay * abs(wide(start.param)))
+    # lr * exp_avg may be subnormal where their quotient by a small root is not.
+    underflow = smallest_subnormal(compute_dtype) / (np.sqrt(moment) + wide_scalar(options.eps))
+    param = _unit(addend, start.param.dtype, compute_dtype) + moved + underflow
+    param = param + _scalar_error(options, expected.step) * abs(change)
+    exp_avg_sq = _unit(second, start.exp_avg_sq.dtype, compute_dtype)
+    return AdamUnits(
+        np.where(np.isnan(param), np.inf, param),
+        _unit(first, start.exp_avg.dtype, compute_dtype),
+        exp_avg_sq,
+        exp_avg_sq if options.amsgrad else None,
+    )
+
+
+@np.errstate(all="ignore")
+def sgd_units(
+    start: SGDState,
+    grad: Tensor,
+    expected: SGDReference,
+    options: SGDOptions,
+    state_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+) -> SGDUnits:
+    """Return the unit of error of every element that an SGD step writes; arguments as in `adam_units`."""
+    param = abs(wide(start.param))
+    gradient = abs(wide(grad))
+    if options.weight_decay:
+        sign = -1 if options.maximize else 1
+        decay = wide_scalar(options.weight_decay) * wide(start.param)
+        gradient = np.maximum(np.maximum(gradient, abs(decay)), abs(sign * wide(grad) + decay))
+    if expected.momentum_buffer is None:
+        addend = np.maximum(param, options.lr * gradient)
+        return SGDUnits(_unit(addend, start.param.dtype, compute_dtype), None)
+    buffer = gradient
+    if start.momentum_buffer is not None:
+        damped = abs(1 - wide_scalar(options.dampening)) * gradient
+        buffer = np.maximum(options.momentum * abs(wide(start.momentum_buffer)), damped)
+    direction = np.maximum(gradient, options.momentum * buffer) if options.nesterov else buffer
+    # The direction is rounded in the precision of the arithmetic, the parameter in that of its storage.
+    moved = options.lr * _unit(direction, compute_dtype)
+    addend = np.maximum(param, options.lr * abs(direction))
+    return SGDUnits(
+        _unit(addend, start.param.dtype, compute_dtype) + moved, _unit(buffer, state_dtype, compute_dtype)
+    )

@@ -1,0 +1,301 @@
+"""The kit's own proof: a small right Adam passes, and each defect planted in it is caught."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+from dragon.vm.testing import FenceError, ParityError, adam_cases, check_adam
+
+OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+CASES = adam_cases(options=OPTIONS, max_groups=2, max_tensors=2, max_steps=3)
+SETTINGS = {
+    "database": None,
+    "deadline": None,
+    "derandomize": True,
+    "phases": [Phase.generate],  # that a defect is caught is the point, not its smallest example
+    "report_multiple_bugs": False,
+    "suppress_health_check": list(HealthCheck),
+}
+
+
+class PlainAdam(torch.optim.Optimizer):
+    """Adam in plain torch operations; each defect overrides one method."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, **flags):
+        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, {"maximize": False, "decoupled_weight_decay": False, **given, **flags})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, self.gradient(p, group), self.ready_state(p, group), group)
+
+    def ready_state(self, p, group):
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            for name in ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ()):
+                state[name] = torch.zeros_like(p)
+        return state
+
+    def gradient(self, p, group):
+        return -p.grad if group["maximize"] else p.grad
+
+    def update(self, p, grad, state, group):
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        grad = self.decay(p, grad, group)
+        state["exp_avg"].copy_(beta1 * state["exp_avg"] + (1 - beta1) * grad)
+        state["exp_avg_sq"].copy_(self.second_moment(state["exp_avg_sq"], grad, beta2))
+        step = self.correction_step(state)
+        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        denom = self.denominator(self.normalizer(state, correction2, group), correction2, group["eps"])
+        self.store(p, self.learning_rate(group) / correction1 * (state["exp_avg"] / denom))
+
+    def decay(self, p, grad, group):
+        if group["decoupled_weight_decay"]:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            return grad
+        return grad + group["weight_decay"] * p if group["weight_decay"] else grad
+
+    def second_moment(self, old, grad, beta2):
+        return beta2 * old + (1 - beta2) * grad * grad
+
+    def correction_step(self, state):
+        return state["step"].item()
+
+    def learning_rate(self, group):
+        return group["lr"]
+
+    def normalizer(self, state, correction2, group):
+        if not group["amsgrad"]:
+            return state["exp_avg_sq"]
+        return torch.maximum(state["max_exp_avg_sq"], state["exp_avg_sq"], out=state["max_exp_avg_sq"])
+
+    def denominator(self, second, correction2, eps):
+        return second.sqrt() / math.sqrt(correction2) + eps
+
+    def store(self, p, change):
+        p.sub_(change)
+
+
+class OneMinusBetaInFloat32(PlainAdam):
+    def second_moment(self, old, grad, beta2):
+        return beta2 * old + (1 - torch.tensor(beta2)) * grad * grad
+
+
+class EpsilonBeforeCorrection(PlainAdam):
+    def denominator(self, second, correction2, eps):
+        return (second.sqrt() + eps) / math.sqrt(correction2)
+
+
+class EpsilonInsideTheRoot(PlainAdam):
+    def denominator(self, second, correction2, eps):
+        return (second / correction2 + eps).sqrt()
+
+
+class BiasCorrectionOffByOne(PlainAdam):
+    def correction_step(self, state):
+        return state["step"].item() + 1
+
+
+class BiasCorrectionInFloat32(PlainAdam):
+    def denominator(self, second, correction2, eps):
+        return second.sqrt() / (1 - (1 - torch.tensor(correction2))).sqrt() + eps
+
+
+class DecayDropped(PlainAdam):
+    def decay(self, p, grad, group):
+        return grad
+
+
+class DecayAlwaysL2(PlainAdam):
+    def decay(self, p, grad, group):
+        return grad + group["weight_decay"] * p
+
+
+class MaximizeIgnored(PlainAdam):
+    def gradient(self, p, group):
+        return p.grad
+
+
+class MaskOneShort(PlainAdam):
+    def store(self, p, change):
+        if p.numel() > 1:
+            change[(-1,) * change.dim()] = 0
+        p.sub_(change)
+
+
+class MaskOneLong(PlainAdam):
+    def store(self, p, change):
+        p.sub_(change)
+        last = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+        if p.numel():
+            p.detach().as_strided((1,), (1,), p.storage_offset() + last + 1).zero_()
+
+
+class MaskOneEarly(PlainAdam):
+    def store(self, p, change):
+        p.sub_(change)
+        p.detach().as_strided((1,), (1,), p.storage_offset() - 1).zero_()
+
+
+class StridesForgotten(PlainAdam):
+    """Walks the parameter's memory without its gaps."""
+
+    def store(self, p, change):
+        torch.as_strided(p.detach(), (p.numel(),), (1,)).sub_(change.reshape(-1))
+
+
+class GradientStridesForgotten(PlainAdam):
+    """Walks the gradient's memory as if it were laid out like the parameter."""
+
+    def gradient(self, p, group):
+        grad = super().gradient(p, group).clone()
+        dense = sorted(grad.stride()) == sorted(p.stride())
+        return grad.as_strided(p.shape, p.stride()) if dense else grad
+
+
+class OneStepCounterForAll(PlainAdam):
+    """Bias corrections by the optimizer's count of steps, state by the parameter's own."""
+
+    def step(self):
+        self.calls = getattr(self, "calls", 0) + 1
+        super().step()
+
+    def correction_step(self, state):
+        return max(self.calls, state["step"].item())
+
+
+class StepCountsWithoutGradient(PlainAdam):
+    def step(self):
+        super().step()
+        for state in self.state.values():
+            state["step"].fill_(max(other["step"].item() for other in self.state.values()))
+
+
+class MaximumAfterCorrection(PlainAdam):
+    def normalizer(self, state, correction2, group):
+        if not group["amsgrad"]:
+            return state["exp_avg_sq"]
+        state["max_exp_avg_sq"].copy_(torch.maximum(state["max_exp_avg_sq"], state["exp_avg_sq"] / correction2))
+        return state["max_exp_avg_sq"] * correction2
+
+
+class AMSGradIgnored(PlainAdam):
+    def normalizer(self, state, correction2, group):
+        return state["exp_avg_sq"]
+
+
+class StaleGradient(PlainAdam):
+    def gradient(self, p, group):
+        self.first = getattr(self, "first", {})
+        return self.first.setdefault(p, super().gradient(p, group).clone())
+
+
+class GradientOverwritten(PlainAdam):
+    def gradient(self, p, group):
+        return p.grad.neg_() if group["maximize"] else p.grad
+
+
+class StateThroughBfloat16(PlainAdam):
+    def second_moment(self, old, grad, beta2):
+        return super().second_moment(old, grad, beta2).bfloat16().float()
+
+
+class StateInBfloat16(PlainAdam):
+    def ready_state(self, p, group):
+        state = super().ready_state(p, group)
+        state["exp_avg"] = state["exp_avg"].bfloat16()
+        return state
+
+
+class LearningRateOfTheFirstStep(PlainAdam):
+    def learning_rate(self, group):
+        return group.setdefault("baked_lr", group["lr"])
+
+
+class LoadForgetsTheStep(PlainAdam):
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["step"].zero_()
+
+
+class DecayWithoutGradient(PlainAdam):
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    p.mul_(0.5)
+
+
+def parity(make: Callable, *, max_examples: int, epsilon_hat: bool = False) -> None:
+    @settings(max_examples=max_examples, **SETTINGS)
+    @given(CASES)
+    def every_step_is_right(case):
+        check_adam(make, case, epsilon_hat=epsilon_hat)
+
+    every_step_is_right()
+
+
+def test_an_adam_without_defect_passes():
+    parity(PlainAdam, max_examples=100)
+
+
+def test_an_adam_with_epsilon_hat_passes_as_such():
+    parity(EpsilonBeforeCorrection, max_examples=50, epsilon_hat=True)
+
+
+def test_the_wrong_form_of_epsilon_is_caught_in_both_directions():
+    for make, epsilon_hat in ((PlainAdam, True), (EpsilonBeforeCorrection, False)):
+        with pytest.raises(ParityError, match="param.* eps of its largest addend"):
+            parity(make, max_examples=300, epsilon_hat=epsilon_hat)
+
+
+DEFECTS = {
+    OneMinusBetaInFloat32: "exp_avg_sq",
+    EpsilonInsideTheRoot: "param",
+    BiasCorrectionOffByOne: "param",
+    BiasCorrectionInFloat32: "param",
+    DecayDropped: "param|exp_avg",
+    DecayAlwaysL2: "param|exp_avg",
+    MaximizeIgnored: "param|exp_avg",
+    MaskOneShort: "param",
+    GradientStridesForgotten: "param|exp_avg",
+    OneStepCounterForAll: "param",
+    StepCountsWithoutGradient: "step",
+    MaximumAfterCorrection: "max_exp_avg_sq",
+    AMSGradIgnored: "max_exp_avg_sq",
+    StaleGradient: "param|exp_avg",
+    GradientOverwritten: "changed its gradient",
+    StateThroughBfloat16: "exp_avg_sq",
+    StateInBfloat16: "exp_avg is torch.bfloat16, expected torch.float32",
+    LearningRateOfTheFirstStep: "param",
+    LoadForgetsTheStep: "step changed by a save and load",
+    DecayWithoutGradient: "param changed without a gradient",
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
+def test_each_planted_defect_is_caught(defect):
+    with pytest.raises(ParityError, match=DEFECTS[defect]):
+        parity(defect, max_examples=300)
+
+
+@pytest.mark.parametrize(
+    ("defect", "place"),
+    [(MaskOneLong, "past its last"), (MaskOneEarly, "before its first"), (StridesForgotten, "")],
+    ids=["MaskOneLong", "MaskOneEarly", "StridesForgotten"],
+)
+def test_each_write_outside_of_a_parameter_is_caught(defect, place):
+    error = FenceError if place else (FenceError, ParityError)
+    with pytest.raises(error, match=place):
+        parity(defect, max_examples=300)
