@@ -33,13 +33,18 @@ class _Backward:
     as long as the run, also when that ends in an exception.
     """
 
-    __slots__ = ("__weakref__", "leaves")
+    __slots__ = ("__weakref__", "leaves", "task_ids")
 
     def __init__(self) -> None:
         self.leaves: set[int] = set()
+        self.task_ids: list[int] = []
 
     def __call__(self) -> None:
         """Do nothing at the end of the run: being held is all that is wanted."""
+
+    def __del__(self) -> None:
+        for task_id in self.task_ids:
+            _backwards.pop(task_id, None)
 
 
 class _Outermost(threading.local):
@@ -48,7 +53,8 @@ class _Outermost(threading.local):
     backward: weakref.ref[_Backward] | None = None
 
 
-_backwards: weakref.WeakValueDictionary[int, _Backward] = weakref.WeakValueDictionary()
+# By the engine's number of the run; a nested run has a number of its own and the record of the outermost.
+_backwards: dict[int, weakref.ref[_Backward]] = {}
 _outermost = _Outermost()
 
 
@@ -106,11 +112,16 @@ def _accumulates(node: Any) -> bool:
 
 def _current_backward() -> _Backward:
     task_id = _current_task_id()
-    backward = _backwards.get(task_id)
-    if backward is None:
-        around = _outermost.backward() if _outermost.backward is not None else None
-        backward = around if around is not None else _Backward()
-        # The run itself holds it. A nested run holds that of the outer one, which outlives it anyway.
-        torch.autograd.Variable._execution_engine.queue_callback(backward)
-        _backwards[task_id] = backward
+    known = _backwards.get(task_id)
+    backward = known() if known is not None else None
+    return _start_backward(task_id) if backward is None else backward
+
+
+def _start_backward(task_id: int) -> _Backward:
+    around = _outermost.backward() if _outermost.backward is not None else None
+    backward = _Backward() if around is None else around
+    # The run itself holds it. A nested run holds that of the outer one, which outlives it anyway.
+    torch.autograd.Variable._execution_engine.queue_callback(backward)
+    backward.task_ids.append(task_id)
+    _backwards[task_id] = weakref.ref(backward)
     return backward

@@ -11,11 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from dragon.vm.torch import _engine
 from dragon.vm.torch._mirror import Mirrored
 from dragon.vm.torch._overwrite import note_recomputation, overwrite_gradients
-
-_RETURNS_PLAIN = torch.overrides.get_default_nowrap_functions()
-_SET_REQUIRES_GRAD = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]  # a descriptor at run time
 
 
 class MirroredTensorType(Mirrored, torch._C._TensorMeta):
@@ -52,22 +50,13 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
     ) -> Any:
         """Run `func` on the tensors as PyTorch would; the new tensors that it returns are Dragon's."""
         for kind in types:
-            if Tensor not in kind.__mro__:
+            if kind is not torch.Tensor and Tensor not in kind.__mro__:
                 return NotImplemented
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
-            given: set[int] = set()
-        else:
-            note_recomputation()
-            given = _collect_ids(kwargs.values(), _collect_ids(args, set()))
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if func in _RETURNS_PLAIN:
-            return result
-        if func == _SET_REQUIRES_GRAD:
-            overwrite_gradients(args[0])
-            return result
-        return _convert(result, cls._result_type, given)
+            return _trace(func, args, kwargs, cls._result_type)
+        handle = _HANDLERS.get(func, _run)
+        return handle(func, args, kwargs, cls._result_type)
 
     def backward(
         self,
@@ -77,11 +66,10 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
         inputs: Any = None,
     ) -> None:
         """Compute the gradients of the graph's leaves, from `gradient` or from ones of this shape."""
-        with torch._C.DisableTorchFunctionSubclass():
-            if gradient is None and self.numel() != 1:
-                gradient = torch.ones_like(self)
-        # Outside of the guard: hooks and recomputed segments run in there, and see Dragon tensors.
-        torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
+        if gradient is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                gradient = torch.ones_like(self) if self.numel() != 1 else None
+        _engine.backward([self], gradient, retain_graph, create_graph, inputs)
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         """Change whether autograd follows this tensor, in place."""
@@ -178,26 +166,68 @@ def rebuild(kind: type[Tensor], plain: torch.Tensor, requires_grad: bool, state:
 
 def _rebinds(tensor: torch.Tensor) -> bool:
     with torch._C.DisableTorchFunctionSubclass():
-        return torch.is_grad_enabled() and tensor.requires_grad and not tensor.is_leaf and not tensor._is_view()
+        if not torch.is_grad_enabled() or not tensor.requires_grad or tensor.is_leaf:
+            return False
+        # The compiler does not say what is a view.
+        return torch.compiler.is_compiling() or not tensor._is_view()
 
 
-def _convert(result: Any, kind: type, given: set[int]) -> Any:
+def _run(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type) -> Any:
+    """Run an operation; its new tensors are of type `kind`."""
+    note_recomputation()
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*args, **kwargs)
+    if type(result) is torch.Tensor or isinstance(result, (tuple, list)):
+        _convert(result, kind, _collect_ids(args, _collect_ids(kwargs.values(), set())))
+    return result
+
+
+def _run_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type) -> Any:
+    """Run what returns a tensor that is there already, such as `.grad`, and leave its type alone."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _set_requires_grad(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        func(*args, **kwargs)
+    overwrite_gradients(args[0])
+
+
+def _backward(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type) -> None:
+    _engine.backward(*args, **kwargs)
+
+
+def _grad(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type) -> Any:
+    kwargs.pop("only_inputs", None)  # deprecated and without effect
+    grads = _engine.grad(*args, **kwargs)
+    _convert(grads, kind, set())
+    return grads
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(torch.overrides.get_default_nowrap_functions(), _run_plain),
+    torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]  # a descriptor at run time
+    torch.autograd.backward: _backward,
+    torch.autograd.grad: _grad,
+}
+
+
+_IN_PLACE = frozenset([torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.mul_, torch.Tensor.div_])
+
+
+def _convert(result: Any, kind: type, given: set[int]) -> None:
     """Give the new plain tensors in `result` the type `kind`; those with an `id` in `given` stay as they are.
 
     In place, because `as_subclass` would hang one more node into the graph for each operation, and would make
-    a view of each result. The compiler cannot follow the assignment, and drops that node anyway.
+    a view of each result.
     """
-    compiling = torch.compiler.is_compiling()
     if type(result) is torch.Tensor:
-        if compiling:
-            return result.as_subclass(kind)
         if id(result) not in given:
             result.__class__ = kind
-        return result
-    if isinstance(result, (tuple, list)):
-        converted = [_convert(item, kind, given) for item in result]
-        return type(result)(converted) if compiling else result
-    return result
+    elif isinstance(result, (tuple, list)):
+        for item in result:
+            _convert(item, kind, given)
 
 
 def _collect_ids(arguments: Iterable[Any], ids: set[int]) -> set[int]:
@@ -207,3 +237,23 @@ def _collect_ids(arguments: Iterable[Any], ids: set[int]) -> set[int]:
         elif isinstance(argument, (tuple, list)):
             _collect_ids(argument, ids)
     return ids
+
+
+def _trace(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type) -> Any:
+    """Run an operation for `torch.compile`, which cannot follow an assigned type and drops an alias for nothing."""
+    if func in _IN_PLACE and _rebinds(args[0]):
+        # The compiler hands over `x += y` as `x.add_(y)`, which is not the same. Python can tell them apart.
+        torch._dynamo.graph_break()
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*args, **kwargs)
+    if func in _HANDLERS:
+        return result
+    return _traced(result, kind)
+
+
+def _traced(result: Any, kind: type) -> Any:
+    if type(result) is torch.Tensor:
+        return result.as_subclass(kind)
+    if isinstance(result, (tuple, list)):
+        return type(result)(_traced(item, kind) for item in result)
+    return result

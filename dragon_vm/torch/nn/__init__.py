@@ -25,7 +25,7 @@ _get_torch_attribute, __dir__ = mirror("torch.nn", globals())
 def __getattr__(name: str) -> Any:
     """Return the twin of a module class of `torch.nn`, or what PyTorch has under that name."""
     value = _get_torch_attribute(name)
-    if isinstance(value, type) and issubclass(value, _torch.nn.Module):
+    if isinstance(value, type) and issubclass(value, _torch.nn.Module) and "__deprecated__" not in vars(value):
         value = twin_of(value)
         globals()[name] = value
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,16 @@ class Parameter(Tensor, torch.nn.Parameter, metaclass=MirroredParameterType):
         if type(data) not in (torch.Tensor, torch.nn.Parameter) and Tensor not in type(data).__mro__:
             return torch.nn.Parameter(data, requires_grad)  # type: ignore[return-value]  # the foreign type's own
         return rebuild(cls, data, requires_grad, {})  # type: ignore[return-value]  # it is of type cls
+
+    def detach(self) -> Tensor:
+        """Return a tensor that shares this memory and that autograd does not follow.
+
+        To PyTorch's own `torch.nn.Parameter(parameter)`, which wants its argument's type back, it is a parameter.
+        """
+        detached: Tensor = super().detach()
+        if sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__:
+            detached.__class__ = type(self)
+        return detached
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
         """Copy the values, not the gradient, as PyTorch does for its parameters."""
