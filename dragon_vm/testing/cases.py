@@ -90,8 +90,8 @@ class TensorCase:
 class GradientCase:
     """A gradient to build for a parameter: about 2**binade, or zeros, in one of `GRADIENT_LAYOUTS`.
 
-    "same" has the parameter's strides, "reversed" the opposite order in memory; "expanded" is one number
-    with zero strides, as a sum's backward makes it.
+    "same" has the parameter's strides, "reversed" the opposite order of dimensions in memory; "expanded" is one
+    number with zero strides, as a sum's backward makes it.
     """
 
     seed: int
@@ -114,7 +114,8 @@ class GradientCase:
         strides = param.stride()
         if self.layout != "same":
             dims = tuple(range(len(shape)))
-            strides = _strides(shape, dims[::-1] if self.layout == "reversed" else dims)
+            fastest_first = tuple(sorted(dims, key=param.stride().__getitem__))
+            strides = _strides(shape, fastest_first if self.layout == "reversed" else dims)
         if self.layout == "non_dense":
             strides = tuple(2 * stride for stride in strides)
         return _fenced(values, strides, dtype, device, int(self.layout == "misaligned"))

@@ -130,7 +130,7 @@ class _Run(Generic[StateT, OptionsT]):
             self.fences[i].check(f"parameter {i}")
             if fence is not None and given[i] is not None:
                 fence.check(f"gradient of parameter {i}")
-                if not _same_bits(given[i], fence.tensor):
+                if not _same_bits(given[i], self.params[i].grad):
                     raise ParityError(f"parameter {i}: step() changed its gradient")
 
     def judge(self, i: int, before: StateT, grad: Tensor | None, after: StateT) -> None:

@@ -53,7 +53,8 @@ def errors_in_units(got: Tensor, expected: WideArray, unit: WideArray) -> WideAr
     where an infinite one is expected is infinitely wrong.
     """
     info = torch.finfo(got.dtype)
-    border = np.longdouble(info.max) * (1 + np.longdouble(info.eps) / 4)
+    # Half a step of the last binade past the largest number: max / (2 - eps) is that binade.
+    border = info.max + np.longdouble(info.max) / (2 - info.eps) * info.eps / 2
     value = wide(got)
     short_of_border = np.sign(value) * expected < border
     seen = np.where(np.isinf(value), np.where(short_of_border, np.sign(value) * border, expected), value)

@@ -1,0 +1,164 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dragon.vm.testing import (
+    AdamOptions,
+    AdamState,
+    Budget,
+    ParityError,
+    adam_errors,
+    adam_reference,
+    adam_units,
+    assert_adam_step,
+    default_compute_dtype,
+    errors_in_units,
+    fused_adam_step,
+)
+from dragon.vm.testing.measure import measure
+
+EPS = 2.0**-23
+inf, nan = math.inf, math.nan
+
+
+def one_error(got, expected, unit=1.0, dtype=torch.float32):
+    wide = np.asarray([expected], np.longdouble)
+    return float(errors_in_units(torch.tensor([got], dtype=dtype), wide, np.asarray([unit], np.longdouble))[0])
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "error"),
+    [
+        (5.0, 3.0, 2.0),
+        (inf, inf, 0.0),
+        (nan, nan, 0.0),
+        (nan, 1.0, inf),
+        (1.0, nan, inf),
+        (1.0, inf, inf),
+        (-inf, inf, inf),
+        (inf, -inf, inf),
+        (nan, inf, inf),
+        (inf, nan, inf),
+        (inf, 1e300, 0.0),  # rounds to infinity
+        (-inf, -1e300, 0.0),
+    ],
+)
+def test_errors_count_units_and_classes_must_match(got, expected, error):
+    assert one_error(got, expected) == error
+
+
+def test_an_overflow_is_as_wrong_as_its_distance_from_the_border():
+    border = 65504 + 16  # where float16 begins to round to infinity
+    assert one_error(inf, border - 40, unit=20.0, dtype=torch.float16) == 2
+    assert one_error(inf, -border, unit=20.0, dtype=torch.float16) > 1000
+
+
+def test_an_infinite_unit_allows_everything_finite_or_not_but_only_there():
+    assert [one_error(got, 1.0, unit=inf) for got in (7.0, inf, nan)] == [0, 0, 0]
+    assert one_error(7.0, nan, unit=inf) == inf
+
+
+def start_of(param, exp_avg, exp_avg_sq, step=9.0, dtype=torch.float32):
+    tensors = [torch.tensor([value], dtype=dtype) for value in (param, exp_avg, exp_avg_sq)]
+    return AdamState(tensors[0], step, tensors[1], tensors[2], None)
+
+
+def units(start, grad, **options):
+    given_options = AdamOptions(**options)
+    grad = torch.tensor([grad], dtype=start.param.dtype)
+    expected = adam_reference(start, grad, given_options)
+    compute_dtype = default_compute_dtype(start.param.dtype)
+    return adam_units(start, grad, expected, given_options, compute_dtype)
+
+
+def test_the_unit_is_eps_of_the_largest_addend_however_much_cancels():
+    found = units(start_of(0.0, 1.0, 1.0), grad=-1.0, betas=(0.5, 0.75))
+    assert float(found.exp_avg[0]) == pytest.approx(EPS * 0.5)
+    assert float(found.exp_avg_sq[0]) == pytest.approx(EPS * 0.75)
+
+
+def test_decay_that_cancels_the_gradient_counts_with_its_operands():
+    found = units(start_of(1.0, 0.0, 0.0), grad=-1.0, betas=(0.5, 0.5), weight_decay=1.0)
+    assert float(found.exp_avg[0]) == pytest.approx(EPS * 0.5)
+    assert float(found.exp_avg_sq[0]) == pytest.approx(EPS * 0.5)
+
+
+def test_the_unit_of_a_parameter_of_large_size_is_its_own_eps():
+    found = units(start_of(1000.0, 1.0, 1.0), grad=1.0)
+    assert float(found.param[0]) == pytest.approx(EPS * 1000, rel=1e-3)
+
+
+def test_zeros_are_judged_by_the_smallest_subnormal():
+    found = units(start_of(0.0, 0.0, 0.0), grad=0.0)
+    assert float(found.exp_avg[0]) == pytest.approx(2.0**-149)
+    assert float(found.exp_avg_sq[0]) == pytest.approx(2.0**-149)
+
+
+def test_an_underflowed_second_moment_without_eps_allows_any_parameter():
+    assert float(units(start_of(1.0, 0.0, 0.0), grad=1e-30, eps=0.0).param[0]) == inf
+
+
+def test_sixteen_bit_parameters_have_units_of_their_storage():
+    found = units(start_of(1.0, 0.0, 0.0, dtype=torch.bfloat16), grad=1.0)
+    assert float(found.param[0]) == pytest.approx(2.0**-7, rel=0.01)
+    assert float(found.exp_avg[0]) == pytest.approx(2.0**-7 * 0.1, rel=0.01)
+
+
+def test_the_message_names_tensor_field_index_values_error_and_budget():
+    start = AdamState(torch.ones(2, 3), 4.0, torch.zeros(2, 3), torch.zeros(2, 3), None)
+    grad, options = torch.ones(2, 3), AdamOptions()
+    after = fused_adam_step(start, grad, options, torch.float32)
+    after.exp_avg[1, 2] += 1e-4
+    with pytest.raises(ParityError) as caught:
+        assert_adam_step(start, grad, after, options, where="layer.weight")
+    message = str(caught.value)
+    assert message.startswith("layer.weight: exp_avg[1, 2] of shape [2, 3] is 0.1001")
+    for part in ("expected 0.0999999", "eps of its largest addend", "torch fused", "slack 3", "1 of 6 elements"):
+        assert part in message
+
+
+def test_a_wider_budget_lets_a_wider_error_pass():
+    start, grad = start_of(1.0, 0.0, 0.0), torch.ones(1)
+    after = fused_adam_step(start, grad, AdamOptions(), torch.float32)
+    after.exp_avg.add_(0.1 * 50 * EPS)
+    with pytest.raises(ParityError):
+        assert_adam_step(start, grad, after, AdamOptions())
+    assert_adam_step(start, grad, after, AdamOptions(), budget=Budget(exp_avg=60))
+
+
+def test_a_wrong_step_count_is_an_error_of_its_own():
+    start, grad = start_of(1.0, 0.0, 0.0), torch.ones(1)
+    after = fused_adam_step(start, grad, AdamOptions(), torch.float32)._replace(step=11.0)
+    with pytest.raises(ParityError, match="w: step went from 9 to 11, expected 10"):
+        assert_adam_step(start, grad, after, AdamOptions(), where="w")
+
+
+def test_a_state_of_another_shape_is_an_error_of_its_own():
+    start, grad = start_of(1.0, 0.0, 0.0), torch.ones(1)
+    after = fused_adam_step(start, grad, AdamOptions(), torch.float32)
+    with pytest.raises(ParityError, match=r"exp_avg has shape \(1, 1\), its parameter has \(1,\)"):
+        adam_errors(start, grad, after._replace(exp_avg=after.exp_avg[None]), AdamOptions())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**16), st.floats(0.25, 4), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_torchs_own_step_is_within_two_units(seed, scale, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    param, grad, m, v = (torch.randn(17, generator=generator).mul_(scale).to(dtype) for _ in range(4))
+    start, options = AdamState(param, 3.0, m, v.square(), None), AdamOptions()
+    after = fused_adam_step(start, grad, options, torch.float32)
+    for errors in adam_errors(start, grad, after, options):
+        assert errors.worst() <= 2, errors.field
+
+
+def test_the_measurement_stays_within_the_default_budget():
+    table = measure(steps=8)
+    assert {(dtype, name) for dtype, name, _ in table} >= {("float32", "fused"), ("bfloat16", "for-loop")}
+    for (dtype, _, field), (_, excess) in table.items():
+        # float16 arithmetic has no 1e-8: that torch's for-loop divides by zero there is its own defect.
+        if dtype != "float16":
+            assert excess <= getattr(Budget(), field)

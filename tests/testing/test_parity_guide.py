@@ -1,0 +1,29 @@
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+GUIDE = Path(__file__).parents[2] / "docs" / "parity.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+
+
+def test_the_suite_of_the_guide_is_ten_lines_long():
+    assert len([line for line in BLOCKS[0].splitlines() if line]) <= 10
+
+
+def test_every_block_of_the_guide_runs_and_its_tests_pass():
+    namespace = {}
+    for block in BLOCKS:
+        exec(compile(block, str(GUIDE), "exec"), namespace)
+    tests = [value for name, value in namespace.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        settings(max_examples=20, deadline=None)(test)()
+
+
+@pytest.mark.parametrize("name", re.findall(r"`(\w+)\(", GUIDE.read_text()))
+def test_every_function_that_the_guide_calls_exists(name):
+    import dragon.vm.testing as kit
+
+    assert name in {*kit.__all__, "MyAdam", "state_dict", "settings"}
