@@ -41,8 +41,8 @@ def adam_update(
     if N_STATES > 2:
         max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, tl.PropagateNan.ALL)
         largest = max_exp_avg_sq
-    denom = square_root(largest, COMPUTE_DTYPE) + eps
-    param = param - step_size * divide(exp_avg, denom, COMPUTE_DTYPE)
+    denom = square_root(largest) + eps
+    param = param - step_size * divide(exp_avg, denom)
     return param, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 

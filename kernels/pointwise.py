@@ -195,16 +195,13 @@ def update_chunks(
 
 
 @triton.jit
-def divide(numerator, denominator, COMPUTE_DTYPE: tl.constexpr):
-    """Correctly rounded quotient."""
-    if tl.float64 == COMPUTE_DTYPE:
-        return numerator / denominator
-    return tl.div_rn(numerator, denominator)
+def divide(numerator, denominator):
+    """Correctly rounded quotient, in fp32 or fp64."""
+    # One expression: what follows an early `return` is compiled too, and div_rn takes no fp64.
+    return numerator / denominator if denominator.dtype == tl.float64 else tl.div_rn(numerator, denominator)
 
 
 @triton.jit
-def square_root(tile, COMPUTE_DTYPE: tl.constexpr):
-    """Correctly rounded square root."""
-    if tl.float64 == COMPUTE_DTYPE:
-        return tl.sqrt(tile)
-    return tl.sqrt_rn(tile)
+def square_root(tile):
+    """Correctly rounded square root, in fp32 or fp64."""
+    return tl.sqrt(tile) if tile.dtype == tl.float64 else tl.sqrt_rn(tile)
