@@ -28,8 +28,9 @@ class LaunchConfig:
 # where 2048 take 128 (triton 3.7.1).
 DEFAULT_CONFIG = LaunchConfig()
 
-# By architecture, as `triton` names it: the number for CUDA, the name for ROCm.
-DEFAULT_CONFIGS: dict[str, LaunchConfig] = {}
+# By architecture, as `triton` names it: the number for CUDA, the name for ROCm. A warp of CDNA has 64 threads:
+# 1024 elements would leave 4 of them a thread, an access of 8 bytes for bf16.
+DEFAULT_CONFIGS: dict[str, LaunchConfig] = {"gfx942": LaunchConfig(chunk=2048)}
 
 
 def default_config(arch: str) -> LaunchConfig:

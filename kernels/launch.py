@@ -27,6 +27,10 @@ DTYPES: dict[str, tl.dtype] = {
 # the result must not depend on the path. The kernels are bound by memory, so it costs nothing.
 COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
+# Threads of a program of `norm_kernel` and of `advance_kernel`, which are not tuned. More of them would read less
+# than 16 bytes each of a tile of bf16.
+REDUCTION_THREADS = 128
+
 
 class Variant(NamedTuple):
     """What is compiled into an update kernel. Dtypes are names, as in "float32".
@@ -76,6 +80,21 @@ def advance_constants(algorithm: str, norm: int, clip_each: bool) -> dict[str, A
     }
 
 
+def norm_constants(grad_dtype: str, norm: int) -> dict[str, Any]:
+    """Compile-time constants of `norm_kernel`."""
+    return {"GRAD_DTYPE": DTYPES[grad_dtype], "NORM": norm}
+
+
+def update_options(config: LaunchConfig) -> dict[str, Any]:
+    """Compiler options of an update kernel."""
+    return {"num_warps": config.n_warps, "num_stages": config.n_stages, **COMPILE_OPTIONS}
+
+
+def reduction_options(warp_size: int = 32) -> dict[str, Any]:
+    """Compiler options of `norm_kernel` and `advance_kernel`."""
+    return {"num_warps": REDUCTION_THREADS // warp_size, **COMPILE_OPTIONS}
+
+
 def launch_update(
     variant: Variant,
     config: LaunchConfig,
@@ -89,19 +108,19 @@ def launch_update(
     UPDATE_KERNELS[variant.algorithm][(n_programs,)](
         *pointers,
         **update_constants(variant, config, warp_size),
-        num_warps=config.n_warps,
-        num_stages=config.n_stages,
-        **COMPILE_OPTIONS,
+        **update_options(config),
     )
 
 
-def launch_advance(algorithm: str, norm: int, clip_each: bool, n_tensors: int, *pointers: Any) -> None:
+def launch_advance(
+    algorithm: str, norm: int, clip_each: bool, n_tensors: int, *pointers: Any, warp_size: int = 32
+) -> None:
     """Launch `advance_kernel` on its pointers."""
     constants = advance_constants(algorithm, norm, clip_each)
     grid = (triton.cdiv(n_tensors, constants["ROWS"]),)
-    advance_kernel[grid](*pointers, **constants, num_warps=4, **COMPILE_OPTIONS)
+    advance_kernel[grid](*pointers, **constants, **reduction_options(warp_size))
 
 
-def launch_norm(grad_dtype: str, norm: int, n_partials: int, *pointers: Any) -> None:
+def launch_norm(grad_dtype: str, norm: int, n_partials: int, *pointers: Any, warp_size: int = 32) -> None:
     """Launch `norm_kernel` on its pointers: spans, tensors, groups, partials."""
-    norm_kernel[(n_partials,)](*pointers, GRAD_DTYPE=DTYPES[grad_dtype], NORM=norm, num_warps=4, **COMPILE_OPTIONS)
+    norm_kernel[(n_partials,)](*pointers, **norm_constants(grad_dtype, norm), **reduction_options(warp_size))
