@@ -16,6 +16,9 @@ from dragon.kernels.sgd import sgd_kernel
 
 UPDATE_KERNELS: dict[str, Any] = {"adam": adam_kernel, "sgd": sgd_kernel, "accumulate": accumulate_kernel}
 
+# Whether kernels run in triton's interpreter, which takes tensors of any device.
+INTERPRETED = not isinstance(adam_kernel, triton.runtime.JITFunction)
+
 DTYPES: dict[str, tl.dtype] = {
     "float64": tl.float64,
     "float32": tl.float32,

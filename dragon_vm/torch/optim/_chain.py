@@ -37,11 +37,13 @@ class Factors(NamedTuple):
     Attributes:
         skip: leave parameters, states and counters alone.
         factors: what to multiply each gradient by; negative to maximise.
+        common: the part of them that is the same for all gradients.
         norm: the norm of all gradients together, float64 0-dim; None if nothing asked for it.
     """
 
     skip: bool
     factors: list[float]
+    common: float
     norm: Tensor | None
 
 
@@ -80,28 +82,30 @@ def gradient_factors(
         scaling: a `GradScaler`'s; read here, which synchronises on an accelerator.
     """
     skip = scaling.found_inf is not None and float(scaling.found_inf) > 0
-    inverse_scale = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale)
-    by_group = [group_factor(group) * inverse_scale for group in groups]
-    factors = [by_group[row] for row in rows]
-    limits = [groups[row]["clip_norm"] for row in rows]
+    common = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale)
+    own = [group_factor(groups[row]) for row in rows]
+    limits = [float(groups[row]["clip_norm"]) for row in rows]
     total = None
-    if grads and (needs_norm(settings) or any(limits)):
-        kind = settings.norm_type if needs_norm(settings) else 2.0
-        norms = _norms(grads, kind) * torch.tensor(factors, dtype=torch.float64).abs()
-        if needs_norm(settings):
-            total = norms.max() if kind == math.inf else norms.square().sum().sqrt()
-            skip = skip or (settings.skip_nonfinite and not math.isfinite(total))
-            if settings.max_grad_norm:
-                factor = float((settings.max_grad_norm / (total + CLIP_EPS)).clamp(max=1.0))
-                factors = [each * factor for each in factors]
-        if any(limits):
-            each_norm = norms.tolist() if kind == 2.0 else (_norms(grads, 2.0)).tolist()
-            factors = [
-                factor
-                * (limit / max(norm, limit) if limit and not math.isnan(norm) else 1.0 if not limit else norm)
-                for factor, limit, norm in zip(factors, limits, each_norm, strict=True)
-            ]
-    return Factors(skip, factors, total)
+    if needs_norm(settings):
+        norms = _norms(grads, settings.norm_type) * torch.tensor(own, dtype=torch.float64).abs() * common
+        total = norms.max() if settings.norm_type == math.inf else norms.square().sum().sqrt()
+        skip = skip or (settings.skip_nonfinite and not math.isfinite(total))
+        common *= _clip_factor(float(total), settings.max_grad_norm, CLIP_EPS)
+    factors = [factor * common for factor in own]
+    if any(limits):
+        norms = _norms(grads, 2.0) * torch.tensor(factors, dtype=torch.float64).abs()
+        factors = [
+            factor * _clip_factor(norm, limit, 0.0)
+            for factor, norm, limit in zip(factors, norms.tolist(), limits, strict=True)
+        ]
+    return Factors(skip, factors, common, total)
+
+
+def _clip_factor(norm: float, limit: float, eps: float) -> float:
+    """Limit / (norm + eps), at most 1; 1 without a limit, NaN for a NaN norm."""
+    if not limit or norm + eps <= limit:
+        return 1.0
+    return limit / (norm + eps)
 
 
 def clip_value(group: dict[str, Any]) -> float:

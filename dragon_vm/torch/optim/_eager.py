@@ -7,12 +7,14 @@ synchronises.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._flatten import State
+from dragon.vm.torch.optim._chain import clip_value, group_factor
+from dragon.vm.torch.optim._flatten import FlattenedGroup, State
 from dragon.vm.torch.optim._layout import as_real
 from dragon.vm.torch.optim._scalars import one_minus_power
 
@@ -112,8 +114,48 @@ def sgd_step(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
     _write(target, value - lr * grad)
 
 
-def average(param: Tensor, state: State, decay: float) -> None:
+def move_average(param: Tensor, state: State, decay: float) -> None:
     """Move the average of the parameter, `state["ema"]`, towards it by ``1 - decay``."""
     ema = as_real(state["ema"])
     wide = _wide(ema)
     _write(ema, wide + (1 - decay) * (_wide(as_real(param)) - wide))
+
+
+_STEPS = {"adam": adam_step, "sgd": sgd_step}
+
+
+class EagerGroup:
+    """One flattened group, updated one tensor at a time.
+
+    Args:
+        group: the tensors.
+        algorithm: "adam" or "sgd".
+    """
+
+    def __init__(self, group: FlattenedGroup, algorithm: str) -> None:
+        self.group, self._step = group, _STEPS[algorithm]
+
+    def update(self, grads: Sequence[Tensor], groups: Sequence[Group], factors: Sequence[float]) -> None:
+        """Update the tensors.
+
+        Args:
+            grads: gradients.
+            groups: all parameter groups of the optimizer.
+            factors: of each gradient, negative to maximise; empty for the groups' own.
+        """
+        factors = factors or [group_factor(groups[row]) for row in self.group.rows]
+        members = zip(self.group.params, grads, self.group.states, self.group.rows, factors, strict=True)
+        for param, grad, state, row, factor in members:
+            group = groups[row]
+            bound = clip_value(group)
+            ready = grad if factor == 1 else _wide(grad) * factor
+            if bound:
+                ready = _clamp(ready, bound)
+            self._step(param, ready, state, group)
+            if group["ema_decay"]:
+                move_average(param, state, group["ema_decay"])
+
+
+def _clamp(grad: Tensor, bound: float) -> Tensor:
+    clamped = as_real(grad).clamp(-bound, bound)
+    return torch.view_as_complex(clamped) if grad.is_complex() else clamped

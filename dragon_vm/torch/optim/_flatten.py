@@ -117,9 +117,7 @@ def complete_states(
             states[i][key] = view
 
 
-def settle_state(
-    param: Tensor, state: State, keys: tuple[str, ...], step_device: torch.device | None
-) -> None:
+def settle_state(param: Tensor, state: State, keys: tuple[str, ...], step_device: torch.device | None) -> None:
     """Bring state tensors that somebody else put there to the parameter's device and layout, in place of them."""
     step = state.get("step")
     if step_device is not None and not (

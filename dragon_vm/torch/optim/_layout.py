@@ -38,7 +38,13 @@ def _layout(tensor: Tensor) -> tuple[object, ...]:
 
 def guard_layouts(tensors: Sequence[Tensor]) -> LayoutGuard:
     """Remember the layout of each tensor; all must be strided."""
-    guard: LayoutGuard = (TensorGuards or PlainGuard)(*tensors)
+    if TensorGuards is None:
+        return PlainGuard(*tensors)
+    guard: LayoutGuard = TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+    )
     return guard
 
 

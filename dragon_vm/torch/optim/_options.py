@@ -97,9 +97,7 @@ def split_options(
     """
     unknown = [name for name in options if name not in group_defaults and name not in Settings._fields]
     if unknown:
-        raise TypeError(
-            f"{owner}.__init__() got unexpected keyword arguments: {', '.join(map(repr, unknown))}"
-        )
+        raise TypeError(f"{owner}.__init__() got unexpected keyword arguments: {', '.join(map(repr, unknown))}")
     settings = Settings(**{name: value for name, value in options.items() if name in Settings._fields})
     _check_settings(settings)
     defaults = {name: options.get(name, default) for name, default in group_defaults.items()}
@@ -160,9 +158,9 @@ def check_lr(group: Mapping[str, Any]) -> None:
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-    if not 0.0 <= lr:
+    if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= weight_decay:
+    if not weight_decay >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
 
 
@@ -173,7 +171,7 @@ def check_betas(group: Mapping[str, Any]) -> None:
         ValueError: as PyTorch.
     """
     betas, eps = group["betas"], group["eps"]
-    if not 0.0 <= eps:
+    if not eps >= 0.0:
         raise ValueError(f"Invalid epsilon value: {eps}")
     for index in range(2):
         if not 0.0 <= betas[index] < 1.0:
@@ -188,3 +186,15 @@ def check_betas(group: Mapping[str, Any]) -> None:
                 )
             if betas[index].numel() != 1:
                 raise ValueError(f"Tensor betas[{index}] must be 1-element")
+
+
+def check_momentum(group: Mapping[str, Any]) -> None:
+    """Check SGD's momentum with PyTorch's errors.
+
+    Raises:
+        ValueError: as PyTorch.
+    """
+    if not group["momentum"] >= 0.0:
+        raise ValueError(f"Invalid momentum value: {group['momentum']}")
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")

@@ -1,0 +1,54 @@
+"""Errors for parameters and gradients that no backend may touch, raised before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._layout import overlapping_pair
+
+
+def check_param(param: Tensor) -> None:
+    """Check a parameter's dtype and layout.
+
+    Raises:
+        ValueError: for one that is neither real nor complex floating point, or not strided.
+    """
+    if not (param.is_floating_point() or param.is_complex()):
+        raise ValueError(f"params must be floating point or complex, but got one of {param.dtype}")
+    if param.layout != torch.strided:
+        raise ValueError(f"params must be strided, but got one of layout {param.layout}")
+
+
+def check_grads(params: Sequence[Tensor], grads: Sequence[Tensor], owner: str) -> None:
+    """Check that gradients can update parameters.
+
+    Raises:
+        RuntimeError: for a sparse gradient, as PyTorch.
+        ValueError: for a gradient of another device, shape or kind of number than its parameter.
+    """
+    for param, grad in zip(params, grads, strict=True):
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"{owner} does not support sparse gradients, please consider SparseAdam instead")
+        if grad.device != param.device:
+            raise ValueError(f"a parameter is on {param.device}, but its gradient is on {grad.device}")
+        if grad.shape != param.shape:
+            raise ValueError(f"a parameter has shape {tuple(param.shape)}, but its gradient {tuple(grad.shape)}")
+        if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
+            raise ValueError(f"a parameter is of {param.dtype}, but its gradient is of {grad.dtype}")
+
+
+def check_memory(params: Sequence[Tensor]) -> None:
+    """Check that no element of memory belongs to two parameters, or twice to one.
+
+    Raises:
+        ValueError: if one does.
+    """
+    pair = overlapping_pair(params)
+    if pair is not None:
+        found = " and ".join(
+            f"{tuple(params[i].shape)} with strides {params[i].stride()}" for i in sorted({*pair})
+        )
+        raise ValueError(f"params must not share memory, but elements stand twice in those of shape {found}")

@@ -1,0 +1,194 @@
+"""A step that is prepared once, and run as long as its premises hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._backend import choose_backend
+from dragon.vm.torch.optim._chain import Scaling, gradient_factors, needs_norm
+from dragon.vm.torch.optim._checks import check_grads, check_memory
+from dragon.vm.torch.optim._eager import EagerGroup
+from dragon.vm.torch.optim._flatten import FlattenedGroup, Signature, complete_states, flatten_groups, settle_state
+from dragon.vm.torch.optim._layout import in_layout_of, is_dense, same_walk
+from dragon.vm.torch.optim._native import NativeGroup
+from dragon.vm.torch.optim._options import Settings
+from dragon.vm.torch.optim._premises import Premises
+
+if TYPE_CHECKING:
+    from dragon.vm.torch.optim._triton import TritonDevice
+    from dragon.vm.torch.optim.optimizer import Optimizer
+
+
+class PreparedStep:
+    """A step of one set of parameters: who updates which, with states complete and tables laid out.
+
+    Args:
+        optimizer: whose step it is.
+        params: parameters with a gradient.
+        grads: their gradients.
+        zero_grad: set the gradients to zero as well.
+
+    Raises:
+        RuntimeError, ValueError: for gradients or parameters that cannot be updated. Nothing has changed then.
+    """
+
+    def __init__(self, optimizer: Optimizer, params: list[Tensor], grads: list[Tensor], zero_grad: bool) -> None:
+        check_grads(params, grads, type(optimizer).__name__)
+        check_memory(params)
+        self._params = params
+        row_of = {id(param): row for row, group in enumerate(optimizer.param_groups) for param in group["params"]}
+        self._rows = [row_of[id(param)] for param in params]
+        flattened = self._flatten(optimizer, grads)
+        self._premises = Premises(
+            optimizer, params, grads, [state for group in flattened for state in group.states]
+        )
+        self._strays = [i for i, grad in enumerate(grads) if is_dense(params[i]) and not _walks(params[i], grad)]
+        algorithm = optimizer._algorithm
+        self._hosted: list[NativeGroup | EagerGroup] = []
+        by_device: dict[torch.device, list[FlattenedGroup]] = {}
+        for group in flattened:
+            if group.signature.backend == "triton":
+                by_device.setdefault(group.signature.device, []).append(group)
+            elif group.signature.backend == "native":
+                self._hosted.append(NativeGroup(group, algorithm))
+            else:
+                self._hosted.append(EagerGroup(group, algorithm))
+        # The kernel zeroes the gradients it reads: not those that it reads copies of.
+        kernel_zeroes = zero_grad and not self._strays and not self._hosted
+        self._zero_grad = zero_grad and not kernel_zeroes
+        self._launched = _on_devices(optimizer, by_device, kernel_zeroes)
+
+    def _flatten(self, optimizer: Optimizer, grads: list[Tensor]) -> list[FlattenedGroup]:
+        """Choose backends and complete the states; raises before it changes any."""
+        settings, params = optimizer._settings, self._params
+        groups = [optimizer.param_groups[row] for row in self._rows]
+        states = [optimizer.state.get(param, {}) for param in params]
+        keys = [optimizer._state_keys(group) for group in groups]
+        backends = [
+            choose_backend(
+                settings.backend,
+                param,
+                grad.dtype,
+                _state_dtypes(param, state, names, settings.state_dtype),
+                group["differentiable"],
+            )
+            for param, grad, state, names, group in zip(params, grads, states, keys, groups, strict=True)
+        ]
+        for i, names in enumerate(keys):
+            if names:
+                states[i] = optimizer.state[params[i]]
+        devices = [
+            _step_device(param, backend, group) if optimizer._counts_steps(group) else None
+            for param, backend, group in zip(params, backends, groups, strict=True)
+        ]
+        complete_states(params, states, keys, devices, settings.state_dtype)
+        for param, state, names, device in zip(params, states, keys, devices, strict=True):
+            settle_state(param, state, names, device)
+        signatures = [
+            Signature(
+                backend,
+                param.device,
+                param.dtype,
+                grad.dtype,
+                state[names[0]].dtype if names else param.dtype,
+                tuple(name for name in names if name != "ema"),
+                "ema" in names,
+            )
+            for backend, param, grad, state, names in zip(backends, params, grads, states, keys, strict=True)
+        ]
+        return flatten_groups(params, states, self._rows, signatures)
+
+    def is_current(self, optimizer: Optimizer, params: list[Tensor], grads: list[Tensor]) -> bool:
+        """Whether everything is still as it was when this step was prepared."""
+        return self._premises.hold(optimizer, params, grads) and all(
+            device.is_current() for device in self._launched
+        )
+
+    def run(self, optimizer: Optimizer, grads: list[Tensor], scaling: Scaling) -> None:
+        """Update the parameters from their gradients."""
+        settings, groups = optimizer._settings, optimizer.param_groups
+        ready = grads
+        if self._strays:
+            ready = list(grads)
+            for index in self._strays:
+                ready[index] = in_layout_of(self._params[index], grads[index])
+        if self._hosted or (len(self._launched) > 1 and needs_norm(settings)):
+            self._run_hosted(optimizer, ready, scaling)
+        else:
+            for device in self._launched:
+                device.update(ready, groups, settings, scaling)
+        if self._zero_grad:
+            torch._foreach_zero_(grads)
+
+    def _run_hosted(self, optimizer: Optimizer, grads: list[Tensor], scaling: Scaling) -> None:
+        """Decide about scaling, clipping and skipping on the host, then update with every backend there is."""
+        settings, groups = optimizer._settings, optimizer.param_groups
+        if (
+            scaling == (None, None)
+            and not needs_norm(settings)
+            and not any(group["clip_norm"] for group in groups)
+        ):
+            return self._run_plain(grads, groups, settings)
+        decided = gradient_factors(grads, self._rows, groups, settings, scaling)
+        optimizer._grad_norm = decided.norm
+        if decided.skip:
+            optimizer._n_skipped += 1
+            return
+        everything: Any = list(range(len(grads)))
+        for member in self._hosted:
+            factors = [decided.factors[i] for i in member.group.select(everything)]
+            member.update(member.group.select(grads), groups, factors)
+        for device in self._launched:
+            scale = torch.tensor([1 / decided.common])
+            device.update(grads, groups, _without_norm(settings), Scaling(scale, None))
+
+    def _run_plain(self, grads: list[Tensor], groups: list[dict[str, Any]], settings: Settings) -> None:
+        """As `_run_hosted`, where each group's factor is all there is to decide."""
+        for member in self._hosted:
+            member.update(member.group.select(grads), groups, ())
+        for device in self._launched:
+            device.update(grads, groups, settings, Scaling())
+
+
+def _without_norm(settings: Settings) -> Settings:
+    return settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
+
+
+def _walks(param: Tensor, grad: Tensor) -> bool:
+    return is_dense(grad) and same_walk(grad, param)
+
+
+def _step_device(param: Tensor, backend: str, group: dict[str, Any]) -> torch.device:
+    """Where a step counter lives: with its parameter for kernels, and where PyTorch's options say so."""
+    on_device = backend == "triton" or group["capturable"] or group["fused"]
+    return param.device if on_device else torch.device("cpu")
+
+
+def _state_dtypes(
+    param: Tensor, state: dict[str, Any], names: Sequence[str], dtype: torch.dtype | None
+) -> set[torch.dtype]:
+    """Dtypes that a parameter's state tensors have, or will have."""
+    new = param.dtype if dtype is None or param.is_complex() else dtype
+    return {state[name].dtype if name in state else new for name in names}
+
+
+def _on_devices(
+    optimizer: Optimizer, by_device: dict[torch.device, list[FlattenedGroup]], zero_grad: bool
+) -> list[TritonDevice]:
+    if not by_device:
+        return []
+    from dragon.vm.torch.optim._triton import DeviceContext, TritonDevice
+
+    launched = []
+    for device, flattened in by_device.items():
+        if device not in optimizer._contexts:
+            optimizer._contexts[device] = DeviceContext(device)
+        context = optimizer._contexts[device]
+        launched.append(
+            TritonDevice(flattened, optimizer._algorithm, context, len(optimizer.param_groups), zero_grad)
+        )
+    return launched

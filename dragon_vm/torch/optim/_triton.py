@@ -1,0 +1,301 @@
+"""The triton backend: one launch advances all counters of a flattened group, one updates all its tensors."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from itertools import accumulate, chain
+from operator import itemgetter, or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dragon.kernels import launch, norm, table
+from dragon.kernels.config import default_config
+from dragon.vm.torch.optim._chain import Scaling, needs_norm
+from dragon.vm.torch.optim._flatten import FlattenedGroup
+from dragon.vm.torch.optim._options import Settings
+from dragon.vm.torch.optim._plan import plan_chunks
+from dragon.vm.torch.optim._rows import group_row, source_row
+from dragon.vm.torch.optim._state import ALIGNMENT
+from dragon.vm.torch.optim._table import DeviceTable, words_of
+
+_GROUPS, _SOURCES, _COUNTS, _TENSORS, _CHUNKS, _SPANS = range(6)
+_WIDTH = int(table.TENSOR_COLUMNS)
+_STATE_COLUMNS = (table.STATE_0, table.STATE_1, table.STATE_2)
+
+
+class DeviceContext:
+    """What all flattened groups of one optimizer on one device share.
+
+    Attributes:
+        status: float64 [STATUS_COLUMNS], written by the kernels and read only on request.
+        one, zero: fp32 [1], the grad_scale and found_inf of a step without a scaler.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.status = torch.zeros(int(table.STATUS_COLUMNS), dtype=torch.float64, device=device)
+        self.spare_status = torch.zeros_like(self.status)
+        self.one = torch.ones(1, dtype=torch.float32, device=device)
+        self.zero = torch.zeros(1, dtype=torch.float32, device=device)
+        self.arch, self.n_processors, self.warp_size = _describe(device)
+        self._partials = torch.zeros(1, dtype=torch.float64, device=device)
+
+    def partials(self, n_partials: int) -> Tensor:
+        """Scratch memory for at least `n_partials` partial norms, float64."""
+        if len(self._partials) < n_partials:
+            self._partials = torch.zeros(n_partials, dtype=torch.float64, device=self.device)
+        return self._partials
+
+
+def _describe(device: torch.device) -> tuple[str, int, int]:
+    """Architecture as triton names it, multiprocessors, and threads of a warp."""
+    if device.type != "cuda":
+        return device.type, 1, 32
+    properties = torch.cuda.get_device_properties(device)
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"{properties.major}{properties.minor}"
+    return arch, properties.multi_processor_count, properties.warp_size
+
+
+def _real_numel(tensor: Tensor) -> int:
+    """Elements of the tensor's real view."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def _n_spans(numel: int) -> int:
+    """Partial norms of a tensor of `numel` elements."""
+    return -(-numel // int(norm.SPAN))
+
+
+def _name(dtype: torch.dtype) -> str:
+    """A dtype's name, of its real view if it is complex."""
+    return str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
+
+
+class TritonGroup:
+    """The device's view of one flattened group: its table and its launches.
+
+    Args:
+        group: the tensors.
+        algorithm: "adam" or "sgd".
+        context: of the group's device.
+        n_groups: parameter groups of the optimizer.
+        partials: where this group's partial norms start among those of its device, and how many those are.
+        zero_grad: set the gradients to zero on the way.
+    """
+
+    def __init__(
+        self,
+        group: FlattenedGroup,
+        algorithm: str,
+        context: DeviceContext,
+        n_groups: int,
+        partials: tuple[int, int],
+        zero_grad: bool,
+    ) -> None:
+        signature = group.signature
+        self.group, self._algorithm, self._context = group, algorithm, context
+        self._first_partial = partials[0]
+        self._variant = launch.Variant(
+            algorithm,
+            len(signature.state_keys),
+            _name(signature.param_dtype),
+            _name(signature.grad_dtype),
+            _name(signature.state_dtype),
+            signature.average,
+            zero_grad,
+        )
+        self._config = default_config(context.arch)
+        self._columns = dict(zip(signature.state_keys, _STATE_COLUMNS, strict=False))
+        if signature.average:
+            self._columns["ema"] = table.EMA
+        if "step" in group.states[0]:
+            self._columns["step"] = table.STEP
+        self._rows: list[list[float]] = []
+        self._sources: list[list[int]] = []
+        self._grads: list[int] = []
+        self._table = self._build_table(n_groups, partials)
+        self._fixed = self._read_fixed()
+        self._write_fixed()
+
+    def _build_table(self, n_groups: int, partials: tuple[int, int]) -> DeviceTable:
+        numels = [_real_numel(param) for param in self.group.params]
+        chunks = plan_chunks(numels, self._config.chunk)
+        spans = plan_chunks(numels, int(norm.SPAN))
+        self._n_chunks, self._n_partials = len(chunks) // 2, len(spans) // 2
+        ends = list(accumulate(map(_n_spans, numels), initial=partials[0]))
+        tensors = array("q", bytes(8 * len(numels) * _WIDTH))
+        for column, values in (
+            (table.NUMEL, numels),
+            (table.GROUP, self.group.rows),
+            (table.FIRST_PARTIAL, ends[:-1]),
+            (table.END_PARTIAL, ends[1:]),
+        ):
+            tensors[int(column) :: _WIDTH] = array("q", values)
+        device = self._context.device
+        device_table = DeviceTable(
+            [
+                array("q", bytes(8 * n_groups * int(table.GROUP_COLUMNS))),
+                array("q", bytes(8 * n_groups * int(table.SOURCE_COLUMNS))),
+                array("q", [len(numels), self._n_chunks, partials[1]]),
+                tensors,
+                array("q", chunks.tobytes()),
+                array("q", spans.tobytes()),
+            ],
+            device,
+        )
+        self._scalars = torch.empty(len(numels) * int(table.SCALAR_COLUMNS), dtype=torch.float64, device=device)
+        self._groups = device_table.section(_GROUPS, torch.float64)
+        self._source_table = device_table.section(_SOURCES, torch.int64)
+        self._counts = device_table.section(_COUNTS, torch.int64)
+        self._tensors = device_table.section(_TENSORS, torch.int64)
+        self._chunks = device_table.section(_CHUNKS, torch.int32)
+        self._spans = device_table.section(_SPANS, torch.int32)
+        return device_table
+
+    def _read_fixed(self) -> tuple[list[int], list[int]]:
+        """Addresses of the parameters, and of all their states, one parameter after another."""
+        states: Iterable[Tensor] = ()
+        if self._columns:
+            entries = map(itemgetter(*self._columns), self.group.states)
+            states = entries if len(self._columns) == 1 else chain.from_iterable(entries)
+        return list(map(Tensor.data_ptr, self.group.params)), list(map(Tensor.data_ptr, states))
+
+    def _write_fixed(self) -> None:
+        params, states = self._fixed
+        columns = {table.PARAM: params}
+        for index, column in enumerate(self._columns.values()):
+            columns[column] = states[index :: len(self._columns)]
+        for column, values in columns.items():
+            self._write_column(column, values)
+        walked = [values for column, values in columns.items() if column is not table.STEP]
+        self._combined = reduce(_or_all, walked)
+
+    def _write_column(self, column: Any, values: list[int]) -> None:
+        self._table.write(_TENSORS, array("q", values), int(column), _WIDTH)
+
+    def is_current(self) -> bool:
+        """Whether parameters and states are still where they were."""
+        return self._read_fixed() == self._fixed
+
+    def refresh(self, grads: Sequence[Tensor], rows: list[list[float]], sources: list[list[int]]) -> None:
+        """Bring the table up to date with this step's gradients and hyperparameters; at most one copy."""
+        if rows != self._rows:
+            self._table.write(_GROUPS, words_of(list(chain.from_iterable(rows))))
+            self._rows = rows
+        if sources != self._sources:
+            self._table.write(_SOURCES, array("q", chain.from_iterable(sources)))
+            self._sources = sources
+        addresses = list(map(Tensor.data_ptr, grads))
+        if addresses != self._grads:
+            self._write_column(table.GRAD, addresses)
+            combined = _or_all(self._combined, addresses)
+            self._write_column(table.VECTOR, [not address & (ALIGNMENT - 1) for address in combined])
+            self._grads = addresses
+        self._table.upload()
+
+    @property
+    def n_uploads(self) -> int:
+        """Host-to-device copies so far."""
+        return self._table.n_uploads
+
+    def measure(self, kind: int, partials: Tensor) -> None:
+        """Write this group's partial norms."""
+        if self._n_partials:
+            own = partials[self._first_partial : self._first_partial + self._n_partials]
+            launch.launch_norm(
+                self._variant.grad_dtype, kind, self._n_partials, self._spans, self._tensors, self._groups, own
+            )
+
+    def update(self, scaling: Scaling, kind: int, clip_each: bool, partials: Tensor, status: Tensor) -> None:
+        """Advance the counters, then update the tensors."""
+        context = self._context
+        launch.launch_advance(
+            self._algorithm,
+            kind,
+            clip_each,
+            len(self.group.params),
+            self._counts,
+            self._tensors,
+            self._groups,
+            self._source_table,
+            self._scalars,
+            partials,
+            context.one if scaling.grad_scale is None else scaling.grad_scale,
+            context.zero if scaling.found_inf is None else scaling.found_inf,
+            status,
+        )
+        if self._n_chunks:
+            launch.launch_update(
+                self._variant,
+                self._config,
+                self._n_chunks,
+                context.n_processors,
+                context.warp_size,
+                self._counts,
+                self._chunks,
+                self._tensors,
+                self._scalars,
+            )
+
+
+def _or_all(left: list[int], right: list[int]) -> list[int]:
+    return list(map(or_, left, right))
+
+
+class TritonDevice:
+    """The flattened groups of one device.
+
+    Args:
+        flattened: the groups.
+        algorithm: "adam" or "sgd".
+        context: of the device.
+        n_groups: parameter groups of the optimizer.
+        zero_grad: set the gradients to zero on the way.
+    """
+
+    def __init__(
+        self,
+        flattened: Sequence[FlattenedGroup],
+        algorithm: str,
+        context: DeviceContext,
+        n_groups: int,
+        zero_grad: bool,
+    ) -> None:
+        counts = [sum(_n_spans(_real_numel(param)) for param in group.params) for group in flattened]
+        firsts = list(accumulate(counts, initial=0))
+        self._algorithm, self._context, self._n_partials = algorithm, context, firsts[-1]
+        self.members = [
+            TritonGroup(group, algorithm, context, n_groups, (first, firsts[-1]), zero_grad)
+            for group, first in zip(flattened, firsts, strict=False)
+        ]
+
+    def is_current(self) -> bool:
+        """Whether parameters and states are still where they were."""
+        return all(member.is_current() for member in self.members)
+
+    def update(
+        self, grads: list[Tensor], groups: Sequence[dict[str, Any]], settings: Settings, scaling: Scaling
+    ) -> None:
+        """Update all tensors: two launches a flattened group, and one more where norms are asked for."""
+        context = self._context
+        rows = [group_row(group, self._algorithm, settings) for group in groups]
+        sources = [source_row(group, context.device) for group in groups]
+        clip_each = any(group["clip_norm"] for group in groups)
+        kind = int(norm.NO_NORM)
+        if needs_norm(settings) or clip_each:
+            kind = int(norm.INF_NORM if settings.norm_type == math.inf and not clip_each else norm.L2_NORM)
+        scaling = Scaling(*(None if t is None else t.to(context.device, non_blocking=True) for t in scaling))
+        for member in self.members:
+            member.refresh(member.group.select(grads), rows, sources)
+        partials = context.partials(self._n_partials if kind else 0)
+        if kind:
+            for member in self.members:
+                member.measure(kind, partials)
+        for member in self.members:
+            status = context.status if member is self.members[0] else context.spare_status
+            member.update(scaling, kind, clip_each, partials, status)

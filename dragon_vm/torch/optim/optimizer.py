@@ -1,0 +1,218 @@
+"""The base of the optimizers: PyTorch's `Optimizer`, with Dragon's rules and one update for all groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain, compress, repeat
+from operator import attrgetter, is_, is_not
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._backend import check_backend
+from dragon.vm.torch.optim._chain import Scaling
+from dragon.vm.torch.optim._checks import check_memory, check_param
+from dragon.vm.torch.optim._options import Settings, check_common
+from dragon.vm.torch.optim._step import PreparedStep
+
+_read_grad = attrgetter("grad")
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base class of the optimizers; a `torch.optim.Optimizer` that updates all its groups at once.
+
+    It differs from PyTorch's in Dragon's methods and defaults: `sum_grad`, and `zero_grad` that zeroes unless told
+    otherwise.
+
+    Args:
+        params: parameters, named parameters or parameter groups.
+        defaults: hyperparameters of groups that do not give their own.
+        settings: options of the optimizer as a whole.
+    """
+
+    # Name of the update, as the kernels and backends know it.
+    _algorithm: ClassVar[str]
+    # The GradScaler hands its scale and its findings to `step`, which skips on the device.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], settings: Settings) -> None:
+        self._settings = settings
+        self._reset()
+        super().__init__(params, defaults)
+        check_memory([p for p in chain.from_iterable(g["params"] for g in self.param_groups) if _has_memory(p)])
+
+    def _reset(self) -> None:
+        """Forget everything that is derived: plans, tables and sums."""
+        self._prepared: dict[bytes, PreparedStep] = {}
+        self._contexts: dict[torch.device, Any] = {}
+        self._params: list[Tensor] = []
+        self._sums: dict[Tensor, Tensor] = {}
+        self._n_skipped = 0
+        self._grad_norm: Tensor | None = None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Check a group's hyperparameters; raises `ValueError` for one out of range."""
+        check_common(group, self._settings)
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the state tensors of a parameter, in the order in which the update walks them."""
+        raise NotImplementedError
+
+    def _counts_steps(self, group: dict[str, Any]) -> bool:
+        """Whether the update needs a step counter."""
+        raise NotImplementedError
+
+    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The options of a group that decide which tensors and kernels take part."""
+        return self._state_keys(group), group["differentiable"]
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a new param group into the optimizer.
+
+        Args:
+            param_group: its "params", and the hyperparameters in which it differs from the defaults.
+
+        Raises:
+            TypeError, ValueError: as PyTorch, and for hyperparameters out of range, integer parameters and an
+                explicit backend that cannot update them. Nothing has been added then.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for param in group["params"]:
+                check_param(param)
+                check_backend(None if group["differentiable"] else self._settings.backend, param.device)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
+        """Update all parameter groups using gradients.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+            zero_grad: set the gradients to zero, in the same pass where the backend can.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break()
+        self._step(zero_grad)
+        return loss
+
+    @torch._disable_dynamo
+    def _step(self, zero_grad: bool) -> None:
+        differentiable = bool(self.defaults.get("differentiable"))
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            with torch._C.DisableTorchFunctionSubclass():
+                self._update(zero_grad)
+
+    def _update(self, zero_grad: bool) -> None:
+        groups = self.param_groups
+        params = list(chain.from_iterable(group["params"] for group in groups))
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            self._params = params
+            self._prepared.clear()
+        grads = list(map(_read_grad, params))
+        if self._sums:
+            grads = self._with_sums(params, grads)
+        present = bytes(map(is_not, grads, repeat(None)))
+        if not any(present):
+            return
+        if not all(present):
+            params, grads = list(compress(params, present)), list(compress(grads, present))
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        key = present + bytes([zero_grad])
+        prepared = self._prepared.get(key)
+        if prepared is None or not prepared.is_current(self, params, grads):
+            prepared = PreparedStep(self, params, grads, zero_grad)
+            self._remember(key, prepared)
+        prepared.run(self, grads, scaling)
+        self._sums.clear()
+
+    def _remember(self, key: bytes, prepared: PreparedStep) -> None:
+        """Keep the preparations of the few latest sets of parameters with gradients."""
+        self._prepared.pop(key, None)
+        self._prepared[key] = prepared
+        while len(self._prepared) > 8:
+            self._prepared.pop(next(iter(self._prepared)))
+
+    def _with_sums(self, params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
+        """Gradients with what `sum_grad` gathered; a gradient not yet summed is added."""
+        return [_sum_of(self._sums.get(param), grad) for param, grad in zip(params, grads, strict=True)]
+
+    @torch.no_grad()
+    @torch._disable_dynamo
+    def sum_grad(self) -> None:
+        """Sum the gradients of all parameters.
+
+        Call it after each backward pass; the next `step` uses the sum, together with any gradient that came after
+        the last call, and starts a new one. The gradients themselves are dropped. Sums of half precision gradients
+        are kept in float32.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            for param in chain.from_iterable(group["params"] for group in self.param_groups):
+                if param.grad is not None:
+                    self._sums[param] = _sum_of(self._sums.get(param), param.grad, take_over=True)
+                    param.grad = None
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Set the gradients of all parameters to zero.
+
+        Sums that `sum_grad` gathered stay.
+
+        Args:
+            set_to_none: remove the gradients instead of zeroing them.
+        """
+        super().zero_grad(set_to_none)
+
+    @property
+    def n_skipped_steps(self) -> int:
+        """Steps skipped so far for infinite or NaN gradients. Reading it waits for the device."""
+        from_devices = sum(int(context.status[0]) for context in self._contexts.values())
+        return self._n_skipped + from_devices
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients at the last step that needed it, 0-dim float64; None before the first."""
+        if self._grad_norm is None and self._contexts:
+            return next(iter(self._contexts.values())).status[1]
+        return self._grad_norm
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickles and copies hold: PyTorch's, the settings, and what is summed and counted."""
+        return {
+            **super().__getstate__(),
+            "_settings": self._settings,
+            "_sums": self._sums,
+            "_n_skipped": self.n_skipped_steps,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a pickle's or a state dict's contents."""
+        self._reset()
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+
+def _sum_of(total: Tensor | None, grad: Tensor | None, take_over: bool = False) -> Tensor | None:
+    """Add a gradient to a sum, in float32 or wider; `take_over` lets the sum use the gradient's memory."""
+    if grad is None or total is not None:
+        return total if grad is None else total.add_(grad)
+    wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+    return wide if take_over or wide is not grad else grad
+
+
+def _has_memory(param: Tensor) -> bool:
+    """Whether a parameter is a plain tensor with memory of its own by now."""
+    return param.device.type != "meta" and not torch.nn.parameter.is_lazy(param) and param.layout == torch.strided
