@@ -11,8 +11,12 @@ install_finder()
 
 import torch as _torch  # noqa: E402  # the finder comes before everything that may import below this package
 
+from dragon.vm.torch import (  # noqa: E402, F401  # as above; attributes of the package
+    _compiler,  # as above
+    nn,
+    optim,
+)
 from dragon.vm.torch import creation as _creation  # noqa: E402  # as above
-from dragon.vm.torch import nn, optim  # noqa: E402, F401  # as above; attributes of the package
 from dragon.vm.torch import tensor_type as _tensor_type  # noqa: E402  # as above
 from dragon.vm.torch.nn import parameter as _parameter  # noqa: E402  # as above
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from torch import *  # noqa: F403
 else:
     Tensor = _tensor_type.Tensor
+    compile = _compiler.compile
     globals().update(_creation.FUNCTIONS)
 
 # So that `torch.load` with `weights_only=True`, its default, reads what was saved from Dragon tensors.

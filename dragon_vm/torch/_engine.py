@@ -1,14 +1,15 @@
 """The two ways into the autograd engine, `backward` and `grad`, for Dragon tensors.
 
-PyTorch hands both to `__torch_function__`, within which tensors are plain for the time of the call. The engine must
-not run under that: hooks, checkpointed segments that are computed again and users' own `backward` methods work on
-Dragon tensors, and have to see Dragon's rules. So the engine is given what stands for the tensors instead, a plain
-alias of each root and the gradient edge of each input, and is called as by a program without Dragon tensors.
+PyTorch hands both to `__torch_function__`, within which tensors are plain for the time of the call. The engine
+must not run under that: hooks, checkpointed segments that are computed again and users' own `backward` methods
+work on Dragon tensors, and have to see Dragon's rules. So the engine is given what stands for the tensors,
+a plain alias of each root and the gradient edge of each input, and is called as if there were no Dragon tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,9 +35,10 @@ def backward(
         inputs: What gradients are accumulated into; None for all leaves.
     """
     targets = None if inputs is None else [_edge_of_leaf(tensor) for tensor in _listed(inputs)]
-    torch.autograd.backward(
-        [_plain_alias(tensor) for tensor in tensors], grad_tensors, retain_graph, create_graph, inputs=targets
-    )
+    with _guard(targets or []):
+        torch.autograd.backward(
+            [_plain_alias(tensor) for tensor in tensors], grad_tensors, retain_graph, create_graph, inputs=targets
+        )
 
 
 def grad(
@@ -49,13 +51,14 @@ def grad(
 ) -> tuple[torch.Tensor | None, ...]:
     """Do what `torch.autograd.grad` does, whose arguments these are."""
     listed = _listed(inputs)
-    edges = [tensor if isinstance(tensor, GradientEdge) else _edge(tensor) for tensor in listed]
-    grads = torch.autograd.grad(
-        [_plain_alias(tensor) for tensor in outputs],
-        edges,
-        allow_unused=materialize_grads or bool(allow_unused),
-        **options,
-    )
+    edges = [_edge(tensor) for tensor in listed]
+    with _guard(edges):
+        grads = torch.autograd.grad(
+            [_plain_alias(tensor) for tensor in outputs],
+            edges,
+            allow_unused=materialize_grads or bool(allow_unused),
+            **options,
+        )
     if not materialize_grads:
         return tuple(grads)
     return tuple(
@@ -77,9 +80,10 @@ def _plain_alias(tensor: Any) -> Any:
         return tensor.as_subclass(torch.Tensor)
 
 
-def _edge(tensor: torch.Tensor) -> Any:
-    if not tensor.requires_grad:
-        return tensor  # PyTorch's error names the tensor's place
+def _edge(tensor: Any) -> Any:
+    """The edge of a tensor; without one the tensor itself, so that PyTorch's error says which it is."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad:
+        return tensor
     with torch._C.DisableTorchFunctionSubclass():
         return get_gradient_edge(tensor)
 
@@ -87,3 +91,9 @@ def _edge(tensor: torch.Tensor) -> Any:
 def _edge_of_leaf(tensor: Any) -> Any:
     """The edge of a leaf; PyTorch writes the `.grad` of another tensor only where it is given the tensor."""
     return _edge(tensor) if isinstance(tensor, torch.Tensor) and tensor.is_leaf else tensor
+
+
+def _guard(targets: Sequence[Any]) -> AbstractContextManager[Any]:
+    """Keep PyTorch from calling back for a tensor among the targets that no edge could stand for."""
+    has_tensor = any(isinstance(target, torch.Tensor) for target in targets)
+    return torch._C.DisableTorchFunctionSubclass() if has_tensor else nullcontext()

@@ -18,10 +18,6 @@ NAMES = (  # noqa: SIM905  # a list of strings would take forty lines
     "scalar_tensor tensor tril_indices triu_indices zeros zeros_like"
 ).split()
 
-# What may hand back a tensor that the caller holds, instead of a new one.
-_MAY_RETURN_ARGUMENT = frozenset(["as_tensor", "asarray"])
-
-
 def _returning_dragon_tensor(name: str) -> Callable[..., Tensor]:
     function = getattr(torch, name)
 
@@ -29,7 +25,8 @@ def _returning_dragon_tensor(name: str) -> Callable[..., Tensor]:
     def create(*args: Any, **kwargs: Any) -> Tensor:
         result = function(*args, **kwargs)
         if type(result) is torch.Tensor and kwargs.get("out") is not result:
-            if name in _MAY_RETURN_ARGUMENT or torch.compiler.is_compiling():
+            # The type of a tensor that the caller holds (`as_tensor(x)` may be `x`) is not ours to change.
+            if torch.compiler.is_compiling() or any(result is given for given in (*args, *kwargs.values())):
                 result = result.as_subclass(Tensor)
             else:
                 result.__class__ = Tensor

@@ -15,6 +15,9 @@ from dragon.vm.torch import _engine
 from dragon.vm.torch._mirror import Mirrored
 from dragon.vm.torch._overwrite import note_recomputation, overwrite_gradients
 
+# Takes the function, its arguments, its keyword arguments and the type of new tensors.
+_Handler = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any], type], Any]
+
 
 class MirroredTensorType(Mirrored, torch._C._TensorMeta):
     """Metaclass of `Tensor`: every tensor is an instance of it, as code that asks means `torch.Tensor`."""
@@ -55,7 +58,7 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return _trace(func, args, kwargs, cls._result_type)
-        handle = _HANDLERS.get(func, _run)
+        handle: _Handler = _HANDLERS.get(func, _run)
         return handle(func, args, kwargs, cls._result_type)
 
     def backward(
@@ -205,7 +208,7 @@ def _grad(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any],
     return grads
 
 
-_HANDLERS: dict[Any, Callable[..., Any]] = {
+_HANDLERS: dict[Any, _Handler] = {
     **dict.fromkeys(torch.overrides.get_default_nowrap_functions(), _run_plain),
     torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]  # a descriptor at run time
     torch.autograd.backward: _backward,
@@ -240,7 +243,7 @@ def _collect_ids(arguments: Iterable[Any], ids: set[int]) -> set[int]:
 
 
 def _trace(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type) -> Any:
-    """Run an operation for `torch.compile`, which cannot follow an assigned type and drops an alias for nothing."""
+    """Run an operation for `torch.compile`, which cannot follow an assigned type; it drops the aliases."""
     if func in _IN_PLACE and _rebinds(args[0]):
         # The compiler hands over `x += y` as `x.add_(y)`, which is not the same. Python can tell them apart.
         torch._dynamo.graph_break()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -41,7 +41,7 @@ class Parameter(Tensor, torch.nn.Parameter, metaclass=MirroredParameterType):
 
         To PyTorch's own `torch.nn.Parameter(parameter)`, which wants its argument's type back, it is a parameter.
         """
-        detached: Tensor = super().detach()
+        detached = cast(Tensor, super().detach())
         if sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__:
             detached.__class__ = type(self)
         return detached

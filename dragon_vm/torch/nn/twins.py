@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 
+from dragon.vm.torch._compiler import accept_tensor_types
 from dragon.vm.torch._mirror import Mirrored
 from dragon.vm.torch.nn.parameter import adopt_parameter
 
@@ -43,6 +44,11 @@ class Module(torch.nn.Module, metaclass=TwinType):
         """Add a parameter; a plain one becomes Dragon's, in place. Assigning an attribute comes here too."""
         super().register_parameter(name, param)
         adopt_parameter(self._parameters[name])
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile `forward` in place, as PyTorch does."""
+        accept_tensor_types()
+        super().compile(*args, **kwargs)
 
 
 _twins: dict[type[torch.nn.Module], type[Module]] = {torch.nn.Module: Module}
