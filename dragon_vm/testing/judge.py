@@ -59,11 +59,11 @@ def errors_in_units(got: Tensor, expected: WideArray, unit: WideArray) -> WideAr
     short_of_border = np.sign(value) * expected < border
     seen = np.where(np.isinf(value), np.where(short_of_border, np.sign(value) * border, expected), value)
     error = abs(seen - expected) / unit
-    # Beyond reach of any unit means that arithmetic of this precision allows every result.
-    error = np.where(np.isfinite(expected) & np.isinf(unit), 0, error)
-    error = np.where(np.isnan(value) & np.isfinite(expected) & np.isfinite(unit), np.inf, error)
+    error = np.where(np.isnan(value), np.inf, error)
     same = np.where(np.isnan(expected), np.isnan(value), value == expected)
-    return np.asarray(np.where(np.isfinite(expected), error, np.where(same, 0, np.inf)), np.longdouble)
+    error = np.where(np.isfinite(expected), error, np.where(same, 0, np.inf))
+    # An infinite unit means that arithmetic of this precision allows every result.
+    return np.asarray(np.where(np.isinf(unit), 0, error), np.longdouble)
 
 
 def _field_errors(

@@ -40,7 +40,8 @@ class SGDUnits(NamedTuple):
 
 
 def _unit(addend: WideArray, *dtypes: torch.dtype) -> WideArray:
-    """Return eps times the addend plus one subnormal, of the coarsest of `dtypes`."""
+    """Return eps times the addend plus one subnormal, of the coarsest of `dtypes`; infinity has no rounding."""
+    addend = np.where(np.isfinite(addend), addend, 0)
     return np.asarray(max(map(eps, dtypes)) * addend + max(map(smallest_subnormal, dtypes)))
 
 
@@ -92,20 +93,21 @@ def adam_units(
         corner1 = expected.exp_avg + sign1 * _unit(first, compute_dtype)
         corner2 = np.maximum(moment + sign2 * _unit(second, compute_dtype), 0)
         distance = abs(adam_change(corner1, corner2, expected.step, options) - change)
-        # NaN is 0/0: one unit below, the second moment is nothing and eps is 0, so any result is within
-        # reach.
+        # NaN is a denominator of zero, or infinity, one unit away: any result is within reach.
         moved = np.maximum(moved, np.where(np.isnan(distance), np.inf, distance))
+    # lr * exp_avg may be subnormal where their quotient by a small root is not.
+    moved = moved + smallest_subnormal(compute_dtype) / (np.sqrt(moment) + wide_scalar(options.eps))
+    moved = moved + _scalar_error(options, expected.step) * np.where(np.isfinite(change), abs(change), 0)
+    # In every precision 0/0 of exact zeros is NaN, 0/eps is 0, and what is NaN already stays so.
+    is_exact = ((expected.exp_avg == 0) & (moment == 0)) | np.isnan(expected.exp_avg) | np.isnan(moment)
+    moved = np.where(is_exact, 0, moved)
 
     addend = np.maximum(abs(wide(start.param)), abs(change))
     if options.weight_decay and options.decoupled_weight_decay:
         addend = np.maximum(addend, options.lr * options.weight_decay * abs(wide(start.param)))
-    # lr * exp_avg may be subnormal where their quotient by a small root is not.
-    underflow = smallest_subnormal(compute_dtype) / (np.sqrt(moment) + wide_scalar(options.eps))
-    param = _unit(addend, start.param.dtype, compute_dtype) + moved + underflow
-    param = param + _scalar_error(options, expected.step) * abs(change)
     exp_avg_sq = _unit(second, start.exp_avg_sq.dtype, compute_dtype)
     return AdamUnits(
-        np.where(np.isnan(param), np.inf, param),
+        _unit(addend, start.param.dtype, compute_dtype) + moved,
         _unit(first, start.exp_avg.dtype, compute_dtype),
         exp_avg_sq,
         exp_avg_sq if options.amsgrad else None,

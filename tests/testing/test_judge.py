@@ -57,9 +57,8 @@ def test_an_overflow_is_as_wrong_as_its_distance_from_the_border():
     assert one_error(inf, -border, unit=20.0, dtype=torch.float16) > 1000
 
 
-def test_an_infinite_unit_allows_everything_finite_or_not_but_only_there():
+def test_an_infinite_unit_allows_everything():
     assert [one_error(got, 1.0, unit=inf) for got in (7.0, inf, nan)] == [0, 0, 0]
-    assert one_error(7.0, nan, unit=inf) == inf
 
 
 def start_of(param, exp_avg, exp_avg_sq, step=9.0, dtype=torch.float32):
@@ -100,6 +99,32 @@ def test_zeros_are_judged_by_the_smallest_subnormal():
 
 def test_an_underflowed_second_moment_without_eps_allows_any_parameter():
     assert float(units(start_of(1.0, 0.0, 0.0), grad=1e-30, eps=0.0).param[0]) == inf
+
+
+def test_zeros_over_zeros_are_nan_in_every_precision():
+    start, grad, options = start_of(1.0, 0.0, 0.0), torch.zeros(1), AdamOptions(eps=0.0)
+    after = fused_adam_step(start, grad, options, torch.float32)
+    assert after.param.isnan().all()
+    assert_adam_step(start, grad, after, options)
+    with pytest.raises(ParityError, match="expected nan"):
+        assert_adam_step(start, grad, after._replace(param=start.param), options)
+
+
+def test_a_gradient_of_nan_must_reach_everything():
+    start, grad = start_of(1.0, 1.0, 1.0), torch.tensor([nan])
+    after = fused_adam_step(start, grad, AdamOptions(), torch.float32)
+    assert_adam_step(start, grad, after, AdamOptions())
+    for field in ("param", "exp_avg", "exp_avg_sq"):
+        with pytest.raises(ParityError, match=f"{field}.* expected nan"):
+            assert_adam_step(start, grad, after._replace(**{field: torch.ones(1)}), AdamOptions())
+
+
+def test_a_parameter_that_is_already_infinite_stays_so():
+    start, grad = start_of(inf, 1.0, 1.0), torch.ones(1)
+    after = fused_adam_step(start, grad, AdamOptions(), torch.float32)
+    assert_adam_step(start, grad, after, AdamOptions())
+    with pytest.raises(ParityError, match="expected inf"):
+        assert_adam_step(start, grad, after._replace(param=torch.ones(1)), AdamOptions())
 
 
 def test_sixteen_bit_parameters_have_units_of_their_storage():
