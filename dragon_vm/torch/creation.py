@@ -18,6 +18,7 @@ NAMES = (  # noqa: SIM905  # a list of strings would take forty lines
     "scalar_tensor tensor tril_indices triu_indices zeros zeros_like"
 ).split()
 
+
 def _returning_dragon_tensor(name: str) -> Callable[..., Tensor]:
     function = getattr(torch, name)
 

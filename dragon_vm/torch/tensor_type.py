@@ -121,6 +121,13 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
                 return str(self.item().__format__(format_spec))
         return object.__format__(self, format_spec)
 
+    def __coerce_same_metadata_as_tangent__(
+        self, metadata: Any, expected_type: type | None = None
+    ) -> torch.Tensor | None:
+        """Answer a compiled graph that expects plain gradients and is given this one."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(torch.Tensor) if expected_type is torch.Tensor else None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Copy a leaf with its gradient; tensors that share memory share it in the copy too.
 
