@@ -20,8 +20,9 @@ OPTIM = "dragon.vm.torch.optim"
 OPTIM_LAYERS = (
     {"_plan", "_scalars"},
     {"_layout", "_options", "_state"},
-    {"_chain", "_flatten", "_table"},
+    {"_backend", "_chain", "_checks", "_flatten", "_rows", "_table"},
     {"_triton", "_native", "_eager"},
+    {"_premises", "_step"},
     {"optimizer"},
     {"adam", "adamw", "sgd"},
     {"__init__"},
@@ -35,7 +36,8 @@ OUT_OF_REACH = {
     f"{OPTIM}._eager": {"triton"},
 }
 
-TRITON_SIDE = {f"{OPTIM}._triton", f"{OPTIM}._table"}
+# Imported when a tensor first takes the triton path. `_backend` asks a kernel module once that is so.
+TRITON_SIDE = {f"{OPTIM}.{stem}" for stem in ("_backend", "_rows", "_table", "_triton")}
 
 
 @cache
