@@ -22,7 +22,7 @@ from dragon.vm.torch.nn import parameter as _parameter  # noqa: E402  # as above
 
 if TYPE_CHECKING:
     # Editors and type checkers cannot follow `__getattr__`. They see PyTorch's own names and annotations.
-    from torch import *  # noqa: F403
+    from torch import *  # noqa: F403  # all of PyTorch's names, on purpose
 else:
     Tensor = _tensor_type.Tensor
     compile = _compiler.compile

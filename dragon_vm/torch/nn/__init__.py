@@ -11,7 +11,7 @@ from dragon.vm.torch.nn.twins import twin_of
 
 if TYPE_CHECKING:
     # Editors and type checkers cannot follow `__getattr__`. They see PyTorch's own classes.
-    from torch.nn import *  # noqa: F403
+    from torch.nn import *  # noqa: F403  # all of PyTorch's names, on purpose
 else:
     Module = _Module
     Parameter = _parameter.Parameter
