@@ -21,7 +21,7 @@ OPTIM_LAYERS = (
     {"_plan", "_scalars"},
     {"_layout", "_options", "_state"},
     {"_backend", "_chain", "_checks", "_flatten", "_rows", "_table"},
-    {"_triton", "_native", "_eager"},
+    {"_flat", "_owner", "_triton", "_native", "_eager"},
     {"_premises", "_step"},
     {"optimizer"},
     {"adam", "adamw", "sgd"},

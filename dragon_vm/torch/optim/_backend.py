@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,3 +95,9 @@ def choose_backend(
     if param.device.type == "cpu" and param.dtype in _NATIVE_DTYPES and not mixed:
         return "native"
     return "eager"
+
+
+def step_device(param: Tensor, backend: str, group: dict[str, Any]) -> torch.device:
+    """Where a step counter lives: with its parameter for kernels, and where PyTorch's options say so."""
+    on_device = backend == "triton" or group["capturable"] or group["fused"]
+    return param.device if on_device else torch.device("cpu")

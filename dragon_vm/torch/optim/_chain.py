@@ -111,3 +111,19 @@ def _clip_factor(norm: float, limit: float, eps: float) -> float:
 def clip_value(group: dict[str, Any]) -> float:
     """The bound of a group's gradient elements; 0 for none. `clip_norm` overrides it."""
     return 0.0 if group["clip_norm"] else float(group["clip_value"])
+
+
+def zero_all(grads: Sequence[Tensor]) -> None:
+    """Set gradients to zero, all strided ones in one operation, and detach them from any graph."""
+    strided = []
+    for grad in grads:
+        if grad.grad_fn is not None:
+            grad.detach_()
+        elif grad.requires_grad:
+            grad.requires_grad_(False)
+        if grad.layout == torch.strided:
+            strided.append(grad)
+        else:
+            grad.zero_()
+    if strided:
+        torch._foreach_zero_(strided)

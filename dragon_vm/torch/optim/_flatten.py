@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._layout import as_real, in_layout_of, is_dense
+from dragon.vm.torch.optim._layout import in_layout_of, is_dense
 from dragon.vm.torch.optim._state import arena_views, step_counters
 
 State = dict[str, Any]
@@ -38,6 +38,7 @@ class FlattenedGroup:
         params: parameters.
         states: their entries of `Optimizer.state`.
         rows: index of each one's parameter group.
+        indices: position of each one among all parameters with a gradient.
         select: picks this group's entries from a list of all parameters with a gradient.
     """
 
@@ -45,6 +46,7 @@ class FlattenedGroup:
     params: list[Tensor]
     states: list[State]
     rows: list[int]
+    indices: list[int]
     select: Callable[[list[Tensor]], Sequence[Tensor]]
 
 
@@ -64,6 +66,7 @@ def flatten_groups(
             [params[i] for i in indices],
             [states[i] for i in indices],
             [rows[i] for i in indices],
+            indices,
             _selector(indices, len(params)),
         )
         for signature, indices in members.items()
@@ -136,6 +139,8 @@ def settle_state(param: Tensor, state: State, keys: tuple[str, ...], step_device
         state[key] = in_layout_of(param, value) if is_dense(param) else value
 
 
-def real_views(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Complex tensors as real ones; the others as they are."""
-    return [as_real(tensor) for tensor in tensors]
+def follow_leaders(states: Sequence[State]) -> None:
+    """Give the step counters of joined entries the count of the one that stands for them."""
+    for state in states:
+        if "followers" in state:
+            state["followers"].copy_(state["step"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._chain import clip_value
-from dragon.vm.torch.optim._flatten import FlattenedGroup
+from dragon.vm.torch.optim._flatten import FlattenedGroup, follow_leaders
 from dragon.vm.torch.optim._layout import as_real
 from dragon.vm.torch.optim._scalars import one_minus_power
 from dragon.vm.torch.optim._state import common_base
@@ -97,6 +97,7 @@ class NativeGroup:
                 _UPDATES[self.algorithm](call, *chosen, states, _take(self._steps, call.indices))
         if self.group.signature.average:
             self._move_averages(groups)
+        follow_leaders(self.group.states)
 
     def _move_averages(self, groups: Sequence[dict[str, Any]]) -> None:
         for param, state, row in zip(self.group.params, self.group.states, self.group.rows, strict=True):

@@ -38,11 +38,7 @@ def group_row(group: dict[str, Any], algorithm: str, settings: Settings) -> list
 
 
 def _host_number(value: Any) -> float:
-    return 0.0 if _is_on_device(value) else float(value)
-
-
-def _is_on_device(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
+    return 0.0 if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 
 
 def source_row(group: dict[str, Any], device: torch.device) -> list[int]:
@@ -54,7 +50,7 @@ def source_row(group: dict[str, Any], device: torch.device) -> list[int]:
     row = [0] * int(table.SOURCE_COLUMNS)
     for column, key, index in _SOURCES:
         value = group.get(key) if index is None else group.get(key, (None, None))[index]
-        if not _is_on_device(value):
+        if not isinstance(value, Tensor) or value.device.type == "cpu":
             continue
         if value.device != device or value.dtype not in (torch.float32, torch.float64):
             raise ValueError(

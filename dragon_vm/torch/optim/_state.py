@@ -9,8 +9,11 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._plan import arena_offsets
 
-# Every tensor of an arena starts at a multiple of this many bytes: the widest access of a thread.
+# Bytes of the widest access of a thread.
 ALIGNMENT = 16
+# Every tensor of an arena starts at a multiple of this many elements: 16 bytes of any dtype, and the same place in
+# the arenas of different dtypes.
+SLOT = 16
 
 
 def arena_views(params: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
@@ -22,8 +25,7 @@ def arena_views(params: Sequence[Tensor], dtype: torch.dtype | None) -> list[Ten
     """
     like = params[0]
     dtype = like.dtype if dtype is None or like.is_complex() else dtype
-    itemsize = torch.empty((), dtype=dtype).element_size()
-    offsets = arena_offsets([param.numel() for param in params], ALIGNMENT // itemsize)
+    offsets = arena_offsets([param.numel() for param in params], SLOT)
     arena = torch.zeros(offsets[-1], dtype=dtype, device=like.device)
     return [
         arena.as_strided(param.shape, param.stride(), offset)

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._backend import choose_backend
+from dragon.vm.torch.optim._backend import choose_backend, step_device
 from dragon.vm.torch.optim._chain import Scaling, gradient_factors, needs_norm
 from dragon.vm.torch.optim._checks import check_grads, check_memory
 from dragon.vm.torch.optim._eager import EagerGroup
+from dragon.vm.torch.optim._flat import coalesce
 from dragon.vm.torch.optim._flatten import FlattenedGroup, Signature, complete_states, flatten_groups, settle_state
 from dragon.vm.torch.optim._layout import in_layout_of, is_dense, same_walk
 from dragon.vm.torch.optim._native import NativeGroup
 from dragon.vm.torch.optim._options import Settings
+from dragon.vm.torch.optim._owner import Owner
 from dragon.vm.torch.optim._premises import Premises
 
 if TYPE_CHECKING:
     from dragon.vm.torch.optim._triton import TritonDevice
-    from dragon.vm.torch.optim.optimizer import Optimizer
 
 
 class PreparedStep:
@@ -36,15 +37,24 @@ class PreparedStep:
         RuntimeError, ValueError: for gradients or parameters that cannot be updated. Nothing has changed then.
     """
 
-    def __init__(self, optimizer: Optimizer, params: list[Tensor], grads: list[Tensor], zero_grad: bool) -> None:
+    def __init__(self, optimizer: Owner, params: list[Tensor], grads: list[Tensor], zero_grad: bool) -> None:
         check_grads(params, grads, type(optimizer).__name__)
         check_memory(params)
         self._params = params
         row_of = {id(param): row for row, group in enumerate(optimizer.param_groups) for param in group["params"]}
         self._rows = [row_of[id(param)] for param in params]
         flattened = self._flatten(optimizer, grads)
+        states = [state for group in flattened for state in group.states]
+        launches = any(group.signature.backend == "triton" for group in flattened)
+        if optimizer._settings.flatten:
+            flattened = [coalesce(group, group.select(grads), optimizer._buffers) or group for group in flattened]
         self._premises = Premises(
-            optimizer, params, grads, [state for group in flattened for state in group.states]
+            optimizer,
+            params,
+            grads,
+            states,
+            fixed_params=launches or optimizer._settings.flatten,
+            fixed_grads=optimizer._settings.flatten,
         )
         self._strays = [i for i, grad in enumerate(grads) if is_dense(params[i]) and not _walks(params[i], grad)]
         algorithm = optimizer._algorithm
@@ -62,7 +72,7 @@ class PreparedStep:
         self._zero_grad = zero_grad and not kernel_zeroes
         self._launched = _on_devices(optimizer, by_device, kernel_zeroes)
 
-    def _flatten(self, optimizer: Optimizer, grads: list[Tensor]) -> list[FlattenedGroup]:
+    def _flatten(self, optimizer: Owner, grads: list[Tensor]) -> list[FlattenedGroup]:
         """Choose backends and complete the states; raises before it changes any."""
         settings, params = optimizer._settings, self._params
         groups = [optimizer.param_groups[row] for row in self._rows]
@@ -82,7 +92,7 @@ class PreparedStep:
             if names:
                 states[i] = optimizer.state[params[i]]
         devices = [
-            _step_device(param, backend, group) if optimizer._counts_steps(group) else None
+            step_device(param, backend, group) if optimizer._counts_steps(group) else None
             for param, backend, group in zip(params, backends, groups, strict=True)
         ]
         complete_states(params, states, keys, devices, settings.state_dtype)
@@ -102,13 +112,11 @@ class PreparedStep:
         ]
         return flatten_groups(params, states, self._rows, signatures)
 
-    def is_current(self, optimizer: Optimizer, params: list[Tensor], grads: list[Tensor]) -> bool:
+    def is_current(self, optimizer: Owner, params: list[Tensor], grads: list[Tensor]) -> bool:
         """Whether everything is still as it was when this step was prepared."""
-        return self._premises.hold(optimizer, params, grads) and all(
-            device.is_current() for device in self._launched
-        )
+        return self._premises.hold(optimizer, params, grads)
 
-    def run(self, optimizer: Optimizer, grads: list[Tensor], scaling: Scaling) -> None:
+    def run(self, optimizer: Owner, grads: list[Tensor], scaling: Scaling) -> None:
         """Update the parameters from their gradients."""
         settings, groups = optimizer._settings, optimizer.param_groups
         ready = grads
@@ -124,7 +132,7 @@ class PreparedStep:
         if self._zero_grad:
             torch._foreach_zero_(grads)
 
-    def _run_hosted(self, optimizer: Optimizer, grads: list[Tensor], scaling: Scaling) -> None:
+    def _run_hosted(self, optimizer: Owner, grads: list[Tensor], scaling: Scaling) -> None:
         """Decide about scaling, clipping and skipping on the host, then update with every backend there is."""
         settings, groups = optimizer._settings, optimizer.param_groups
         if (
@@ -138,9 +146,8 @@ class PreparedStep:
         if decided.skip:
             optimizer._n_skipped += 1
             return
-        everything: Any = list(range(len(grads)))
         for member in self._hosted:
-            factors = [decided.factors[i] for i in member.group.select(everything)]
+            factors = [decided.factors[i] for i in member.group.indices]
             member.update(member.group.select(grads), groups, factors)
         for device in self._launched:
             scale = torch.tensor([1 / decided.common])
@@ -162,12 +169,6 @@ def _walks(param: Tensor, grad: Tensor) -> bool:
     return is_dense(grad) and same_walk(grad, param)
 
 
-def _step_device(param: Tensor, backend: str, group: dict[str, Any]) -> torch.device:
-    """Where a step counter lives: with its parameter for kernels, and where PyTorch's options say so."""
-    on_device = backend == "triton" or group["capturable"] or group["fused"]
-    return param.device if on_device else torch.device("cpu")
-
-
 def _state_dtypes(
     param: Tensor, state: dict[str, Any], names: Sequence[str], dtype: torch.dtype | None
 ) -> set[torch.dtype]:
@@ -177,7 +178,7 @@ def _state_dtypes(
 
 
 def _on_devices(
-    optimizer: Optimizer, by_device: dict[torch.device, list[FlattenedGroup]], zero_grad: bool
+    optimizer: Owner, by_device: dict[torch.device, list[FlattenedGroup]], zero_grad: bool
 ) -> list[TritonDevice]:
     if not by_device:
         return []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate, chain
-from operator import itemgetter, or_
+from operator import or_
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from dragon.kernels import launch, norm, table
 from dragon.kernels.config import default_config
 from dragon.vm.torch.optim._chain import Scaling, needs_norm
-from dragon.vm.torch.optim._flatten import FlattenedGroup
+from dragon.vm.torch.optim._flatten import FlattenedGroup, follow_leaders
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._plan import plan_chunks
 from dragon.vm.torch.optim._rows import group_row, source_row
@@ -119,7 +119,6 @@ class TritonGroup:
         self._sources: list[list[int]] = []
         self._grads: list[int] = []
         self._table = self._build_table(n_groups, partials)
-        self._fixed = self._read_fixed()
         self._write_fixed()
 
     def _build_table(self, n_groups: int, partials: tuple[int, int]) -> DeviceTable:
@@ -157,19 +156,11 @@ class TritonGroup:
         self._spans = device_table.section(_SPANS, torch.int32)
         return device_table
 
-    def _read_fixed(self) -> tuple[list[int], list[int]]:
-        """Addresses of the parameters, and of all their states, one parameter after another."""
-        states: Iterable[Tensor] = ()
-        if self._columns:
-            entries = map(itemgetter(*self._columns), self.group.states)
-            states = entries if len(self._columns) == 1 else chain.from_iterable(entries)
-        return list(map(Tensor.data_ptr, self.group.params)), list(map(Tensor.data_ptr, states))
-
     def _write_fixed(self) -> None:
-        params, states = self._fixed
-        columns = {table.PARAM: params}
-        for index, column in enumerate(self._columns.values()):
-            columns[column] = states[index :: len(self._columns)]
+        """Fill in the addresses of parameters and states, which the premises of the step hold fast."""
+        columns = {table.PARAM: list(map(Tensor.data_ptr, self.group.params))}
+        for key, column in self._columns.items():
+            columns[column] = [state[key].data_ptr() for state in self.group.states]
         for column, values in columns.items():
             self._write_column(column, values)
         walked = [values for column, values in columns.items() if column is not table.STEP]
@@ -177,10 +168,6 @@ class TritonGroup:
 
     def _write_column(self, column: Any, values: list[int]) -> None:
         self._table.write(_TENSORS, array("q", values), int(column), _WIDTH)
-
-    def is_current(self) -> bool:
-        """Whether parameters and states are still where they were."""
-        return self._read_fixed() == self._fixed
 
     def refresh(self, grads: Sequence[Tensor], rows: list[list[float]], sources: list[list[int]]) -> None:
         """Bring the table up to date with this step's gradients and hyperparameters; at most one copy."""
@@ -241,6 +228,7 @@ class TritonGroup:
                 self._tensors,
                 self._scalars,
             )
+        follow_leaders(self.group.states)
 
 
 def _or_all(left: list[int], right: list[int]) -> list[int]:
@@ -273,10 +261,6 @@ class TritonDevice:
             TritonGroup(group, algorithm, context, n_groups, (first, firsts[-1]), zero_grad)
             for group, first in zip(flattened, firsts, strict=False)
         ]
-
-    def is_current(self) -> bool:
-        """Whether parameters and states are still where they were."""
-        return all(member.is_current() for member in self.members)
 
     def update(
         self, grads: list[Tensor], groups: Sequence[dict[str, Any]], settings: Settings, scaling: Scaling

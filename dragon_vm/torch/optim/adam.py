@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -38,7 +38,7 @@ class Adam(Optimizer):
         TypeError, ValueError, RuntimeError: as PyTorch; for an option out of range, one that names it.
     """
 
-    _algorithm: ClassVar[str] = "adam"
+    _algorithm = "adam"
 
     def __init__(
         self,

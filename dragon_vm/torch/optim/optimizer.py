@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import chain, compress, repeat
 from operator import attrgetter, is_, is_not
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._backend import check_backend
-from dragon.vm.torch.optim._chain import Scaling
+from dragon.vm.torch.optim._chain import Scaling, zero_all
 from dragon.vm.torch.optim._checks import check_memory, check_param
+from dragon.vm.torch.optim._flat import FlatBuffer, make_buffers
 from dragon.vm.torch.optim._options import Settings, check_common
 from dragon.vm.torch.optim._step import PreparedStep
 
@@ -32,7 +34,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     # Name of the update, as the kernels and backends know it.
-    _algorithm: ClassVar[str]
+    _algorithm: str
     # The GradScaler hands its scale and its findings to `step`, which skips on the device.
     _step_supports_amp_scaling = True
 
@@ -40,16 +42,27 @@ class Optimizer(torch.optim.Optimizer):
         self._settings = settings
         self._reset()
         super().__init__(params, defaults)
-        check_memory([p for p in chain.from_iterable(g["params"] for g in self.param_groups) if _has_memory(p)])
+        check_memory(self._params_with_memory())
+        self._move_to_buffers()
 
     def _reset(self) -> None:
         """Forget everything that is derived: plans, tables and sums."""
         self._prepared: dict[bytes, PreparedStep] = {}
         self._contexts: dict[torch.device, Any] = {}
         self._params: list[Tensor] = []
+        self._buffers: list[FlatBuffer] = []
         self._sums: dict[Tensor, Tensor] = {}
         self._n_skipped = 0
         self._grad_norm: Tensor | None = None
+
+    def _params_with_memory(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"] if _has_memory(param)]
+
+    def _move_to_buffers(self) -> None:
+        """With ``flatten=True``, move parameters that are in no flat buffer yet into new ones."""
+        if self._settings.flatten:
+            moved = {id(param) for buffer in self._buffers for param in buffer.params}
+            self._buffers += make_buffers([p for p in self._params_with_memory() if id(p) not in moved])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check a group's hyperparameters; raises `ValueError` for one out of range."""
@@ -67,7 +80,7 @@ class Optimizer(torch.optim.Optimizer):
         """The options of a group that decide which tensors and kernels take part."""
         return self._state_keys(group), group["differentiable"]
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a new param group into the optimizer.
 
@@ -108,12 +121,12 @@ class Optimizer(torch.optim.Optimizer):
         self._step(zero_grad)
         return loss
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _step(self, zero_grad: bool) -> None:
         differentiable = bool(self.defaults.get("differentiable"))
-        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            with torch._C.DisableTorchFunctionSubclass():
-                self._update(zero_grad)
+        grad_mode = torch.set_grad_enabled(differentiable and torch.is_grad_enabled())
+        with grad_mode, torch._C.DisableTorchFunctionSubclass():
+            self._update(zero_grad)
 
     def _update(self, zero_grad: bool) -> None:
         groups = self.param_groups
@@ -121,6 +134,9 @@ class Optimizer(torch.optim.Optimizer):
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self._params = params
             self._prepared.clear()
+            self._move_to_buffers()
+        for buffer in self._buffers:
+            buffer.gather()
         grads = list(map(_read_grad, params))
         if self._sums:
             grads = self._with_sums(params, grads)
@@ -130,7 +146,7 @@ class Optimizer(torch.optim.Optimizer):
         if not all(present):
             params, grads = list(compress(params, present)), list(compress(grads, present))
         scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        key = present + bytes([zero_grad])
+        key = present + bytes([zero_grad, bool(self._sums)])
         prepared = self._prepared.get(key)
         if prepared is None or not prepared.is_current(self, params, grads):
             prepared = PreparedStep(self, params, grads, zero_grad)
@@ -150,7 +166,7 @@ class Optimizer(torch.optim.Optimizer):
         return [_sum_of(self._sums.get(param), grad) for param, grad in zip(params, grads, strict=True)]
 
     @torch.no_grad()
-    @torch._disable_dynamo
+    @_disable_dynamo
     def sum_grad(self) -> None:
         """Sum the gradients of all parameters.
 
@@ -164,6 +180,7 @@ class Optimizer(torch.optim.Optimizer):
                     self._sums[param] = _sum_of(self._sums.get(param), param.grad, take_over=True)
                     param.grad = None
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Set the gradients of all parameters to zero.
 
@@ -172,7 +189,14 @@ class Optimizer(torch.optim.Optimizer):
         Args:
             set_to_none: remove the gradients instead of zeroing them.
         """
-        super().zero_grad(set_to_none)
+        with torch._C.DisableTorchFunctionSubclass():
+            params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+            if set_to_none:
+                for param in params:
+                    param.grad = None
+                return
+            held = {id(p) for buffer in self._buffers if buffer.zero() for p in buffer.params}
+            zero_all([p.grad for p in params if p.grad is not None and id(p) not in held])
 
     @property
     def n_skipped_steps(self) -> int:
@@ -184,7 +208,8 @@ class Optimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """Norm of all gradients at the last step that needed it, 0-dim float64; None before the first."""
         if self._grad_norm is None and self._contexts:
-            return next(iter(self._contexts.values())).status[1]
+            status: Tensor = next(iter(self._contexts.values())).status
+            return status[1]
         return self._grad_norm
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -28,7 +28,7 @@ class SGD(Optimizer):
         TypeError, ValueError, RuntimeError: as PyTorch; for an option out of range, one that names it.
     """
 
-    _algorithm: ClassVar[str] = "sgd"
+    _algorithm = "sgd"
 
     def __init__(
         self,
