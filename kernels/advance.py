@@ -105,7 +105,8 @@ def advance_kernel(
     if NORM != NO_NORM:
         zero = tl.zeros((1,), tl.int64)
         norm = combine_partials(partials_ptr, zero, zero + tl.load(counts_ptr + table.N_PARTIALS), 1, WIDTH, NORM)
-        norm = tl.max(norm * inverse_scale, 0)
+        # A sum of one element, which keeps a NaN.
+        norm = tl.sum(norm * inverse_scale, 0)
         limit = tl.load(group_ptr + table.MAX_GRAD_NORM, mask=mask, other=0.0)
         factor *= clip_factor(norm, limit, CLIP_EPS)
         finite = norm < float("inf")

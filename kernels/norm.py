@@ -20,8 +20,13 @@ INF_NORM = tl.constexpr(2)
 
 
 @triton.jit
-def _maximum(a, b):
-    return tl.maximum(a, b, tl.PropagateNan.ALL)
+def largest(tile, AXIS: tl.constexpr):
+    """Largest of float64 values that are not negative, along an axis; NaN if one of them is.
+
+    `tl.max` loses a NaN. The bits of such values are in the same order as integers, with NaN above infinity.
+    """
+    bits = tl.abs(tile).to(tl.int64, bitcast=True)
+    return tl.max(bits, AXIS).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -72,7 +77,7 @@ def norm_kernel(
     group = tl.load(row_ptr + table.GROUP)
     factor = tl.abs(tl.load(groups_ptr + group * table.GROUP_COLUMNS + table.GRAD_FACTOR))
     if NORM == INF_NORM:
-        tl.store(partials_ptr + index, tl.reduce(total, 0, _maximum) * factor)
+        tl.store(partials_ptr + index, largest(total, 0) * factor)
     else:
         tl.store(partials_ptr + index, tl.sum(total, 0) * factor * factor)
 
@@ -92,5 +97,5 @@ def combine_partials(partials_ptr, first, end, ROWS: tl.constexpr, WIDTH: tl.con
             total += partial
         start += WIDTH
     if NORM == INF_NORM:
-        return tl.reduce(total, 1, _maximum)
+        return largest(total, 1)
     return tl.sqrt(tl.sum(total, 1))
