@@ -42,7 +42,8 @@ def hyperparameter(groups_ptr, sources_ptr, group, COLUMN: tl.constexpr, SOURCE:
 @triton.jit
 def clip_factor(norm, limit, eps):
     """Limit / (norm + eps), at most 1; 1 where there is no limit. A NaN norm gives NaN."""
-    factor = tl.minimum(limit / (norm + eps), 1.0, tl.PropagateNan.ALL)
+    # Without a limit the norm may be 0, of a tensor of zeros or a lane without a tensor.
+    factor = tl.minimum(limit / tl.where(limit > 0, norm + eps, 1.0), 1.0, tl.PropagateNan.ALL)
     return tl.where(limit > 0, factor, 1.0)
 
 
