@@ -1,0 +1,218 @@
+from decimal import Decimal, localcontext
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dragon.kernels import table
+from dragon.kernels.norm import INF_NORM, L2_NORM, NO_NORM
+
+from .tables import Row, Tables, place
+
+L2, INF = L2_NORM.value, INF_NORM.value
+NAN, INFINITY = float("nan"), float("inf")
+ADAM = {table.LR: 1.0, table.BETA1: 0.9, table.BETA2: 0.999, table.EPS: 1e-8, table.EPSILON_HAT: 1.0}
+
+
+def counters(device: torch.device, *steps: float, group: int = 0) -> list[Row]:
+    """Rows that are nothing but a step counter."""
+    return [
+        Row(step=torch.tensor(float(step), device=device), group=group, numel=1, vector=True) for step in steps
+    ]
+
+
+def one_minus_power(beta: float, step: int) -> Decimal:
+    with localcontext() as context:
+        context.prec = 60
+        return 1 - Decimal(beta) ** step if beta else Decimal(1)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.9999, 1 - 1e-12, 1 - 2.0**-53])
+def test_bias_corrections_are_exact_to_the_last_bits(device, beta):
+    steps = (1, 2, 3, 10, 100, 999, 10_000, 10**6)
+    rows = counters(device, *(step - 1 for step in steps))
+    # With the other beta at 0, the step size is 1 / (1 - beta1**t), and the epsilon sqrt(1 - beta2**t).
+    only_beta1 = {**ADAM, table.BETA1: beta, table.BETA2: 0.0}
+    only_beta2 = {**ADAM, table.BETA1: 0.0, table.BETA2: beta, table.EPS: 1.0, table.EPSILON_HAT: 0.0}
+    tables = Tables(rows, [only_beta1], device=device)
+    tables.advance()
+    for i, step in enumerate(steps):
+        exact = one_minus_power(beta, step)
+        assert tables.scalar(i, table.STEP_SIZE) == pytest.approx(float(1 / exact), rel=2e-15), step
+    tables = Tables(counters(device, *(step - 1 for step in steps)), [only_beta2], device=device)
+    tables.advance()
+    for i, step in enumerate(steps):
+        root = float(one_minus_power(beta, step).sqrt())
+        assert tables.scalar(i, table.DENOM_EPS) == pytest.approx(root, rel=2e-15), step
+        assert tables.scalar(i, table.STEP_SIZE) == pytest.approx(root, rel=2e-15), step
+
+
+@given(
+    beta=st.floats(0, 1, exclude_max=True, allow_subnormal=False) | st.sampled_from([0.95, 0.999, 0.9999]),
+    step=st.integers(1, 2**20),
+)
+def test_any_bias_correction_is_right(device, beta, step):
+    tables = Tables(counters(device, step - 1), [{**ADAM, table.BETA1: beta, table.BETA2: 0.0}], device=device)
+    tables.advance()
+    exact = float(1 / one_minus_power(beta, step))
+    assert tables.scalar(0, table.STEP_SIZE) == pytest.approx(exact, rel=2e-15)
+
+
+def test_one_minus_beta_is_taken_in_float64(device):
+    tables = Tables(counters(device, 0), [ADAM], device=device)
+    tables.advance()
+    assert tables.scalar(0, table.ONE_MINUS_BETA1) == 1 - 0.9
+    assert tables.scalar(0, table.ONE_MINUS_BETA2) == 1 - 0.999
+    assert tables.scalar(0, table.BETA2_FACTOR) == 0.999
+
+
+def test_each_tensor_has_its_own_count(device):
+    steps = [3.0 * i for i in range(300)]
+    rows = counters(device, *steps)
+    tables = Tables(rows, [ADAM], device=device)
+    tables.advance()
+    tables.advance()
+    assert [row.step.item() for row in rows] == [step + 2 for step in steps]
+    assert not tables.scalars[:, table.STEP_SIZE.value].isnan().any()
+
+
+def test_a_tensor_without_a_counter_is_at_its_first_step(device):
+    tables = Tables([Row(numel=1, vector=True)], [ADAM], device=device)
+    tables.advance()
+    assert tables.scalar(0, table.STEP_SIZE) == pytest.approx((1 - 0.999) ** 0.5 / (1 - 0.9), rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hyperparameters_are_read_from_device_tensors_when_there_are_any(device, dtype):
+    lr, beta1, beta2 = (torch.tensor(value, dtype=dtype, device=device) for value in (0.25, 0.5, 0.75))
+    sources = {(1, table.LR_SOURCE): lr, (1, table.BETA1_SOURCE): beta1, (1, table.BETA2_SOURCE): beta2}
+    rows = counters(device, 0) + counters(device, 0, group=1)
+    tables = Tables(rows, [ADAM, ADAM], sources, device=device)
+    tables.advance()
+    assert tables.scalar(1, table.STEP_SIZE) == pytest.approx(0.25 * 0.25**0.5 / 0.5, rel=1e-15)
+    assert tables.scalar(1, table.BETA2_FACTOR) == 0.75
+    assert tables.scalar(0, table.BETA2_FACTOR) == 0.999
+    lr.fill_(0.125)
+    tables.tensors[:, table.STEP.value] = 0
+    tables.advance()
+    assert tables.scalar(1, table.STEP_SIZE) == pytest.approx(0.125 * 0.25**0.5 / 0.5, rel=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_tensor_hyperparameter_leaves_the_others_in_the_table(device, dtype):
+    source = {(0, table.BETA2_SOURCE): torch.tensor(0.5, dtype=dtype, device=device)}
+    tables = Tables(counters(device, 0), [{**ADAM, table.LR: 3.0}], source, device=device)
+    tables.advance()
+    assert tables.scalar(0, table.STEP_SIZE) == pytest.approx(3 * 0.5**0.5 / 0.1, rel=1e-14)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_decay_goes_to_the_gradient_or_to_the_parameter(device, decoupled):
+    group = {**ADAM, table.LR: 0.5, table.WEIGHT_DECAY: 0.25, table.DECOUPLED: float(decoupled)}
+    tables = Tables(counters(device, 0), [group], device=device)
+    tables.advance()
+    assert tables.scalar(0, table.L2) == (0 if decoupled else 0.25)
+    assert tables.scalar(0, table.DECAY) == (0.875 if decoupled else 1)
+
+
+def test_clip_values_and_averages_are_those_of_the_group(device):
+    rows = counters(device, 0) + counters(device, 0, group=1)
+    tables = Tables(rows, [{**ADAM, table.CLIP_VALUE: 2.0, table.EMA_DECAY: 0.75}, ADAM], device=device)
+    tables.advance()
+    assert [tables.scalar(i, table.CLIP) for i in range(2)] == [2.0, INFINITY]
+    assert [tables.scalar(i, table.ONE_MINUS_EMA_DECAY) for i in range(2)] == [0.25, 1.0]
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_sgd_damps_all_gradients_but_the_first(device, steps_before):
+    group = {table.LR: 0.5, table.MOMENTUM: 0.75, table.DAMPENING: 0.25, table.NESTEROV: 1.0}
+    tables = Tables(counters(device, steps_before), [group], device=device)
+    tables.advance("sgd")
+    columns = (table.STEP_SIZE, table.MOMENTUM_DECAY, table.MOMENTUM_GAIN, table.NESTEROV_FLAG)
+    assert [tables.scalar(0, column) for column in columns] == [0.5, 0.75, 0.75 if steps_before else 1.0, 1.0]
+
+
+@pytest.mark.parametrize("algorithm", ["adam", "sgd"])
+@pytest.mark.parametrize("found_inf", [1.0, 2.0])
+def test_a_found_infinity_skips_the_step_and_is_counted_once(device, algorithm, found_inf):
+    rows = counters(device, *range(260))
+    tables = Tables(rows, [ADAM], device=device)
+    tables.found_inf.fill_(found_inf)
+    tables.advance(algorithm)
+    assert [row.step.item() for row in rows] == list(range(260))
+    assert not tables.scalars[:, table.ACTIVE.value].any()
+    assert tables.status[table.N_SKIPPED.value] == 1
+    tables.found_inf.zero_()
+    tables.advance(algorithm)
+    assert [row.step.item() for row in rows] == list(range(1, 261))
+    assert tables.scalars[:, table.ACTIVE.value].all()
+    assert tables.status[table.N_SKIPPED.value] == 1
+
+
+def clipping_tables(device: torch.device, grads: list[list[float]], group: dict[object, float]) -> Tables:
+    rows = [
+        Row(grad=place(torch.tensor(values, device=device)), step=torch.zeros((), device=device))
+        for values in grads
+    ]
+    return Tables(rows, [{**ADAM, **group}], device=device)
+
+
+def test_gradients_are_divided_by_their_scale(device):
+    tables = clipping_tables(device, [[3.0], [4.0]], {table.GRAD_FACTOR: -0.5})
+    tables.grad_scale.fill_(4.0)
+    tables.reduce(L2)
+    tables.advance(norm=L2)
+    assert tables.scalar(0, table.GRAD_SCALE) == -0.125
+    assert tables.status[table.GRAD_NORM.value] == 5 * 0.125
+
+
+@pytest.mark.parametrize(("order", "norm"), [(L2, 5.0), (INF, 4.0)])
+@pytest.mark.parametrize("limit", [0.0, 1.0, 10.0])
+def test_the_norm_of_all_gradients_is_clipped_as_torch_clips_it(device, order, norm, limit):
+    tables = clipping_tables(device, [[3.0], [], [0.0, 4.0]], {table.MAX_GRAD_NORM: limit})
+    tables.reduce(order)
+    tables.advance(norm=order)
+    assert tables.status[table.GRAD_NORM.value] == norm
+    factor = min(limit / (norm + 1e-6), 1.0) if limit else 1.0
+    assert tables.scalars[:, table.GRAD_SCALE.value].tolist() == pytest.approx([factor] * 3, rel=1e-15)
+
+
+@pytest.mark.parametrize("order", [NO_NORM.value, L2])
+def test_each_tensor_is_clipped_by_its_own_norm(device, order):
+    tables = clipping_tables(device, [[3.0, 4.0], [], [0.5], [0.0, 0.0], [8.0]], {table.CLIP_NORM: 2.0})
+    tables.reduce(L2)
+    tables.advance(norm=order, clip_each=True)
+    assert tables.scalars[:, table.GRAD_SCALE.value].tolist() == pytest.approx([0.4, 1, 1, 1, 0.25], rel=1e-15)
+
+
+def test_a_tensor_of_many_partial_norms_is_clipped_by_all_of_them(device):
+    tables = clipping_tables(device, [[1.0]] * 20, {table.CLIP_NORM: 1.0})
+    tables.partials = torch.ones(700, dtype=torch.float64, device=device)
+    tables.tensors[5, table.FIRST_PARTIAL.value] = 100
+    tables.tensors[5, table.END_PARTIAL.value] = 676
+    tables.advance(clip_each=True)
+    factors = tables.scalars[:, table.GRAD_SCALE.value].tolist()
+    assert factors[5] == pytest.approx(1 / 24, rel=1e-15)
+    assert factors[:5] + factors[6:] == [1.0] * 19
+
+
+@pytest.mark.parametrize("bad", [INFINITY, NAN])
+@pytest.mark.parametrize("order", [L2, INF])
+def test_a_group_may_skip_steps_whose_norm_is_not_finite(device, bad, order):
+    tables = clipping_tables(device, [[1.0], [bad]], {table.SKIP_NONFINITE: 1.0, table.MAX_GRAD_NORM: 1.0})
+    tables.reduce(order)
+    tables.advance(norm=order)
+    assert tables.status[table.N_SKIPPED.value] == 1
+    assert not tables.scalars[:, table.ACTIVE.value].any()
+    assert [row.step.item() for row in tables.rows] == [0, 0]
+
+
+def test_a_norm_that_is_not_finite_clips_as_torch_does_where_no_skip_is_asked_for(device):
+    for bad, factor in ((INFINITY, 0.0), (NAN, NAN)):
+        tables = clipping_tables(device, [[1.0], [bad]], {table.MAX_GRAD_NORM: 1.0})
+        tables.reduce(L2)
+        tables.advance(norm=L2)
+        assert tables.scalars[:, table.ACTIVE.value].all()
+        assert tables.scalars[:, table.GRAD_SCALE.value].tolist() == pytest.approx([factor] * 2, nan_ok=True)
+        assert [row.step.item() for row in tables.rows] == [1, 1]
