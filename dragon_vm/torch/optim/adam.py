@@ -92,5 +92,12 @@ class AdamW(Adam):
         amsgrad: bool = False,
         **kwargs: Unpack[AdamOptions],
     ) -> None:
-        kwargs.setdefault("decoupled_weight_decay", True)
+        if not kwargs.setdefault("decoupled_weight_decay", True):
+            raise ValueError("decoupled_weight_decay must be True for AdamW; Adam takes False")
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As `Adam`; whatever was saved, decay stays decoupled."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True

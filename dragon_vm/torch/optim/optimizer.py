@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._backend import check_backend
 from dragon.vm.torch.optim._chain import Scaling, zero_all
+from dragon.vm.torch.optim._checkpoint import complete_switched_on, take_states
 from dragon.vm.torch.optim._checks import check_memory, check_param
 from dragon.vm.torch.optim._flat import FlatBuffer, make_buffers
 from dragon.vm.torch.optim._options import Settings, check_common
@@ -41,7 +42,8 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], settings: Settings) -> None:
         self._settings = settings
         self._reset()
-        super().__init__(params, defaults)
+        # By name: between this class and PyTorch's there may be another of PyTorch's, for `isinstance`.
+        torch.optim.Optimizer.__init__(self, params, defaults)
         check_memory(self._params_with_memory())
         self._move_to_buffers()
 
@@ -55,6 +57,8 @@ class Optimizer(torch.optim.Optimizer):
         self._n_skipped = 0
         self._grad_norm: Tensor | None = None
 
+        # Between the check of a state dict and the end of its loading.
+        self._restored: dict[Tensor, dict[str, Any]] | None = None
     def _params_with_memory(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"] if _has_memory(param)]
 
@@ -171,6 +175,7 @@ class Optimizer(torch.optim.Optimizer):
         """Sum the gradients of all parameters.
 
         Call it after each backward pass; the next `step` uses the sum, together with any gradient that came after
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         the last call, and starts a new one. The gradients themselves are dropped. Sums of half precision gradients
         are kept in float32.
         """
@@ -206,6 +211,29 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in PyTorch's format; complete for an AMSGrad switched on since the last step."""
+        complete_switched_on(self)
+        return super().state_dict()
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of PyTorch's counterpart, sharing no memory with it.
+
+        Hyperparameters that it does not know keep their values; so do sums of gradients and the count of skipped
+        steps. State tensors get the optimizer's `state_dtype`, or the wider of their and the parameter's dtype.
+
+        Raises:
+            ValueError: as PyTorch, and for missing or misshapen states. Nothing has changed then.
+        """
+        # Behind the hooks of others, which may still change the dict.
+        handle = self.register_load_state_dict_pre_hook(take_states)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._restored = None
+
         """Norm of all gradients at the last step that needed it, 0-dim float64; None before the first."""
         if self._grad_norm is None and self._contexts:
             status: Tensor = next(iter(self._contexts.values())).status
@@ -222,10 +250,16 @@ class Optimizer(torch.optim.Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a pickle's or a state dict's contents."""
-        self._reset()
+        """Take over a pickle's contents, or a state dict's that `load_state_dict` has checked."""
+        earlier: Iterable[dict[str, Any]] = repeat({})
+        if "param_groups" in self.__dict__:
+            earlier = self.param_groups
+            self._prepared.clear()
+        else:
+            self._reset()
         super().__setstate__(state)
-        for group in self.param_groups:
+        self.state.update(self._restored or {})
+        for group, old in zip(self.param_groups, earlier, strict=False):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
