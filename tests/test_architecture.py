@@ -22,8 +22,8 @@ OPTIM_LAYERS = (
     {"_layout", "_options", "_state"},
     {"_backend", "_chain", "_checks", "_flatten", "_rows", "_table"},
     {"_flat", "_owner", "_triton", "_native", "_eager"},
-    {"_premises", "_step"},
-    {"optimizer"},
+    {"_premises", "_step", "_sums"},
+    {"_checkpoint", "optimizer"},
     {"adam", "adamw", "sgd"},
     {"__init__"},
 )

@@ -62,7 +62,8 @@ def choose_backend(
 ) -> str:
     """The backend that updates one parameter.
 
-    A parameter that is not dense, such as ``base[..., 0]``, goes the eager way whatever the choice.
+    A parameter that is not dense, such as ``base[..., 0]``, goes the eager way whatever the choice. The native
+    backend rounds a gradient of another dtype to its parameter's; it is not chosen for one unasked.
 
     Args:
         backend: the explicit choice, or None.
@@ -77,11 +78,11 @@ def choose_backend(
     if differentiable or not is_dense(param):
         return "eager"
     check_backend(backend, param.device)
-    mixed = (state_dtypes | {grad_dtype}) - {param.dtype}
+    mixed = state_dtypes - {param.dtype}
     uneven = len(state_dtypes) > 1 or any(dtype not in _TRITON_DTYPES for dtype in state_dtypes)
     if backend == "native" and mixed:
         raise ValueError(
-            "backend='native' is impossible here: torch's fused operation needs gradient and state of the "
+            "backend='native' is impossible here: torch's fused operation needs states of the "
             f"parameter's dtype {param.dtype}, but got {', '.join(map(str, mixed))}"
         )
     if backend == "triton" and uneven:
@@ -92,7 +93,7 @@ def choose_backend(
         return backend
     if param.device.type in _TRITON_DEVICES and why_not("triton", param.device) is None:
         return "eager" if uneven else "triton"
-    if param.device.type == "cpu" and param.dtype in _NATIVE_DTYPES and not mixed:
+    if param.device.type == "cpu" and param.dtype in _NATIVE_DTYPES and not mixed and grad_dtype == param.dtype:
         return "native"
     return "eager"
 

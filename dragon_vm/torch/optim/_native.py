@@ -85,7 +85,9 @@ class NativeGroup:
         if calls_for != self._calls_for:
             self._calls = self._partition(groups, factors, steps)
             self._calls_for = calls_for
-        params = self.group.params
+        params, signature = self.group.params, self.group.signature
+        if signature.grad_dtype != signature.param_dtype:
+            grads = [grad.to(signature.param_dtype) for grad in grads]
         if self._complex:
             grads, params = [as_real(grad) for grad in grads], [as_real(param) for param in params]
         for call in self._calls:
@@ -95,7 +97,7 @@ class NativeGroup:
             chosen = _take(params, call.indices), _take(grads, call.indices)
             with _threads_for(call.large):
                 _UPDATES[self.algorithm](call, *chosen, states, _take(self._steps, call.indices))
-        if self.group.signature.average:
+        if signature.average:
             self._move_averages(groups)
         follow_leaders(self.group.states)
 

@@ -119,7 +119,7 @@ class TritonGroup:
         self._sources: list[list[int]] = []
         self._grads: list[int] = []
         self._table = self._build_table(n_groups, partials)
-        self._write_fixed()
+        self.relocate()
 
     def _build_table(self, n_groups: int, partials: tuple[int, int]) -> DeviceTable:
         numels = [_real_numel(param) for param in self.group.params]
@@ -156,8 +156,15 @@ class TritonGroup:
         self._spans = device_table.section(_SPANS, torch.int32)
         return device_table
 
-    def _write_fixed(self) -> None:
-        """Fill in the addresses of parameters and states, which the premises of the step hold fast."""
+    def set_scalars(self, scalars: dict[Any, float]) -> None:
+        """Set what `advance_kernel` would have written, the same for all tensors; 0 for what is not given."""
+        row = [0.0] * int(table.SCALAR_COLUMNS)
+        for column, value in scalars.items():
+            row[column] = value
+        self._scalars.copy_(torch.tensor(row * len(self.group.params), dtype=torch.float64))
+
+    def relocate(self) -> None:
+        """Write the addresses of parameters and states, which the premises of a step hold fast."""
         columns = {table.PARAM: list(map(Tensor.data_ptr, self.group.params))}
         for key, column in self._columns.items():
             columns[column] = [state[key].data_ptr() for state in self.group.states]
@@ -165,6 +172,7 @@ class TritonGroup:
             self._write_column(column, values)
         walked = [values for column, values in columns.items() if column is not table.STEP]
         self._combined = reduce(_or_all, walked)
+        self._grads = []
 
     def _write_column(self, column: Any, values: list[int]) -> None:
         self._table.write(_TENSORS, array("q", values), int(column), _WIDTH)
@@ -198,8 +206,8 @@ class TritonGroup:
                 self._variant.grad_dtype, kind, self._n_partials, self._spans, self._tensors, self._groups, own
             )
 
-    def update(self, scaling: Scaling, kind: int, clip_each: bool, partials: Tensor, status: Tensor) -> None:
-        """Advance the counters, then update the tensors."""
+    def advance(self, scaling: Scaling, kind: int, clip_each: bool, partials: Tensor, status: Tensor) -> None:
+        """Advance the counters and write the scalars of this step."""
         context = self._context
         launch.launch_advance(
             self._algorithm,
@@ -216,6 +224,10 @@ class TritonGroup:
             context.zero if scaling.found_inf is None else scaling.found_inf,
             status,
         )
+
+    def apply(self) -> None:
+        """Update the tensors by the scalars."""
+        context = self._context
         if self._n_chunks:
             launch.launch_update(
                 self._variant,
@@ -229,6 +241,32 @@ class TritonGroup:
                 self._scalars,
             )
         follow_leaders(self.group.states)
+
+
+class TritonSum:
+    """One launch that adds gradients to their accumulators, which stand in the table as the parameters.
+
+    Args:
+        group: accumulators.
+    """
+
+    def __init__(self, group: FlattenedGroup) -> None:
+        self._group = group
+        self._launch = TritonGroup(group, "accumulate", DeviceContext(group.signature.device), 1, (0, 0), False)
+        self._launch.set_scalars(
+            {table.ACTIVE: 1.0, table.GRAD_SCALE: 1.0, table.CLIP: math.inf, table.DECAY: 1.0}
+        )
+
+    def fits(self, totals: Sequence[Tensor]) -> bool:
+        """Whether accumulators of these lengths are what this launch was planned for."""
+        return [total.numel() for total in totals] == [total.numel() for total in self._group.params]
+
+    def add(self, totals: list[Tensor], grads: list[Tensor]) -> None:
+        """Add each gradient to its accumulator."""
+        self._group.params = totals
+        self._launch.relocate()
+        self._launch.refresh(grads, [], [])
+        self._launch.apply()
 
 
 def _or_all(left: list[int], right: list[int]) -> list[int]:
@@ -282,4 +320,5 @@ class TritonDevice:
                 member.measure(kind, partials)
         for member in self.members:
             status = context.status if member is self.members[0] else context.spare_status
-            member.update(scaling, kind, clip_each, partials, status)
+            member.advance(scaling, kind, clip_each, partials, status)
+            member.apply()

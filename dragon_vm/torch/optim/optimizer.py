@@ -18,6 +18,7 @@ from dragon.vm.torch.optim._checks import check_memory, check_param
 from dragon.vm.torch.optim._flat import FlatBuffer, make_buffers
 from dragon.vm.torch.optim._options import Settings, check_common
 from dragon.vm.torch.optim._step import PreparedStep
+from dragon.vm.torch.optim._sums import GradientSums
 
 _read_grad = attrgetter("grad")
 
@@ -53,12 +54,12 @@ class Optimizer(torch.optim.Optimizer):
         self._contexts: dict[torch.device, Any] = {}
         self._params: list[Tensor] = []
         self._buffers: list[FlatBuffer] = []
-        self._sums: dict[Tensor, Tensor] = {}
+        self._sums = GradientSums()
         self._n_skipped = 0
         self._grad_norm: Tensor | None = None
-
         # Between the check of a state dict and the end of its loading.
         self._restored: dict[Tensor, dict[str, Any]] | None = None
+
     def _params_with_memory(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"] if _has_memory(param)]
 
@@ -143,7 +144,7 @@ class Optimizer(torch.optim.Optimizer):
             buffer.gather()
         grads = list(map(_read_grad, params))
         if self._sums:
-            grads = self._with_sums(params, grads)
+            grads = self._sums.with_sums(params, grads)
         present = bytes(map(is_not, grads, repeat(None)))
         if not any(present):
             return
@@ -165,25 +166,18 @@ class Optimizer(torch.optim.Optimizer):
         while len(self._prepared) > 8:
             self._prepared.pop(next(iter(self._prepared)))
 
-    def _with_sums(self, params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
-        """Gradients with what `sum_grad` gathered; a gradient not yet summed is added."""
-        return [_sum_of(self._sums.get(param), grad) for param, grad in zip(params, grads, strict=True)]
-
     @torch.no_grad()
     @_disable_dynamo
     def sum_grad(self) -> None:
         """Sum the gradients of all parameters.
 
         Call it after each backward pass; the next `step` uses the sum, together with any gradient that came after
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         the last call, and starts a new one. The gradients themselves are dropped. Sums of half precision gradients
         are kept in float32.
         """
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         with torch._C.DisableTorchFunctionSubclass():
-            for param in chain.from_iterable(group["params"] for group in self.param_groups):
-                if param.grad is not None:
-                    self._sums[param] = _sum_of(self._sums.get(param), param.grad, take_over=True)
-                    param.grad = None
+            self._sums.take(params, launch=self._settings.backend == "triton" or any(p.is_cuda for p in params))
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -211,6 +205,12 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients at the last step that needed it, 0-dim float64; None before the first."""
+        if self._grad_norm is None and self._contexts:
+            status: Tensor = next(iter(self._contexts.values())).status
+            return status[1]
+        return self._grad_norm
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state in PyTorch's format; complete for an AMSGrad switched on since the last step."""
         complete_switched_on(self)
@@ -234,12 +234,6 @@ class Optimizer(torch.optim.Optimizer):
             handle.remove()
             self._restored = None
 
-        """Norm of all gradients at the last step that needed it, 0-dim float64; None before the first."""
-        if self._grad_norm is None and self._contexts:
-            status: Tensor = next(iter(self._contexts.values())).status
-            return status[1]
-        return self._grad_norm
-
     def __getstate__(self) -> dict[str, Any]:
         """What pickles and copies hold: PyTorch's, the settings, and what is summed and counted."""
         return {
@@ -261,15 +255,7 @@ class Optimizer(torch.optim.Optimizer):
         self.state.update(self._restored or {})
         for group, old in zip(self.param_groups, earlier, strict=False):
             for name, default in self.defaults.items():
-                group.setdefault(name, default)
-
-
-def _sum_of(total: Tensor | None, grad: Tensor | None, take_over: bool = False) -> Tensor | None:
-    """Add a gradient to a sum, in float32 or wider; `take_over` lets the sum use the gradient's memory."""
-    if grad is None or total is not None:
-        return total if grad is None else total.add_(grad)
-    wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
-    return wide if take_over or wide is not grad else grad
+                group.setdefault(name, old.get(name, default))
 
 
 def _has_memory(param: Tensor) -> bool:
