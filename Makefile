@@ -22,8 +22,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# One thread: the network is small, and threads that wait for each other on a busy machine take minutes.
 demo: $(VENV)/.dev ## train on handwritten digits with torch's Adam and ours; writes build/demo/
-	@$(BIN)/python -m benchmarks.demo
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.demo
 
 test: lint types ## everything a change must pass; the same examples on each run
 	@HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(PYTEST)
