@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # a private class of torch: without it the slower guard below does
-    TensorGuards = None
+    from torch._C._dynamo import guards as _guards
+except ImportError:  # private to torch: without it the slower guard below does
+    _guards = None  # type: ignore[assignment]  # mypy takes a module's name for a constant
 
 
 class LayoutGuard(Protocol):
@@ -38,9 +38,11 @@ def _layout(tensor: Tensor) -> tuple[object, ...]:
 
 def guard_layouts(tensors: Sequence[Tensor]) -> LayoutGuard:
     """Remember the layout of each tensor; all must be strided."""
-    if TensorGuards is None:
+    tensor_guards: Any = getattr(_guards, "TensorGuards", PlainGuard)
+    if tensor_guards is PlainGuard:
         return PlainGuard(*tensors)
-    guard: LayoutGuard = TensorGuards(
+    # Shapes and strides must be given: without them the constructor crashes (torch 2.13).
+    guard: LayoutGuard = tensor_guards(
         *tensors,
         dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
         dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
@@ -126,4 +128,5 @@ def overlapping_pair(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 def _overlaps(*tensors: Tensor) -> bool:
     base = min(tensor.data_ptr() for tensor in tensors)
     offsets = torch.cat([_element_offsets(tensor, base) for tensor in tensors])
-    return offsets.unique().numel() < offsets.numel()
+    n_distinct = len(offsets.unique())
+    return n_distinct < len(offsets)

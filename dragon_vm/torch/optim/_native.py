@@ -221,10 +221,12 @@ def _update_sgd(
 ) -> None:
     group = call.group
     grads, grad_scale = _scaled(call, grads)
+    buffers = states[0] if group["momentum"] else []
+    # The fused operation is wrong by whole gradients for half precision of 15 elements and more (torch 2.13).
+    half = params[0].dtype in (torch.float16, torch.bfloat16)
+    wide = [[t.float() for t in tensors] if half else tensors for tensors in (params, grads, buffers)]
     torch._fused_sgd_(
-        params,
-        grads,
-        states[0] if group["momentum"] else [],
+        *wide,
         weight_decay=float(group["weight_decay"]),
         momentum=float(group["momentum"]),
         lr=float(group["lr"]),
@@ -235,6 +237,8 @@ def _update_sgd(
         grad_scale=grad_scale,
         found_inf=None,
     )
+    if half:
+        torch._foreach_copy_([*params, *buffers], [*wide[0], *wide[2]])
 
 
 _UPDATES = {"adam": _update_adam, "sgd": _update_sgd}
