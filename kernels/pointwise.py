@@ -152,6 +152,12 @@ def _update_chunk(
                     row_ptr, scalars_ptr, single, single < numel, UPDATE, N_STATES, PARAM_DTYPE, GRAD_DTYPE,
                     STATE_DTYPE, COMPUTE_DTYPE, AVERAGE, ZERO_GRAD, EVICTION, 1,
                 )  # fmt: skip
+    elif ZERO_GRAD:
+        # A skipped step drops its gradients all the same: what is infinite must not be added to.
+        grad_ptr = address(row_ptr, table.GRAD, GRAD_DTYPE, 1)
+        for start in range(0, CHUNK, N_THREADS):
+            single = first + start + tl.arange(0, N_THREADS)
+            store_tile(grad_ptr, single, tl.zeros((N_THREADS,), COMPUTE_DTYPE), single < numel, EVICTION)
 
 
 @triton.jit

@@ -92,7 +92,7 @@ def complete_states(
     step_devices: Sequence[torch.device | None],
     dtype: torch.dtype | None,
 ) -> None:
-    """Give each parameter the state tensors that it lacks, zeroed, as views of arenas shared by their kind.
+    """Give each parameter the state tensors that it lacks, at their first values, as views of arenas shared by their kind.
 
     Args:
         params: parameters.
@@ -117,7 +117,8 @@ def complete_states(
         chosen = [params[i] for i in indices]
         views = arena_views(chosen, dtype) if dense else [torch.zeros_like(p, dtype=dtype) for p in chosen]
         for i, view in zip(indices, views, strict=True):
-            states[i][key] = view
+            # An average starts where its parameter is; everything else at 0.
+            states[i][key] = view.copy_(params[i]) if key == "ema" else view
 
 
 def settle_state(param: Tensor, state: State, keys: tuple[str, ...], step_device: torch.device | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, compress, repeat
 from operator import attrgetter, is_, is_not
 from typing import Any
@@ -15,6 +16,7 @@ from dragon.vm.torch.optim._backend import check_backend
 from dragon.vm.torch.optim._chain import Scaling, zero_all
 from dragon.vm.torch.optim._checkpoint import complete_switched_on, take_states
 from dragon.vm.torch.optim._checks import check_memory, check_param
+from dragon.vm.torch.optim._ema import exchanged
 from dragon.vm.torch.optim._flat import FlatBuffer, make_buffers
 from dragon.vm.torch.optim._options import Settings, check_common
 from dragon.vm.torch.optim._step import PreparedStep
@@ -55,6 +57,7 @@ class Optimizer(torch.optim.Optimizer):
         self._params: list[Tensor] = []
         self._buffers: list[FlatBuffer] = []
         self._sums = GradientSums()
+        self._swapped = False
         self._n_skipped = 0
         self._grad_norm: Tensor | None = None
         # Between the check of a state dict and the end of its loading.
@@ -134,6 +137,8 @@ class Optimizer(torch.optim.Optimizer):
             self._update(zero_grad)
 
     def _update(self, zero_grad: bool) -> None:
+        if self._swapped:
+            raise RuntimeError("step() was called inside swap_ema(): the averages would be updated as parameters")
         groups = self.param_groups
         params = list(chain.from_iterable(group["params"] for group in groups))
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
@@ -196,6 +201,24 @@ class Optimizer(torch.optim.Optimizer):
                 return
             held = {id(p) for buffer in self._buffers if buffer.zero() for p in buffer.params}
             zero_all([p.grad for p in params if p.grad is not None and id(p) not in held])
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Exchange the parameters with their exponential moving averages inside a ``with`` block.
+
+        Raises:
+            RuntimeError: if no parameter has an average: `ema_decay` is 0, or no step has been taken; from `step`,
+                if it is called inside the block.
+        """
+        averaged = [param for param, state in self.state.items() if "ema" in state]
+        if not averaged:
+            raise RuntimeError("swap_ema() needs averages: give an ema_decay above 0, and take a step")
+        self._swapped = True
+        try:
+            with exchanged(averaged, [self.state[param]["ema"] for param in averaged]):
+                yield
+        finally:
+            self._swapped = False
 
     @property
     def n_skipped_steps(self) -> int:
