@@ -92,7 +92,7 @@ def complete_states(
     step_devices: Sequence[torch.device | None],
     dtype: torch.dtype | None,
 ) -> None:
-    """Give each parameter the state tensors that it lacks, at their first values, as views of arenas shared by their kind.
+    """Give each parameter the state tensors that it lacks, at their first values, as views of arenas.
 
     Args:
         params: parameters.
