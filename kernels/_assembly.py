@@ -21,7 +21,7 @@ GCN_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)")
 GCN_NBYTES = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2, "dword": 4}
 
 # Labels, directives and comments are no instructions; a predicate in front of one is no hindrance.
-INSTRUCTION = re.compile(r"^\s+(?:@!?%\w+\s+)?[a-z][\w.]*(?:\s|;|$)")
+INSTRUCTION = re.compile(r"^\s+(?:@!?%\w+\s+)?[a-z][\w.:]*(?:\s|;|$)")
 
 
 class Frame(NamedTuple):

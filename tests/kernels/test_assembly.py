@@ -1,0 +1,76 @@
+import triton
+
+from dragon.kernels import pointwise
+from dragon.kernels._assembly import Accesses, Lines, accesses_by_path, calls_in, lines_of
+
+PTX = """
+	.loc	1 10 5                          // walk.py:10:5 @[ kernel.py:3:1 ]
+	// begin inline asm
+	@%p3 ld.global.v4.b32 { %r6, %r7, %r8, %r9 }, [ %rd22 + 0 ];
+	// end inline asm
+$L__tmp7:
+	ld.global.L1::evict_first.v2.b64 { %rd1, %rd2 }, [ %rd22 + 0 ];
+	.loc	2 90 5                          // table.py:90:5 @[ walk.py:11:5 @[ kernel.py:3:1 ] ]
+	ld.global.b64 { %rd18 }, [ %rd3 + 0 ];
+	.loc	1 12 5                          // walk.py:12:5 @[ kernel.py:3:1 ]
+	st.global.b16 [ %rd22 + 0 ], { %rs1 };
+	.loc	1 20 5                          // walk.py:20:5 @[ kernel.py:3:1 ]
+	ld.global.b32 { %r6 }, [ %rd22 + 0 ];
+	ret;
+"""
+
+GCN = """
+	.loc	1 10 5 is_stmt 1                ; walk.py:10:5 @[ kernel.py:3:1 ]
+	s_and_saveexec_b64 s[0:1], vcc
+; %bb.3:
+	global_load_dwordx4 v[2:5], v[18:19], off
+	.loc	1 0 5                           ; walk.py:0:5
+	global_load_ushort v1, v[18:19], off
+	buffer_store_dwordx2 v[2:3], v1, s[4:7], 0 offen
+	s_load_dwordx8 s[4:11], s[20:21], 0x30
+	.loc	1 20 5                          ; walk.py:20:5 @[ kernel.py:3:1 ]
+	global_store_dword v[2:3], v1, off
+	s_endpgm
+"""
+
+PATHS = {"vector": Lines("walk.py", 10, 12), "tail": Lines("walk.py", 20, 22), "other": Lines("kernel.py", 9, 9)}
+TABLES = [Lines("table.py", 90, 92)]
+
+
+def test_accesses_of_ptx_are_told_apart_by_their_source_lines() -> None:
+    assert accesses_by_path(PTX, PATHS, TABLES) == {
+        "vector": Accesses({16: 2}, {2: 1}, 4),
+        "tail": Accesses({4: 1}, {}, 2),
+        "other": Accesses({}, {}, 0),
+    }
+
+
+def test_accesses_of_amd_are_told_apart_by_their_source_lines() -> None:
+    found = accesses_by_path(GCN, PATHS, TABLES)
+    assert found["vector"] == Accesses({16: 1, 2: 1}, {8: 1}, 5)
+    assert found["tail"] == Accesses({}, {4: 1}, 2)
+    assert found["vector"].nbytes == 26
+
+
+@triton.jit
+def callee(x):
+    return x
+
+
+@triton.jit
+def caller(x):
+    a = callee(
+        x,
+    )
+    return callee(a)
+
+
+def test_calls_are_found_in_the_order_of_the_source() -> None:
+    first, second = calls_in(caller, "callee")
+    assert first.last - first.first == 2
+    assert second.first == first.last + 1
+    assert lines_of(caller).first == first.first - 2
+
+
+def test_the_walk_over_a_chunk_has_its_three_paths() -> None:
+    assert len(calls_in(pointwise._update_chunk, "_update_tile")) == 3
