@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -36,7 +36,7 @@ def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | 
 
 
 def restored_states(
-    optimizer: Owner, saved_groups: Sequence[Group], saved: Mapping[Hashable, State]
+    optimizer: Owner, saved_groups: Sequence[Group], saved: Mapping[Any, State]
 ) -> dict[Tensor, State]:
     """Copy saved states for an optimizer's parameters.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from dragon.vm.torch.optim._options import GROUP_DEFAULTS, AdamOptions, check_betas, check_lr, split_options
+from dragon.vm.torch.optim._takeover import take_over
 from dragon.vm.torch.optim.optimizer import Optimizer
 
 _DEFAULTS = {**GROUP_DEFAULTS, "decoupled_weight_decay": False, "epsilon_hat": True}
@@ -62,6 +64,21 @@ class Adam(Optimizer):
         check_lr(defaults)
         check_betas(defaults)
         super().__init__(params, defaults, settings)
+
+    @classmethod
+    def from_torch(cls, optimizer: torch.optim.Optimizer, **kwargs: Unpack[AdamOptions]) -> Self:
+        """Take over a running `torch.optim.Adam` or `AdamW`: its groups, hyperparameters, state and epsilon.
+
+        Args:
+            optimizer: it keeps its state, but is not to update the same parameters any more.
+            **kwargs: see `AdamOptions`.
+
+        Raises:
+            TypeError: for an optimizer of another algorithm.
+            ValueError: for a state that does not fit, and for an `AdamW` of one whose decay is not decoupled.
+        """
+        kwargs.setdefault("epsilon_hat", False)
+        return take_over(cls, optimizer, torch.optim.Adam, {**kwargs})
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

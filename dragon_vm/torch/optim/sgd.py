@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from dragon.vm.torch.optim._options import GROUP_DEFAULTS, CommonOptions, check_lr, check_momentum, split_options
+from dragon.vm.torch.optim._takeover import take_over
 from dragon.vm.torch.optim.optimizer import Optimizer
 
 
@@ -52,6 +54,20 @@ class SGD(Optimizer):
         check_lr(defaults)
         check_momentum(defaults)
         super().__init__(params, defaults, settings)
+
+    @classmethod
+    def from_torch(cls, optimizer: torch.optim.Optimizer, **kwargs: Unpack[CommonOptions]) -> Self:
+        """Take over a running `torch.optim.SGD`: groups, hyperparameters and state.
+
+        Args:
+            optimizer: it keeps its state, but is not to update the same parameters any more.
+            **kwargs: see `CommonOptions`.
+
+        Raises:
+            TypeError: for an optimizer of another algorithm.
+            ValueError: for a state that does not fit.
+        """
+        return take_over(cls, optimizer, torch.optim.SGD, {**kwargs})
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
