@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -144,6 +144,22 @@ def check_common(group: Mapping[str, Any], settings: Settings) -> None:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if group["differentiable"] and settings.backend in ("triton", "native"):
         raise ValueError(f"differentiable=True needs backend='eager', but got backend={settings.backend!r}")
+
+
+def own_tensors(group: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> None:
+    """Give a group copies of those hyperparameters that are tensors of another group too.
+
+    What a scheduler writes into one group's tensor must not change another's. A tensor that autograd sees stays.
+    """
+    held = {id(value) for other in others for value in (other["lr"], *other.get("betas", ()))}
+
+    def own(value: Any) -> Any:
+        shared = isinstance(value, Tensor) and id(value) in held and not value.requires_grad
+        return value.clone() if shared else value
+
+    group["lr"] = own(group["lr"])
+    if "betas" in group:
+        group["betas"] = tuple(map(own, group["betas"]))
 
 
 def check_lr(group: Mapping[str, Any]) -> None:

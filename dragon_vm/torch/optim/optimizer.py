@@ -18,7 +18,7 @@ from dragon.vm.torch.optim._checkpoint import complete_switched_on, take_states
 from dragon.vm.torch.optim._checks import check_memory, check_param
 from dragon.vm.torch.optim._ema import exchanged
 from dragon.vm.torch.optim._flat import FlatBuffer, make_buffers
-from dragon.vm.torch.optim._options import Settings, check_common
+from dragon.vm.torch.optim._options import Settings, check_common, own_tensors
 from dragon.vm.torch.optim._step import PreparedStep
 from dragon.vm.torch.optim._sums import GradientSums
 
@@ -106,6 +106,7 @@ class Optimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 check_param(param)
                 check_backend(None if group["differentiable"] else self._settings.backend, param.device)
+            own_tensors(group, self.param_groups[:-1])
         except Exception:
             self.param_groups.pop()
             raise
