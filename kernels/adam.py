@@ -22,20 +22,22 @@ def adam_update(
 ):
     """One Adam step of a tile.
 
-    m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2;  p <- p - step_size m / (sqrt(v) + eps')
+    m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2;  p <- p - step_size m / (sqrt(v) + eps')
 
     with step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t), and eps' = eps for the epsilon-hat of section 2 of
     Kingma & Ba, https://arxiv.org/abs/1412.6980, or eps' = eps sqrt(1 - beta2^t) for their algorithm 1, which is
     PyTorch's. With three states it is AMSGrad (Reddi et al., https://openreview.net/forum?id=ryQu7f-RZ), which
     divides by the largest v so far.
     """
+    beta1 = scalar(scalars_ptr, table.BETA1_FACTOR, COMPUTE_DTYPE)
     one_minus_beta1 = scalar(scalars_ptr, table.ONE_MINUS_BETA1, COMPUTE_DTYPE)
     beta2 = scalar(scalars_ptr, table.BETA2_FACTOR, COMPUTE_DTYPE)
     one_minus_beta2 = scalar(scalars_ptr, table.ONE_MINUS_BETA2, COMPUTE_DTYPE)
     step_size = scalar(scalars_ptr, table.STEP_SIZE, COMPUTE_DTYPE)
     eps = scalar(scalars_ptr, table.DENOM_EPS, COMPUTE_DTYPE)
 
-    exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
+    # Not m + (1 - beta1) (g - m): for a small beta1 that leaves the rounding of a large m in the result.
+    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
     largest = exp_avg_sq
     if N_STATES > 2:

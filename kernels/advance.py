@@ -55,6 +55,7 @@ def store_adam_scalars(row_ptr, group_ptr, lr, beta1, beta2, step, mask):
     eps = tl.load(group_ptr + table.EPS, mask=mask, other=0.0)
     epsilon_hat = tl.load(group_ptr + table.EPSILON_HAT, mask=mask, other=0.0)
     tl.store(row_ptr + table.STEP_SIZE, step_size, mask=mask)
+    tl.store(row_ptr + table.BETA1_FACTOR, beta1, mask=mask)
     tl.store(row_ptr + table.ONE_MINUS_BETA1, 1 - beta1, mask=mask)
     tl.store(row_ptr + table.BETA2_FACTOR, beta2, mask=mask)
     tl.store(row_ptr + table.ONE_MINUS_BETA2, 1 - beta2, mask=mask)

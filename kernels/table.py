@@ -83,10 +83,11 @@ ONE_MINUS_BETA1 = tl.constexpr(7)
 BETA2_FACTOR = tl.constexpr(8)
 ONE_MINUS_BETA2 = tl.constexpr(9)
 DENOM_EPS = tl.constexpr(10)
+BETA1_FACTOR = tl.constexpr(11)
 MOMENTUM_DECAY = tl.constexpr(7)
 MOMENTUM_GAIN = tl.constexpr(8)
 NESTEROV_FLAG = tl.constexpr(9)
-SCALAR_COLUMNS = tl.constexpr(11)
+SCALAR_COLUMNS = tl.constexpr(12)
 
 # Status, float64 [STATUS_COLUMNS], written on the device and read only on request.
 N_SKIPPED = tl.constexpr(0)

@@ -79,7 +79,7 @@ def adam_step(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
         _wide(target), _wide(as_real(grad)), {**group, "lr": lr}, group["decoupled_weight_decay"]
     )
     wide_avg, wide_avg_sq = _wide(exp_avg), _wide(exp_avg_sq)
-    new_avg = wide_avg + (1 - beta1) * (grad - wide_avg)
+    new_avg = beta1 * wide_avg + (1 - beta1) * grad
     new_avg_sq = beta2 * wide_avg_sq + (1 - beta2) * (grad * grad)
     largest = new_avg_sq
     if group["amsgrad"]:
