@@ -113,16 +113,34 @@ def test_the_order_of_tensors_and_chunks_changes_no_bit(device: torch.device) ->
     assert_same_bits(expected, updated(adam_rows(device), chunks=chunks))
 
 
-def test_an_inactive_tensor_is_left_alone_beside_an_active_one(device: torch.device) -> None:
-    rows, untouched = adam_rows(device), adam_rows(device)[1]
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_an_inactive_tensor_is_left_alone_and_only_its_gradient_dropped(
+    device: torch.device, zero_grad: bool
+) -> None:
+    rows, untouched = adam_rows(device), adam_rows(device)
     tables = Tables(rows, [ADAM_GROUP], device=device)
     tables.advance()
-    tables.scalars[1, table.ACTIVE.value] = 0
-    tables.update(variant("adam", rows[0], average=False, zero_grad=True))
-    assert_same_bits([rows[1].param, *rows[1].states], [untouched.param, *untouched.states])
-    assert torch.equal(rows[1].grad, untouched.grad)
-    assert not rows[0].grad.any()
-    assert not torch.equal(rows[0].param, adam_rows(device)[0].param)
+    tables.scalars[:2, table.ACTIVE.value] = 0
+    tables.update(variant("adam", rows[0], zero_grad=zero_grad))
+    for row, before in zip(rows[:2], untouched[:2], strict=True):
+        assert_same_bits([row.param, *row.states], [before.param, *before.states])
+        assert torch.equal(row.grad, torch.zeros_like(before.grad) if zero_grad else before.grad)
+    assert not torch.equal(rows[2].param, untouched[2].param)
+
+
+def test_dropping_the_gradient_of_an_inactive_tensor_stays_inside_of_it(device: torch.device) -> None:
+    fences = [
+        Fenced((numel,), device=device, misalign=misalign) for numel, misalign in ((150, 0), (150, 1), (3, 0))
+    ]
+    rows = []
+    for fence in fences:
+        fence.tensor.fill_(float("inf"))
+        rows.append(Row(place(torch.zeros_like(fence.tensor)), fence.tensor))
+    tables = Tables(rows, device=device).set_scalars(ACTIVE=0.0)
+    tables.update(variant("accumulate", rows[0], zero_grad=True))
+    for fence in fences:
+        assert not fence.tensor.any()
+        fence.check()
 
 
 def test_the_average_is_of_the_parameter_as_it_is_stored(device: torch.device) -> None:
