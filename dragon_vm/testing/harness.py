@@ -106,7 +106,7 @@ class _Run(Generic[StateT, OptionsT]):
             fence = None if gradient is None else gradient.build(param)
             param.grad = None
             if fence is not None:
-                if fence.tensor.dtype != param.dtype:
+                if fence.tensor.dtype != param.grad_dtype:
                     param.grad_dtype = fence.tensor.dtype
                 param.grad = fence.tensor
             fences.append(fence)
