@@ -19,8 +19,8 @@ OPTIM = "dragon.vm.torch.optim"
 # Lowest first. A module imports from its own layer and from those before it, the package itself from all.
 OPTIM_LAYERS = (
     {"_plan", "_scalars"},
-    {"_ema", "_layout", "_options", "_state"},
-    {"_backend", "_chain", "_checks", "_flatten", "_rows", "_table"},
+    {"_ema", "_layout", "_norm", "_options", "_state"},
+    {"_backend", "_chain", "_checks", "_flatten", "_fused", "_rows", "_table"},
     {"_flat", "_owner", "_triton", "_native", "_eager"},
     {"_premises", "_step", "_sums"},
     {"_checkpoint", "optimizer"},

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._layout import as_real
+from dragon.vm.torch.optim._norm import inf_norms, l2_norms, sum_of_squares
 from dragon.vm.torch.optim._options import Settings
 
 # `torch.nn.utils.clip_grad_norm_` divides by the norm plus this.
@@ -36,15 +36,20 @@ class Factors(NamedTuple):
 
     Attributes:
         skip: leave parameters, states and counters alone.
-        factors: what to multiply each gradient by; negative to maximise.
-        common: the part of them that is the same for all gradients.
+        common: what all gradients are multiplied by, beside their groups' own factors.
+        each: what each gradient is multiplied by in addition; empty for 1.
         norm: the norm of all gradients together, float64 0-dim; None if nothing asked for it.
     """
 
-    skip: bool
-    factors: list[float]
-    common: float
-    norm: Tensor | None
+    skip: bool = False
+    common: float = 1.0
+    each: Sequence[float] = ()
+    norm: Tensor | None = None
+
+    def of(self, index: int, group: dict[str, Any]) -> float:
+        """The factor of a gradient by its position and group; negative to maximise."""
+        factor = group_factor(group) * self.common
+        return factor * self.each[index] if self.each else factor
 
 
 def needs_norm(settings: Settings) -> bool:
@@ -56,13 +61,6 @@ def group_factor(group: dict[str, Any]) -> float:
     """The factor of a group's gradients: its `grad_scale`, negative to maximise."""
     scale = float(group["grad_scale"])
     return -scale if group["maximize"] else scale
-
-
-def _norms(grads: Sequence[Tensor], norm_type: float) -> Tensor:
-    """Norm of each gradient, float64 [n] on the CPU; accurate where squares leave the range of fp32."""
-    real = [as_real(grad) for grad in grads]
-    norms = torch._foreach_norm(real, norm_type, dtype=torch.float64)
-    return torch.stack([norm.cpu() for norm in norms])
 
 
 def gradient_factors(
@@ -83,22 +81,34 @@ def gradient_factors(
     """
     skip = scaling.found_inf is not None and float(scaling.found_inf) > 0
     common = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale)
-    own = [group_factor(groups[row]) for row in rows]
-    limits = [float(groups[row]["clip_norm"]) for row in rows]
-    total = None
-    if needs_norm(settings):
-        norms = _norms(grads, settings.norm_type) * torch.tensor(own, dtype=torch.float64).abs() * common
-        total = norms.max() if settings.norm_type == math.inf else norms.square().sum().sqrt()
-        skip = skip or (settings.skip_nonfinite and not math.isfinite(total))
-        common *= _clip_factor(float(total), settings.max_grad_norm, CLIP_EPS)
-    factors = [factor * common for factor in own]
-    if any(limits):
-        norms = _norms(grads, 2.0) * torch.tensor(factors, dtype=torch.float64).abs()
-        factors = [
-            factor * _clip_factor(norm, limit, 0.0)
-            for factor, norm, limit in zip(factors, norms.tolist(), limits, strict=True)
+    norm = None
+    if needs_norm(settings) and not skip:
+        total = _total_norm(grads, rows, groups, settings.norm_type) * common
+        norm = torch.tensor(total, dtype=torch.float64)
+        skip = settings.skip_nonfinite and not math.isfinite(total)
+        common *= _clip_factor(total, settings.max_grad_norm, CLIP_EPS)
+    limits = [float(group["clip_norm"]) for group in groups]
+    each: list[float] = []
+    if any(limits) and not skip:
+        norms = l2_norms(grads).tolist()
+        each = [
+            _clip_factor(norm_of * abs(group_factor(groups[row]) * common), limits[row], 0.0)
+            for norm_of, row in zip(norms, rows, strict=True)
         ]
-    return Factors(skip, factors, common, total)
+    return Factors(skip, common, each, norm)
+
+
+def _total_norm(
+    grads: Sequence[Tensor], rows: Sequence[int], groups: Sequence[dict[str, Any]], norm_type: float
+) -> float:
+    """Norm of all gradients together, each times its group's factor."""
+    if norm_type == math.inf:
+        factors = torch.tensor([abs(group_factor(groups[row])) for row in rows], dtype=torch.float64)
+        return float((inf_norms(grads) * factors).max())
+    members: dict[float, list[Tensor]] = {}
+    for grad, row in zip(grads, rows, strict=True):
+        members.setdefault(group_factor(groups[row]) ** 2, []).append(grad)
+    return math.sqrt(sum(square * sum_of_squares(chosen) for square, chosen in members.items()))
 
 
 def _clip_factor(norm: float, limit: float, eps: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._chain import clip_value, group_factor
+from dragon.vm.torch.optim._chain import Factors, clip_value
 from dragon.vm.torch.optim._flatten import FlattenedGroup, State
 from dragon.vm.torch.optim._layout import as_real
 from dragon.vm.torch.optim._scalars import one_minus_power
@@ -135,18 +135,19 @@ class EagerGroup:
     def __init__(self, group: FlattenedGroup, algorithm: str) -> None:
         self.group, self._step = group, _STEPS[algorithm]
 
-    def update(self, grads: Sequence[Tensor], groups: Sequence[Group], factors: Sequence[float]) -> None:
+    def update(self, grads: Sequence[Tensor], groups: Sequence[Group], factors: Factors) -> None:
         """Update the tensors.
 
         Args:
             grads: gradients.
             groups: all parameter groups of the optimizer.
-            factors: of each gradient, negative to maximise; empty for the groups' own.
+            factors: of the gradients.
         """
-        factors = factors or [group_factor(groups[row]) for row in self.group.rows]
-        members = zip(self.group.params, grads, self.group.states, self.group.rows, factors, strict=True)
-        for param, grad, state, row, factor in members:
+        member = self.group
+        members = zip(member.params, grads, member.states, member.rows, member.indices, strict=True)
+        for param, grad, state, row, index in members:
             group = groups[row]
+            factor = factors.of(index, group)
             bound = clip_value(group)
             ready = grad if factor == 1 else _wide(grad) * factor
             if bound:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._backend import choose_backend, step_device
-from dragon.vm.torch.optim._chain import Scaling, gradient_factors, needs_norm
+from dragon.vm.torch.optim._chain import Factors, Scaling, gradient_factors, needs_norm
 from dragon.vm.torch.optim._checks import check_grads, check_memory
 from dragon.vm.torch.optim._eager import EagerGroup
 from dragon.vm.torch.optim._flat import coalesce
@@ -135,30 +135,22 @@ class PreparedStep:
     def _run_hosted(self, optimizer: Owner, grads: list[Tensor], scaling: Scaling) -> None:
         """Decide about scaling, clipping and skipping on the host, then update with every backend there is."""
         settings, groups = optimizer._settings, optimizer.param_groups
-        if (
-            scaling == (None, None)
-            and not needs_norm(settings)
-            and not any(group["clip_norm"] for group in groups)
-        ):
-            return self._run_plain(grads, groups, settings)
-        decided = gradient_factors(grads, self._rows, groups, settings, scaling)
-        optimizer._grad_norm = decided.norm
-        if decided.skip:
+        factors = Factors()
+        if any(part is not None for part in scaling) or needs_norm(settings) or any(map(_clips_norm, groups)):
+            factors = gradient_factors(grads, self._rows, groups, settings, scaling)
+            optimizer._grad_norm = factors.norm
+        if factors.skip:
             optimizer._n_skipped += 1
             return
         for member in self._hosted:
-            factors = [decided.factors[i] for i in member.group.indices]
             member.update(member.group.select(grads), groups, factors)
         for device in self._launched:
-            scale = torch.tensor([1 / decided.common])
-            device.update(grads, groups, _without_norm(settings), Scaling(scale, None))
+            decided = Scaling(torch.tensor([1 / factors.common]), None)
+            device.update(grads, groups, _without_norm(settings), decided)
 
-    def _run_plain(self, grads: list[Tensor], groups: list[dict[str, Any]], settings: Settings) -> None:
-        """As `_run_hosted`, where each group's factor is all there is to decide."""
-        for member in self._hosted:
-            member.update(member.group.select(grads), groups, ())
-        for device in self._launched:
-            device.update(grads, groups, settings, Scaling())
+
+def _clips_norm(group: dict[str, Any]) -> bool:
+    return bool(group["clip_norm"])
 
 
 def _without_norm(settings: Settings) -> Settings:
