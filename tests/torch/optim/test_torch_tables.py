@@ -56,7 +56,7 @@ def test_every_input_of_the_table_is_updated_as_pytorch_would(
 # Without flags such as `foreach`, which change no launch.
 @pytest.mark.parametrize(
     ("info", "dtype"),
-    zip(INFOS, (torch.float32, torch.bfloat16), strict=True),
+    list(zip(INFOS, (torch.float32, torch.bfloat16), strict=True)),
     ids=["Adam-float32", "AdamW-bfloat16"],
 )
 def test_the_kernel_updates_the_inputs_of_the_table_as_pytorch_would(
