@@ -21,11 +21,17 @@ from dragon.vm.torch.optim._scalars import one_minus_power
 Group = dict[str, Any]
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype of the maths, fp32 for half precision; a copy if autograd may keep it."""
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        return tensor.float()
-    return tensor.clone() if torch.is_grad_enabled() else tensor
+def _maths_dtype(param: Tensor) -> torch.dtype:
+    """The dtype in which a parameter's update is computed, as in the kernels."""
+    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The real view of a tensor in the dtype of the maths; a copy if autograd may keep it."""
+    real = as_real(tensor)
+    if real.dtype != dtype:
+        return real.to(dtype)
+    return real.clone() if torch.is_grad_enabled() else real
 
 
 def _write(target: Tensor, value: Tensor) -> None:
@@ -68,7 +74,7 @@ def adam_step(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
         group: the parameter group's hyperparameters.
     """
     step, exp_avg, exp_avg_sq = state["step"], as_real(state["exp_avg"]), as_real(state["exp_avg_sq"])
-    device = param.device
+    device, dtype = param.device, _maths_dtype(param)
     lr, beta1, beta2 = (_on(device, value) for value in (group["lr"], *group["betas"]))
     step += 1
     correction1 = _complement_power(beta1, step)
@@ -76,15 +82,15 @@ def adam_step(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
 
     target = as_real(param)
     value, grad = _decayed(
-        _wide(target), _wide(as_real(grad)), {**group, "lr": lr}, group["decoupled_weight_decay"]
+        _wide(target, dtype), _wide(grad, dtype), {**group, "lr": lr}, group["decoupled_weight_decay"]
     )
-    wide_avg, wide_avg_sq = _wide(exp_avg), _wide(exp_avg_sq)
+    wide_avg, wide_avg_sq = _wide(exp_avg, dtype), _wide(exp_avg_sq, dtype)
     new_avg = beta1 * wide_avg + (1 - beta1) * grad
     new_avg_sq = beta2 * wide_avg_sq + (1 - beta2) * (grad * grad)
     largest = new_avg_sq
     if group["amsgrad"]:
         max_exp_avg_sq = as_real(state["max_exp_avg_sq"])
-        largest = torch.maximum(_wide(max_exp_avg_sq), new_avg_sq)
+        largest = torch.maximum(_wide(max_exp_avg_sq, dtype), new_avg_sq)
         _write(max_exp_avg_sq, largest)
     eps = group["eps"] if group["epsilon_hat"] else group["eps"] * correction2
     denom = largest.sqrt() + eps
@@ -103,12 +109,13 @@ def sgd_step(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
         group: the parameter group's hyperparameters.
     """
     target, lr, momentum = as_real(param), _on(param.device, group["lr"]), group["momentum"]
-    value, grad = _decayed(_wide(target), _wide(as_real(grad)), {**group, "lr": lr}, False)
+    dtype = _maths_dtype(param)
+    value, grad = _decayed(_wide(target, dtype), _wide(grad, dtype), {**group, "lr": lr}, False)
     if momentum != 0:
         step, buffer = state["step"], as_real(state["momentum_buffer"])
         step += 1
         gain = 1 - group["dampening"] if step > 1 else 1.0
-        new_buffer = momentum * _wide(buffer) + gain * grad
+        new_buffer = momentum * _wide(buffer, dtype) + gain * grad
         _write(buffer, new_buffer)
         grad = grad + momentum * new_buffer if group["nesterov"] else new_buffer
     _write(target, value - lr * grad)
@@ -116,9 +123,9 @@ def sgd_step(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
 
 def move_average(param: Tensor, state: State, decay: float) -> None:
     """Move the average of the parameter, `state["ema"]`, towards it by ``1 - decay``."""
-    ema = as_real(state["ema"])
-    wide = _wide(ema)
-    _write(ema, wide + (1 - decay) * (_wide(as_real(param)) - wide))
+    ema, dtype = as_real(state["ema"]), _maths_dtype(param)
+    wide = _wide(ema, dtype)
+    _write(ema, wide + (1 - decay) * (_wide(param, dtype) - wide))
 
 
 _STEPS = {"adam": adam_step, "sgd": sgd_step}
@@ -149,14 +156,11 @@ class EagerGroup:
             group = groups[row]
             factor = factors.of(index, group)
             bound = clip_value(group)
-            ready = grad if factor == 1 else _wide(grad) * factor
+            ready = grad
+            if factor != 1 or bound:
+                ready = _wide(grad, _maths_dtype(param)) * factor
             if bound:
-                ready = _clamp(ready, bound)
+                ready = ready.clamp(-bound, bound)
             self._step(param, ready, state, group)
             if group["ema_decay"]:
                 move_average(param, state, group["ema_decay"])
-
-
-def _clamp(grad: Tensor, bound: float) -> Tensor:
-    clamped = as_real(grad).clamp(-bound, bound)
-    return torch.view_as_complex(clamped) if grad.is_complex() else clamped
