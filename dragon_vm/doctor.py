@@ -1,0 +1,180 @@
+"""Is this installation sound? ``dragon-vm doctor``, or ``python -m dragon.vm.doctor`` without the extra `cli`.
+
+Every finding is a line; one that says what is wrong makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._backend import choose_backend, why_not
+
+if TYPE_CHECKING:
+    from dragon.vm.testing import AdamState
+
+BACKENDS = ("triton", "native", "eager")
+PACKAGES = ("dragon-vm-torch", "torch", "triton", "numpy", "hypothesis", "typer", "rich", "matplotlib")
+
+# Of each backend, in seconds; at least one step is taken.
+SELF_TEST_SECONDS = 1.0
+NUMELS = (1, 17, 1000, 4096)
+
+
+class Finding(NamedTuple):
+    """One line of the examination.
+
+    Attributes:
+        topic: what it is about.
+        text: what was found.
+        is_wrong: whether something must be done about it.
+    """
+
+    topic: str
+    text: str
+    is_wrong: bool = False
+
+
+def versions() -> Iterator[Finding]:
+    """Versions of Python and of all packages that are used if they are there."""
+    yield Finding("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    for name in PACKAGES:
+        try:
+            yield Finding(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, "not installed", is_wrong=name in ("dragon-vm-torch", "torch"))
+
+
+def present_devices() -> list[torch.device]:
+    """The CPU, and every GPU that torch sees."""
+    devices = [torch.device("cpu")]
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        if module.is_available():
+            devices += [torch.device(kind, index) for index in range(module.device_count())]
+    return devices
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    module = torch.cuda if device.type == "cuda" else torch.xpu
+    properties = module.get_device_properties(device)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def chosen_backend(device: torch.device) -> Finding:
+    """The backend of fp32 parameters on a device, and why none before it."""
+    param = torch.zeros(1, device=device)
+    chosen = choose_backend(None, param, torch.float32, {torch.float32}, differentiable=False)
+    passed = [(name, why_not(name, device)) for name in BACKENDS[: BACKENDS.index(chosen)]]
+    reasons = [f"not {name}: {reason or 'only on request on this device'}" for name, reason in passed]
+    text = f"{_describe(device)}; backend {chosen}" + "".join(f"; {reason}" for reason in reasons)
+    # A GPU that no kernel runs on is what nobody installs this library for.
+    return Finding(str(device), text, is_wrong=device.type != "cpu" and chosen != "triton")
+
+
+def tuning_files() -> Iterator[Finding]:
+    """Results of this user, and files that are ignored."""
+    if importlib.util.find_spec("triton") is None:
+        yield Finding("tuning", "triton is not installed: nothing is tuned")
+        return
+    from dragon.vm.tuning.lookup import packaged
+    from dragon.vm.tuning.machine import present_gpu
+    from dragon.vm.tuning.store import scan, tuning_dir
+
+    results, ignored = scan()
+    yield Finding("tuning", f"{len(results)} results of this user in {tuning_dir()}")
+    for path, record in results:
+        yield Finding("tuning", f"in force on {record.device}: {path}")
+    for path, reason in ignored:
+        yield Finding("tuning", f"{path} is ignored: {reason}", is_wrong=True)
+    if (machine := present_gpu()) is not None:
+        records = packaged(machine.arch)
+        n_measured = sum(record.basis == "measured" for record in records)
+        yield Finding("tuning", f"{len(records)} packaged for {machine.arch}, {n_measured} of them measured")
+
+
+def self_test(
+    backend: str, device: torch.device, clock: Callable[[], float] = time.monotonic, optimizer: type[Adam] = Adam
+) -> Finding:
+    """Take Adam steps for a second, each judged from its own start by the reference."""
+    topic = f"{backend} on {device}"
+    try:
+        from dragon.vm.testing import AdamOptions, ParityError, assert_adam_step
+    except ModuleNotFoundError as error:
+        return Finding(topic, f'not tested: {error.name} is missing (pip install "dragon-vm-torch[testing]")')
+    options = AdamOptions(lr=0.01, weight_decay=0.1, epsilon_hat=True)
+    end, n_steps = clock() + SELF_TEST_SECONDS, 0
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(numel, generator=generator).to(device)) for numel in NUMELS]
+    try:
+        adam = optimizer(params, lr=options.lr, weight_decay=options.weight_decay, backend=backend)
+        while not n_steps or clock() < end:
+            for param in params:
+                param.grad = torch.randn(param.numel(), generator=generator).to(device)
+            starts = [_state(adam, param) for param in params]
+            adam.step()
+            for param, start in zip(params, starts, strict=True):
+                assert param.grad is not None
+                assert_adam_step(
+                    start, param.grad.cpu(), _state(adam, param), options, where=f"step {n_steps + 1}"
+                )
+            n_steps += 1
+    except ParityError as error:
+        return Finding(topic, f"wrong: {error}", is_wrong=True)
+    # Whatever stops a backend is what the user must know.
+    except Exception as error:
+        return Finding(topic, f"fails: {type(error).__name__}: {error}", is_wrong=True)
+    return Finding(topic, f"{n_steps} steps agree with the reference")
+
+
+def _state(adam: Adam, param: Tensor) -> AdamState:
+    """A copy of one parameter and its state on the CPU; zeros before the first step."""
+    from dragon.vm.testing import AdamState
+
+    state = adam.state.get(param, {})
+    value = param.detach().to("cpu", copy=True)
+    exp_avg, exp_avg_sq = (
+        state[name].to("cpu", copy=True) if name in state else torch.zeros_like(value)
+        for name in ("exp_avg", "exp_avg_sq")
+    )
+    return AdamState(value, float(state.get("step", 0.0)), exp_avg, exp_avg_sq, None)
+
+
+def self_tests() -> Iterator[Finding]:
+    """A test of each backend on each device that it works on."""
+    for device in present_devices():
+        for backend in BACKENDS:
+            if why_not(backend, device) is None:
+                yield self_test(backend, device)
+
+
+def examine() -> Iterator[Finding]:
+    """Everything, in the order of the report."""
+    yield from versions()
+    for device in present_devices():
+        yield chosen_backend(device)
+    yield from tuning_files()
+    yield from self_tests()
+
+
+def main() -> int:
+    """Print the findings as they come; 1 if something is wrong."""
+    n_wrong = 0
+    for topic, text, is_wrong in examine():
+        print(f"{'WRONG' if is_wrong else 'ok':5}  {topic:18}  {text}", flush=True)
+        n_wrong += is_wrong
+    print(f"{n_wrong} wrong" if n_wrong else "Nothing is wrong.")
+    return 1 if n_wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
