@@ -103,12 +103,3 @@ def doctor() -> None:
     from dragon.vm.doctor import main as examine
 
     raise typer.Exit(examine())
-
-
-def main() -> None:
-    """Run the console script."""
-    app(prog_name="dragon-vm")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,18 @@
-"""``python -m dragon.vm.tune``, the same as ``dragon-vm tune``."""
+"""``python -m dragon.vm.tune``, the same as ``dragon-vm tune``, and the way in of the console script."""
 
 from __future__ import annotations
 
 import sys
 
 
-def main() -> None:
-    """Run the command with this process's arguments."""
+def console(arguments: list[str] | None = None) -> None:
+    """Run the console script, or say what it lacks."""
     try:
         from dragon.vm.cli import app
     except ModuleNotFoundError as error:
         sys.exit(f'{error.name} is not installed: pip install "dragon-vm-torch[cli]"')
-    app(["tune", *sys.argv[1:]], prog_name="dragon-vm")
+    app(arguments, prog_name="dragon-vm")
 
 
 if __name__ == "__main__":
-    main()
+    console(["tune", *sys.argv[1:]])

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dragon.kernels import launch, norm, table
-from dragon.kernels.config import default_config
 from dragon.vm.torch.optim._chain import Scaling, needs_norm
 from dragon.vm.torch.optim._flatten import FlattenedGroup, follow_leaders
 from dragon.vm.torch.optim._options import Settings
@@ -22,6 +21,7 @@ from dragon.vm.torch.optim._plan import plan_chunks
 from dragon.vm.torch.optim._rows import group_row, source_row
 from dragon.vm.torch.optim._state import ALIGNMENT
 from dragon.vm.torch.optim._table import DeviceTable, words_of
+from dragon.vm.tuning.lookup import config_for
 
 _GROUPS, _SOURCES, _COUNTS, _TENSORS, _CHUNKS, _SPANS = range(6)
 _WIDTH = int(table.TENSOR_COLUMNS)
@@ -42,7 +42,7 @@ class DeviceContext:
         self.spare_status = torch.zeros_like(self.status)
         self.one = torch.ones(1, dtype=torch.float32, device=device)
         self.zero = torch.zeros(1, dtype=torch.float32, device=device)
-        self.arch, self.n_processors, self.warp_size = _describe(device)
+        self.name, self.arch, self.n_processors, self.warp_size = _describe(device)
         self._partials = torch.zeros(1, dtype=torch.float64, device=device)
 
     def partials(self, n_partials: int) -> Tensor:
@@ -52,13 +52,13 @@ class DeviceContext:
         return self._partials
 
 
-def _describe(device: torch.device) -> tuple[str, int, int]:
-    """Architecture as triton names it, multiprocessors, and threads of a warp."""
+def _describe(device: torch.device) -> tuple[str, str, int, int]:
+    """Name, architecture as triton names it, multiprocessors, and threads of a warp."""
     if device.type != "cuda":
-        return device.type, 1, 32
+        return device.type, device.type, 1, 32
     properties = torch.cuda.get_device_properties(device)
     arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"{properties.major}{properties.minor}"
-    return arch, properties.multi_processor_count, properties.warp_size
+    return properties.name, arch, properties.multi_processor_count, properties.warp_size
 
 
 def _real_numel(tensor: Tensor) -> int:
@@ -109,7 +109,8 @@ class TritonGroup:
             signature.average,
             zero_grad,
         )
-        self._config = default_config(context.arch)
+        numels = list(map(_real_numel, group.params))
+        self._config = config_for(self._variant, context.arch, context.name, numels)
         self._columns = dict(zip(signature.state_keys, _STATE_COLUMNS, strict=False))
         if signature.average:
             self._columns["ema"] = table.EMA
