@@ -10,11 +10,14 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._layout import as_real
 
-# Elements that are squared and added at a time: 1 MiB of float32, which stays in a core's cache.
-BLOCK = 262144
+# Elements whose norm is taken in float32 at a time; norms of such rows are added in float64.
+ROW = 1024
 
-# Sums of squares in float32 that neither overflowed nor lost anything to underflow.
-_SAFE = (1e-30, 1e38)
+# Gradients of fewer elements share rows.
+SMALL = 65536
+
+# Norms of rows in float32 whose squares neither overflowed nor lost anything to underflow.
+_SAFE = (1e-15, 1e18)
 
 
 def inf_norms(grads: Sequence[Tensor]) -> Tensor:
@@ -32,39 +35,32 @@ def l2_norms(grads: Sequence[Tensor]) -> Tensor:
 def sum_of_squares(grads: Sequence[Tensor]) -> float:
     """Sum of the squares of all elements.
 
-    `torch.linalg.vector_norm` is off by thousands of eps for millions of fp32 elements on the CPU, and many times
-    slower in float64. So blocks are squared and added in float32, by torch's cascading sum, and their sums in
-    float64; a block whose squares leave the range of float32 is done again in float64.
+    On the CPU, `torch.linalg.vector_norm` of millions of fp32 elements is off by thousands of eps, and many times
+    slower in float64. By rows of 1024 elements it is as fast, and their norms, added in float64, are good to 0.1 eps.
     """
-    on_cpu = [grad for grad in grads if grad.device.type == "cpu" and grad.dtype != torch.float64]
+    by_rows = [grad for grad in grads if grad.device.type == "cpu" and grad.dtype != torch.float64]
     others = [grad for grad in grads if grad.device.type != "cpu" or grad.dtype == torch.float64]
-    total = math.fsum(map(_block_sum, _blocks(on_cpu)))
+    total = math.fsum(map(_sum_by_rows, _pieces(by_rows)))
     if others:
         total += float(l2_norms(others).square().sum())
     return total
 
 
-def _blocks(grads: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The elements of all gradients in pieces of about `BLOCK` elements, fp32 [n]; small gradients share one."""
-    small: list[Tensor] = []
-    n_small = 0
-    for grad in grads:
-        flat = as_real(grad).reshape(-1)
-        if len(flat) >= BLOCK:
-            yield from flat.split(BLOCK)
-            continue
-        small.append(flat)
-        n_small += len(flat)
-        if n_small >= BLOCK:
-            yield torch.cat(small)
-            small, n_small = [], 0
+def _pieces(grads: Sequence[Tensor]) -> Iterator[Tensor]:
+    """All elements in 1-dim tensors: a large gradient each, small ones joined."""
+    flat = [as_real(grad).reshape(-1) for grad in grads]
+    yield from (grad for grad in flat if len(grad) >= SMALL)
+    small = [grad for grad in flat if len(grad) < SMALL]
     if small:
         yield torch.cat(small)
 
 
-def _block_sum(block: Tensor) -> float:
-    block = block.float()
-    total = float((block * block).sum())
-    if _SAFE[0] < total < _SAFE[1] or not block.any():
-        return total
-    return float(block.double().square().sum())
+def _sum_by_rows(piece: Tensor) -> float:
+    whole = len(piece) // ROW * ROW
+    rows = piece[:whole].view(-1, ROW)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    unsafe = (norms < _SAFE[0]) | ~(norms < _SAFE[1])
+    total = float(norms.double().masked_fill(unsafe, 0).square().sum())
+    if unsafe.any():
+        total += float(rows[unsafe].double().square().sum())
+    return total + float(piece[whole:].double().square().sum())
