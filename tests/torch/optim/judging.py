@@ -25,7 +25,7 @@ def make_params(
     shapes = ((3, 5), (7,), (), (2, 3, 4))
     values = [torch.randn(shape, generator=generator, dtype=torch.complex128) for shape in shapes]
     if not dtype.is_complex:
-        values = [value.real for value in values]
+        values = [value.real.contiguous() for value in values]
     return [torch.nn.Parameter(value.to(device, dtype)) for value in values]
 
 
