@@ -20,7 +20,7 @@ OPTIM = "dragon.vm.torch.optim"
 OPTIM_LAYERS = (
     {"_plan", "_scalars"},
     {"_ema", "_layout", "_norm", "_options", "_state"},
-    {"_backend", "_chain", "_checks", "_flatten", "_fused", "_rows", "_table"},
+    {"_backend", "_chain", "_checks", "_flatten", "_fused", "_local", "_rows", "_table"},
     {"_flat", "_owner", "_triton", "_native", "_eager"},
     {"_premises", "_step", "_sums"},
     {"_checkpoint", "optimizer"},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._layout import in_layout_of, is_dense
+from dragon.vm.torch.optim._local import distributed_like, local
 from dragon.vm.torch.optim._state import arena_views, step_counters
 
 State = dict[str, Any]
@@ -109,16 +110,17 @@ def complete_states(
             counters.setdefault(device, []).append(state)
         for key in keys[index]:
             if key not in state:
-                missing.setdefault((key, param.device, param.dtype, is_dense(param)), []).append(index)
+                missing.setdefault((key, param.device, param.dtype, is_dense(local(param))), []).append(index)
     for device, owners in counters.items():
         for state, counter in zip(owners, step_counters(len(owners), device), strict=True):
             state["step"] = counter
     for (key, _, _, dense), indices in missing.items():
-        chosen = [params[i] for i in indices]
+        chosen = [local(params[i]) for i in indices]
         views = arena_views(chosen, dtype) if dense else [torch.zeros_like(p, dtype=dtype) for p in chosen]
         for i, view in zip(indices, views, strict=True):
             # An average starts where its parameter is; everything else at 0.
-            states[i][key] = view.copy_(params[i]) if key == "ema" else view
+            shard = view.copy_(local(params[i])) if key == "ema" else view
+            states[i][key] = distributed_like(params[i], shard)
 
 
 def settle_state(param: Tensor, state: State, keys: tuple[str, ...], step_device: torch.device | None) -> None:
@@ -133,11 +135,14 @@ def settle_state(param: Tensor, state: State, keys: tuple[str, ...], step_device
     ):
         value = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step or 0))
         state["step"] = value.to(step_device, torch.float32, copy=True).reshape(())
+    shard = local(param)
     for key in keys:
-        value = state[key]
-        if value.device != param.device:
-            value = value.to(param.device)
-        state[key] = in_layout_of(param, value) if is_dense(param) else value
+        value = local(state[key])
+        settled = value.to(shard.device)
+        if is_dense(shard):
+            settled = in_layout_of(shard, settled)
+        if settled is not value:
+            state[key] = distributed_like(param, settled)
 
 
 def follow_leaders(states: Sequence[State]) -> None:

@@ -36,7 +36,7 @@ def sum_of_squares(grads: Sequence[Tensor]) -> float:
     """Sum of the squares of all elements.
 
     On the CPU, `torch.linalg.vector_norm` of millions of fp32 elements is off by thousands of eps, and many times
-    slower in float64. By rows of 1024 elements it is as fast, and their norms added in float64 are good to 0.1 eps.
+    slower in float64. By rows of 1024 it is as fast, and their norms, added in float64, good to 0.1 eps.
     """
     by_rows = [grad for grad in grads if grad.device.type == "cpu" and grad.dtype != torch.float64]
     others = [grad for grad in grads if grad.device.type != "cpu" or grad.dtype == torch.float64]

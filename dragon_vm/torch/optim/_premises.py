@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._flatten import State
 from dragon.vm.torch.optim._layout import guard_layouts
+from dragon.vm.torch.optim._local import local
 from dragon.vm.torch.optim._owner import Owner
 
 
@@ -19,8 +20,8 @@ class Premises:
 
     Args:
         optimizer: whose step it is.
-        params: parameters with a gradient.
-        grads: their gradients.
+        params: parameters with a gradient, or their shards.
+        grads: their gradients, or their shards.
         states: their states, complete.
         fixed_params: whether the step holds addresses of parameters and states.
         fixed_grads: whether the step holds addresses of gradients.
@@ -44,7 +45,7 @@ class Premises:
         self._entries = list(_entries(states))
         self._structure = _structure(optimizer)
         self._fixed_params, self._fixed_grads = fixed_params, fixed_grads
-        self._tensors = [entry for entry in self._entries if isinstance(entry, Tensor)]
+        self._tensors = [local(entry) for entry in self._entries if isinstance(entry, Tensor)]
         self._addresses = self._read_addresses(params, grads)
 
     def _read_addresses(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[list[int]]:

@@ -15,6 +15,7 @@ from dragon.vm.torch.optim._eager import EagerGroup
 from dragon.vm.torch.optim._flat import coalesce
 from dragon.vm.torch.optim._flatten import FlattenedGroup, Signature, complete_states, flatten_groups, settle_state
 from dragon.vm.torch.optim._layout import in_layout_of, is_dense, same_walk
+from dragon.vm.torch.optim._local import is_distributed, local, local_state
 from dragon.vm.torch.optim._native import NativeGroup
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._owner import Owner
@@ -30,7 +31,7 @@ class PreparedStep:
     Args:
         optimizer: whose step it is.
         params: parameters with a gradient.
-        grads: their gradients.
+        grads: their gradients, or the shards of those.
         zero_grad: set the gradients to zero as well.
 
     Raises:
@@ -38,25 +39,28 @@ class PreparedStep:
     """
 
     def __init__(self, optimizer: Owner, params: list[Tensor], grads: list[Tensor], zero_grad: bool) -> None:
-        check_grads(params, grads, type(optimizer).__name__)
-        check_memory(params)
-        self._params = params
+        self._params = [local(param) for param in params]
+        self._is_distributed = any(map(is_distributed, params))
+        check_grads(self._params, grads, type(optimizer).__name__)
+        check_memory(self._params)
         row_of = {id(param): row for row, group in enumerate(optimizer.param_groups) for param in group["params"]}
         self._rows = [row_of[id(param)] for param in params]
-        flattened = self._flatten(optimizer, grads)
-        states = [state for group in flattened for state in group.states]
+        flattened = self._flatten(optimizer, params, grads)
+        states = [optimizer.state[param] for param in params if param in optimizer.state]
         launches = any(group.signature.backend == "triton" for group in flattened)
         if optimizer._settings.flatten:
             flattened = [coalesce(group, group.select(grads), optimizer._buffers) or group for group in flattened]
         self._premises = Premises(
             optimizer,
-            params,
+            self._params,
             grads,
             states,
-            fixed_params=launches or optimizer._settings.flatten,
+            fixed_params=launches or optimizer._settings.flatten or self._is_distributed,
             fixed_grads=optimizer._settings.flatten,
         )
-        self._strays = [i for i, grad in enumerate(grads) if is_dense(params[i]) and not _walks(params[i], grad)]
+        self._strays = [
+            i for i, grad in enumerate(grads) if is_dense(self._params[i]) and not _walks(self._params[i], grad)
+        ]
         algorithm = optimizer._algorithm
         self._hosted: list[NativeGroup | EagerGroup] = []
         by_device: dict[torch.device, list[FlattenedGroup]] = {}
@@ -72,9 +76,9 @@ class PreparedStep:
         self._zero_grad = zero_grad and not kernel_zeroes
         self._launched = _on_devices(optimizer, by_device, kernel_zeroes)
 
-    def _flatten(self, optimizer: Owner, grads: list[Tensor]) -> list[FlattenedGroup]:
+    def _flatten(self, optimizer: Owner, params: list[Tensor], grads: list[Tensor]) -> list[FlattenedGroup]:
         """Choose backends and complete the states; raises before it changes any."""
-        settings, params = optimizer._settings, self._params
+        settings, shards = optimizer._settings, self._params
         groups = [optimizer.param_groups[row] for row in self._rows]
         states = [optimizer.state.get(param, {}) for param in params]
         keys = [optimizer._state_keys(group) for group in groups]
@@ -86,7 +90,7 @@ class PreparedStep:
                 _state_dtypes(param, state, names, settings.state_dtype),
                 group["differentiable"],
             )
-            for param, grad, state, names, group in zip(params, grads, states, keys, groups, strict=True)
+            for param, grad, state, names, group in zip(shards, grads, states, keys, groups, strict=True)
         ]
         for i, names in enumerate(keys):
             if names:
@@ -98,6 +102,7 @@ class PreparedStep:
         complete_states(params, states, keys, devices, settings.state_dtype)
         for param, state, names, device in zip(params, states, keys, devices, strict=True):
             settle_state(param, state, names, device)
+        states = [local_state(state) for state in states]
         signatures = [
             Signature(
                 backend,
@@ -108,12 +113,13 @@ class PreparedStep:
                 tuple(name for name in names if name != "ema"),
                 "ema" in names,
             )
-            for backend, param, grad, state, names in zip(backends, params, grads, states, keys, strict=True)
+            for backend, param, grad, state, names in zip(backends, shards, grads, states, keys, strict=True)
         ]
-        return flatten_groups(params, states, self._rows, signatures)
+        return flatten_groups(shards, states, self._rows, signatures)
 
     def is_current(self, optimizer: Owner, params: list[Tensor], grads: list[Tensor]) -> bool:
-        """Whether everything is still as it was when this step was prepared."""
+        """Whether everything is still as it was when this step was prepared; for params and grads as there."""
+        params = [local(param) for param in params] if self._is_distributed else params
         return self._premises.hold(optimizer, params, grads)
 
     def run(self, optimizer: Owner, grads: list[Tensor], scaling: Scaling) -> None:

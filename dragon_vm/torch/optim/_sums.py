@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._flatten import FlattenedGroup, Signature
 from dragon.vm.torch.optim._layout import in_layout_of, is_dense
+from dragon.vm.torch.optim._local import is_distributed
 
 if TYPE_CHECKING:
     from dragon.vm.torch.optim._triton import TritonSum
@@ -95,12 +96,16 @@ def _own(param: Tensor, grad: Tensor) -> Tensor:
 
 
 def _laid_out(param: Tensor, grad: Tensor) -> Tensor:
-    return in_layout_of(param, grad) if grad.layout == torch.strided and is_dense(param) else grad
+    return in_layout_of(param, grad) if _is_plain(grad) and is_dense(param) else grad
+
+
+def _is_plain(grad: Tensor) -> bool:
+    return grad.layout == torch.strided and not is_distributed(grad)
 
 
 def _is_shared(grad: Tensor) -> bool:
     """Whether anybody else may write to the gradient's memory, as DDP does to its buckets."""
-    if grad.layout != torch.strided:
+    if not _is_plain(grad):
         return True
     storage = grad.untyped_storage()
     # The gradient holds its storage once, and so does the object asked for here.

@@ -18,6 +18,7 @@ from dragon.vm.torch.optim._checkpoint import complete_switched_on, take_states
 from dragon.vm.torch.optim._checks import check_memory, check_param
 from dragon.vm.torch.optim._ema import exchanged
 from dragon.vm.torch.optim._flat import FlatBuffer, make_buffers
+from dragon.vm.torch.optim._local import check_local, everywhere, is_distributed, local
 from dragon.vm.torch.optim._options import Settings, check_common, own_tensors
 from dragon.vm.torch.optim._step import PreparedStep
 from dragon.vm.torch.optim._sums import GradientSums
@@ -58,13 +59,14 @@ class Optimizer(torch.optim.Optimizer):
         self._buffers: list[FlatBuffer] = []
         self._sums = GradientSums()
         self._swapped = False
+        self._is_distributed = False
         self._n_skipped = 0
         self._grad_norm: Tensor | None = None
         # Between the check of a state dict and the end of its loading.
         self._restored: dict[Tensor, dict[str, Any]] | None = None
 
     def _params_with_memory(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"] if _has_memory(param)]
+        return [local(param) for group in self.param_groups for param in group["params"] if _has_memory(param)]
 
     def _move_to_buffers(self) -> None:
         """With ``flatten=True``, move parameters that are in no flat buffer yet into new ones."""
@@ -146,17 +148,21 @@ class Optimizer(torch.optim.Optimizer):
             self._params = params
             self._prepared.clear()
             self._move_to_buffers()
+            self._is_distributed = any(map(is_distributed, params))
         for buffer in self._buffers:
             buffer.gather()
         grads = list(map(_read_grad, params))
         if self._sums:
             grads = self._sums.with_sums(params, grads)
+        if self._is_distributed:
+            grads = list(map(local, grads))
+            check_local(self._settings, groups)
         present = bytes(map(is_not, grads, repeat(None)))
         if not any(present):
             return
         if not all(present):
             params, grads = list(compress(params, present)), list(compress(grads, present))
-        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        scaling = Scaling(getattr(self, "grad_scale", None), everywhere(getattr(self, "found_inf", None)))
         key = present + bytes([zero_grad, bool(self._sums)])
         prepared = self._prepared.get(key)
         if prepared is None or not prepared.is_current(self, params, grads):
@@ -201,7 +207,7 @@ class Optimizer(torch.optim.Optimizer):
                     param.grad = None
                 return
             held = {id(p) for buffer in self._buffers if buffer.zero() for p in buffer.params}
-            zero_all([p.grad for p in params if p.grad is not None and id(p) not in held])
+            zero_all([local(p.grad) for p in params if p.grad is not None and id(p) not in held])
 
     @contextmanager
     def swap_ema(self) -> Iterator[None]:

@@ -1,0 +1,65 @@
+"""The local shards of distributed tensors: what this process updates of a `DTensor`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dragon.vm.torch.optim._options import Settings
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a `DTensor`, without importing what defines it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """The shard of a `DTensor` that lives in this process; anything else as it is."""
+    return tensor._local_tensor if is_distributed(tensor) else tensor
+
+
+def distributed_like(param: Tensor, shard: Tensor) -> Tensor:
+    """A shard as a `DTensor` with the global shape and placement of `param`, if that is one."""
+    if not is_distributed(param):
+        return shard
+    like: Any = param
+    module: Any = sys.modules["torch.distributed.tensor"]
+    distributed: Tensor = module.DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return distributed
+
+
+def local_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with the shards of its distributed tensors; the very state if it has none."""
+    return (
+        {key: local(value) for key, value in state.items()} if any(map(is_distributed, state.values())) else state
+    )
+
+
+def everywhere(found_inf: Any) -> Any:
+    """A finding of a `GradScaler` that holds for all processes."""
+    return found_inf.full_tensor() if found_inf is not None and is_distributed(found_inf) else found_inf
+
+
+def check_local(settings: Settings, groups: Sequence[dict[str, Any]]) -> None:
+    """Check that no option needs more of a gradient than this process has of it.
+
+    Raises:
+        ValueError: for norms of gradients that are sharded over processes.
+    """
+    asked = {
+        "max_grad_norm": settings.max_grad_norm,
+        "skip_nonfinite": settings.skip_nonfinite,
+        "clip_norm": max((group["clip_norm"] for group in groups), default=0),
+    }
+    for name, value in asked.items():
+        if value:
+            raise ValueError(
+                f"{name}={value} needs whole gradients, but the parameters are distributed: "
+                "use torch.nn.utils.clip_grad_norm_, which sums over processes"
+            )
