@@ -1,0 +1,260 @@
+"""Who is measured: each contender is a constructor, and adding one is one line."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import hostwork
+from benchmarks.cases import Case, Precision
+from benchmarks.workload import BETAS, LOSS_SCALE, LR, MAX_GRAD_NORM, Workload
+
+Step = Callable[[], object]
+
+TORCH_FUSED = "torch fused"
+TORCH_HOST = "torch fused-host"
+
+
+class UnsupportedError(Exception):
+    """Why a contender does not take part in a case."""
+
+
+def like_param(precision: Precision) -> float:
+    """Bytes a parameter of two moments in the parameter's dtype."""
+    return 2 * precision.param.itemsize
+
+
+def as_asked(precision: Precision) -> float:
+    """Bytes a parameter of two moments in the dtype that the case asks for."""
+    return 2 * precision.state.itemsize
+
+
+def eight_bits(precision: Precision) -> float:
+    """Bytes a parameter of two moments in 8 bits, without their scales."""
+    return 2
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer to measure.
+
+    Attributes:
+        name: as on the command line and in the results.
+        build: makes a step from a workload.
+        module: what must be importable.
+        state_nbytes: bytes a parameter of the moments it keeps.
+        chain_grad_accesses: how often it reads or writes each gradient in a chain; torch's: unscale 2, norm 1,
+            clip 2, update 1.
+        native_grad_accesses: the same on the CPU, where it differs.
+        tolerance: largest error of a parameter in learning rates a step.
+        reference: the contender that its ratio is to.
+        context: what must be in force while it runs.
+        host_only: its device does nothing; only the host's time is of interest, and nothing can be checked.
+        max_tensors: more of them are not tried.
+        quick: part of the quick set.
+        verify: why it did not do what it is measured for; None if it did.
+    """
+
+    name: str
+    build: Callable[[Workload], Step]
+    module: str = "torch"
+    state_nbytes: Callable[[Precision], float] = like_param
+    chain_grad_accesses: int = 6
+    native_grad_accesses: int | None = None
+    tolerance: float = 1e-3
+    reference: str = TORCH_FUSED
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    host_only: bool = False
+    max_tensors: int | None = None
+    quick: bool = True
+    verify: Callable[[Workload], str | None] = lambda workload: None
+
+    def check_support(self, case: Case) -> None:
+        """Raise `UnsupportedError` with the reason if it is known not to take part."""
+        try:
+            importlib.import_module(self.module)
+        except ImportError as error:
+            absent = isinstance(error, ModuleNotFoundError) and error.name == self.module.partition(".")[0]
+            raise UnsupportedError(
+                f"{self.module} is not installed" if absent else f"{self.module}: {error}"
+            ) from None
+        if self.max_tensors is not None and len(case.shapes) > self.max_tensors:
+            raise UnsupportedError(f"more than {self.max_tensors} tensors, which it compiles for minutes")
+        if self.host_only and case.chain and self.name == TORCH_HOST:
+            raise UnsupportedError("the chain has more operations than those that are left out")
+
+    def nbytes_per_param(self, case: Case, precision: Precision, device: torch.device) -> float:
+        """Bytes that one step moves for a parameter."""
+        grads = 1
+        if case.chain:
+            on_cpu = device.type == "cpu" and self.native_grad_accesses is not None
+            grads = (self.native_grad_accesses if on_cpu else None) or self.chain_grad_accesses
+        n_moments = 3 if case.amsgrad else 2
+        return (2 + grads) * precision.param.itemsize + n_moments * self.state_nbytes(precision)
+
+    def nbytes_held(self, case: Case, precision: Precision) -> float:
+        """Bytes of memory for a parameter, its gradients and its moments."""
+        n_grads, n_moments = 2 if case.new_grads else 1, 3 if case.amsgrad else 2
+        return (1 + n_grads) * precision.param.itemsize + n_moments / 2 * self.state_nbytes(precision)
+
+    def tolerance_for(self, precision: Precision) -> float:
+        """The tolerance, looser for moments of 16 bits."""
+        narrow = self.state_nbytes(precision) < 8
+        return max(self.tolerance, 0.05) if narrow else self.tolerance
+
+
+def ours(**options: Any) -> Callable[[Workload], Step]:
+    """Our Adam in PyTorch's form."""
+
+    def build(workload: Workload) -> Step:
+        from dragon.vm.torch.optim import Adam
+
+        precision, chain = workload.origin.precision, dict[str, Any]()
+        if workload.origin.case.chain:
+            chain = {"max_grad_norm": MAX_GRAD_NORM, "skip_nonfinite": True}
+        state_dtype = precision.state if precision.state != precision.param else None
+        optimizer = Adam(
+            workload.groups,
+            LR,
+            BETAS,
+            workload.origin.eps,
+            amsgrad=workload.origin.case.amsgrad,
+            epsilon_hat=False,
+            state_dtype=state_dtype,
+            **chain,
+            **options,
+        )
+        if workload.origin.case.chain:
+            optimizer.grad_scale = torch.full((1,), LOSS_SCALE, device=workload.origin.device)  # type: ignore[attr-defined]  # as a GradScaler does
+        return optimizer.step
+
+    return build
+
+
+def foreign(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[Workload], Step]:
+    """Another optimizer with torch's arguments, behind torch's chain where the case has one."""
+
+    def build(workload: Workload) -> Step:
+        amsgrad = {"amsgrad": True} if workload.origin.case.amsgrad else {}
+        optimizer = make(workload.groups, lr=LR, betas=BETAS, eps=workload.origin.eps, **amsgrad, **options)
+        return chained(optimizer, workload) if workload.origin.case.chain else optimizer.step
+
+    return build
+
+
+def imported(path: str, **options: Any) -> Callable[[Workload], Step]:
+    """`foreign`, for a class that is imported only when it is built."""
+
+    def build(workload: Workload) -> Step:
+        module, _, name = path.rpartition(".")
+        return foreign(getattr(importlib.import_module(module), name), **options)(workload)
+
+    return build
+
+
+def compiled(workload: Workload) -> Step:
+    """Torch's Adam, its step compiled."""
+    if workload.origin.case.chain:
+        raise UnsupportedError("a GradScaler calls the optimizer's own step")
+    on_device = workload.origin.device.type != "cpu"
+    step: Step = torch.compile(foreign(torch.optim.Adam, foreach=True, capturable=on_device)(workload))
+    return step
+
+
+def chained(optimizer: torch.optim.Optimizer, workload: Workload) -> Step:
+    """Unscale, clip by the global norm, check and step, with torch's means."""
+    device = workload.origin.device.type
+    scaler = torch.amp.GradScaler(device, init_scale=LOSS_SCALE, growth_interval=2**30)
+    scaler.scale(torch.zeros((), device=device))  # makes the scale's tensor
+
+    def step() -> None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(workload.params, MAX_GRAD_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def is_flat(workload: Workload) -> str | None:
+    """Whether the parameters have moved into few buffers."""
+    storages = {param.untyped_storage().data_ptr() for param in workload.params}
+    few = len(workload.params) == 1 or len(storages) < len(workload.params)
+    return None if few else "flatten=True had no effect"
+
+
+_FLASH = "flashoptim.FlashAdam"
+
+CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        Contender(TORCH_FUSED, foreign(torch.optim.Adam, fused=True)),
+        Contender("torch foreach", foreign(torch.optim.Adam, foreach=True)),
+        Contender("torch for-loop", foreign(torch.optim.Adam, foreach=False)),
+        Contender("torch compiled", compiled, max_tensors=200, quick=False),
+        Contender("ours triton", ours(backend="triton"), "triton", as_asked, chain_grad_accesses=2),
+        # The fused operation behind it reads the factor of a chain as a scale, and leaves the gradients scaled.
+        Contender("ours native", ours(backend="native"), state_nbytes=as_asked, native_grad_accesses=3),
+        Contender("ours eager", ours(backend="eager"), state_nbytes=as_asked, chain_grad_accesses=2),
+        Contender(
+            "ours flatten",
+            ours(flatten=True),
+            state_nbytes=as_asked,
+            chain_grad_accesses=2,
+            native_grad_accesses=3,
+            verify=is_flat,
+        ),
+        Contender("optimi", imported("optimi.Adam"), "optimi"),
+        Contender("flashoptim", imported(_FLASH), "flashoptim", eight_bits, tolerance=0.2),
+        Contender(
+            "flashoptim unquantized",
+            imported(_FLASH, quantize=False, master_weight_bits=None),
+            "flashoptim",
+            as_asked,
+        ),
+        Contender("apex", imported("apex.optimizers.FusedAdam", adam_w_mode=False), "apex", as_asked),
+        Contender(
+            "TransformerEngine",
+            imported("transformer_engine.pytorch.optimizers.FusedAdam", adam_w_mode=False),
+            "transformer_engine",
+            as_asked,
+        ),
+        Contender("bitsandbytes", imported("bitsandbytes.optim.Adam32bit"), "bitsandbytes", as_asked),
+        Contender(
+            "bitsandbytes 8-bit",
+            imported("bitsandbytes.optim.Adam8bit"),
+            "bitsandbytes",
+            eight_bits,
+            tolerance=0.5,
+        ),
+        Contender(
+            "torchao 8-bit",
+            imported("torchao.optim.Adam8bit"),
+            "torchao",
+            eight_bits,
+            tolerance=0.5,
+            max_tensors=200,
+        ),
+        Contender(
+            TORCH_HOST,
+            foreign(torch.optim.Adam, fused=True),
+            reference=TORCH_HOST,
+            context=hostwork.no_operations,
+            host_only=True,
+        ),
+        Contender(
+            "ours triton-host",
+            ours(backend="triton"),
+            "triton",
+            as_asked,
+            reference=TORCH_HOST,
+            context=hostwork.no_launches,
+            host_only=True,
+        ),
+    )
+}

@@ -1,0 +1,97 @@
+"""Where and with what a measurement was made: enough to make it again."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+# Distributions whose versions are recorded where they are installed.
+DISTRIBUTIONS = (
+    *("torch", "triton", "dragon-vm-torch", "torch-optimi", "flashoptim"),
+    *("apex", "transformer-engine", "bitsandbytes", "torchao"),
+)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The fields of a record that are the same for a whole run."""
+    now = datetime.now(timezone.utc).replace(microsecond=0).isoformat().replace("+00:00", "Z")
+    return {
+        "run": f"{now}-{os.getpid()}",
+        "date": now,
+        "commit": commit(),
+        "device": device_name(device),
+        "device_type": device.type,
+        "driver": _driver() if device.type == "cuda" else None,
+        "n_threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **versions(DISTRIBUTIONS)},
+    }
+
+
+def versions(distributions: Sequence[str]) -> dict[str, str]:
+    """Versions of what is installed."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit that is measured, marked if files that are tracked differ from it."""
+    try:
+        head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+        changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("DRAGON_COMMIT", "unknown")
+    return f"{head}-dirty" if changed else head
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU, or of the CPU with its number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_cpu_model()}, {cores} cores"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def free_nbytes(device: torch.device) -> float:
+    """Bytes that the tensors of one case may take."""
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("MemAvailable"):
+            return 0.5 * 1024 * int(line.split()[1])
+    raise RuntimeError("/proc/meminfo does not say how much memory is available")
+
+
+def _driver() -> str | None:
+    try:
+        lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return torch.version.hip
+    return lines[0].strip() if lines else None
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()

@@ -1,0 +1,81 @@
+"""Pictures of the records, each with a digest of what it shows, so that a stale one is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from benchmarks.records import TIMED, Record
+from benchmarks.runner import COPY
+from benchmarks.tables import host_series
+
+
+class Plot(NamedTuple):
+    """A log-log picture.
+
+    Attributes:
+        name: of its file, without a suffix.
+        title, x, y: texts.
+        series: by name, points (x, y), sorted.
+    """
+
+    name: str
+    title: str
+    x: str
+    y: str
+    series: dict[str, list[tuple[float, float]]]
+
+    @property
+    def digest(self) -> str:
+        """What changes if anything shown does."""
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:16]
+
+
+def roofline(records: Sequence[Record], name: str) -> Plot:
+    """Bandwidth that each contender reaches over the bytes that a step moves, under that of a copy."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        if record.status == TIMED and record.gb_per_s is not None and not record.chain:
+            busy = record.device_ms or record.total_ms
+            assert busy is not None
+            series.setdefault(record.contender, []).append((record.gb_per_s * busy.median / 1e3, record.gb_per_s))
+    return Plot(name, "Bandwidth", "GB moved in a step", "GB/s", _sorted(series))
+
+
+def host_time(records: Sequence[Record], name: str) -> Plot:
+    """The host's time of a step over the number of tensors, in the cases made for it."""
+    series = host_series(records)
+    return Plot(name, "Host work", "tensors", "us a step", _sorted(series))
+
+
+def _sorted(series: dict[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
+    """Series with their points in order; digits beyond what a picture shows are dropped."""
+    return {
+        name: sorted((float(f"{x:.4g}"), float(f"{y:.4g}")) for x, y in points) for name, points in series.items()
+    }
+
+
+def draw(plot: Plot, folder: Path) -> Path:
+    """Write the picture as SVG and return its path."""
+    style: Any = {"svg.hashsalt": plot.name, "svg.fonttype": "none"}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(8.5, 4.8), layout="constrained")
+        axes = figure.subplots()
+        for name, points in plot.series.items():
+            roof = {"color": "black", "linestyle": "--", "marker": "", "zorder": 1} if name == COPY else {}
+            ours = {"linewidth": 2.2} if name.startswith("ours") else {"linewidth": 1.0}
+            look: dict[str, Any] = {"marker": "o", "markersize": 4, **ours, **roof}
+            axes.plot(*zip(*points, strict=True), label=name, **look)
+        axes.set(xscale="log", yscale="log", xlabel=plot.x, ylabel=plot.y, title=plot.title)
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{plot.name}.svg"
+        figure.savefig(path, metadata={"Date": None, "Description": plot.digest})
+    return path

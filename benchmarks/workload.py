@@ -1,0 +1,96 @@
+"""Parameters and gradients of a case: made once, and copied for each contender."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, Precision
+
+LR = 1e-3
+BETAS = (0.9, 0.999)
+
+# The gradients of a chain come multiplied by LOSS_SCALE, and their norm is above MAX_GRAD_NORM.
+LOSS_SCALE = 1024.0
+MAX_GRAD_NORM = 1.0
+
+# Adam hardly sees the scale of its gradients unless eps is about as large: a chain that scales or clips wrongly is
+# wrong in its parameters only then.
+EPS = 1e-8
+CHAIN_EPS = 1e-3
+
+
+class Origin(NamedTuple):
+    """What every contender of one case starts from; it is never changed."""
+
+    case: Case
+    precision: Precision
+    device: torch.device
+    params: list[Tensor]
+    grads: list[Tensor]
+
+    @property
+    def eps(self) -> float:
+        """Adam's epsilon in this case."""
+        return CHAIN_EPS if self.case.chain else EPS
+
+
+def make_origin(case: Case, precision: Precision, device: torch.device) -> Origin:
+    """Draw normal parameters and gradients, the same ones each time."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(std: float) -> list[Tensor]:
+        return [
+            torch.empty(shape, dtype=precision.param, device=device).normal_(std=std, generator=generator)
+            for shape in case.shapes
+        ]
+
+    # Initial weights of a model are about this large; bf16 resolves steps of LR in them.
+    return Origin(case, precision, device, draw(0.02), draw(LOSS_SCALE if case.chain else 1.0))
+
+
+class Workload:
+    """One contender's own parameters and gradients.
+
+    Attributes:
+        origin: what they are copies of.
+        params: leaves with gradients.
+        groups: parameter groups, with one learning rate each.
+    """
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.params = [torch.nn.Parameter(tensor.clone()) for tensor in origin.params]
+        for param, grad in zip(self.params, origin.grads, strict=True):
+            param.grad = grad.clone()
+        n_groups = origin.case.n_groups
+        self.groups: list[dict[str, Any]] = [
+            {"params": self.params[first:end], "lr": lr_of(i, n_groups)}
+            for i, (first, end) in enumerate(group_bounds(len(self.params), n_groups))
+        ]
+        self._spare = [grad.clone() for grad in origin.grads] if origin.case.new_grads else []
+
+    def before_step(self) -> None:
+        """What a backward pass would do, outside of the time that is measured."""
+        if self.origin.case.chain:
+            with torch.no_grad():
+                grads: Any = [param.grad for param in self.params]
+                torch._foreach_copy_(grads, self.origin.grads)
+        if self._spare:
+            used: list[Any] = [param.grad for param in self.params]
+            for param, grad in zip(self.params, self._spare, strict=True):
+                param.grad = grad
+            self._spare = used
+
+
+def group_bounds(n_params: int, n_groups: int) -> list[tuple[int, int]]:
+    """First parameter and end of each group, all about equally large."""
+    return list(pairwise(n_params * i // n_groups for i in range(n_groups + 1)))
+
+
+def lr_of(group: int, n_groups: int) -> float:
+    """The learning rate of a group: LR for a single one, else another for each."""
+    return LR * (1 + group / n_groups)
