@@ -47,7 +47,8 @@ class PreparedStep:
         self._rows = [row_of[id(param)] for param in params]
         flattened = self._flatten(optimizer, params, grads)
         states = [optimizer.state[param] for param in params if param in optimizer.state]
-        launches = any(group.signature.backend == "triton" for group in flattened)
+        # Eager groups look a state up at every step; the others hold its layout and its address.
+        holds_states = any(group.signature.backend != "eager" for group in flattened)
         if optimizer._settings.flatten:
             flattened = [coalesce(group, group.select(grads), optimizer._buffers) or group for group in flattened]
         self._premises = Premises(
@@ -55,7 +56,7 @@ class PreparedStep:
             self._params,
             grads,
             states,
-            fixed_params=launches or optimizer._settings.flatten or self._is_distributed,
+            fixed_params=holds_states or optimizer._settings.flatten or self._is_distributed,
             fixed_grads=optimizer._settings.flatten,
         )
         self._strays = [
