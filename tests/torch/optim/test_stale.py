@@ -1,0 +1,263 @@
+"""A prepared step notices whatever is swapped under it: it does what a fresh optimizer would do."""
+
+import copy
+from collections import defaultdict
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, Adam
+
+from .support import BACKENDS, everything, give_gradients, home, like, parameters, twin
+
+SHAPES = ((4, 4), (4, 4), (5,), (17,))
+
+
+def transposed(tensor):
+    """The same numbers, and the same strides backwards, in new memory."""
+    return tensor.detach().t().clone(memory_format=torch.contiguous_format).t()
+
+
+def swap_param_memory(optimizer, params):
+    params[0].data = like(params[0])
+
+
+def swap_param_memory_among_two(optimizer, params):
+    params[0].data, params[1].data = like(params[1]), like(params[0])
+
+
+def transpose_param_in_place(optimizer, params):
+    params[0].data = params[0].data.t()
+
+
+def widen_param(optimizer, params):
+    grad, params[0].grad = params[0].grad, None
+    params[0].data = params[0].data.double()
+    params[0].grad = grad.double()
+
+
+def swap_grad_object(optimizer, params):
+    params[0].grad = like(params[0].grad) * 2
+
+
+def swap_grad_memory(optimizer, params):
+    params[0].grad.data = like(params[0].grad) * 2
+
+
+def transpose_grad_at_the_same_address(optimizer, params):
+    params[0].grad = params[0].grad.t()
+
+
+def transpose_grad_object_at_the_same_address(optimizer, params):
+    params[0].grad.data = params[0].grad.data.t()
+
+
+def expand_grad(optimizer, params):
+    params[0].grad = torch.full((), 0.5, device=params[0].device).expand(4, 4)
+
+
+def drop_grad(optimizer, params):
+    params[1].grad = None
+
+
+def swap_state_tensor(optimizer, params):
+    key = state_key(optimizer)
+    optimizer.state[params[0]][key] = like(optimizer.state[params[0]][key])
+
+
+def swap_state_tensor_for_another_layout(optimizer, params):
+    key = state_key(optimizer)
+    optimizer.state[params[0]][key] = transposed(optimizer.state[params[0]][key])
+
+
+def swap_all_states_for_another_dtype(optimizer, params):
+    for state in optimizer.state.values():
+        for key in set(state) - {"step"}:
+            state[key] = state[key].double()
+
+
+def swap_state_memory(optimizer, params):
+    state = optimizer.state[params[0]][state_key(optimizer)]
+    state.data = like(state)
+
+
+def swap_state_memory_for_another_layout(optimizer, params):
+    state = optimizer.state[params[0]][state_key(optimizer)]
+    state.data = transposed(state)
+
+
+def swap_step_memory(optimizer, params):
+    step = optimizer.state[params[0]]["step"]
+    step.data = torch.full_like(step, 7)
+
+
+def swap_step_for_a_number(optimizer, params):
+    optimizer.state[params[0]]["step"] = 7
+
+
+def fill_step(optimizer, params):
+    optimizer.state[params[0]]["step"].fill_(7)
+
+
+def clear_state(optimizer, params):
+    optimizer.state.clear()
+
+
+def replace_state(optimizer, params):
+    optimizer.state = defaultdict(dict, {param: dict(state) for param, state in optimizer.state.items()})
+
+
+def replace_state_by_copies(optimizer, params):
+    optimizer.state = defaultdict(dict, {p: copy.deepcopy(state) for p, state in optimizer.state.items()})
+
+
+def replace_entry(optimizer, params):
+    optimizer.state[params[0]] = copy.deepcopy(optimizer.state[params[0]])
+
+
+def delete_entry(optimizer, params):
+    del optimizer.state[params[0]]
+
+
+def empty_entry(optimizer, params):
+    optimizer.state[params[0]].clear()
+
+
+def move_param_to_the_other_group(optimizer, params):
+    first, second = optimizer.param_groups
+    first["params"].append(second["params"].pop(0))
+
+
+def remove_group(optimizer, params):
+    optimizer.param_groups.pop(0)
+
+
+def insert_group(optimizer, params):
+    optimizer.param_groups.insert(0, {**optimizer.param_groups[0], "params": []})
+
+
+def swap_groups(optimizer, params):
+    optimizer.param_groups.reverse()
+
+
+def exchange_params_of_groups(optimizer, params):
+    first, second = optimizer.param_groups
+    first["params"], second["params"] = second["params"], first["params"]
+
+
+def replace_group_and_change_the_old_one(optimizer, params):
+    old = optimizer.param_groups[0]
+    optimizer.param_groups[0] = dict(old)
+    old.update(lr=100.0, weight_decay=5.0)
+
+
+def add_group(optimizer, params):
+    new = torch.nn.Parameter(like(params[2]))
+    new.grad = like(params[2].grad)
+    optimizer.add_param_group({"params": [new], "lr": 0.5})
+
+
+def setting(**options):
+    """An edit of a group's options, named after them."""
+
+    def edit(optimizer, params):
+        optimizer.param_groups[1].update(options)
+
+    edit.__name__ = ", ".join(f"{key}={value}" for key, value in options.items())
+    return edit
+
+
+def make_lr_a_tensor(optimizer, params):
+    optimizer.param_groups[1]["lr"] = torch.tensor(0.3)
+
+
+def state_key(optimizer):
+    return "exp_avg" if isinstance(optimizer, Adam) else "momentum_buffer"
+
+
+COMMON = [
+    swap_param_memory, swap_param_memory_among_two, transpose_param_in_place, widen_param, swap_grad_object,
+    swap_grad_memory, transpose_grad_at_the_same_address, transpose_grad_object_at_the_same_address, expand_grad,
+    drop_grad, swap_state_tensor, swap_state_tensor_for_another_layout, swap_all_states_for_another_dtype,
+    swap_state_memory, swap_state_memory_for_another_layout,
+    swap_step_memory, swap_step_for_a_number, fill_step, clear_state, replace_state, replace_state_by_copies,
+    replace_entry, delete_entry, empty_entry, move_param_to_the_other_group, remove_group, insert_group,
+    swap_groups, exchange_params_of_groups, replace_group_and_change_the_old_one, add_group, make_lr_a_tensor,
+    setting(lr=0.5), setting(weight_decay=0.1), setting(maximize=True), setting(clip_value=0.1),
+    setting(clip_norm=0.1), setting(ema_decay=0.9), setting(capturable=True),
+]  # fmt: skip
+ADAMS = [
+    setting(betas=(0.5, 0.5)), setting(eps=0.1), setting(amsgrad=True), setting(decoupled_weight_decay=True),
+    setting(epsilon_hat=False),
+]  # fmt: skip
+SGDS = [setting(momentum=0), setting(dampening=0.5), setting(nesterov=True), setting(momentum=0.5)]
+CASES = [(Adam, change) for change in COMMON + ADAMS] + [(SGD, change) for change in COMMON + SGDS]
+
+
+def warm(algorithm, backend, **options):
+    """An optimizer of two groups that has taken steps, with gradients for the next one."""
+    params = parameters(SHAPES, device=home(backend))
+    groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.2}]
+    momentum = {} if algorithm is Adam else {"momentum": 0.9}
+    optimizer = algorithm(groups, backend=backend, **momentum, **options)
+    for seed in range(2):
+        give_gradients(params, seed)
+        optimizer.step()
+    # In the same memory as before: only what the test changes is new.
+    for param in params:
+        param.grad.mul_(-0.5)
+    return optimizer, params
+
+
+def attempt(optimizer):
+    try:
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        return type(error), str(error)
+    return None
+
+
+def outcome(optimizer):
+    """What two more steps make of it, or the error of the first."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    error = attempt(optimizer)
+    if error is None:
+        give_gradients(params, 5)
+        error = attempt(optimizer)
+    return error, everything(optimizer)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("algorithm", "change"), CASES, ids=lambda value: value.__name__)
+def test_a_change_has_the_effect_that_it_has_on_a_fresh_optimizer(algorithm, change, backend):
+    optimizer, params = warm(algorithm, backend)
+    change(optimizer, params)
+    fresh = twin(optimizer)
+    assert outcome(optimizer) == outcome(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("algorithm", [Adam, SGD])
+def test_a_tensor_learning_rate_is_read_at_every_step(algorithm, backend):
+    lr = torch.tensor(0.1, device=home(backend))
+    optimizer, _ = warm(algorithm, backend)
+    for group in optimizer.param_groups:
+        group["lr"] = lr.clone()
+    attempt(optimizer)
+    for group in optimizer.param_groups:
+        group["lr"].fill_(0.7)
+    fresh = twin(optimizer)
+    for group in fresh.param_groups:
+        group["lr"] = 0.7 if home(backend) == "cpu" and lr.dtype == torch.float64 else float(torch.tensor(0.7))
+    assert outcome(optimizer) == outcome(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_learning_rate_may_be_replaced_by_an_equal_one(backend):
+    optimizer, _ = warm(Adam, backend)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    attempt(optimizer)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    expected = twin(optimizer)
+    optimizer.param_groups[0]["lr"].mul_(1)
+    assert outcome(optimizer) == outcome(expected)
