@@ -48,6 +48,42 @@ def clip_factor(norm, limit, eps):
 
 
 @triton.jit
+def whole_norm(partials_ptr, counts_ptr, inverse_scale, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    """The norm of all unscaled gradients together."""
+    zero = tl.zeros((1,), tl.int64)
+    end = zero + tl.load(counts_ptr + table.N_PARTIALS)
+    # A sum of one element, which keeps a NaN.
+    return tl.sum(combine_partials(partials_ptr, zero, end, 1, WIDTH, NORM) * inverse_scale, 0)
+
+
+@triton.jit
+def each_clip_factor(
+    partials_ptr, tensor_ptr, group_ptr, inverse_scale, mask, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """What brings the norm of each unscaled gradient down to its group's `clip_norm`."""
+    first = tl.load(tensor_ptr + table.FIRST_PARTIAL, mask=mask, other=0)
+    end = tl.load(tensor_ptr + table.END_PARTIAL, mask=mask, other=0)
+    norm = combine_partials(partials_ptr, first, end, ROWS, WIDTH, L2_NORM) * inverse_scale
+    limit = tl.load(group_ptr + table.CLIP_NORM, mask=mask, other=0.0)
+    return clip_factor(tl.maximum(norm, limit, tl.PropagateNan.ALL), limit, 0.0)
+
+
+@triton.jit
+def store_common_scalars(row_ptr, group_ptr, lr, factor, active, mask):
+    """What every update needs: the gradient's factor and bound, both kinds of decay, the average's rate."""
+    weight_decay = tl.load(group_ptr + table.WEIGHT_DECAY, mask=mask, other=0.0)
+    decoupled = tl.load(group_ptr + table.DECOUPLED, mask=mask, other=0.0) != 0
+    clip_value = tl.load(group_ptr + table.CLIP_VALUE, mask=mask, other=0.0)
+    ema_decay = tl.load(group_ptr + table.EMA_DECAY, mask=mask, other=0.0)
+    tl.store(row_ptr + table.ACTIVE, active.to(tl.float64), mask=mask)
+    tl.store(row_ptr + table.GRAD_SCALE, factor, mask=mask)
+    tl.store(row_ptr + table.CLIP, tl.where(clip_value > 0, clip_value, float("inf")), mask=mask)
+    tl.store(row_ptr + table.L2, tl.where(decoupled, 0.0, weight_decay), mask=mask)
+    tl.store(row_ptr + table.DECAY, tl.where(decoupled, 1 - lr * weight_decay, 1.0), mask=mask)
+    tl.store(row_ptr + table.ONE_MINUS_EMA_DECAY, 1 - ema_decay, mask=mask)
+
+
+@triton.jit
 def store_adam_scalars(row_ptr, group_ptr, lr, beta1, beta2, step, mask):
     """Step size and epsilon of a bias-corrected Adam step; see `dragon.kernels.adam.adam_update`."""
     correction2 = tl.sqrt(one_minus_power(beta2, step))
@@ -101,26 +137,17 @@ def advance_kernel(
     group = tl.load(tensor_ptr + table.GROUP, mask=mask, other=0)
     group_ptr = groups_ptr + group * table.GROUP_COLUMNS
 
-    inverse_scale = 1 / tl.load(grad_scale_ptr).to(tl.float64)
     skip = tl.load(found_inf_ptr) > 0
+    inverse_scale = 1 / tl.load(grad_scale_ptr).to(tl.float64)
     factor = tl.load(group_ptr + table.GRAD_FACTOR, mask=mask, other=0.0) * inverse_scale
     if NORM != NO_NORM:
-        zero = tl.zeros((1,), tl.int64)
-        norm = combine_partials(partials_ptr, zero, zero + tl.load(counts_ptr + table.N_PARTIALS), 1, WIDTH, NORM)
-        # A sum of one element, which keeps a NaN.
-        norm = tl.sum(norm * inverse_scale, 0)
-        limit = tl.load(group_ptr + table.MAX_GRAD_NORM, mask=mask, other=0.0)
-        factor *= clip_factor(norm, limit, CLIP_EPS)
-        finite = norm < float("inf")
-        skip |= (tl.load(groups_ptr + table.SKIP_NONFINITE) != 0) & (finite == 0)
+        norm = whole_norm(partials_ptr, counts_ptr, inverse_scale, WIDTH, NORM)
+        factor *= clip_factor(norm, tl.load(group_ptr + table.MAX_GRAD_NORM, mask=mask, other=0.0), CLIP_EPS)
+        skip |= (tl.load(groups_ptr + table.SKIP_NONFINITE) != 0) & ((norm < float("inf")) == 0)
         if tl.program_id(0) == 0:
             tl.store(status_ptr + table.GRAD_NORM, norm)
     if CLIP_EACH:
-        first = tl.load(tensor_ptr + table.FIRST_PARTIAL, mask=mask, other=0)
-        end = tl.load(tensor_ptr + table.END_PARTIAL, mask=mask, other=0)
-        each = combine_partials(partials_ptr, first, end, ROWS, WIDTH, L2_NORM) * inverse_scale
-        limit = tl.load(group_ptr + table.CLIP_NORM, mask=mask, other=0.0)
-        factor *= clip_factor(tl.maximum(each, limit, tl.PropagateNan.ALL), limit, 0.0)
+        factor *= each_clip_factor(partials_ptr, tensor_ptr, group_ptr, inverse_scale, mask, ROWS, WIDTH)
     if (tl.program_id(0) == 0) & skip:
         tl.store(status_ptr + table.N_SKIPPED, tl.load(status_ptr + table.N_SKIPPED) + 1)
 
@@ -131,16 +158,7 @@ def advance_kernel(
     tl.store(step_ptr, step, mask=has_step & active)
 
     lr = hyperparameter(groups_ptr, sources_ptr, group, table.LR, table.LR_SOURCE, mask)
-    weight_decay = tl.load(group_ptr + table.WEIGHT_DECAY, mask=mask, other=0.0)
-    decoupled = tl.load(group_ptr + table.DECOUPLED, mask=mask, other=0.0) != 0
-    clip_value = tl.load(group_ptr + table.CLIP_VALUE, mask=mask, other=0.0)
-    ema_decay = tl.load(group_ptr + table.EMA_DECAY, mask=mask, other=0.0)
-    tl.store(row_ptr + table.ACTIVE, active.to(tl.float64), mask=mask)
-    tl.store(row_ptr + table.GRAD_SCALE, factor, mask=mask)
-    tl.store(row_ptr + table.CLIP, tl.where(clip_value > 0, clip_value, float("inf")), mask=mask)
-    tl.store(row_ptr + table.L2, tl.where(decoupled, 0.0, weight_decay), mask=mask)
-    tl.store(row_ptr + table.DECAY, tl.where(decoupled, 1 - lr * weight_decay, 1.0), mask=mask)
-    tl.store(row_ptr + table.ONE_MINUS_EMA_DECAY, 1 - ema_decay, mask=mask)
+    store_common_scalars(row_ptr, group_ptr, lr, factor, active, mask)
     if IS_ADAM:
         beta1 = hyperparameter(groups_ptr, sources_ptr, group, table.BETA1, table.BETA1_SOURCE, mask)
         beta2 = hyperparameter(groups_ptr, sources_ptr, group, table.BETA2, table.BETA2_SOURCE, mask)

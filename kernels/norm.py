@@ -46,14 +46,15 @@ def norm_kernel(
     spans_ptr,  # int32 [n_partials, 2], tensor row and span index within the tensor
     tensors_ptr,  # int64 [n_tensors, TENSOR_COLUMNS]
     groups_ptr,  # float64 [n_groups, GROUP_COLUMNS]
-    partials_ptr,  # float64 [n_partials], written: sums of squares, or largest magnitudes
+    partials_ptr,  # float64 [n_partials of the device], each row's from its FIRST_PARTIAL on are written
     GRAD_DTYPE: tl.constexpr,
     NORM: tl.constexpr,
 ):
     """Reduce one span of one gradient, times its group's factor; the grid is ``(n_partials,)``."""
-    index = tl.program_id(0).to(tl.int64)
-    row = tl.load(spans_ptr + 2 * index).to(tl.int64)
-    first = tl.load(spans_ptr + 2 * index + 1).to(tl.int64) * SPAN
+    span_ptr = spans_ptr + 2 * tl.program_id(0).to(tl.int64)
+    row = tl.load(span_ptr).to(tl.int64)
+    span = tl.load(span_ptr + 1).to(tl.int64)
+    first = span * SPAN
     row_ptr = tensors_ptr + row * table.TENSOR_COLUMNS
     numel = tl.load(row_ptr + table.NUMEL)
     end = tl.minimum(first + SPAN, numel)
@@ -76,10 +77,11 @@ def norm_kernel(
                 total = accumulate(total, tl.load(grad_ptr + offsets, mask=offsets < end, other=0.0), NORM)
     group = tl.load(row_ptr + table.GROUP)
     factor = tl.abs(tl.load(groups_ptr + group * table.GROUP_COLUMNS + table.GRAD_FACTOR))
+    partial_ptr = partials_ptr + tl.load(row_ptr + table.FIRST_PARTIAL) + span
     if NORM == INF_NORM:
-        tl.store(partials_ptr + index, largest(total, 0) * factor)
+        tl.store(partial_ptr, largest(total, 0) * factor)
     else:
-        tl.store(partials_ptr + index, tl.sum(total, 0) * factor * factor)
+        tl.store(partial_ptr, tl.sum(total, 0) * factor * factor)
 
 
 @triton.jit

@@ -181,7 +181,8 @@ def _on_devices(
 ) -> list[TritonDevice]:
     if not by_device:
         return []
-    from dragon.vm.torch.optim._triton import DeviceContext, TritonDevice
+    from dragon.vm.torch.optim._context import DeviceContext
+    from dragon.vm.torch.optim._triton import TritonDevice
 
     launched = []
     for device, flattened in by_device.items():

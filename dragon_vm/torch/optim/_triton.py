@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dragon.kernels import launch, norm, table
 from dragon.vm.torch.optim._chain import Scaling, needs_norm
+from dragon.vm.torch.optim._context import DeviceContext
 from dragon.vm.torch.optim._flatten import FlattenedGroup, follow_leaders
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._plan import plan_chunks
@@ -26,39 +27,6 @@ from dragon.vm.tuning.lookup import config_for
 _GROUPS, _SOURCES, _COUNTS, _TENSORS, _CHUNKS, _SPANS = range(6)
 _WIDTH = int(table.TENSOR_COLUMNS)
 _STATE_COLUMNS = (table.STATE_0, table.STATE_1, table.STATE_2)
-
-
-class DeviceContext:
-    """What all flattened groups of one optimizer on one device share.
-
-    Attributes:
-        status: float64 [STATUS_COLUMNS], written by the kernels and read only on request.
-        one, zero: fp32 [1], the grad_scale and found_inf of a step without a scaler.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.status = torch.zeros(int(table.STATUS_COLUMNS), dtype=torch.float64, device=device)
-        self.spare_status = torch.zeros_like(self.status)
-        self.one = torch.ones(1, dtype=torch.float32, device=device)
-        self.zero = torch.zeros(1, dtype=torch.float32, device=device)
-        self.name, self.arch, self.n_processors, self.warp_size = _describe(device)
-        self._partials = torch.zeros(1, dtype=torch.float64, device=device)
-
-    def partials(self, n_partials: int) -> Tensor:
-        """Scratch memory for at least `n_partials` partial norms, float64."""
-        if len(self._partials) < n_partials:
-            self._partials = torch.zeros(n_partials, dtype=torch.float64, device=self.device)
-        return self._partials
-
-
-def _describe(device: torch.device) -> tuple[str, str, int, int]:
-    """Name, architecture as triton names it, multiprocessors, and threads of a warp."""
-    if device.type != "cuda":
-        return device.type, device.type, 1, 32
-    properties = torch.cuda.get_device_properties(device)
-    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"{properties.major}{properties.minor}"
-    return properties.name, arch, properties.multi_processor_count, properties.warp_size
 
 
 def _real_numel(tensor: Tensor) -> int:
@@ -99,7 +67,6 @@ class TritonGroup:
     ) -> None:
         signature = group.signature
         self.group, self._algorithm, self._context = group, algorithm, context
-        self._first_partial = partials[0]
         self._variant = launch.Variant(
             algorithm,
             len(signature.state_keys),
@@ -202,9 +169,15 @@ class TritonGroup:
     def measure(self, kind: int, partials: Tensor) -> None:
         """Write this group's partial norms."""
         if self._n_partials:
-            own = partials[self._first_partial : self._first_partial + self._n_partials]
             launch.launch_norm(
-                self._variant.grad_dtype, kind, self._n_partials, self._spans, self._tensors, self._groups, own
+                self._variant.grad_dtype,
+                kind,
+                self._n_partials,
+                self._spans,
+                self._tensors,
+                self._groups,
+                partials,
+                warp_size=self._context.warp_size,
             )
 
     def advance(self, scaling: Scaling, kind: int, clip_each: bool, partials: Tensor, status: Tensor) -> None:
@@ -224,6 +197,7 @@ class TritonGroup:
             context.one if scaling.grad_scale is None else scaling.grad_scale,
             context.zero if scaling.found_inf is None else scaling.found_inf,
             status,
+            warp_size=context.warp_size,
         )
 
     def apply(self) -> None:

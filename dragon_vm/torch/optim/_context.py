@@ -1,0 +1,41 @@
+"""What the triton backend knows and keeps of one device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dragon.kernels import table
+
+
+class DeviceContext:
+    """What all flattened groups of one optimizer on one device share.
+
+    Attributes:
+        status: float64 [STATUS_COLUMNS], written by the kernels and read only on request.
+        one, zero: fp32 [1], the grad_scale and found_inf of a step without a scaler.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.status = torch.zeros(int(table.STATUS_COLUMNS), dtype=torch.float64, device=device)
+        self.spare_status = torch.zeros_like(self.status)
+        self.one = torch.ones(1, dtype=torch.float32, device=device)
+        self.zero = torch.zeros(1, dtype=torch.float32, device=device)
+        self.name, self.arch, self.n_processors, self.warp_size = _describe(device)
+        self._partials = torch.zeros(1, dtype=torch.float64, device=device)
+
+    def partials(self, n_partials: int) -> Tensor:
+        """Scratch memory for at least `n_partials` partial norms, float64."""
+        if len(self._partials) < n_partials:
+            self._partials = torch.zeros(n_partials, dtype=torch.float64, device=self.device)
+        return self._partials
+
+
+def _describe(device: torch.device) -> tuple[str, str, int, int]:
+    """Name, architecture as triton names it, multiprocessors, and threads of a warp."""
+    if device.type != "cuda":
+        return device.type, device.type, 1, 32
+    properties = torch.cuda.get_device_properties(device)
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"{properties.major}{properties.minor}"
+    return properties.name, arch, properties.multi_processor_count, properties.warp_size
