@@ -15,6 +15,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools around
 # Seconds. A GPU's common kernels take less than ten minutes, the compiler alone less than two.
 TUNING_BUDGET, RANKING_BUDGET = 540.0, 105.0
 
+PAGE_WIDTH = 240
+
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -33,6 +35,12 @@ def arch(text: str) -> str:
     if not is_arch(text):
         raise typer.BadParameter(f'expected a name like "sm_90" or "gfx942", got {text!r}')
     return text
+
+
+def make_console() -> Console:
+    """The terminal, or a page wide enough for every table where nobody watches."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PAGE_WIDTH)
 
 
 @app.command()
@@ -68,7 +76,7 @@ def tune(
     ] = None,
 ) -> None:
     """Tune the kernels on the present GPU, on scratch memory, and store what is fastest."""
-    console = Console()
+    console = make_console()
     if importlib.util.find_spec("triton") is None:
         console.print("triton is not installed, and there are no kernels to tune without it.")
         raise typer.Exit(1)

@@ -69,9 +69,7 @@ def estimates(ranking: Ranking, arch: str) -> list[Record]:
     if default.dropped and ranking.entries[0].dropped is None:
         chosen, against = ranking.entries[0], f"; the default {default.dropped}"
     facts = chosen.facts
-    told = "does not compile" if facts is None else f"{facts.registers} registers, no spills, 16-byte accesses"
-    if facts is not None and chosen.dropped:
-        told = f"{facts.registers} registers, {chosen.dropped}"
+    told = chosen.dropped or f"{facts and facts.registers} registers, no spills, 16-byte accesses"
     return [
         Record(
             basis=ESTIMATED,

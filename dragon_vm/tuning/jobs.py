@@ -58,9 +58,9 @@ def select_variants(kernel: str | None = None, dtype: str | None = None) -> dict
     Raises:
         JobError: if there is none.
     """
-    if kernel is not None and "norm".startswith(kernel):
+    if kernel in ("norm", "reduction"):
         raise JobError(
-            "--kernel norm: the reduction has nothing to tune, as its spans and threads set the order of its "
+            f"--kernel {kernel}: the reduction has nothing to tune, as its spans and threads set the order of its "
             "additions, and with it the last bits of a gradient norm"
         )
     dtype_name = None if dtype is None else DTYPE_NAMES.get(dtype, dtype.removeprefix("torch."))

@@ -38,6 +38,8 @@ class Limits(NamedTuple):
         granule: in which a warp's registers are allotted.
         n_warps: resident at most.
         n_programs: resident at most.
+        shared_nbytes: shared memory for programs to share.
+        reserved_nbytes: shared memory that the driver takes of each program.
         warp_size: threads of a warp.
     """
 
@@ -45,24 +47,27 @@ class Limits(NamedTuple):
     granule: int
     n_warps: int
     n_programs: int
+    shared_nbytes: int
+    reserved_nbytes: int
     warp_size: int
 
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability":
 # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities
-_CUDA = Limits(65536, 256, 64, 32, 32)
+_CUDA = Limits(65536, 256, 64, 32, 228 * 1024, 1024, 32)
 _CUDA_LIMITS = {
-    "sm_75": _CUDA._replace(n_warps=32, n_programs=16),
-    "sm_86": _CUDA._replace(n_warps=48, n_programs=16),
-    "sm_87": _CUDA._replace(n_warps=48, n_programs=16),
-    "sm_89": _CUDA._replace(n_warps=48, n_programs=24),
-    "sm_120": _CUDA._replace(n_warps=48, n_programs=24),
+    "sm_75": _CUDA._replace(n_warps=32, n_programs=16, shared_nbytes=64 * 1024, reserved_nbytes=0),
+    "sm_80": _CUDA._replace(shared_nbytes=164 * 1024),
+    "sm_86": _CUDA._replace(n_warps=48, n_programs=16, shared_nbytes=100 * 1024),
+    "sm_87": _CUDA._replace(n_warps=48, n_programs=16, shared_nbytes=164 * 1024),
+    "sm_89": _CUDA._replace(n_warps=48, n_programs=24, shared_nbytes=100 * 1024),
+    "sm_120": _CUDA._replace(n_warps=48, n_programs=24, shared_nbytes=100 * 1024),
 }
 # CDNA3: four SIMDs, each with 512 registers a lane and 8 waves of 64 threads.
 # https://rocm.docs.amd.com/en/latest/reference/gpu-arch-specs.html
-_CDNA = Limits(4 * 512 * 64, 8 * 64, 32, 32, 64)
+_CDNA = Limits(4 * 512 * 64, 8 * 64, 32, 32, 64 * 1024, 0, 64)
 # RDNA3: four SIMDs, each with 1536 registers a lane and 16 waves of 32 threads.
-_RDNA = Limits(4 * 1536 * 32, 24 * 32, 64, 32, 32)
+_RDNA = Limits(4 * 1536 * 32, 24 * 32, 64, 32, 64 * 1024, 0, 32)
 
 # With fewer warps than this on a multiprocessor nothing hides the latency of a tensor's last chunk.
 FEWEST_WARPS = 8
@@ -80,7 +85,8 @@ def resident_warps(config: LaunchConfig, facts: Facts, limits: Limits) -> int:
     threads_registers = facts.registers * limits.warp_size
     warp_registers = max(-(-threads_registers // limits.granule), 1) * limits.granule
     by_registers = limits.registers // warp_registers // config.n_warps
-    n_programs = min(by_registers, limits.n_warps // config.n_warps, limits.n_programs)
+    by_shared_memory = limits.shared_nbytes // max(facts.shared_nbytes + limits.reserved_nbytes, 1)
+    n_programs = min(by_registers, by_shared_memory, limits.n_warps // config.n_warps, limits.n_programs)
     return n_programs * config.n_warps
 
 
@@ -95,11 +101,10 @@ def why_dropped(config: LaunchConfig, facts: Facts, limits: Limits) -> str | Non
         return f"spills {facts.spilled_nbytes} bytes a thread"
     if not facts.is_vectorized:
         return "no 16-byte path"
-    if facts.shared_nbytes:
-        return f"takes {facts.shared_nbytes} bytes of shared memory, which an elementwise kernel needs none of"
     n_warps = resident_warps(config, facts, limits)
     if n_warps < FEWEST_WARPS:
-        return f"{facts.registers} registers: {n_warps} warps fit a multiprocessor"
+        taken = f"{facts.registers} registers a thread and {facts.shared_nbytes} bytes of shared memory"
+        return f"{taken}: {n_warps} warps fit a multiprocessor"
     return None
 
 

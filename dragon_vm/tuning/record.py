@@ -109,7 +109,7 @@ class Record:
     def as_json(self) -> dict[str, Any]:
         """Plain types, with the schema version and the share of `copy_`."""
         data = asdict(self)
-        data["variant"] = self.variant._asdict()
+        data["variant"], data["trials"] = self.variant._asdict(), list(data["trials"])
         if self.times is not None:
             data["times"]["share_of_copy"] = self.times.share_of_copy
         return {"schema": SCHEMA, **data}

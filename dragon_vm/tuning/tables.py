@@ -43,17 +43,18 @@ def ranking_rows(ranking: Ranking, n_best: int | None = None) -> list[list[str]]
 
 
 RANKING_HEADINGS = (
-    *("kernel", "place", "chunk/warps", "registers", "spilled B", "warps resident", "KiB in flight"),
+    *("kernel", "place", "chunk/warps", "registers", "spilled B", "shared B", "warps resident", "KiB in flight"),
     *("instructions/element", "verdict"),
 )
 
 
 def _ranking_row(ranking: Ranking, entry: Ranked, place: int, is_default: bool) -> list[str]:
-    figures = [NO_VALUE] * 5
+    figures = [NO_VALUE] * 6
     if (facts := entry.facts) is not None:
         figures = [
             str(facts.registers),
             str(facts.spilled_nbytes),
+            str(facts.shared_nbytes),
             str(resident_warps(entry.config, facts, ranking.limits)),
             f"{nbytes_in_flight(entry.config, facts, ranking.limits) / 1024:g}",
             f"{facts.instructions:.1f}",

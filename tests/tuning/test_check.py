@@ -1,0 +1,111 @@
+"""A configuration is timed only if one step of it agrees with the reference; planted defects do not pass."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from dragon.kernels.config import LaunchConfig
+from dragon.kernels.inspect import UPDATES
+from dragon.kernels.launch import Variant
+from dragon.vm.tuning import scratch
+from dragon.vm.tuning.check import check_candidate
+from dragon.vm.tuning.scratch import Processor, allocate, nbytes_per_element
+
+SMALL = LaunchConfig(chunk=128)
+PROCESSOR = Processor(n_processors=2)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_every_kernel_variant_passes(name: str, device: torch.device) -> None:
+    assert check_candidate(UPDATES[name], SMALL, device, PROCESSOR) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LaunchConfig(chunk=512, n_warps=2),
+        LaunchConfig(chunk=256, eviction="evict_first"),
+        LaunchConfig(chunk=128, programs_per_processor=2),
+        LaunchConfig(chunk=256, n_stages=2, programs_per_processor=1),
+    ],
+)
+def test_every_kind_of_configuration_passes(config: LaunchConfig, device: torch.device) -> None:
+    assert check_candidate(UPDATES["adam fp32"], config, device, PROCESSOR) is None
+
+
+def other_variant(variant: Variant, config: LaunchConfig) -> tuple[Variant, LaunchConfig]:
+    return variant._replace(zero_grad=True), config
+
+
+def shorter_chunk(variant: Variant, config: LaunchConfig) -> tuple[Variant, LaunchConfig]:
+    """Half of each chunk is left as it was."""
+    return variant, LaunchConfig(chunk=config.chunk // 2, n_warps=1)
+
+
+def longer_chunk(variant: Variant, config: LaunchConfig) -> tuple[Variant, LaunchConfig]:
+    """Chunks overlap: elements are updated twice."""
+    return variant, LaunchConfig(chunk=config.chunk * 2)
+
+
+def lost_average(variant: Variant, config: LaunchConfig) -> tuple[Variant, LaunchConfig]:
+    return variant._replace(average=False), config
+
+
+@pytest.mark.parametrize(
+    ("defect", "name", "said"),
+    [
+        (other_variant, "adam fp32", "grad of tensor 0"),
+        (shorter_chunk, "adam fp32", "out of budget"),
+        (longer_chunk, "sgd fp32 momentum", "out of budget"),
+        (shorter_chunk, "accumulate fp32", "elements are wrong"),
+        (lost_average, "adam fp32 average", "ema of tensor 0"),
+    ],
+)
+def test_a_planted_defect_is_reported(
+    defect: Callable[..., Any], name: str, said: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = scratch.launch_update
+    monkeypatch.setattr(
+        scratch, "launch_update", lambda variant, config, *rest: original(*defect(variant, config), *rest)
+    )
+    reason = check_candidate(UPDATES[name], SMALL, device, PROCESSOR)
+    assert reason is not None
+    assert said in reason
+
+
+def test_a_launch_that_fails_is_reported(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("out of resource: registers\nmore lines")
+
+    monkeypatch.setattr(scratch, "launch_update", fail)
+    reason = check_candidate(UPDATES["adam fp32"], SMALL, device, PROCESSOR)
+    assert reason == "RuntimeError: out of resource: registers"
+
+
+@pytest.mark.parametrize(
+    ("name", "nbytes"),
+    [
+        ("adam fp32", 28),
+        ("adam fp32 amsgrad", 36),
+        ("adam fp32 average", 36),
+        ("adam fp32 zero_grad", 32),
+        ("adam bf16", 14),
+        ("adam bf16 fp32-state", 22),
+        ("sgd fp32", 12),
+        ("sgd fp32 momentum", 20),
+        ("accumulate fp32", 12),
+    ],
+)
+def test_the_bytes_of_an_element_are_those_of_the_design(name: str, nbytes: int) -> None:
+    assert nbytes_per_element(UPDATES[name]) == nbytes
+
+
+def test_scratch_tensors_are_aligned_and_apart(device: torch.device) -> None:
+    rows = allocate(UPDATES["adam bf16 fp32-state"], (1, 17, 0, 100), device)
+    tensors = [tensor for row in rows for tensor in row.tensors() if tensor.numel()]
+    assert all(tensor.data_ptr() % scratch.ALIGNMENT_NBYTES == 0 for tensor in tensors)
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
