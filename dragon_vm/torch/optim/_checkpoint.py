@@ -114,6 +114,7 @@ def _checked(
     return {**state, "step": count}
 
 
+@torch.no_grad()
 def _copied(optimizer: Owner, owners: Sequence[tuple[Tensor, Group, State]]) -> dict[Tensor, State]:
     """Copy the states, those of one dtype into arenas together."""
     asked = optimizer._settings.state_dtype
@@ -135,9 +136,8 @@ def _copied(optimizer: Owner, owners: Sequence[tuple[Tensor, Group, State]]) -> 
             [_counter_device(optimizer, param, group, dtype) for param, group, *_ in entries],
             dtype,
         )
-    with torch.no_grad():
-        for param, _, state in owners:
-            _fill(copies[param], state, param)
+    for param, _, state in owners:
+        _fill(copies[param], state, param)
     return copies
 
 
@@ -163,6 +163,7 @@ def _counter_device(
     return step_device(param, backend, group)
 
 
+@torch.no_grad()
 def complete_switched_on(optimizer: Owner) -> None:
     """Give parameters that have a state the maximum that AMSGrad wants since it was switched on, zero."""
     params: list[Tensor] = []
