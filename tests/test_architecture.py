@@ -22,7 +22,7 @@ OPTIM_LAYERS = (
     {"_ema", "_layout", "_norm", "_options", "_state"},
     {"_backend", "_chain", "_checks", "_context", "_flatten", "_fused", "_local", "_rows", "_table"},
     {"_flat", "_owner", "_triton", "_native", "_eager"},
-    {"_premises", "_step", "_sums"},
+    {"_device", "_premises", "_step", "_sums"},
     {"_checkpoint", "optimizer"},
     {"_takeover"},
     {"adam", "adamw", "sgd"},
@@ -39,7 +39,7 @@ OUT_OF_REACH = {
 }
 
 # Imported when a tensor first takes the triton path. `_backend` asks a kernel module once that is so.
-TRITON_SIDE = {f"{OPTIM}.{stem}" for stem in ("_backend", "_context", "_rows", "_table", "_triton")}
+TRITON_SIDE = {f"{OPTIM}.{stem}" for stem in ("_backend", "_context", "_device", "_rows", "_table", "_triton")}
 
 
 @cache

@@ -52,3 +52,8 @@ def check_memory(params: Sequence[Tensor]) -> None:
             f"{tuple(params[i].shape)} with strides {params[i].stride()}" for i in sorted({*pair})
         )
         raise ValueError(f"params must not share memory, but elements stand twice in those of shape {found}")
+
+
+def has_memory(param: Tensor) -> bool:
+    """Whether a parameter is a strided tensor that has memory by now."""
+    return param.device.type != "meta" and not torch.nn.parameter.is_lazy(param) and param.layout == torch.strided

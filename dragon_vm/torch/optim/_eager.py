@@ -142,12 +142,19 @@ class EagerGroup:
     def __init__(self, group: FlattenedGroup, algorithm: str) -> None:
         self.group, self._step = group, _STEPS[algorithm]
 
-    def update(self, grads: Sequence[Tensor], groups: Sequence[Group], factors: Factors) -> None:
+    def update(
+        self,
+        grads: Sequence[Tensor],
+        groups: Sequence[Group],
+        numbers: list[tuple[Any, ...]],
+        factors: Factors,
+    ) -> None:
         """Update the tensors.
 
         Args:
             grads: gradients.
             groups: all parameter groups of the optimizer.
+            numbers: their hyperparameters, comparable; unused, since nothing is kept from step to step.
             factors: of the gradients.
         """
         member = self.group

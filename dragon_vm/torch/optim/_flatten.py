@@ -41,6 +41,7 @@ class FlattenedGroup:
         rows: index of each one's parameter group.
         indices: position of each one among all parameters with a gradient.
         select: picks this group's entries from a list of all parameters with a gradient.
+        is_joined: whether some entries stand for several parameters.
     """
 
     signature: Signature
@@ -49,6 +50,7 @@ class FlattenedGroup:
     rows: list[int]
     indices: list[int]
     select: Callable[[list[Tensor]], Sequence[Tensor]]
+    is_joined: bool = False
 
 
 def flatten_groups(

@@ -15,7 +15,7 @@ from dragon.vm.torch.optim._scalars import one_minus_power
 
 # The hyperparameters that decide whether tensors may share a call. The call depends on the step count if, and only
 # if, the first two are both other than 0.
-NUMBERS = {
+KEYS = {
     "adam": (
         *("epsilon_hat", "eps", "lr", "betas", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"),
         *("grad_scale", "clip_norm", "clip_value"),
@@ -31,7 +31,7 @@ class FusedCall(NamedTuple):
     """One fused operation on tensors that have everything but their memory in common.
 
     Attributes:
-        algorithm: a key of `NUMBERS`.
+        algorithm: a key of `KEYS`.
         params, states, steps: as the operation takes them; states in walking order.
         options: keywords of the operation.
         factor: of the gradients, positive: the sign is `maximize`'s.
@@ -85,7 +85,7 @@ def plan_call(
     """Prepare a call.
 
     Args:
-        algorithm: a key of `NUMBERS`.
+        algorithm: a key of `KEYS`.
         params: parameters.
         states: their states, in walking order.
         steps: their step counters.

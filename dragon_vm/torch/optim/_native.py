@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._chain import Factors
 from dragon.vm.torch.optim._flatten import FlattenedGroup, follow_leaders
-from dragon.vm.torch.optim._fused import NUMBERS, FusedCall, plan_call
+from dragon.vm.torch.optim._fused import KEYS, FusedCall, plan_call
 from dragon.vm.torch.optim._layout import as_real
+from dragon.vm.torch.optim._options import by_value
 from dragon.vm.torch.optim._state import common_base
 
 # A fused operation forks its threads once a tensor. Below this many elements a tensor, one thread is faster:
@@ -44,7 +44,10 @@ class NativeGroup:
 
     def __init__(self, group: FlattenedGroup, algorithm: str) -> None:
         self.group, self._algorithm = group, algorithm
-        self._read_numbers = itemgetter(*NUMBERS[algorithm])
+        self._read_key = itemgetter(*KEYS[algorithm])
+        self._numbers: list[Numbers] = []
+        self._keys: list[Numbers] = []
+        self._needs_steps = False
         self._states = [[state[key] for state in group.states] for key in group.signature.state_keys]
         self._steps: list[Tensor] = [state["step"] for state in group.states if "step" in state]
         self._step_base = common_base(self._steps) if self._steps else None
@@ -57,22 +60,33 @@ class NativeGroup:
         for index, (row, param) in enumerate(zip(group.rows, group.params, strict=True)):
             self._parts.setdefault((row, param.numel() >= SINGLE_THREAD_NUMEL), []).append(index)
 
-    def update(self, grads: Sequence[Tensor], groups: Sequence[dict[str, Any]], factors: Factors) -> None:
+    def update(
+        self,
+        grads: Sequence[Tensor],
+        groups: Sequence[dict[str, Any]],
+        numbers: list[Numbers],
+        factors: Factors,
+    ) -> None:
         """Advance the counters and update the tensors.
 
         Args:
             grads: gradients, in the parameters' layouts; those with a factor other than 1 may be left scaled.
             groups: all parameter groups of the optimizer.
+            numbers: their hyperparameters, comparable.
             factors: of the gradients.
         """
         signature = self.group.signature
         if signature.grad_dtype != signature.param_dtype:
             grads = [grad.to(signature.param_dtype) for grad in grads]
-        numbers = self._numbers(groups)
-        steps = self._advance(numbers)
-        planned_for = (numbers, steps, factors.common, factors.each)
+        if numbers != self._numbers:
+            self._numbers = numbers
+            self._keys = [by_value(self._read_key(group)) for group in groups]
+            self._needs_steps = any(map(_depends_on_step, self._keys))
+            self._planned_for = None
+        steps = self._advance()
+        planned_for = (steps, factors.common, factors.each)
         if planned_for != self._planned_for:
-            self._plan(groups, numbers, steps, factors)
+            self._plan(groups, self._keys, steps, factors)
             self._planned_for = planned_for
         if self._small:
             with _one_thread():
@@ -83,16 +97,10 @@ class NativeGroup:
         if signature.average:
             for param, state, row in zip(self.group.params, self.group.states, self.group.rows, strict=True):
                 as_real(state["ema"]).lerp_(as_real(param), 1 - groups[row]["ema_decay"])
-        follow_leaders(self.group.states)
+        if self.group.is_joined:
+            follow_leaders(self.group.states)
 
-    def _numbers(self, groups: Sequence[dict[str, Any]]) -> list[Numbers]:
-        """Hyperparameters of each parameter group, by value: a tensor stands for the number it holds now."""
-        numbers = list(map(self._read_numbers, groups))
-        lrs = map(itemgetter("lr"), groups)
-        betas = chain.from_iterable(group.get("betas", ()) for group in groups)
-        return numbers if {*map(type, lrs), *map(type, betas)} <= {float, int} else list(map(_by_value, numbers))
-
-    def _advance(self, numbers: list[Numbers]) -> list[float]:
+    def _advance(self) -> list[float]:
         """Count the step; return the counts if a call depends on them: one if all agree, or none."""
         if not self._steps:
             return []
@@ -100,27 +108,27 @@ class NativeGroup:
             self._step_base += 1
         else:
             torch._foreach_add_(self._steps, 1)
-        if not any(map(_depends_on_step, numbers)):
+        if not self._needs_steps:
             return []
         base = self._step_base
         steps: list[float] = base.tolist() if base is not None else [float(step) for step in self._steps]
         return steps[:1] if len(set(steps)) == 1 else steps
 
     def _plan(
-        self, groups: Sequence[dict[str, Any]], numbers: list[Numbers], steps: list[float], factors: Factors
+        self, groups: Sequence[dict[str, Any]], keys: list[Numbers], steps: list[float], factors: Factors
     ) -> None:
         """Collect what may go into one call; parameter groups of equal hyperparameters share one."""
         members: dict[tuple[Numbers, float, float, bool], list[int]] = {}
         for (row, large), indices in self._parts.items():
-            counts = steps if _depends_on_step(numbers[row]) else [0.0]
+            counts = steps if _depends_on_step(keys[row]) else [0.0]
             if len(counts) == 1 and not factors.each:
                 factor = abs(factors.of(0, groups[row]))
-                members.setdefault((numbers[row], factor, counts[0], large), []).extend(indices)
+                members.setdefault((keys[row], factor, counts[0], large), []).extend(indices)
                 continue
             for index in indices:
                 factor = abs(factors.of(self.group.indices[index], groups[row]))
                 count = counts[index] if len(counts) > 1 else counts[0]
-                members.setdefault((numbers[row], factor, count, large), []).append(index)
+                members.setdefault((keys[row], factor, count, large), []).append(index)
         self._small, self._large = [], []
         for (_, factor, count, large), indices in members.items():
             call = plan_call(
@@ -135,11 +143,5 @@ class NativeGroup:
             (self._large if large else self._small).append((indices, call))
 
 
-def _depends_on_step(numbers: Numbers) -> bool:
-    return bool(numbers[0] and numbers[1])
-
-
-def _by_value(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return tuple(map(_by_value, value))
-    return float(value) if isinstance(value, Tensor) else value
+def _depends_on_step(key: Numbers) -> bool:
+    return bool(key[0] and key[1])

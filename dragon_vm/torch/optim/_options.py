@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
+from types import NoneType
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-Number = float | Tensor
+_PLAIN_TYPES = {float, int, bool, tuple, NoneType}
 
 
 class CommonOptions(TypedDict, total=False):
@@ -115,6 +118,21 @@ def _check_settings(settings: Settings) -> None:
     dtype = settings.state_dtype
     if dtype is not None and dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"state_dtype must be a real floating point dtype or None, but got {dtype}")
+
+
+def read_numbers(groups: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[tuple[Any, ...]]:
+    """Hyperparameters of each group, comparable: equal to those of an earlier step if none has changed."""
+    numbers = list(map(itemgetter(*names), groups))
+    types = set(map(type, chain.from_iterable(numbers)))
+    types.update(map(type, chain.from_iterable(group.get("betas", ()) for group in groups)))
+    return numbers if types <= _PLAIN_TYPES else list(map(by_value, numbers))
+
+
+def by_value(value: Any) -> Any:
+    """A hyperparameter in a form that tells whether it changed: a tensor's number, or its address on a device."""
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" else (value.data_ptr(), value.dtype, value.device)
+    return tuple(map(by_value, value)) if isinstance(value, tuple | list) else value
 
 
 def check_common(group: Mapping[str, Any], settings: Settings) -> None:

@@ -38,45 +38,78 @@ class Premises:
         fixed_grads: bool,
     ) -> None:
         self._guard = guard_layouts([*params, *grads])
+        self._n_guarded = len(params) + len(grads)
         self._state = optimizer.state
         self._all_states = list(optimizer.state.values())
         self._states = states
         # Held, so that none of them can die and leave its address to another.
         self._entries = list(_entries(states))
+        self._numbers: list[tuple[Any, ...]] = []
         self._structure = _structure(optimizer)
         self._fixed_params, self._fixed_grads = fixed_params, fixed_grads
-        self._tensors = [local(entry) for entry in self._entries if isinstance(entry, Tensor)]
+        self._all_tensors = all(type(entry) is Tensor for entry in self._entries)
         self._addresses = self._read_addresses(params, grads)
 
     def _read_addresses(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[list[int]]:
         addresses = []
         if self._fixed_params:
-            addresses = [list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, self._tensors))]
+            entries = _entries(self._states) if self._all_tensors else _shards(self._entries)
+            addresses = [list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, entries))]
         if self._fixed_grads:
             addresses.append(list(map(Tensor.data_ptr, grads)))
         return addresses
 
-    def hold(self, optimizer: Owner, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-        """Whether all is still as it was; the parameters are known to be the same objects."""
+    def hold(
+        self, optimizer: Owner, params: Sequence[Tensor], grads: Sequence[Tensor], numbers: list[tuple[Any, ...]]
+    ) -> bool:
+        """Whether all is still as it was; the parameters are known to be the same objects.
+
+        Args:
+            optimizer: as before.
+            params: as before, with shards for distributed parameters.
+            grads: likewise; None among them is a difference.
+            numbers: the groups' hyperparameters; equal ones spare a closer look.
+        """
         return (
-            self._guard.check(*params, *grads)
+            len(params) + len(grads) == self._n_guarded
+            and self._guard.check(*params, *grads)
             and optimizer.state is self._state
-            and _same_objects(list(optimizer.state.values()), self._all_states)
-            and _same_objects(list(_entries(self._states)), self._entries)
-            and _structure(optimizer) == self._structure
+            and len(optimizer.state) == len(self._all_states)
+            and all(map(is_, optimizer.state.values(), self._all_states))
+            and self._has_structure(optimizer, numbers)
+            and self._has_entries()
             and self._read_addresses(params, grads) == self._addresses
         )
+
+    def _has_entries(self) -> bool:
+        # Where addresses are compared, another tensor at the same one would be as good.
+        if self._fixed_params and self._all_tensors:
+            return True
+        entries = list(_entries(self._states))
+        return len(entries) == len(self._entries) and all(map(is_, entries, self._entries))
+
+    def _has_structure(self, optimizer: Owner, numbers: list[tuple[Any, ...]]) -> bool:
+        if _sizes(optimizer) != self._structure[0]:
+            return False
+        if numbers != self._numbers:
+            if _structure(optimizer) != self._structure:
+                return False
+            self._numbers = numbers
+        return True
 
 
 def _entries(states: Sequence[State]) -> chain[Any]:
     return chain.from_iterable(map(dict.values, states))
 
 
-def _same_objects(left: list[Any], right: list[Any]) -> bool:
-    return len(left) == len(right) and all(map(is_, left, right))
+def _shards(entries: Sequence[Any]) -> list[Tensor]:
+    return [local(entry) for entry in entries if isinstance(entry, Tensor)]
 
 
-def _structure(optimizer: Owner) -> list[Any]:
+def _sizes(optimizer: Owner) -> list[int]:
+    return list(map(len, map(itemgetter("params"), optimizer.param_groups)))
+
+
+def _structure(optimizer: Owner) -> tuple[list[int], list[Any]]:
     """Which parameters are in which group, and the options that decide what is compiled or kept."""
-    groups = optimizer.param_groups
-    return [list(map(len, map(itemgetter("params"), groups))), list(map(optimizer._structure, groups))]
+    return _sizes(optimizer), list(map(optimizer._structure, optimizer.param_groups))

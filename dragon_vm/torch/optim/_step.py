@@ -22,7 +22,7 @@ from dragon.vm.torch.optim._owner import Owner
 from dragon.vm.torch.optim._premises import Premises
 
 if TYPE_CHECKING:
-    from dragon.vm.torch.optim._triton import TritonDevice
+    from dragon.vm.torch.optim._device import TritonDevice
 
 
 class PreparedStep:
@@ -118,12 +118,14 @@ class PreparedStep:
         ]
         return flatten_groups(shards, states, self._rows, signatures)
 
-    def is_current(self, optimizer: Owner, params: list[Tensor], grads: list[Tensor]) -> bool:
+    def is_current(
+        self, optimizer: Owner, params: list[Tensor], grads: list[Tensor], numbers: list[tuple[Any, ...]]
+    ) -> bool:
         """Whether everything is still as it was when this step was prepared; for params and grads as there."""
         params = [local(param) for param in params] if self._is_distributed else params
-        return self._premises.hold(optimizer, params, grads)
+        return self._premises.hold(optimizer, params, grads, numbers)
 
-    def run(self, optimizer: Owner, grads: list[Tensor], scaling: Scaling) -> None:
+    def run(self, optimizer: Owner, grads: list[Tensor], numbers: list[tuple[Any, ...]], scaling: Scaling) -> None:
         """Update the parameters from their gradients."""
         settings, groups = optimizer._settings, optimizer.param_groups
         ready = grads
@@ -132,14 +134,16 @@ class PreparedStep:
             for index in self._strays:
                 ready[index] = in_layout_of(self._params[index], grads[index])
         if self._hosted or (len(self._launched) > 1 and needs_norm(settings)):
-            self._run_hosted(optimizer, ready, scaling)
+            self._run_hosted(optimizer, ready, numbers, scaling)
         else:
             for device in self._launched:
-                device.update(ready, groups, settings, scaling)
+                device.update(ready, groups, numbers, settings, scaling)
         if self._zero_grad:
             torch._foreach_zero_(grads)
 
-    def _run_hosted(self, optimizer: Owner, grads: list[Tensor], scaling: Scaling) -> None:
+    def _run_hosted(
+        self, optimizer: Owner, grads: list[Tensor], numbers: list[tuple[Any, ...]], scaling: Scaling
+    ) -> None:
         """Decide about scaling, clipping and skipping on the host, then update with every backend there is."""
         settings, groups = optimizer._settings, optimizer.param_groups
         factors = Factors()
@@ -150,10 +154,10 @@ class PreparedStep:
             optimizer._n_skipped += 1
             return
         for member in self._hosted:
-            member.update(member.group.select(grads), groups, factors)
+            member.update(member.group.select(grads), groups, numbers, factors)
         for device in self._launched:
             decided = Scaling(torch.tensor([1 / factors.common]), None)
-            device.update(grads, groups, _without_norm(settings), decided)
+            device.update(grads, groups, numbers, _without_norm(settings), decided)
 
 
 def _clips_norm(group: dict[str, Any]) -> bool:
@@ -182,7 +186,7 @@ def _on_devices(
     if not by_device:
         return []
     from dragon.vm.torch.optim._context import DeviceContext
-    from dragon.vm.torch.optim._triton import TritonDevice
+    from dragon.vm.torch.optim._device import TritonDevice
 
     launched = []
     for device, flattened in by_device.items():

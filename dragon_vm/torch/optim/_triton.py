@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from dragon.kernels import launch, norm, table
-from dragon.vm.torch.optim._chain import Scaling, needs_norm
+from dragon.vm.torch.optim._chain import Scaling
 from dragon.vm.torch.optim._context import DeviceContext
 from dragon.vm.torch.optim._flatten import FlattenedGroup, follow_leaders
-from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._plan import plan_chunks
-from dragon.vm.torch.optim._rows import group_row, source_row
 from dragon.vm.torch.optim._state import ALIGNMENT
 from dragon.vm.torch.optim._table import DeviceTable, words_of
 from dragon.vm.tuning.lookup import config_for
@@ -29,12 +27,12 @@ _WIDTH = int(table.TENSOR_COLUMNS)
 _STATE_COLUMNS = (table.STATE_0, table.STATE_1, table.STATE_2)
 
 
-def _real_numel(tensor: Tensor) -> int:
+def real_numel(tensor: Tensor) -> int:
     """Elements of the tensor's real view."""
     return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
-def _n_spans(numel: int) -> int:
+def n_spans(numel: int) -> int:
     """Partial norms of a tensor of `numel` elements."""
     return -(-numel // int(norm.SPAN))
 
@@ -76,7 +74,7 @@ class TritonGroup:
             signature.average,
             zero_grad,
         )
-        numels = list(map(_real_numel, group.params))
+        numels = list(map(real_numel, group.params))
         self._config = config_for(self._variant, context.arch, context.name, numels)
         self._columns = dict(zip(signature.state_keys, _STATE_COLUMNS, strict=False))
         if signature.average:
@@ -90,11 +88,11 @@ class TritonGroup:
         self.relocate()
 
     def _build_table(self, n_groups: int, partials: tuple[int, int]) -> DeviceTable:
-        numels = [_real_numel(param) for param in self.group.params]
+        numels = [real_numel(param) for param in self.group.params]
         chunks = plan_chunks(numels, self._config.chunk)
         spans = plan_chunks(numels, int(norm.SPAN))
         self._n_chunks, self._n_partials = len(chunks) // 2, len(spans) // 2
-        ends = list(accumulate(map(_n_spans, numels), initial=partials[0]))
+        ends = list(accumulate(map(n_spans, numels), initial=partials[0]))
         tensors = array("q", bytes(8 * len(numels) * _WIDTH))
         for column, values in (
             (table.NUMEL, numels),
@@ -215,7 +213,8 @@ class TritonGroup:
                 self._tensors,
                 self._scalars,
             )
-        follow_leaders(self.group.states)
+        if self.group.is_joined:
+            follow_leaders(self.group.states)
 
 
 class TritonSum:
@@ -246,54 +245,3 @@ class TritonSum:
 
 def _or_all(left: list[int], right: list[int]) -> list[int]:
     return list(map(or_, left, right))
-
-
-class TritonDevice:
-    """The flattened groups of one device.
-
-    Args:
-        flattened: the groups.
-        algorithm: "adam" or "sgd".
-        context: of the device.
-        n_groups: parameter groups of the optimizer.
-        zero_grad: set the gradients to zero on the way.
-    """
-
-    def __init__(
-        self,
-        flattened: Sequence[FlattenedGroup],
-        algorithm: str,
-        context: DeviceContext,
-        n_groups: int,
-        zero_grad: bool,
-    ) -> None:
-        counts = [sum(_n_spans(_real_numel(param)) for param in group.params) for group in flattened]
-        firsts = list(accumulate(counts, initial=0))
-        self._algorithm, self._context, self._n_partials = algorithm, context, firsts[-1]
-        self.members = [
-            TritonGroup(group, algorithm, context, n_groups, (first, firsts[-1]), zero_grad)
-            for group, first in zip(flattened, firsts, strict=False)
-        ]
-
-    def update(
-        self, grads: list[Tensor], groups: Sequence[dict[str, Any]], settings: Settings, scaling: Scaling
-    ) -> None:
-        """Update all tensors: two launches a flattened group, and one more where norms are asked for."""
-        context = self._context
-        rows = [group_row(group, self._algorithm, settings) for group in groups]
-        sources = [source_row(group, context.device) for group in groups]
-        clip_each = any(group["clip_norm"] for group in groups)
-        kind = int(norm.NO_NORM)
-        if needs_norm(settings) or clip_each:
-            kind = int(norm.INF_NORM if settings.norm_type == math.inf and not clip_each else norm.L2_NORM)
-        scaling = Scaling(*(None if t is None else t.to(context.device, non_blocking=True) for t in scaling))
-        for member in self.members:
-            member.refresh(member.group.select(grads), rows, sources)
-        partials = context.partials(self._n_partials if kind else 0)
-        if kind:
-            for member in self.members:
-                member.measure(kind, partials)
-        for member in self.members:
-            status = context.status if member is self.members[0] else context.spare_status
-            member.advance(scaling, kind, clip_each, partials, status)
-            member.apply()

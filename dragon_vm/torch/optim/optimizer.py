@@ -15,11 +15,11 @@ from torch._compile import _disable_dynamo
 from dragon.vm.torch.optim._backend import check_backend
 from dragon.vm.torch.optim._chain import Scaling, zero_all
 from dragon.vm.torch.optim._checkpoint import complete_switched_on, take_states
-from dragon.vm.torch.optim._checks import check_memory, check_param
+from dragon.vm.torch.optim._checks import check_memory, check_param, has_memory
 from dragon.vm.torch.optim._ema import exchanged
 from dragon.vm.torch.optim._flat import FlatBuffer, make_buffers
 from dragon.vm.torch.optim._local import check_local, everywhere, is_distributed, local
-from dragon.vm.torch.optim._options import Settings, check_common, own_tensors
+from dragon.vm.torch.optim._options import Settings, check_common, own_tensors, read_numbers
 from dragon.vm.torch.optim._step import PreparedStep
 from dragon.vm.torch.optim._sums import GradientSums
 
@@ -66,7 +66,7 @@ class Optimizer(torch.optim.Optimizer):
         self._restored: dict[Tensor, dict[str, Any]] | None = None
 
     def _params_with_memory(self) -> list[Tensor]:
-        return [local(param) for group in self.param_groups for param in group["params"] if _has_memory(param)]
+        return [local(param) for group in self.param_groups for param in group["params"] if has_memory(param)]
 
     def _move_to_buffers(self) -> None:
         """With ``flatten=True``, move parameters that are in no flat buffer yet into new ones."""
@@ -157,26 +157,31 @@ class Optimizer(torch.optim.Optimizer):
         if self._is_distributed:
             grads = list(map(local, grads))
             check_local(self._settings, groups)
-        present = bytes(map(is_not, grads, repeat(None)))
-        if not any(present):
-            return
-        if not all(present):
-            params, grads = list(compress(params, present)), list(compress(grads, present))
         scaling = Scaling(getattr(self, "grad_scale", None), everywhere(getattr(self, "found_inf", None)))
-        key = present + bytes([zero_grad, bool(self._sums)])
-        prepared = self._prepared.get(key)
-        if prepared is None or not prepared.is_current(self, params, grads):
-            prepared = PreparedStep(self, params, grads, zero_grad)
-            self._remember(key, prepared)
-        prepared.run(self, grads, scaling)
+        numbers = read_numbers(groups, self.defaults)
+        options = bytes([zero_grad, bool(self._sums)])
+        # The usual case first: all parameters have a gradient, as at the last step. None fails the guard.
+        prepared = self._prepared.get(options)
+        if prepared is None or not prepared.is_current(self, params, grads, numbers):
+            present = bytes(map(is_not, grads, repeat(None)))
+            if not any(present):
+                return
+            params, grads = list(compress(params, present)), list(compress(grads, present))
+            prepared = self._prepare(options if all(present) else options + present, params, grads, numbers)
+        prepared.run(self, grads, numbers, scaling)
         self._sums.clear()
 
-    def _remember(self, key: bytes, prepared: PreparedStep) -> None:
-        """Keep the preparations of the few latest sets of parameters with gradients."""
-        self._prepared.pop(key, None)
+    def _prepare(
+        self, key: bytes, params: list[Tensor], grads: list[Tensor], numbers: list[tuple[Any, ...]]
+    ) -> PreparedStep:
+        """The step for these parameters; of the sets of parameters with a gradient, the latest few are kept."""
+        prepared = self._prepared.pop(key, None)
+        if prepared is None or not prepared.is_current(self, params, grads, numbers):
+            prepared = PreparedStep(self, params, grads, bool(key[0]))
         self._prepared[key] = prepared
         while len(self._prepared) > 8:
             self._prepared.pop(next(iter(self._prepared)))
+        return prepared
 
     @torch.no_grad()
     @_disable_dynamo
@@ -286,8 +291,3 @@ class Optimizer(torch.optim.Optimizer):
         for group, old in zip(self.param_groups, earlier, strict=False):
             for name, default in self.defaults.items():
                 group.setdefault(name, old.get(name, default))
-
-
-def _has_memory(param: Tensor) -> bool:
-    """Whether a parameter is a plain tensor with memory of its own by now."""
-    return param.device.type != "meta" and not torch.nn.parameter.is_lazy(param) and param.layout == torch.strided

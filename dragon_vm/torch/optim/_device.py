@@ -1,0 +1,81 @@
+"""All flattened groups of one device: their launches in order, and what these have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor
+
+from dragon.kernels import norm
+from dragon.vm.torch.optim._chain import Scaling, needs_norm
+from dragon.vm.torch.optim._context import DeviceContext
+from dragon.vm.torch.optim._flatten import FlattenedGroup
+from dragon.vm.torch.optim._options import Settings
+from dragon.vm.torch.optim._rows import group_row, source_row
+from dragon.vm.torch.optim._triton import TritonGroup, n_spans, real_numel
+
+
+class TritonDevice:
+    """The flattened groups of one device.
+
+    Args:
+        flattened: the groups.
+        algorithm: "adam" or "sgd".
+        context: of the device.
+        n_groups: parameter groups of the optimizer.
+        zero_grad: set the gradients to zero on the way.
+    """
+
+    def __init__(
+        self,
+        flattened: Sequence[FlattenedGroup],
+        algorithm: str,
+        context: DeviceContext,
+        n_groups: int,
+        zero_grad: bool,
+    ) -> None:
+        counts = [sum(n_spans(real_numel(param)) for param in group.params) for group in flattened]
+        firsts = list(accumulate(counts, initial=0))
+        self._algorithm, self._context, self._n_partials = algorithm, context, firsts[-1]
+        self._rows: list[list[float]] = []
+        self._sources: list[list[int]] = []
+        self._clip_each = False
+        # The hyperparameters that the rows above hold.
+        self._rows_for: object = None
+        self.members = [
+            TritonGroup(group, algorithm, context, n_groups, (first, firsts[-1]), zero_grad)
+            for group, first in zip(flattened, firsts, strict=False)
+        ]
+
+    def update(
+        self,
+        grads: list[Tensor],
+        groups: Sequence[dict[str, Any]],
+        numbers: list[tuple[Any, ...]],
+        settings: Settings,
+        scaling: Scaling,
+    ) -> None:
+        """Update all tensors: two launches a flattened group, and one more where norms are asked for."""
+        context = self._context
+        if (numbers, settings) != self._rows_for:
+            self._rows = [group_row(group, self._algorithm, settings) for group in groups]
+            self._sources = [source_row(group, context.device) for group in groups]
+            self._clip_each = any(group["clip_norm"] for group in groups)
+            self._rows_for = (numbers, settings)
+        clip_each, kind = self._clip_each, int(norm.NO_NORM)
+        if needs_norm(settings) or clip_each:
+            kind = int(norm.INF_NORM if settings.norm_type == math.inf and not clip_each else norm.L2_NORM)
+        scaling = Scaling(*(None if t is None else t.to(context.device, non_blocking=True) for t in scaling))
+        for member in self.members:
+            member.refresh(member.group.select(grads), self._rows, self._sources)
+        partials = context.partials(self._n_partials if kind else 0)
+        if kind:
+            for member in self.members:
+                member.measure(kind, partials)
+        for member in self.members:
+            status = context.status if member is self.members[0] else context.spare_status
+            member.advance(scaling, kind, clip_each, partials, status)
+            member.apply()
