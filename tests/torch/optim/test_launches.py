@@ -1,0 +1,239 @@
+"""How often kernels are launched, compiled and fed: by what is asked for, never by how many tensors there are."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dragon.kernels import launch
+from dragon.vm.torch.optim import SGD, Adam, _table
+
+from .support import give_gradients, parameters
+
+
+class Recorder:
+    """Stands for a kernel: notes each launch, and does nothing."""
+
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid):
+        return lambda *pointers, **constants: self.launches.append((self.name, grid, pointers, constants))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """All launches of kernels, which do nothing."""
+    found = []
+    for name in launch.UPDATE_KERNELS:
+        monkeypatch.setitem(launch.UPDATE_KERNELS, name, Recorder(name, found))
+    monkeypatch.setattr(launch, "advance_kernel", Recorder("advance", found))
+    monkeypatch.setattr(launch, "norm_kernel", Recorder("norm", found))
+    return found
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """One entry for each copy of a table to the device."""
+    found = []
+    plain = _table.DeviceTable.upload
+
+    def upload(self):
+        before = self.n_uploads
+        plain(self)
+        found.extend([self] * (self.n_uploads - before))
+
+    monkeypatch.setattr(_table.DeviceTable, "upload", upload)
+    return found
+
+
+def optimizer_of(n_tensors, n_groups, algorithm=Adam, numel=1, **options):
+    params = parameters([(numel,)] * n_tensors)
+    give_gradients(params, 0)
+    groups = [{"params": params[i::n_groups], "lr": 0.001 * (i + 1)} for i in range(n_groups)]
+    return algorithm(groups, backend="triton", **options), params
+
+
+def names(launches):
+    return [name for name, *_ in launches]
+
+
+@pytest.mark.parametrize(("n_tensors", "n_groups"), [(1, 1), (10, 1), (10, 3), (1000, 1), (1000, 3), (1000, 465)])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["advance", "adam"]),
+        ({"amsgrad": True, "ema_decay": 0.9, "clip_value": 1.0}, ["advance", "adam"]),
+        ({"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9}, ["norm", "advance", "adam"]),
+        ({"clip_norm": 1.0}, ["norm", "advance", "adam"]),
+    ],
+)
+def test_a_step_is_two_launches_or_three_with_a_norm(
+    launches, n_tensors, n_groups, options, expected, interpreted
+):
+    optimizer, _ = optimizer_of(n_tensors, n_groups, **options)
+    for _ in range(2):
+        launches.clear()
+        optimizer.step()
+        assert names(launches) == expected
+
+
+def test_the_interpreter_launches_what_the_recorder_counts(monkeypatch, interpreted):
+    counted = Counter()
+    for name in ("launch_advance", "launch_update", "launch_norm"):
+        plain = getattr(launch, name)
+
+        def counting(*args, name=name, plain=plain, **kwargs):
+            counted[name] += 1
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(launch, name, counting)
+    optimizer, _ = optimizer_of(10, 3, max_grad_norm=1.0)
+    optimizer.step()
+    assert counted == {"launch_norm": 1, "launch_advance": 1, "launch_update": 1}
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+def test_sgd_takes_as_many(launches, interpreted):
+    for options in ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}):
+        optimizer, _ = optimizer_of(10, 3, SGD, **options)
+        launches.clear()
+        optimizer.step()
+        assert names(launches) == ["advance", "sgd"]
+
+
+def test_zeroing_gradients_takes_no_launch_of_its_own(launches, interpreted):
+    optimizer, _ = optimizer_of(10, 3)
+    optimizer.step(zero_grad=True)
+    assert names(launches) == ["advance", "adam"]
+
+
+def test_a_dtype_signature_takes_its_own_launches(launches, interpreted):
+    params = parameters([(3,)] * 4) + parameters([(3,)] * 4, torch.bfloat16)
+    give_gradients(params, 0)
+    optimizer = Adam(params, backend="triton", max_grad_norm=1.0)
+    optimizer.step()
+    assert Counter(names(launches)) == {"norm": 2, "advance": 2, "adam": 2}
+
+
+def test_nothing_is_uploaded_while_nothing_changes(launches, uploads, interpreted):
+    optimizer, params = optimizer_of(20, 3)
+    optimizer.step()
+    uploads.clear()
+    for _ in range(3):
+        optimizer.step()
+    assert uploads == []
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    optimizer.step()
+    give_gradients(params, 1)
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+        group["betas"] = (0.8, 0.9)
+    give_gradients(params, 2)
+    optimizer.step()
+    assert len(uploads) == 3
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on whatever brings an element of a tensor to the host."""
+
+    FORBIDDEN = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.name() not in self.FORBIDDEN, f"{function.name()} reads a value from the device"
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_value_of_a_tensor(launches, monkeypatch, interpreted):
+    optimizer, params = optimizer_of(10, 3, max_grad_norm=1.0, skip_nonfinite=True, ema_decay=0.9)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+    for reader in ("item", "tolist", "numpy", "cpu", "__float__", "__bool__", "__int__", "__array__"):
+        monkeypatch.setattr(torch.Tensor, reader, lambda *_: pytest.fail("a value of a tensor was read"))
+    with NoHostReads():
+        optimizer.step()
+        give_gradients_unread(params)
+        optimizer.step(zero_grad=True)
+        optimizer.sum_grad()
+        give_gradients_unread(params)
+        optimizer.sum_grad()
+        optimizer.step()
+    assert Counter(names(launches))["adam"] == 3
+
+
+def give_gradients_unread(params):
+    for param in params:
+        param.grad = torch.ones_like(param)
+
+
+def test_the_guard_against_host_reads_sees_one():
+    with NoHostReads(), pytest.raises(AssertionError, match="reads a value"):
+        float(torch.ones(()))
+
+
+def specialisation(recorded):
+    """What triton compiles a kernel for: compile-time constants, and of each pointer its dtype and alignment."""
+    name, _, pointers, constants = recorded
+    assert all(isinstance(pointer, torch.Tensor) for pointer in pointers), "an argument is no pointer"
+    return (
+        name,
+        tuple((p.dtype, p.data_ptr() % 16 == 0) for p in pointers),
+        tuple(sorted(constants.items(), key=str)),
+    )
+
+
+VARIATIONS = [
+    {"lr": 0.0}, {"lr": 1.0}, {"lr": 7}, {"weight_decay": 0}, {"weight_decay": 1}, {"weight_decay": 16.0},
+    {"betas": (0.0, 0.0)}, {"betas": (0.5, 0.99)}, {"eps": 0.0}, {"eps": 1}, {"maximize": True},
+    {"decoupled_weight_decay": True}, {"epsilon_hat": False}, {"clip_value": 1.0}, {"grad_scale": 2.0},
+]  # fmt: skip
+
+
+def test_after_the_second_step_no_number_compiles_anything(launches, interpreted):
+    optimizer, params = optimizer_of(3, 1)
+    optimizer.step()
+    optimizer.step()
+    compiled = set(map(specialisation, launches))
+    assert len(compiled) == 2
+    for options in VARIATIONS:
+        optimizer.param_groups[0].update(options)
+        optimizer.step()
+    for numel in (0, 1, 2, 15, 16, 17, 1023, 1025):
+        for n_tensors in (1, 2, 16, 17):
+            optimizer_of(n_tensors, 1, numel=numel)[0].step()
+    params[1].grad = None
+    optimizer.step()
+    unaligned = torch.nn.Parameter(torch.zeros(18)[1:])
+    unaligned.grad = torch.ones(17)
+    optimizer.add_param_group({"params": [unaligned]})
+    optimizer.step()
+    assert set(map(specialisation, launches)) == compiled
+
+
+@pytest.mark.gpu
+def test_nothing_is_compiled_after_the_second_step(device):
+    import triton
+
+    params = parameters([(17,), (1,), (64,)], device=str(device))
+    give_gradients(params, 0)
+    optimizer = Adam(params, backend="triton")
+    optimizer.step()
+    optimizer.step()
+    compiled = []
+
+    def hook(*_, fn, **__):
+        compiled.append(fn.name)
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
+        for options in VARIATIONS:
+            optimizer.param_groups[0].update(options)
+            optimizer.step()
+        for n_tensors in (1, 2, 16, 17):
+            others = parameters([(n_tensors,)] * n_tensors, device=str(device))
+            give_gradients(others, 1)
+            Adam(others, backend="triton").step()
+    assert compiled == []
