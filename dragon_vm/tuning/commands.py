@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from triton import knobs
 
+from dragon.kernels.config import LaunchConfig
+from dragon.kernels.launch import Variant
 from dragon.vm.tuning._fields import RecordError
 from dragon.vm.tuning.candidates import shapes
 from dragon.vm.tuning.compiler import Compiler, Workers
@@ -70,9 +73,11 @@ def device_tools(machine: Machine, compiler: Compiler) -> Tools:
     from dragon.vm.tuning.timer import DeviceTimer
 
     timer = DeviceTimer(machine.device)
+    verdicts: dict[Variant, dict[LaunchConfig, str | None]] = {}
 
     def bench(job: Job) -> KernelBench:
-        return KernelBench(job.variant, job.case.numels, machine.device, machine.processor, timer)
+        known = verdicts.setdefault(job.variant, {})
+        return KernelBench(job.variant, job.case.numels, machine.device, machine.processor, timer, known)
 
     return Tools(compiler, bench, time.monotonic)
 
@@ -83,7 +88,8 @@ def tune_here(console: Console, jobs: Sequence[Job], budget: float, resume: bool
     if machine is None:
         say(console, NO_GPU)
         return 1
-    with Workers() as workers:
+    # In the cache of this process's launches, which then need not compile again.
+    with Workers(cache=knobs.cache.dir) as workers:
         return tune(console, jobs, budget, resume, device_tools(machine, workers), machine)
 
 
@@ -129,11 +135,9 @@ def rank_for(
     console.print(make_table(console, RANKING_HEADINGS, rows))
     if missed := [name for name in variants if name not in {ranking.name for ranking in rankings}]:
         say(console, f"Not reached in {budget:g} s: {', '.join(missed)}")
-    if export is not None:
-        records = [record for ranking in rankings for record in estimates(ranking, arch)]
-        write_bundle(export, records)
-        say(console, f"{len(records)} estimates are in {export}")
-    return 1 if missed or _all_broken(rankings) else 0
+    records = [record for ranking in rankings for record in estimates(ranking, arch)]
+    exported = export is None or _write(console, export, records, "estimates")
+    return 1 if missed or not exported or _all_broken(rankings) else 0
 
 
 def rank_here(console: Console, jobs: Sequence[Job], arch: str, budget: float, export: Path | None) -> int:
@@ -171,9 +175,18 @@ def export_results(console: Console, path: Path) -> int:
     if not results:
         say(console, f"There are no results in {tuning_dir()}")
         return 1
-    write_bundle(path, [record for _, record in results])
-    say(console, f"{len(results)} results are in {path}")
-    return 0
+    return 0 if _write(console, path, [record for _, record in results], "results") else 1
+
+
+def _write(console: Console, path: Path, records: Sequence[Record], kind: str) -> bool:
+    """Export records; whether that was possible."""
+    try:
+        write_bundle(path, records)
+    except (RecordError, OSError) as error:
+        say(console, f"{path} is not written: {error}")
+        return False
+    say(console, f"{len(records)} {kind} are in {path}")
+    return True
 
 
 def import_results(console: Console, path: Path) -> int:

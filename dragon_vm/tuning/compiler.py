@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -34,10 +35,15 @@ class Compiler(Protocol):
 
 
 class Worker:
-    """A process that compiles, and is started again if a configuration takes it down."""
+    """A process that compiles, and is started again if a configuration takes it down.
 
-    def __init__(self) -> None:
+    Args:
+        cache: folder for what is compiled; None for one that goes away.
+    """
+
+    def __init__(self, cache: str | None = None) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._cache = {} if cache is None else {"TRITON_CACHE_DIR": cache}
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
@@ -45,7 +51,7 @@ class Worker:
             # A session of its own: Ctrl-C is for this process, which ends its workers in order.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "dragon.vm.tuning.worker"],
-                env=environment,
+                env=environment | self._cache,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -73,10 +79,15 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            # Waits, and closes the pipes.
-            self._process.communicate()
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            # A task may still be on its way to the process that is gone.
+            with suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
 
 
 class Workers:
@@ -84,12 +95,13 @@ class Workers:
 
     Args:
         n_workers: processes; by default one a core.
+        cache: folder for what is compiled, such as this process's own; None for one that goes away.
     """
 
-    def __init__(self, n_workers: int | None = None) -> None:
+    def __init__(self, n_workers: int | None = None, cache: str | None = None) -> None:
         self._n_workers = n_workers or min(os.cpu_count() or 1, MOST_WORKERS)
         self._idle: SimpleQueue[Worker] = SimpleQueue()
-        self._workers = [Worker() for _ in range(self._n_workers)]
+        self._workers = [Worker(cache) for _ in range(self._n_workers)]
         for worker in self._workers:
             self._idle.put(worker)
 

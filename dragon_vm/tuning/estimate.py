@@ -69,7 +69,9 @@ def estimates(ranking: Ranking, arch: str) -> list[Record]:
     if default.dropped and ranking.entries[0].dropped is None:
         chosen, against = ranking.entries[0], f"; the default {default.dropped}"
     facts = chosen.facts
-    told = chosen.dropped or f"{facts and facts.registers} registers, no spills, 16-byte accesses"
+    told = chosen.dropped
+    if told is None and facts is not None:
+        told = f"{facts.registers} registers, no spills, 16-byte accesses"
     return [
         Record(
             basis=ESTIMATED,

@@ -29,6 +29,9 @@ FINAL_REPETITIONS = 41
 # Shares of the time after which the shapes, and all candidates, are decided.
 SHAPES_END, REFINEMENTS_END = 0.4, 0.75
 
+# Of a stage's time: a launch is compiled in a second, and timed in milliseconds.
+CHECK_SHARE = 0.8
+
 DEFAULT_OUTCOME = "default"
 WRONG = "wrong: "
 SLOWER = "slower among the "
@@ -153,8 +156,9 @@ class Search:
         return self.result.outcomes.get(config, "").startswith(WRONG)
 
     def _check(self, configs: Iterable[LaunchConfig], end: float) -> list[LaunchConfig]:
-        """Candidates that are right; checking, which is mostly compiling, has half of the time until `end`."""
-        limit, right, longest = (self._clock() + end) / 2, [], 0.0
+        """Candidates that are right; checking, which is mostly compiling, has most of the time until `end`."""
+        limit = self._clock() + CHECK_SHARE * (end - self._clock())
+        right, longest = [], 0.0
         for config in configs:
             start = self._clock()
             if config == self._default or config in self._settled or self._is_known_wrong(config):

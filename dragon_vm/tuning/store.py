@@ -170,10 +170,20 @@ def scan() -> tuple[list[tuple[Path, Record]], list[Ignored]]:
 def write_bundle(path: Path, records: Iterable[Record]) -> None:
     """Write many records to one file, to be packaged or carried to another machine.
 
+    An earlier bundle of that name keeps what is not written anew: measurements join the estimates.
+
     Raises:
+        RecordError: if the file is there and is no bundle.
         OSError: if it cannot be written.
     """
-    write_atomically(path, dumps({"schema": SCHEMA, "records": [record.as_json() for record in records]}))
+    merged = {_subject(record): record for record in (read_bundle(path) if path.exists() else ())}
+    merged.update({_subject(record): record for record in records})
+    write_atomically(path, dumps({"schema": SCHEMA, "records": [record.as_json() for record in merged.values()]}))
+
+
+def _subject(record: Record) -> tuple[str, str, Variant, str]:
+    """What a bundle holds one record of."""
+    return record.arch, record.device, record.variant, record.size
 
 
 def read_bundle(path: Path) -> list[Record]:

@@ -31,6 +31,9 @@ def invoke(*arguments: str) -> Result:
 class Pool(PlantedCompiler):
     """Stands for the worker processes."""
 
+    def __init__(self, cache: str | None = None) -> None:
+        super().__init__()
+
     def __enter__(self) -> PlantedCompiler:
         return self
 

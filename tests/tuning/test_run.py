@@ -191,6 +191,6 @@ def test_the_whole_pipeline_runs_in_the_interpreter(monkeypatch: pytest.MonkeyPa
     assert record is not None
     assert record.config == PLANTED
     assert record.times is not None
-    assert record.times.copy_ms == 0.5
+    assert record.times.copy_ms == pytest.approx(0.5)
     assert record.times.nbytes == 28 * 133
     assert lookup.config_for(job.variant, "sm_90", MACHINE.name, (133, 0)) == PLANTED

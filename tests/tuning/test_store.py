@@ -227,6 +227,18 @@ def test_a_bundle_carries_records_as_they_are(tmp_path: Path) -> None:
         store.read_bundle(tmp_path / "bundle.json")
 
 
+def test_measurements_join_the_estimates_of_a_bundle(tmp_path: Path) -> None:
+    bundle = tmp_path / "sm_90.json"
+    estimate = record(basis=ESTIMATED, device="", times=None, trials=())
+    store.write_bundle(bundle, [estimate, record(OLD)])
+    store.write_bundle(bundle, [record(NEW), record(NEW, size="large")])
+    assert store.read_bundle(bundle) == [estimate, record(NEW), record(NEW, size="large")]
+    bundle.write_text("something of the user's")
+    with pytest.raises(RecordError):
+        store.write_bundle(bundle, [record(NEW)])
+    assert bundle.read_text() == "something of the user's"
+
+
 def test_without_a_variable_results_are_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(store.FOLDER_VARIABLE)
     assert store.tuning_dir().parts[-2:] == ("dragon-vm", "tuning")
