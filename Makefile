@@ -50,8 +50,8 @@ $(TYPES): Makefile
 soak: $(VENV)/.dev ## the property tests with 5,000 fresh examples each
 	@HYPOTHESIS_PROFILE=soak $(PYTEST) -m hypothesis
 
-bench: $(VENV)/.bench ## the quick set of benchmarks
-	@$(BIN)/python -m benchmarks
+bench: $(VENV)/.bench ## the quick set of benchmarks, in under three minutes
+	@$(BIN)/python -m benchmarks --budget 150
 
 # A GPU machine's own torch and triton match its driver and may be all it has: nothing is downloaded.
 gpu: ## the tests that need a GPU, with this machine's own packages and no network

@@ -9,7 +9,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import environment, records, tables
-from benchmarks.cases import CASES, Case, Precision
+from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS
 from benchmarks.runner import Run, measure
 from benchmarks.selection import SETS, choose_cases, choose_contenders
@@ -74,8 +73,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     cases = choose_cases(options.case, options.dtype, options.set)
-    for case, _ in cases:
-        choose_contenders(options.contender, options.set, case)
+    chosen = [choose_contenders(options.contender, options.set, case) for case, _ in cases]
     about = environment.describe(options.device)
     name = about["date"].replace(":", "").replace("-", "")
     out = options.out or Path("build", "benchmarks", f"{name}.jsonl")
@@ -92,9 +90,10 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             lambda text: progress.update(task, description=text),
         )
         start = time.monotonic()
-        for case, precision in cases:
+        for (case, precision), contenders in zip(cases, chosen, strict=True):
             late = options.budget is not None and time.monotonic() - start > options.budget
-            new = _skipped(run, case, precision, options) if late else _measured(run, case, precision, options)
+            reason = f"the run's {options.budget:g} s were used up" if late else None
+            new = list(measure(run, case, precision, contenders, reason))
             records.append(out, new)
             found += new
             progress.advance(task)
@@ -103,18 +102,6 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         console.print(table)
     console.print(f"{len(found)} lines in {out}")
     return 1 if any(record.status == records.WRONG for record in found) else 0
-
-
-def _measured(run: Run, case: Case, precision: Precision, options: argparse.Namespace) -> list[records.Record]:
-    return list(measure(run, case, precision, choose_contenders(options.contender, options.set, case)))
-
-
-def _skipped(run: Run, case: Case, precision: Precision, options: argparse.Namespace) -> list[records.Record]:
-    """What stands for a case that was not begun in time."""
-    base = records.Record(case.name, precision.name, "", records.SKIPPED, run.environment, note=run.note)
-    reason = f"the run's {options.budget:g} s were used up"
-    contenders = choose_contenders(options.contender, options.set, case)
-    return [replace(base, contender=contender.name, reason=reason) for contender in contenders]
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -45,7 +45,8 @@ class Expected:
     def largest_error(self, params: list[Tensor]) -> float:
         """The largest distance of an element, beyond its own rounding, in learning rates a step; may be NaN."""
         found = torch.cat(samples(params)).cpu().double()
-        rounding = N_STEPS * self._eps * self._params.abs()
+        # On its way a parameter was at most this much larger than where it ends.
+        rounding = N_STEPS * self._eps * (self._params.abs() + N_STEPS * self._lrs)
         distance = (found - self._params).abs() - rounding
         return float((distance.clamp_min(0) / (N_STEPS * self._lrs)).max())
 

@@ -66,7 +66,7 @@ sanitize() {
     say "$tool: not run: no compute-sanitizer on this machine"
     return
   fi
-  if ! timeout 60 "$sanitizer" --tool "$tool" "$python" -c 'import torch; torch.ones(8, device="cuda").sum().item()' \
+  if ! timeout 30 "$sanitizer" --tool "$tool" "$python" -c 'import torch; torch.ones(8, device="cuda").sum().item()' \
     >"$out/$tool-probe.log" 2>&1; then
     say "$tool: not run: compute-sanitizer refuses this device: $(grep -m 1 -i error "$out/$tool-probe.log")"
     return
@@ -98,11 +98,12 @@ else
   sanitize memcheck
   sanitize racecheck
   # What is left of 10 minutes, without a minute for the last case and the report.
-  left=$((540 - (SECONDS - begin)))
+  left=$((530 - (SECONDS - begin)))
+  [ "$left" -lt 30 ] && left=30
   part benchmarks $((left + 45)) "$python" -m benchmarks --set full --turns 0.4 --budget "$left" --device cuda \
     --out "$out/benchmarks.jsonl"
 fi
-part report 60 "$python" -m benchmarks report --results "$out/benchmarks.jsonl" --page "$out/performance.md"
+part report 60 "$python" -m benchmarks report --results "$out" --page "$out/performance.md"
 sed -n '/^### Targets/,/^### [^T]/p' "$out/performance.md" 2>/dev/null | grep '^|' | tee -a "$summary"
 say "all of it in $((SECONDS - begin)) s; see $out"
 exit "$worst"

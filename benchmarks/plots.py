@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from benchmarks.cases import CASES
 from benchmarks.records import TIMED, Record
 from benchmarks.runner import COPY
 from benchmarks.tables import host_series
+
+MARKERS = "osD^vP*X<>"
 
 
 class Plot(NamedTuple):
@@ -22,6 +26,7 @@ class Plot(NamedTuple):
     Attributes:
         name: of its file, without a suffix.
         title, x, y: texts.
+        joined: whether the points of a series are joined by lines; those of `copy_` always are.
         series: by name, points (x, y), sorted.
     """
 
@@ -29,6 +34,7 @@ class Plot(NamedTuple):
     title: str
     x: str
     y: str
+    joined: bool
     series: dict[str, list[tuple[float, float]]]
 
     @property
@@ -38,20 +44,25 @@ class Plot(NamedTuple):
 
 
 def roofline(records: Sequence[Record], name: str) -> Plot:
-    """Bandwidth that each contender reaches over the bytes that a step moves, under that of a copy."""
+    """Bandwidth that each contender reaches in fp32 over the bytes that a step moves, under that of a copy."""
     series: dict[str, list[tuple[float, float]]] = {}
     for record in records:
-        if record.status == TIMED and record.gb_per_s is not None and not record.chain:
+        if record.status == TIMED and record.gb_per_s is not None and _is_plain(record):
             busy = record.device_ms or record.total_ms
             assert busy is not None
             series.setdefault(record.contender, []).append((record.gb_per_s * busy.median / 1e3, record.gb_per_s))
-    return Plot(name, "Bandwidth", "GB moved in a step", "GB/s", _sorted(series))
+    return Plot(name, "Bandwidth, fp32", "GB moved in a step", "GB/s", False, _sorted(series))
 
 
 def host_time(records: Sequence[Record], name: str) -> Plot:
     """The host's time of a step over the number of tensors, in the cases made for it."""
     series = host_series(records)
-    return Plot(name, "Host work", "tensors", "us a step", _sorted(series))
+    return Plot(name, "Host work", "tensors", "us a step", True, _sorted(series))
+
+
+def _is_plain(record: Record) -> bool:
+    case = CASES.get(record.case)
+    return record.precision == "fp32" and not record.chain and case is not None and not case.for_host
 
 
 def _sorted(series: dict[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
@@ -67,10 +78,17 @@ def draw(plot: Plot, folder: Path) -> Path:
     with mpl.rc_context(style):
         figure = Figure(figsize=(8.5, 4.8), layout="constrained")
         axes = figure.subplots()
-        for name, points in plot.series.items():
-            roof = {"color": "black", "linestyle": "--", "marker": "", "zorder": 1} if name == COPY else {}
-            ours = {"linewidth": 2.2} if name.startswith("ours") else {"linewidth": 1.0}
-            look: dict[str, Any] = {"marker": "o", "markersize": 4, **ours, **roof}
+        for (name, points), marker in zip(plot.series.items(), cycle(MARKERS), strict=False):
+            ours = name.startswith("ours")
+            look: dict[str, Any] = {
+                "marker": marker,
+                "markersize": 7 if ours else 4,
+                "linewidth": 2 if ours else 1,
+            }
+            if not plot.joined:
+                look["linestyle"] = ""
+            if name == COPY:
+                look = {"color": "black", "linestyle": "--", "zorder": 1}
             axes.plot(*zip(*points, strict=True), label=name, **look)
         axes.set(xscale="log", yscale="log", xlabel=plot.x, ylabel=plot.y, title=plot.title)
         axes.grid(alpha=0.3)

@@ -38,7 +38,7 @@ not timed. In the tables,
 - *ratio* is how many times as long torch's fused Adam took, turn by turn in one run: above 1 is faster;
 - *B/param* is what a step moves for a parameter in the contender's formats, or would if it were fused;
 - *GB/s* is that by device time, on a CPU by the time of the step, and *of copy_* compares it with a `copy_` of as
-  many bytes in the same process.
+  many bytes in the same process. On a CPU that may be above 100%: a copy has to read the memory that it writes.
 
 "triton-host" and "fused-host" are what remains of a step when its device does nothing: our kernels are replaced by
 a function that returns at once, and so are the two operations behind torch's fused Adam. The ratio of one is to

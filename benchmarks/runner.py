@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,8 +58,17 @@ class Ready:
     n_launches: float | None
 
 
-def measure(run: Run, case: Case, precision: Precision, contenders: Sequence[Contender]) -> Iterator[Record]:
+def measure(
+    run: Run, case: Case, precision: Precision, contenders: Sequence[Contender], reason: str | None = None
+) -> Iterator[Record]:
     """Measure contenders on a case, those at a time that fit the memory beside each other.
+
+    Args:
+        run: what is the same for all cases.
+        case: what to measure.
+        precision: in which dtypes.
+        contenders: whom.
+        reason: why nothing of it is to be measured.
 
     Yields:
         One record for each contender, and one for the copy that bandwidths are compared with.
@@ -65,17 +76,17 @@ def measure(run: Run, case: Case, precision: Precision, contenders: Sequence[Con
     base = Record(case.name, precision.name, "", SKIPPED, run.environment, note=run.note)
     takers = []
     for contender in contenders:
-        try:
-            contender.check_support(case)
+        why_not = reason or contender.why_not(case)
+        if why_not is None:
             takers.append(contender)
-        except UnsupportedError as error:
-            yield replace(base, contender=contender.name, reason=str(error))
-    references, others = _split(takers)
+        else:
+            yield replace(base, contender=contender.name, reason=why_not)
     if not takers:
         return
-    origin_nbytes = 2 * precision.param.itemsize
+    references, others = _split(takers)
+    _release(run.device)
     held = {contender.name: contender.nbytes_held(case, precision) for contender in takers}
-    fixed = origin_nbytes + sum(held[contender.name] for contender in references)
+    fixed = 2 * precision.param.itemsize + sum(held[contender.name] for contender in references)
     free = environment.free_nbytes(run.device) - MOST_COPIED
     largest = max((held[contender.name] for contender in others), default=0)
     try:
@@ -87,12 +98,21 @@ def measure(run: Run, case: Case, precision: Precision, contenders: Sequence[Con
     base = _describe(base, case)
     origin = make_origin(case, precision, run.device)
     expected = Expected(origin)
-    batches = _batches(others, held, free / case.numel - fixed)
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(_batches(others, held, free / case.numel - fixed)):
+        _release(run.device)
         records = list(_measure_batch(run, origin, expected, [*references, *batch], base))
         # A later batch measures the references again, for its ratios only.
         known = {contender.name for contender in references} | {COPY} if index else set()
         yield from (record for record in records if record.contender not in known)
+
+
+def _release(device: torch.device) -> None:
+    """Give back the memory of contenders that have been measured."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # compiled steps hold their tensors
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _split(contenders: Sequence[Contender]) -> tuple[list[Contender], list[Contender]]:

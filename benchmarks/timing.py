@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-# A turn is as many steps as take the reference this long, so that a short step is measured with warm caches.
-TURN_MS = 5.0
+# A turn is as many steps as take the reference this long. Where those are several, one more goes before them: it
+# fills the caches after the turns of others.
+TURN_MS = 10.0
 MOST_STEPS = 20
 
 # Every contender gets this many turns, however slow; after them it drops out when its share of time is used up.
@@ -106,8 +107,8 @@ def take_turns(
     """
     turn = _cpu_turn if device.type == "cpu" else _cuda_turn
     with reference.context():
-        first_ms = turn(reference, 1).total_ms
-    n_steps = max(1, min(MOST_STEPS, int(TURN_MS / first_ms)))
+        reference_ms = min(turn(reference, 1).total_ms for _ in range(3))
+    n_steps = max(1, min(MOST_STEPS, int(TURN_MS / reference_ms)))
     spent = {entry.name: 0.0 for entry in entries}
     gc.collect()
     gc.disable()
@@ -117,6 +118,9 @@ def take_turns(
                 used_up = index >= FEWEST_ROUNDS and spent[entry.name] > budget_s
                 start = time.perf_counter()
                 with entry.context():
+                    if n_steps > 1 and not used_up:
+                        entry.before_step()
+                        entry.step()
                     entry.turns.append(None if used_up else turn(entry, n_steps))
                 spent[entry.name] += time.perf_counter() - start
                 on_turn()

@@ -58,7 +58,6 @@ class Workload:
     Attributes:
         origin: what they are copies of.
         params: leaves with gradients.
-        groups: parameter groups, with one learning rate each.
     """
 
     def __init__(self, origin: Origin) -> None:
@@ -66,12 +65,16 @@ class Workload:
         self.params = [torch.nn.Parameter(tensor.clone()) for tensor in origin.params]
         for param, grad in zip(self.params, origin.grads, strict=True):
             param.grad = grad.clone()
-        n_groups = origin.case.n_groups
-        self.groups: list[dict[str, Any]] = [
+        self._spare = [grad.clone() for grad in origin.grads] if origin.case.new_grads else []
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups, with one learning rate each; new ones each time, as optimizers write into them."""
+        n_groups = self.origin.case.n_groups
+        return [
             {"params": self.params[first:end], "lr": lr_of(i, n_groups)}
             for i, (first, end) in enumerate(group_bounds(len(self.params), n_groups))
         ]
-        self._spare = [grad.clone() for grad in origin.grads] if origin.case.new_grads else []
 
     def before_step(self) -> None:
         """What a backward pass would do, outside of the time that is measured."""

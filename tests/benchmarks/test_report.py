@@ -1,0 +1,144 @@
+"""The page says what the lines say, and nothing else."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import records, report
+from benchmarks.plots import Plot, draw
+from benchmarks.records import SKIPPED, TIMED, WRONG, Record
+from benchmarks.tables import figure, host_rows, rows_of
+from benchmarks.targets import TARGETS, rivals, verdicts
+from benchmarks.timing import Spread
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+
+ABOUT = {"run": "1", "date": "2026-01-01T00:00:00Z", "commit": "abc", "device": "A CPU", "device_type": "cpu",
+         "driver": None, "n_threads": 2, "versions": {"torch": "2.11"}}  # fmt: skip
+
+
+def record(case: str = "1 x 20M", contender: str = "ours native", ms: float = 2.0, **fields) -> Record:
+    fields = {"status": TIMED, "total_ms": Spread(ms, ms, ms, 3), "reference": "torch fused", **fields}
+    return Record(case, "fp32", contender, environment=fields.pop("environment", ABOUT), **fields)
+
+
+def test_the_committed_page_is_what_the_committed_lines_give() -> None:
+    assert PAGE.read_text(encoding="utf-8") == report.render(records.read(RESULTS)), "python -m benchmarks report"
+
+
+def test_the_committed_pictures_show_the_committed_lines() -> None:
+    plots = {f"{plot.name}.svg": plot for plot in report.plots_of(records.read(RESULTS))}
+    shown = set(re.findall(r"\(images/([^)]+)\)", PAGE.read_text(encoding="utf-8")))
+    assert shown == set(plots) != set()
+    for name, plot in plots.items():
+        picture = (PAGE.parent / "images" / name).read_text(encoding="utf-8")
+        assert plot.digest in picture, f"{name}: python -m benchmarks report"
+
+
+spreads = st.none() | st.builds(Spread, *[st.floats(1e-6, 1e6)] * 3, st.integers(1, 99))
+
+
+@given(st.builds(Record, *[st.text()] * 4, st.just(ABOUT), ratio=spreads, total_ms=spreads, numel=st.integers(0)))
+def test_a_record_is_one_line_that_reads_back(original: Record) -> None:
+    line = original.as_line()
+    assert "\n" not in line
+    again = records.from_line(line)
+    assert again.as_line() == line
+    assert (again.case, again.reason, again.numel) == (original.case, original.reason, original.numel)
+    for found, spread in ((again.ratio, original.ratio), (again.total_ms, original.total_ms)):
+        assert (found is None) == (spread is None)
+        assert spread is None or found.median == pytest.approx(spread.median, rel=1e-4)
+
+
+def test_lines_are_appended_and_read_in_order(tmp_path: Path) -> None:
+    records.append(tmp_path / "new" / "b.jsonl", [record("1 x 20M")])
+    records.append(tmp_path / "new" / "b.jsonl", [record("1000 x 1")])
+    records.append(tmp_path / "new" / "a.jsonl", [record("ViT-B")])
+    assert [found.case for found in records.read(tmp_path / "new")] == ["ViT-B", "1 x 20M", "1000 x 1"]
+
+
+def test_a_case_is_shown_as_last_measured_and_never_mixed_from_runs() -> None:
+    later = {**ABOUT, "run": "2"}
+    skipped = {**ABOUT, "run": "3"}
+    found = report.latest(
+        [
+            record(contender="torch fused"),
+            record(),
+            record(ms=1.0, environment=later),
+            record(status=SKIPPED, total_ms=None, environment=skipped),
+            record("1000 x 1"),
+        ]
+    )
+    assert [(r.case, r.environment["run"]) for r in found] == [("1 x 20M", "2"), ("1000 x 1", "1")]
+
+
+def test_a_row_shows_the_time_and_a_wrong_contender_is_named() -> None:
+    wrong = record(contender="quick but wrong", status=WRONG, total_ms=None, reason="off by 1")
+    content = rows_of([record(ratio=Spread(1.5, 1, 2, 3), share_of_copy=0.25), wrong])
+    assert content.rows == [("ours native", "2.00", "2.00-2.00", "", "", "1.50", "", "", "25.0%")]
+    assert content.absent == [("quick but wrong", "WRONG: off by 1")]
+
+
+def test_a_model_that_lost_layers_says_so() -> None:
+    assert "3 of 32 layers" in rows_of([record(n_layers=3, n_layers_of_model=32)]).title
+    assert "layers" not in rows_of([record(n_layers=32, n_layers_of_model=32)]).title
+
+
+def test_targets_are_met_missed_or_not_measured() -> None:
+    speeds = {"1000 x 1": 5.0, "1000 x 1000": 2.49}
+    found = verdicts([record(case, ratio=Spread(ratio, 0, 9, 3)) for case, ratio in speeds.items()], "cpu")
+    assert {v.target.case: v.is_met for v in found if v.value is not None} == {
+        "1000 x 1": True,
+        "1000 x 1000": False,
+    }
+    assert len(found) == sum(target.device_type == "cpu" for target in TARGETS)
+
+
+def test_less_host_work_is_better() -> None:
+    target = next(target for target in TARGETS if not target.quantity.more_is_better)
+    assert target.is_met_by(target.limit)
+    assert not target.is_met_by(target.limit + 1)
+
+
+def test_the_rival_is_the_fastest_that_is_not_ours() -> None:
+    others = [record(contender=name, ms=ms) for name, ms in (("a", 9.0), ("b", 4.0), ("ours eager", 1.0))]
+    copy = record(contender="copy_", ms=0.1, reference=None)
+    (rival,) = rivals([record(), *others, copy], "cpu")
+    assert (rival.other.contender, rival.speedup) == ("b", 2.0)
+
+
+def test_host_work_is_a_fixed_part_and_one_for_each_tensor() -> None:
+    found = [
+        record(
+            f"{n} x 16",
+            "ours triton-host",
+            total_ms=None,
+            host_ms=Spread((20 + 0.5 * n) / 1000, 0, 9, 3),
+            n_tensors=n,
+        )
+        for n in (10, 100, 1000)
+    ]
+    assert host_rows(found) == [("ours triton-host", "0.500", "20.0", "520")]
+
+
+def test_a_picture_holds_the_digest_of_its_data(tmp_path: Path) -> None:
+    plot = Plot("p", "title", "x", "y", True, {"ours": [(1.0, 2.0), (3.0, 4.0)]})
+    other = plot._replace(series={"ours": [(1.0, 2.0), (3.0, 4.1)]})
+    assert plot.digest != other.digest
+    assert plot.digest in draw(plot, tmp_path).read_text(encoding="utf-8")
+
+
+def test_without_lines_the_page_says_so() -> None:
+    assert report.ABSENT in report.render([])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, ""), (0.012345, "0.0123"), (1.0, "1.00"), (123.4, "123"), (12345.6, "12,346")]
+)
+def test_figures_have_three_digits(value: float | None, text: str) -> None:
+    assert figure(value) == text

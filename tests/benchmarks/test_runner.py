@@ -1,0 +1,134 @@
+"""Every contender of a case ends as one record: timed, wrong, or skipped with a reason."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import environment, runner, timing
+from benchmarks.cases import BF16, FP32, Case
+from benchmarks.contenders import CONTENDERS, TORCH_FUSED, Contender, foreign
+from benchmarks.records import SKIPPED, TIMED, WRONG, Record
+from benchmarks.runner import COPY, Run, measure
+from benchmarks.shapes import equal
+
+CPU = torch.device("cpu")
+TINY = Case("tiny", equal(3, 40), n_groups=2)
+FUSED = CONTENDERS[TORCH_FUSED]
+
+
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreted kernel takes long, and the times are of no interest here."""
+    monkeypatch.setattr(timing, "MOST_STEPS", 1)
+
+
+def records_of(*contenders: Contender, case: Case = TINY, precision=FP32, reason=None) -> dict[str, Record]:
+    run = Run(CPU, n_rounds=2, budget_s=0.05, environment=environment.describe(CPU), note="a test")
+    found = list(measure(run, case, precision, contenders, reason))
+    assert len({record.contender for record in found}) == len(found)
+    return {record.contender: record for record in found}
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda precision: precision.name)
+@pytest.mark.parametrize("case", [TINY, replace(TINY, chain=True, n_groups=1)], ids=["plain", "chain"])
+def test_every_contender_is_right_or_says_why_it_is_absent(case: Case, precision) -> None:
+    # What is compiled takes a minute of tests, and is right wherever torch's foreach is.
+    chosen = [contender for contender in CONTENDERS.values() if not contender.only]
+    found = records_of(*chosen, case=case, precision=precision)
+    assert set(found) == {COPY, *(contender.name for contender in chosen)}
+    assert {name: r.reason for name, r in found.items() if r.status == WRONG} == {}
+    assert all(r.reason for r in found.values() if r.status == SKIPPED)
+    timed = {name for name, record in found.items() if record.status == TIMED}
+    assert timed >= {COPY, TORCH_FUSED, "torch foreach", "torch for-loop", "ours eager", "ours triton-host"}
+    assert "ours native" in timed or precision == BF16
+    for name in timed - {COPY}:
+        record = found[name]
+        assert record.note == "a test"
+        assert record.step_ms is not None
+        assert record.step_ms.median > 0
+        if not CONTENDERS[name].host_only:
+            assert record.ratio is not None
+            assert record.share_of_copy is not None
+            assert record.error is not None
+            assert record.error <= CONTENDERS[name].tolerance_for(precision)
+
+
+def test_a_wrong_contender_is_reported_and_not_timed() -> None:
+    wrong = Contender("wrong", lambda workload: lambda: None)
+    found = records_of(FUSED, wrong)
+    assert found["wrong"].status == WRONG
+    assert found["wrong"].total_ms is None
+    assert "learning rates a step" in str(found["wrong"].reason)
+    assert found[TORCH_FUSED].status == TIMED
+
+
+def test_whatever_a_contender_raises_is_its_reason() -> None:
+    found = records_of(FUSED, Contender("refuses", foreign(torch.optim.Adam, fused=True, foreach=True)))
+    assert found["refuses"].status == SKIPPED
+    assert str(found["refuses"].reason).startswith("RuntimeError: `fused` and `foreach`")
+
+
+def test_a_contender_that_is_not_installed_says_so() -> None:
+    found = records_of(FUSED, Contender("absent", FUSED.build, module="no_such_module_here"))
+    assert found["absent"].reason == "no_such_module_here is not installed"
+
+
+def test_an_option_without_effect_is_not_measured() -> None:
+    idle = replace(CONTENDERS["ours eager"], name="idle", verify=CONTENDERS["ours flatten"].verify)
+    assert records_of(FUSED, idle)["idle"].reason == "flatten=True had no effect"
+
+
+def test_a_case_that_does_not_fit_is_skipped_by_all() -> None:
+    found = records_of(FUSED, case=Case("huge", equal(1, 10**13)))
+    assert found[TORCH_FUSED].status == SKIPPED
+    assert "10,000,000,000,000 parameters, but memory for" in str(found[TORCH_FUSED].reason)
+
+
+def test_a_case_can_be_skipped_as_a_whole() -> None:
+    assert records_of(FUSED, reason="late")[TORCH_FUSED].reason == "late"
+
+
+def test_contenders_that_do_not_fit_beside_each_other_are_measured_one_after_another(monkeypatch) -> None:
+    others = [replace(FUSED, name=f"other {i}") for i in range(3)]
+    # Memory for the origin and two contenders of 16 bytes a parameter, not for three.
+    monkeypatch.setattr(environment, "free_nbytes", lambda device: runner.MOST_COPIED + (8 + 40) * TINY.numel)
+    batches: list[list[str]] = []
+    monkeypatch.setattr(runner, "take_turns", lambda entries, *args, **kwargs: batches.append(_turn(entries)))
+    found = records_of(FUSED, *others)
+    assert batches == [[COPY, TORCH_FUSED, other.name] for other in others]
+    assert set(found) == {COPY, TORCH_FUSED, *(other.name for other in others)}
+
+
+def _turn(entries) -> list[str]:
+    for entry in entries:
+        entry.turns.append(runner.Turn(1.0))
+    return [entry.name for entry in entries]
+
+
+@given(st.lists(st.floats(1, 10), max_size=10), st.floats(0, 30))
+def test_batches_hold_everybody_once_and_fit(held: list[float], free: float) -> None:
+    contenders = [replace(FUSED, name=str(i)) for i in range(len(held))]
+    batches = runner._batches(contenders, {str(i): size for i, size in enumerate(held)}, free)
+    assert [contender for batch in batches for contender in batch] == contenders
+    for batch in batches:
+        assert len(batch) <= 1 or sum(held[int(contender.name)] for contender in batch) <= free
+
+
+@pytest.mark.parametrize(
+    ("contender", "case", "precision", "nbytes"),
+    [
+        ("torch fused", TINY, FP32, 28),
+        ("ours triton", TINY, FP32, 28),
+        ("ours triton", replace(TINY, amsgrad=True), FP32, 36),
+        ("ours triton", TINY, BF16, 22),
+        ("torch fused", TINY, BF16, 14),
+        ("ours triton", replace(TINY, chain=True), FP32, 32),
+        ("ours triton", replace(TINY, chain=True), BF16, 24),
+        ("torch fused", replace(TINY, chain=True), FP32, 48),
+    ],
+)
+def test_bytes_are_those_of_the_formats_that_a_contender_keeps(contender, case, precision, nbytes) -> None:
+    assert CONTENDERS[contender].nbytes_per_param(case, precision, torch.device("cuda")) == nbytes
