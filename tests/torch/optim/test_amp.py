@@ -1,0 +1,150 @@
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import Adam, AdamW
+
+from .judging import judged_step, make_params, params_of, place, same_bits, set_grads, snapshots
+
+BACKENDS = ["native", "eager", "triton"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def make(backend: str, device: torch.device, **options: Any) -> Adam:
+    return Adam(make_params(device=place(backend, device)), epsilon_hat=False, backend=backend, **options)
+
+
+def scaled_grads(optimizer: torch.optim.Optimizer, number: int, scale: float) -> None:
+    set_grads(params_of(optimizer), number)
+    for param in params_of(optimizer):
+        param.grad.mul_(scale)
+
+
+def set_amp(optimizer: Any, grad_scale: float | None, found_inf: float | None) -> None:
+    """What a GradScaler does before a step; it removes the attributes after it."""
+    for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if value is not None:
+            setattr(optimizer, name, torch.tensor([value], device=params_of(optimizer)[0].device))
+        elif hasattr(optimizer, name):
+            delattr(optimizer, name)
+
+
+def test_a_scaler_drives_ours_as_it_drives_pytorchs(backend: str, device: torch.device) -> None:
+    ours = make(backend, device)
+    theirs = torch.optim.Adam(make_params(device=place(backend, device)), fused=True)
+    scales = []
+    for optimizer in (ours, theirs):
+        where = params_of(optimizer)[0].device.type
+        scaler = torch.amp.GradScaler(where, init_scale=4.0, growth_interval=2)
+        scales.append([])
+        for number in range(4):
+            optimizer.zero_grad(set_to_none=True)
+            loss = sum((param.double() * (number + 1)).sin().sum() for param in params_of(optimizer))
+            scaler.scale(loss).backward()
+            if number == 1:
+                params_of(optimizer)[1].grad[2] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+            scales[-1].append(scaler.get_scale())
+    assert scales[0] == scales[1] == [4.0, 2.0, 2.0, 4.0]
+    assert ours.n_skipped_steps == 1
+    assert {int(state["step"]) for state in ours.state.values()} == {3}
+    for mine, their in zip(params_of(ours), params_of(theirs), strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_divided_by_the_scale_inside_the_step(backend: str, device: torch.device) -> None:
+    scaled, plain = make(backend, device), make(backend, device)
+    for number in range(2):
+        scaled_grads(scaled, number, 1024.0)
+        set_grads(params_of(plain), number)
+        set_amp(scaled, 1024.0, 0.0)
+        scaled.step()
+        plain.step()
+    # A power of two leaves every significand as it is.
+    assert same_bits(snapshots(scaled), snapshots(plain))
+
+
+@pytest.mark.parametrize("found_inf", [1.0, 2.0])
+@pytest.mark.parametrize("grad_scale", [None, 8.0])
+def test_a_step_with_something_infinite_is_skipped(
+    backend: str, device: torch.device, grad_scale: float | None, found_inf: float
+) -> None:
+    optimizer = make(backend, device, amsgrad=True)
+    set_grads(params_of(optimizer), 0)
+    optimizer.step()
+    before = snapshots(optimizer)
+    set_grads(params_of(optimizer), 1)
+    params_of(optimizer)[0].grad.fill_(torch.nan)
+    set_amp(optimizer, grad_scale, found_inf)
+    optimizer.step()
+    assert same_bits(snapshots(optimizer), before)
+    assert optimizer.n_skipped_steps == 1
+    set_amp(optimizer, None, None)
+    set_grads(params_of(optimizer), 2)
+    judged_step(optimizer)
+    assert optimizer.n_skipped_steps == 1
+
+
+def test_a_step_without_anything_infinite_is_taken_without_a_scale(backend: str, device: torch.device) -> None:
+    optimizer = make(backend, device)
+    set_amp(optimizer, None, 0.0)
+    for number in range(2):
+        set_grads(params_of(optimizer), number)
+        judged_step(optimizer)
+    assert optimizer.n_skipped_steps == 0
+
+
+def test_a_first_step_that_is_skipped_leaves_everything_at_its_start(backend: str, device: torch.device) -> None:
+    optimizer = make(backend, device)
+    before = snapshots(optimizer)
+    set_grads(params_of(optimizer), 0)
+    set_amp(optimizer, 2.0, 1.0)
+    optimizer.step()
+    assert same_bits(snapshots(optimizer), before)
+
+
+def test_a_user_who_unscales_to_clip_gets_the_same_steps() -> None:
+    """After `unscale_` the scaler hands over no scale, only what it found."""
+    results = []
+    for make_optimizer in (lambda p: AdamW(p, epsilon_hat=False), lambda p: torch.optim.AdamW(p, fused=True)):
+        params = make_params()
+        optimizer = make_optimizer(params)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        for number, bad in itertools.product(range(2), (False, True)):
+            scaled_grads(optimizer, number, scaler.get_scale() if scaler._scale is not None else 64.0)
+            scaler.scale(torch.zeros(()))
+            if bad:
+                params[3].grad[0] = torch.inf
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(params)
+    for mine, their in zip(*results, strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-6)
+        assert mine.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_scaled_and_skipped_steps_never_wait_for_the_device() -> None:
+    optimizer = make("triton", torch.device("cuda"))
+    scaled_grads(optimizer, 0, 2.0)
+    set_amp(optimizer, 2.0, 0.0)
+    optimizer.step()
+    found = torch.ones(1, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+        optimizer.found_inf = found
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.n_skipped_steps == 1
