@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,44 @@ def check_grads(params: Sequence[Tensor], grads: Sequence[Tensor], owner: str) -
             raise ValueError(f"a parameter has shape {tuple(param.shape)}, but its gradient {tuple(grad.shape)}")
         if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
             raise ValueError(f"a parameter is of {param.dtype}, but its gradient is of {grad.dtype}")
+
+
+def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], counts_steps: bool) -> None:
+    """Check the state that a parameter has already, whoever put it there.
+
+    Args:
+        param: the parameter.
+        state: its state, complete or not.
+        keys: names of the state tensors that its update walks.
+        counts_steps: whether its update needs a step counter.
+
+    Raises:
+        ValueError: for a state tensor of another shape, and for a step that is not one number.
+    """
+    for key in keys:
+        value = state.get(key, param)
+        if not isinstance(value, Tensor) or value.shape != param.shape:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"a parameter has shape {tuple(param.shape)}, but its state {key!r} {found}")
+    step = state.get("step") if counts_steps else None
+    if step is not None and (step.numel() != 1 if isinstance(step, Tensor) else not hasattr(step, "__float__")):
+        raise ValueError(f"the state 'step' of a parameter must be one number, but got {step!r}")
+
+
+@contextmanager
+def restored_on_error(states: MutableMapping[Tensor, Any]) -> Iterator[None]:
+    """Undo, if the block raises, what it has added to the states of parameters or replaced there."""
+    before = {param: (state, dict(state)) for param, state in states.items()}
+    try:
+        yield
+    except Exception:
+        for param in list(states):
+            if param not in before:
+                del states[param]
+        for state, entries in before.values():
+            state.clear()
+            state.update(entries)
+        raise
 
 
 def check_memory(params: Sequence[Tensor]) -> None:

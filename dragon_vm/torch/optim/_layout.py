@@ -93,12 +93,13 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return first, first + (last + 1) * tensor.element_size()
 
 
-def _element_offsets(tensor: Tensor, base: int) -> Tensor:
-    """Byte offset of every element from the address `base`, int64 [numel], on the CPU."""
+def _piece_offsets(tensor: Tensor, base: int, nbytes: int) -> Tensor:
+    """Offset from the address `base` of every piece of `nbytes` of every element, int64 on the CPU, in bytes."""
     offsets = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
-    return offsets.flatten() * tensor.element_size() + tensor.data_ptr() - base
+    pieces = torch.arange(0, tensor.element_size(), nbytes)
+    return (offsets.reshape(-1, 1) * tensor.element_size() + pieces).flatten() + tensor.data_ptr() - base
 
 
 def overlapping_pair(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
@@ -127,6 +128,7 @@ def overlapping_pair(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 
 def _overlaps(*tensors: Tensor) -> bool:
     base = min(tensor.data_ptr() for tensor in tensors)
-    offsets = torch.cat([_element_offsets(tensor, base) for tensor in tensors])
+    nbytes = min(tensor.element_size() for tensor in tensors)
+    offsets = torch.cat([_piece_offsets(tensor, base, nbytes) for tensor in tensors])
     n_distinct = len(offsets.unique())
     return n_distinct < len(offsets)

@@ -135,6 +135,52 @@ def by_value(value: Any) -> Any:
     return tuple(map(by_value, value)) if isinstance(value, tuple | list) else value
 
 
+_NUMBERS = (
+    *("lr", "weight_decay", "eps", "momentum", "dampening"),
+    *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
+)
+
+
+def checked_numbers(
+    groups: Sequence[Mapping[str, Any]], names: Iterable[str], earlier: list[tuple[Any, ...]]
+) -> list[tuple[Any, ...]]:
+    """`read_numbers` of the groups, all of them usable if they are not those of an earlier call.
+
+    Raises:
+        KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
+    """
+    numbers = read_numbers(groups, names)
+    if numbers != earlier:
+        _check_numbers(groups)
+    return numbers
+
+
+def _check_numbers(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check that hyperparameters are numbers: anybody may have edited them since their ranges were checked.
+
+    Raises:
+        TypeError: for one that is no number, naming it.
+        ValueError: for a tensor of several, and for betas that are not two.
+    """
+    for group in groups:
+        for name in _NUMBERS:
+            if name in group:
+                _check_number(name, group[name])
+        if "betas" in group:
+            if len(group["betas"]) != 2:
+                raise ValueError(f"betas must be two numbers, but got {group['betas']}")
+            for index, beta in enumerate(group["betas"]):
+                _check_number(f"betas[{index}]", beta)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
+    elif not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, but got {value!r}")
+
+
 def check_common(group: Mapping[str, Any], settings: Settings) -> None:
     """Check the options that all optimizers' groups have.
 

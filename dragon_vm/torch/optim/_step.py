@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._backend import choose_backend, step_device
 from dragon.vm.torch.optim._chain import Factors, Scaling, gradient_factors, needs_norm
-from dragon.vm.torch.optim._checks import check_grads, check_memory
+from dragon.vm.torch.optim._checks import check_grads, check_memory, check_state
 from dragon.vm.torch.optim._eager import EagerGroup
 from dragon.vm.torch.optim._flat import coalesce
 from dragon.vm.torch.optim._flatten import FlattenedGroup, Signature, complete_states, flatten_groups, settle_state
@@ -47,8 +47,6 @@ class PreparedStep:
         self._rows = [row_of[id(param)] for param in params]
         flattened = self._flatten(optimizer, params, grads)
         states = [optimizer.state[param] for param in params if param in optimizer.state]
-        # Eager groups look a state up at every step; the others hold its layout and its address.
-        holds_states = any(group.signature.backend != "eager" for group in flattened)
         if optimizer._settings.flatten:
             flattened = [coalesce(group, group.select(grads), optimizer._buffers) or group for group in flattened]
         self._premises = Premises(
@@ -56,7 +54,7 @@ class PreparedStep:
             self._params,
             grads,
             states,
-            fixed_params=holds_states or optimizer._settings.flatten or self._is_distributed,
+            fixed_params=True,
             fixed_grads=optimizer._settings.flatten,
         )
         self._strays = [
@@ -83,6 +81,8 @@ class PreparedStep:
         groups = [optimizer.param_groups[row] for row in self._rows]
         states = [optimizer.state.get(param, {}) for param in params]
         keys = [optimizer._state_keys(group) for group in groups]
+        for param, state, names, group in zip(params, states, keys, groups, strict=True):
+            check_state(param, state, names, optimizer._counts_steps(group))
         backends = [
             choose_backend(
                 settings.backend,

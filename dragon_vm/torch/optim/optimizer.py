@@ -15,11 +15,11 @@ from torch._compile import _disable_dynamo
 from dragon.vm.torch.optim._backend import check_backend
 from dragon.vm.torch.optim._chain import Scaling, zero_all
 from dragon.vm.torch.optim._checkpoint import complete_switched_on, take_states
-from dragon.vm.torch.optim._checks import check_memory, check_param, has_memory
+from dragon.vm.torch.optim._checks import check_memory, check_param, has_memory, restored_on_error
 from dragon.vm.torch.optim._ema import exchanged
 from dragon.vm.torch.optim._flat import FlatBuffer, make_buffers
 from dragon.vm.torch.optim._local import check_local, everywhere, is_distributed, local
-from dragon.vm.torch.optim._options import Settings, check_common, own_tensors, read_numbers
+from dragon.vm.torch.optim._options import Settings, check_common, checked_numbers, own_tensors
 from dragon.vm.torch.optim._step import PreparedStep
 from dragon.vm.torch.optim._sums import GradientSums
 
@@ -42,6 +42,7 @@ class Optimizer(torch.optim.Optimizer):
     _algorithm: str
     # The GradScaler hands its scale and its findings to `step`, which skips on the device.
     _step_supports_amp_scaling = True
+    _is_built = False
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], settings: Settings) -> None:
         self._settings = settings
@@ -49,6 +50,7 @@ class Optimizer(torch.optim.Optimizer):
         # By name: between this class and PyTorch's there may be another of PyTorch's, for `isinstance`.
         torch.optim.Optimizer.__init__(self, params, defaults)
         check_memory(self._params_with_memory())
+        self._is_built = True
         self._move_to_buffers()
 
     def _reset(self) -> None:
@@ -56,6 +58,7 @@ class Optimizer(torch.optim.Optimizer):
         self._prepared: dict[bytes, PreparedStep] = {}
         self._contexts: dict[torch.device, Any] = {}
         self._params: list[Tensor] = []
+        self._numbers: list[tuple[Any, ...]] = []
         self._buffers: list[FlatBuffer] = []
         self._sums = GradientSums()
         self._swapped = False
@@ -109,6 +112,8 @@ class Optimizer(torch.optim.Optimizer):
                 check_param(param)
                 check_backend(None if group["differentiable"] else self._settings.backend, param.device)
             own_tensors(group, self.param_groups[:-1])
+            if self._is_built:
+                check_memory(self._params_with_memory())
         except Exception:
             self.param_groups.pop()
             raise
@@ -158,7 +163,7 @@ class Optimizer(torch.optim.Optimizer):
             grads = list(map(local, grads))
             check_local(self._settings, groups)
         scaling = Scaling(getattr(self, "grad_scale", None), everywhere(getattr(self, "found_inf", None)))
-        numbers = read_numbers(groups, self.defaults)
+        numbers = self._numbers = checked_numbers(groups, self.defaults, self._numbers)
         options = bytes([zero_grad, bool(self._sums)])
         # The usual case first: all parameters have a gradient, as at the last step. None fails the guard.
         prepared = self._prepared.get(options)
@@ -177,7 +182,8 @@ class Optimizer(torch.optim.Optimizer):
         """The step for these parameters; of the sets of parameters with a gradient, the latest few are kept."""
         prepared = self._prepared.pop(key, None)
         if prepared is None or not prepared.is_current(self, params, grads, numbers):
-            prepared = PreparedStep(self, params, grads, bool(key[0]))
+            with restored_on_error(self.state):
+                prepared = PreparedStep(self, params, grads, bool(key[0]))
         self._prepared[key] = prepared
         while len(self._prepared) > 8:
             self._prepared.pop(next(iter(self._prepared)))
@@ -235,8 +241,7 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def n_skipped_steps(self) -> int:
         """Steps skipped so far for infinite or NaN gradients. Reading it waits for the device."""
-        from_devices = sum(int(context.status[0]) for context in self._contexts.values())
-        return self._n_skipped + from_devices
+        return self._n_skipped + sum(int(context.status[0]) for context in self._contexts.values())
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -286,6 +291,7 @@ class Optimizer(torch.optim.Optimizer):
             self._prepared.clear()
         else:
             self._reset()
+        self._is_built = True
         super().__setstate__(state)
         self.state.update(self._restored or {})
         for group, old in zip(self.param_groups, earlier, strict=False):
