@@ -23,11 +23,19 @@ FEW = {"max_groups": 2, "max_tensors": 2, "max_steps": 2}
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
+def decays_are_float32(case):
+    """Whether no decay is 0 in fp32 only, so that an infinite parameter stays without it."""
+    decays = [
+        options.get("weight_decay", 0) for options in (case.options, *(group.options for group in case.groups))
+    ]
+    return all(decay == 0 or decay > 1e-30 for decay in decays)
+
+
 @each_backend
 @patient
 @given(data=st.data(), epsilon_hat=st.booleans())
 def test_every_step_is_as_right_as_torchs_fused_one(backend, data, epsilon_hat):
-    case = data.draw(adam_cases(options=OPTIONS[backend], dtypes=DTYPES, **SMALL))
+    case = data.draw(adam_cases(options=OPTIONS[backend], dtypes=DTYPES, **SMALL).filter(decays_are_float32))
     make = maker(Adam, backend, epsilon_hat=epsilon_hat)
     check_adam(make, case, epsilon_hat=epsilon_hat, device=home(backend))
 
