@@ -23,19 +23,21 @@ FEW = {"max_groups": 2, "max_tensors": 2, "max_steps": 2}
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def decays_are_float32(case):
-    """Whether no decay is 0 in fp32 only, so that an infinite parameter stays without it."""
-    decays = [
-        options.get("weight_decay", 0) for options in (case.options, *(group.options for group in case.groups))
-    ]
-    return all(decay == 0 or decay > 1e-30 for decay in decays)
+def is_judged_fairly(case, backend):
+    """Whether no decay is 0 in fp32 only, which leaves a lost parameter without it, and no maximum forgets a NaN."""
+    options = [case.options, *({**case.options, **group.options} for group in case.groups)]
+    decays = [each.get("weight_decay", 0) for each in options]
+    # The fused operation's maximum of a number and NaN is the number.
+    forgets = backend == "native" and any(each.get("amsgrad") and each.get("eps") == 0 for each in options)
+    return not forgets and all(decay == 0 or decay > 1e-30 for decay in decays)
 
 
 @each_backend
 @patient
 @given(data=st.data(), epsilon_hat=st.booleans())
 def test_every_step_is_as_right_as_torchs_fused_one(backend, data, epsilon_hat):
-    case = data.draw(adam_cases(options=OPTIONS[backend], dtypes=DTYPES, **SMALL).filter(decays_are_float32))
+    cases = adam_cases(options=OPTIONS[backend], dtypes=DTYPES, **SMALL)
+    case = data.draw(cases.filter(lambda case: is_judged_fairly(case, backend)))
     make = maker(Adam, backend, epsilon_hat=epsilon_hat)
     check_adam(make, case, epsilon_hat=epsilon_hat, device=home(backend))
 
