@@ -83,8 +83,15 @@ def swap() -> Swap:
     return Swap()
 
 
+def asked_to_fuse(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a `GradScaler` leaves unscaling to the step; in PyTorch's only if ``fused=True`` was asked for."""
+    return optimizer.defaults["fused"] is True
+
+
 class Adam(ours.Adam, torch.optim.Adam):
     """Stands in for `torch.optim.Adam`."""
+
+    _step_supports_amp_scaling = property(asked_to_fuse)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("epsilon_hat", False)
@@ -94,6 +101,8 @@ class Adam(ours.Adam, torch.optim.Adam):
 
 class AdamW(ours.AdamW, torch.optim.AdamW):
     """Stands in for `torch.optim.AdamW`."""
+
+    _step_supports_amp_scaling = property(asked_to_fuse)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("epsilon_hat", False)

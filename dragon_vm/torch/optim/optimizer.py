@@ -40,8 +40,6 @@ class Optimizer(torch.optim.Optimizer):
 
     # Name of the update, as the kernels and backends know it.
     _algorithm: str
-    # The GradScaler hands its scale and its findings to `step`, which skips on the device.
-    _step_supports_amp_scaling = True
     _is_built = False
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], settings: Settings) -> None:
@@ -184,6 +182,9 @@ class Optimizer(torch.optim.Optimizer):
         if prepared is None or not prepared.is_current(self, params, grads, numbers):
             with restored_on_error(self.state):
                 prepared = PreparedStep(self, params, grads, bool(key[0]))
+        if self._settings.flatten:
+            # Joined parameters count as one: a step of some of them ends that.
+            self._prepared.clear()
         self._prepared[key] = prepared
         while len(self._prepared) > 8:
             self._prepared.pop(next(iter(self._prepared)))
@@ -237,6 +238,15 @@ class Optimizer(torch.optim.Optimizer):
                 yield
         finally:
             self._swapped = False
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a `GradScaler` hands its scale and its findings to `step`, which skips on the device.
+
+        ``fused=False`` turns it off for frameworks that clip between unscaling and the step, and then refuse
+        optimizers that unscale on their own.
+        """
+        return self.defaults["fused"] is not False
 
     @property
     def n_skipped_steps(self) -> int:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from dragon.vm.torch.optim import Adam, AdamW
+from dragon.vm.torch.optim import Adam, AdamW, swap
 
 from .judging import judged_step, make_params, params_of, place, same_bits, set_grads, snapshots
 
@@ -131,6 +131,23 @@ def test_a_user_who_unscales_to_clip_gets_the_same_steps() -> None:
     for mine, their in zip(*results, strict=True):
         torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-6)
         assert mine.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("fused", "ours", "swapped"), [(None, True, False), (True, True, True), (False, False, False)]
+)
+def test_who_unscales_can_be_chosen_by_fused(fused: bool | None, ours: bool, swapped: bool) -> None:
+    assert Adam(make_params(), fused=fused)._step_supports_amp_scaling is ours
+    with swap():
+        assert torch.optim.Adam(make_params(), fused=fused)._step_supports_amp_scaling is swapped
+    optimizer = Adam(make_params(), fused=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    set_grads(params_of(optimizer), 0)
+    params_of(optimizer)[0].grad.fill_(torch.inf)
+    scaler.scale(torch.zeros(()))
+    before = snapshots(optimizer)
+    scaler.step(optimizer)
+    assert same_bits(snapshots(optimizer), before)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,79 @@
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import AdamW
+
+from .training import STEPS, assert_same_training, batches, model, ours, theirs
+
+# Lightning's own: what it calls in torch, where its batches come from, and that it would like more workers.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*train_dataloader.*:UserWarning:lightning"),
+]
+lightning = pytest.importorskip("lightning", reason="the clients extra is not installed")
+
+
+class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]  # imported if it is there
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.model, self.make, self.losses = model(), make, []
+
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        loss = torch.nn.functional.mse_loss(self.model(batch[0]), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make(self.parameters())
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=4 * STEPS)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def fit(make: Any, precision: str, folder: Path, epochs: int = 1, resume: str | None = None) -> Any:
+    module = Module(make)
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        precision=precision,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(batches(), batch_size=None), ckpt_path=resume)
+    return trainer, module
+
+
+# On a CPU the trainer turns 16-mixed into bf16-mixed.
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_trainer_loses_the_same_with_ours(precision: str, tmp_path: Path) -> None:
+    _, mine = fit(partial(ours, fused=False), precision, tmp_path)
+    _, their = fit(theirs, precision, tmp_path)
+    # Where activations are rounded to 16 bits, an error of rounding in a weight can flip one of theirs.
+    assert_same_training(mine.losses, their.losses, rtol=1e-4 if precision == "32-true" else 2e-2)
+
+
+def test_clipping_with_mixed_precision_wants_the_scaler_outside_of_the_step(tmp_path: Path) -> None:
+    """Lightning says so of PyTorch's ``fused=True`` as well; ``fused=False`` turns it off."""
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        fit(AdamW, "bf16-mixed", tmp_path)
+
+
+def test_a_trainer_saves_and_resumes_ours(tmp_path: Path) -> None:
+    _, full = fit(ours, "32-true", tmp_path, epochs=2)
+    trainer, _ = fit(ours, "32-true", tmp_path)
+    checkpoint = tmp_path / "half.ckpt"
+    trainer.save_checkpoint(checkpoint)
+    _, resumed = fit(ours, "32-true", tmp_path, epochs=2, resume=str(checkpoint))
+    assert resumed.losses == full.losses[STEPS:]
+    # A run that was begun with ours goes on with PyTorch's.
+    _, foreign = fit(theirs, "32-true", tmp_path, epochs=2, resume=str(checkpoint))
+    assert_same_training(foreign.losses, resumed.losses)
