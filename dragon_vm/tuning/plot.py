@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dragon.vm.tuning.record import Record, Times
+from dragon.vm.tuning.scratch import nbytes_per_element
 from dragon.vm.tuning.store import variant_name
 
 # Floating-point operations of an element, counted in the kernels' source; a root and a quotient are one each.
@@ -30,15 +31,13 @@ def best_times(record: Record) -> dict[tuple[int, int], float]:
 
 def roofline_point(record: Record, times: Times) -> tuple[float, float]:
     """Operations a byte, and billions of operations a second."""
-    param, grad, state = (_itemsize(name) for name in record.variant[2:5])
-    n_states = record.variant.n_states + record.variant.average
-    nbytes = 2 * param + (2 if record.variant.zero_grad else 1) * grad + 2 * n_states * state
-    intensity = OPERATIONS[record.variant.algorithm] / nbytes
+    intensity = OPERATIONS[record.variant.algorithm] / nbytes_per_element(record.variant)
     return intensity, intensity * times.nbytes / times.best.median_ms / 1e6
 
 
-def _itemsize(dtype: str) -> int:
-    return {"float64": 8, "float32": 4}.get(dtype, 2)
+def copy_speed(times: Times) -> float:
+    """GB/s of the `copy_` that a result is compared with: the slope of the roof."""
+    return times.nbytes / times.copy_ms / 1e6
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
@@ -79,15 +78,15 @@ def _heat_map(figure: Figure, axes: Axes, record: Record) -> None:
 
 
 def _roofline(axes: Axes, records: Sequence[Record]) -> None:
-    for number, record in enumerate(records):
+    points, slope = [], 0.0
+    for record in records:
         if record.times is not None:
-            intensity, speed = roofline_point(record, record.times)
-            roof = intensity * record.times.nbytes / record.times.copy_ms / 1e6
-            axes.plot(
-                intensity, speed, "o", color=f"C{number}", label=f"{variant_name(record.variant)}, {record.case}"
-            )
-            axes.plot(intensity, roof, "_", markersize=16, color=f"C{number}")
+            points.append(roofline_point(record, record.times))
+            slope = max(slope, copy_speed(record.times))
+            axes.plot(*points[-1], "o", label=f"{variant_name(record.variant)}, {record.case}")
+    span = [min(x for x, _ in points) / 2, max(x for x, _ in points) * 2]
+    axes.plot(span, [slope * x for x in span], "k-", label="the fastest copy_")
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="Gop/s")
-    axes.set_title("Roofline: a dash is the speed of copy_", fontsize=9)
+    axes.set_title("Roofline", fontsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=6)
