@@ -101,8 +101,9 @@ def plan_call(
         "found_inf": None,
         "grad_scale": None,
     }
-    # The operation divides by an fp32 number: too coarse for fp64, too late for a clip.
-    if factor != 1 and not bound and params[0].dtype not in (torch.float64, torch.complex128):
+    # The operation divides by an fp32 number: too coarse for fp64, too late for a clip, infinite for tiny factors.
+    divides = not bound and abs(factor) > 1e-38 and params[0].dtype not in (torch.float64, torch.complex128)
+    if factor != 1 and divides:
         options["grad_scale"] = torch.tensor(1 / factor)
     if algorithm == "sgd":
         options |= {name: float(group[name]) for name in ("momentum", "dampening")}

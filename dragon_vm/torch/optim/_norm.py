@@ -21,8 +21,9 @@ _SAFE = (1e-15, 1e18)
 
 
 def inf_norms(grads: Sequence[Tensor]) -> Tensor:
-    """Largest magnitude of each gradient, float64 [n] on the CPU."""
-    norms = torch._foreach_norm([as_real(grad) for grad in grads], math.inf)
+    """Largest magnitude of each gradient, 0 for an empty one, float64 [n] on the CPU."""
+    filled = [as_real(grad) if grad.numel() else torch.zeros(1) for grad in grads]
+    norms = torch._foreach_norm(filled, math.inf)
     return torch.stack([norm.to("cpu", torch.float64) for norm in norms])
 
 
