@@ -93,7 +93,11 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         for (case, precision), contenders in zip(cases, chosen, strict=True):
             late = options.budget is not None and time.monotonic() - start > options.budget
             reason = f"the run's {options.budget:g} s were used up" if late else None
-            new = list(measure(run, case, precision, contenders, reason))
+            try:
+                new = list(measure(run, case, precision, contenders, reason))
+            except (RuntimeError, MemoryError) as error:  # out of memory, or a device that failed
+                console.print(f"{case.name}, {precision.name}: {error}")
+                new = list(measure(run, case, precision, contenders, f"{type(error).__name__} in this case"))
             records.append(out, new)
             found += new
             progress.advance(task)

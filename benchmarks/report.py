@@ -40,6 +40,9 @@ not timed. In the tables,
 - *GB/s* is that by device time, on a CPU by the time of the step, and *of copy_* compares it with a `copy_` of as
   many bytes in the same process. On a CPU that may be above 100%: a copy has to read the memory that it writes.
 
+Where the memory does not hold all contenders of a case, they are measured in groups, each beside torch's fused
+Adam: a ratio is to the torch of its own group, and compares contenders of two groups better than their times.
+
 "triton-host" and "fused-host" are what remains of a step when its device does nothing: our kernels are replaced by
 a function that returns at once, and so are the two operations behind torch's fused Adam. The ratio of one is to
 the other.

@@ -176,9 +176,9 @@ def _measure_batch(
 
 def _prepare(run: Run, origin: Origin, expected: Expected, contender: Contender, base: Record) -> Ready | Record:
     """Build, check and warm up a contender; the record says why not."""
-    workload = Workload(origin)
     error, n_launches = None, None
     try:
+        workload = Workload(origin)
         with contender.context() as launches:
             step = contender.build(workload)
             if not contender.host_only:

@@ -101,10 +101,10 @@ class Rival(NamedTuple):
 
     @property
     def speedup(self) -> float:
-        """How many times as long as ours the other takes; both medians are of one run."""
-        assert self.ours.total_ms is not None
-        assert self.other.total_ms is not None
-        return self.other.total_ms.median / self.ours.total_ms.median
+        """How many times as fast as the other ours is, each compared with torch in its own turns."""
+        assert self.ours.ratio is not None
+        assert self.other.ratio is not None
+        return self.ours.ratio.median / self.other.ratio.median
 
 
 def rivals(records: Sequence[Record], device_type: str) -> list[Rival]:
@@ -112,15 +112,15 @@ def rivals(records: Sequence[Record], device_type: str) -> list[Rival]:
     default = "ours native" if device_type == "cpu" else "ours triton"
     found = []
     for ours in records:
-        if ours.contender == default and ours.status == TIMED:
+        if ours.contender == default and ours.ratio is not None:
             others = [
-                (record.total_ms.median, record)
+                (record.ratio.median, record)
                 for record in records
                 if (record.case, record.precision) == (ours.case, ours.precision)
-                and record.reference is not None
+                and record.reference == ours.reference
+                and record.ratio is not None
                 and not record.contender.startswith("ours")
-                and record.total_ms is not None
             ]
             if others:
-                found.append(Rival(ours, min(others, key=lambda pair: pair[0])[1]))
+                found.append(Rival(ours, max(others, key=lambda pair: pair[0])[1]))
     return found

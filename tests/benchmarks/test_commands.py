@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import sanitize
+from benchmarks import runner, sanitize
 from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS
 
@@ -36,6 +36,21 @@ def test_a_run_out_of_time_says_what_it_left_out(tmp_path: Path) -> None:
     assert benchmarks.main(["--case", "10 x 16", "--budget", "-1", "--out", str(out), *QUICK]) == 0
     reasons = {json.loads(line)["reason"] for line in out.read_text(encoding="utf-8").splitlines()}
     assert reasons == {"the run's -1 s were used up"}
+
+
+def test_a_case_that_fails_does_not_take_the_others_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_once(*arguments: object) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runner, "make_origin", fail_once)
+    out = tmp_path / "lines.jsonl"
+    assert benchmarks.main(["--case", "10 x 16", "--case", "100 x 16", "--out", str(out), *QUICK]) == 0
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert {line["reason"] for line in lines if line["case"] == "10 x 16"} == {"RuntimeError in this case"}
+    assert {line["status"] for line in lines if line["case"] == "100 x 16"} == {"timed"}
 
 
 @pytest.mark.parametrize("arguments", [["--case", "nothing"], ["--contender", "nobody"]])

@@ -106,9 +106,11 @@ def test_less_host_work_is_better() -> None:
 
 
 def test_the_rival_is_the_fastest_that_is_not_ours() -> None:
-    others = [record(contender=name, ms=ms) for name, ms in (("a", 9.0), ("b", 4.0), ("ours eager", 1.0))]
-    copy = record(contender="copy_", ms=0.1, reference=None)
-    (rival,) = rivals([record(), *others, copy], "cpu")
+    def as_fast(contender: str, ratio: float, reference: str | None = "torch fused") -> Record:
+        return record(contender=contender, ratio=Spread(ratio, 0, 9, 3), reference=reference)
+
+    others = [as_fast("a", 0.5), as_fast("b", 1.5), as_fast("ours eager", 9.0), as_fast("copy_", 9.0, None)]
+    (rival,) = rivals([as_fast("ours native", 3.0), *others], "cpu")
     assert (rival.other.contender, rival.speedup) == ("b", 2.0)
 
 

@@ -93,3 +93,42 @@ def test_garbage_is_collected_again_after_a_failure() -> None:
     with pytest.raises(RuntimeError, match="planted"):
         take_turns([broken], fine, CPU, n_rounds=1, budget_s=1)
     assert gc.isenabled()
+
+
+def test_a_gpu_has_its_launches_queued_before_its_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def elapsed_time(self, end: object) -> float:
+            return 0.25
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep" if cycles > 0 else "no sleep"))
+    entry = Entry("e", lambda: log.append("step"), lambda: log.append("before"))
+    turn = timing._cuda_turn(entry, 2)
+    host = ["before", "synchronize", "step"] * 2
+    total = ["before", "synchronize", "step", "step", "synchronize"]
+    device = ["before", "sleep", "record", "step", "record", "synchronize"]
+    assert log == [*host, *total, *device]
+    assert turn.device_ms == 0.25
+    assert turn.host_ms is not None
+    assert turn.host_ms < 1
+
+
+@pytest.mark.gpu
+def test_the_clocks_of_a_gpu_agree_on_a_long_copy() -> None:
+    device = torch.device("cuda")
+    source = torch.ones(2**28, dtype=torch.uint8, device=device)
+    target = source.clone()
+    entry = Entry("copy", lambda: target.copy_(source))
+    take_turns([entry], entry, device, n_rounds=5, budget_s=2)
+    total, host, of_device = (Spread.of(entry.samples(clock)).median for clock in Turn._fields)
+    assert host < of_device
+    assert 0.5 < of_device / total < 1.5
