@@ -86,7 +86,7 @@ def adam_step(param: Tensor, grad: Tensor, state: State, group: Group) -> None:
     )
     wide_avg, wide_avg_sq = _wide(exp_avg, dtype), _wide(exp_avg_sq, dtype)
     new_avg = beta1 * wide_avg + (1 - beta1) * grad
-    new_avg_sq = beta2 * wide_avg_sq + (1 - beta2) * (grad * grad)
+    new_avg_sq = beta2 * wide_avg_sq + (1 - beta2) * grad * grad
     largest = new_avg_sq
     if group["amsgrad"]:
         max_exp_avg_sq = as_real(state["max_exp_avg_sq"])
