@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ class PreparedStep:
         states = [optimizer.state[param] for param in params if param in optimizer.state]
         if optimizer._settings.flatten:
             flattened = [coalesce(group, group.select(grads), optimizer._buffers) or group for group in flattened]
+        self._followers = [s["followers"] for group in flattened for s in group.states if "followers" in s]
+        self._versions: list[int] = []
         self._premises = Premises(
             optimizer,
             self._params,
@@ -123,7 +126,11 @@ class PreparedStep:
     ) -> bool:
         """Whether everything is still as it was when this step was prepared; for params and grads as there."""
         params = [local(param) for param in params] if self._is_distributed else params
-        return self._premises.hold(optimizer, params, grads, numbers)
+        return self._premises.hold(optimizer, params, grads, numbers) and self._versions == self._read_versions()
+
+    def _read_versions(self) -> list[int]:
+        """Versions of the counters that stand for one another: nobody else may have written to them."""
+        return [follower._version for follower in self._followers]
 
     def run(self, optimizer: Owner, grads: list[Tensor], numbers: list[tuple[Any, ...]], scaling: Scaling) -> None:
         """Update the parameters from their gradients."""
@@ -140,6 +147,7 @@ class PreparedStep:
                 device.update(ready, groups, numbers, settings, scaling)
         if self._zero_grad:
             torch._foreach_zero_(grads)
+        self._versions = self._read_versions()
 
     def _run_hosted(
         self, optimizer: Owner, grads: list[Tensor], numbers: list[tuple[Any, ...]], scaling: Scaling
@@ -156,7 +164,8 @@ class PreparedStep:
         for member in self._hosted:
             member.update(member.group.select(grads), groups, numbers, factors)
         for device in self._launched:
-            decided = Scaling(torch.tensor([1 / factors.common]), None)
+            # A norm of infinity leaves a factor of 0.
+            decided = Scaling(torch.tensor([1 / factors.common if factors.common else math.inf]), None)
             device.update(grads, groups, numbers, _without_norm(settings), decided)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._flatten import FlattenedGroup, Signature
 from dragon.vm.torch.optim._layout import in_layout_of, is_dense
-from dragon.vm.torch.optim._local import is_distributed
+from dragon.vm.torch.optim._local import local
 
 if TYPE_CHECKING:
     from dragon.vm.torch.optim._triton import TritonSum
@@ -19,7 +19,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class GradientSums:
-    """The sums of one optimizer, by parameter."""
+    """The sums of one optimizer by parameter; of a distributed parameter, those of its shard."""
 
     def __init__(self) -> None:
         self.totals: dict[Tensor, Tensor] = {}
@@ -44,11 +44,11 @@ class GradientSums:
         """
         totals, grads = [], []
         for param in params:
-            grad = param.grad
+            grad = local(param.grad)
             if grad is None:
                 continue
             if param not in self.totals:
-                self.totals[param] = _own(param, grad)
+                self.totals[param] = _own(local(param), grad)
             else:
                 totals.append(self.totals[param])
                 grads.append(grad)
@@ -66,7 +66,7 @@ class GradientSums:
         for param, grad in zip(params, grads, strict=True):
             total = self.totals.get(param)
             if total is not None and grad is not None:
-                total = total + grad
+                total = total + local(grad)
             summed.append(grad if total is None else total)
         return summed
 
@@ -96,16 +96,12 @@ def _own(param: Tensor, grad: Tensor) -> Tensor:
 
 
 def _laid_out(param: Tensor, grad: Tensor) -> Tensor:
-    return in_layout_of(param, grad) if _is_plain(grad) and is_dense(param) else grad
-
-
-def _is_plain(grad: Tensor) -> bool:
-    return grad.layout == torch.strided and not is_distributed(grad)
+    return in_layout_of(param, grad) if grad.layout == torch.strided and is_dense(param) else grad
 
 
 def _is_shared(grad: Tensor) -> bool:
     """Whether anybody else may write to the gradient's memory, as DDP does to its buckets."""
-    if not _is_plain(grad):
+    if grad.layout != torch.strided:
         return True
     storage = grad.untyped_storage()
     # The gradient holds its storage once, and so does the object asked for here.

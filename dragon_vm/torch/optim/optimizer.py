@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._backend import check_backend
+from dragon.vm.torch.optim._capture import check_capture, is_capturing
 from dragon.vm.torch.optim._chain import Scaling, zero_all
 from dragon.vm.torch.optim._checkpoint import complete_switched_on, take_states
 from dragon.vm.torch.optim._checks import check_memory, check_param, has_memory, restored_on_error
@@ -157,6 +158,8 @@ class Optimizer(torch.optim.Optimizer):
         grads = list(map(_read_grad, params))
         if self._sums:
             grads = self._sums.with_sums(params, grads)
+        if is_capturing():
+            check_capture(self, list(compress(params, map(is_not, grads, repeat(None)))))
         if self._is_distributed:
             grads = list(map(local, grads))
             check_local(self._settings, groups)

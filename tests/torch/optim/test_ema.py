@@ -1,0 +1,81 @@
+"""`ema_decay` and `swap_ema`."""
+
+import copy
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, Adam
+
+BACKENDS = ["native", "triton", "eager"]
+
+
+def trained(backend, make=Adam, dtype=torch.float32, n_steps=3, **options):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((3, 5), (1100,), (), (0,))]
+    optimizer = make(params, lr=0.1, backend=backend, ema_decay=0.9, **options)
+    averages = [param.detach().double() for param in params]
+    for _ in range(n_steps):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        averages = [0.9 * a + 0.1 * p.detach().double() for a, p in zip(averages, params, strict=True)]
+    return params, optimizer, averages
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("make", [Adam, SGD])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_average_starts_at_the_parameter_and_follows_it(backend, make, flatten):
+    params, optimizer, averages = trained(backend, make, flatten=flatten)
+    for param, average in zip(params, averages, strict=True):
+        torch.testing.assert_close(optimizer.state[param]["ema"].double(), average, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_an_average_in_fp32_keeps_what_bf16_parameters_lose(backend):
+    params, optimizer, averages = trained(backend, dtype=torch.bfloat16, state_dtype=torch.float32)
+    for param, average in zip(params, averages, strict=True):
+        torch.testing.assert_close(optimizer.state[param]["ema"].double(), average, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_swap_ema_exchanges_for_the_length_of_the_block(backend):
+    params, optimizer, _ = trained(backend)
+    values = [param.detach().clone() for param in params]
+    averages = [optimizer.state[param]["ema"].clone() for param in params]
+    with optimizer.swap_ema():
+        assert all(torch.equal(p, a) for p, a in zip(params, averages, strict=True))
+        with pytest.raises(RuntimeError, match="inside swap_ema"):
+            optimizer.step()
+    assert all(torch.equal(p, v) for p, v in zip(params, values, strict=True))
+    assert all(torch.equal(optimizer.state[p]["ema"], a) for p, a in zip(params, averages, strict=True))
+    optimizer.step()
+
+
+def test_swap_ema_ends_well_when_the_block_does_not():
+    params, optimizer, _ = trained("native")
+    value = params[0].detach().clone()
+    with pytest.raises(KeyError), optimizer.swap_ema():
+        raise KeyError
+    assert torch.equal(params[0], value)
+
+
+def test_swap_ema_needs_averages():
+    optimizer = Adam([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(RuntimeError, match="ema_decay"), optimizer.swap_ema():
+        pass
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_averages_are_in_checkpoints(backend):
+    params, optimizer, _ = trained(backend)
+    twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    twin = Adam(twins, lr=0.1, backend=backend, ema_decay=0.9)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((params, optimizer), (twins, twin)):
+        for param in each:
+            param.grad = torch.ones_like(param)
+        its.step()
+    for param, other in zip(params, twins, strict=True):
+        assert torch.equal(optimizer.state[param]["ema"], twin.state[other]["ema"])

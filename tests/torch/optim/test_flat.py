@@ -1,0 +1,206 @@
+"""`flatten=True`: the same bits as without it, whatever happens to parameters and gradients around it."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dragon.vm.torch.optim import SGD, Adam
+
+SHAPES = [(3, 5), (17,), (), (0,), (1100,), (4, 4), (16,)]
+BACKENDS = ["native", "triton", "eager"]
+
+
+def parameters(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def give_grads(params, seed, present, in_place):
+    generator = torch.Generator().manual_seed(seed)
+    for param, has_grad in zip(params, present, strict=True):
+        grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        if not has_grad:
+            param.grad = None
+        elif in_place and param.grad is not None:
+            param.grad.copy_(grad)
+        else:
+            param.grad = grad
+
+
+def pair(make, backend):
+    """Two optimizers of equal parameters in two groups, one of them flat."""
+    pairs = []
+    for flatten in (False, True):
+        params = parameters()
+        groups = [{"params": params[:3], "lr": 1e-2}, {"params": params[3:]}]
+        pairs.append((params, make(groups, backend=backend, flatten=flatten)))
+    return pairs
+
+
+def same(left, right, backend="triton"):
+    """Equal bits; on the native backend a few eps, since torch rounds vectors and their tails differently."""
+    if backend != "native":
+        return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    return all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(left, right, strict=True))
+
+
+def n_joined(optimizer):
+    """Entries that the latest step updates, joined ones counted once."""
+    prepared = list(optimizer._prepared.values())[-1]
+    members = [*prepared._hosted, *(member for device in prepared._launched for member in device.members)]
+    return sum(len(member.group.params) for member in members)
+
+
+HISTORIES = st.lists(
+    st.tuples(st.lists(st.booleans(), min_size=len(SHAPES), max_size=len(SHAPES)), st.booleans(), st.booleans()),
+    min_size=1,
+    max_size=5,
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(history=HISTORIES, amsgrad=st.booleans(), epsilon_hat=st.booleans())
+def test_flat_buffers_change_no_result(backend, history, amsgrad, epsilon_hat):
+    def make(groups, **options):
+        return Adam(groups, amsgrad=amsgrad, epsilon_hat=epsilon_hat, weight_decay=0.1, **options)
+
+    (params, optimizer), (flat_params, flat) = pair(make, backend)
+    for seed, (present, in_place, to_none) in enumerate(history):
+        give_grads(params, seed, present, in_place)
+        give_grads(flat_params, seed, present, in_place)
+        optimizer.step()
+        flat.step()
+        optimizer.zero_grad(set_to_none=to_none)
+        flat.zero_grad(set_to_none=to_none)
+        assert same(params, flat_params, backend)
+        for param, flat_param in zip(params, flat_params, strict=True):
+            grads = param.grad, flat_param.grad
+            assert (grads[0] is None) == (grads[1] is None)
+            assert grads[0] is None or torch.equal(*grads)
+            states = optimizer.state.get(param, {}), flat.state.get(flat_param, {})
+            assert states[0].keys() == states[1].keys()
+            assert same(states[0].values(), states[1].values(), backend)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_neighbours_with_gradients_become_one_entry(backend):
+    params = [torch.nn.Parameter(torch.randn(10)) for _ in range(20)]
+    optimizer = Adam(params, backend=backend, flatten=True)
+    for param in params:
+        param.grad = torch.randn(10)
+    optimizer.step()
+    assert n_joined(optimizer) == 1
+    params[7].grad = None
+    optimizer.step()
+    assert n_joined(optimizer) == 2
+    # Counts differ now on both sides of the one that was left out.
+    params[7].grad = torch.randn(10)
+    optimizer.step()
+    assert n_joined(optimizer) == 3
+    assert [float(optimizer.state[p]["step"]) for p in params] == [3.0] * 7 + [2.0] + [3.0] * 12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_swapped_parameter_is_the_one_that_is_updated(backend):
+    (params, optimizer), (flat_params, flat) = pair(Adam, backend)
+    for seed in range(4):
+        for each in (params, flat_params):
+            give_grads(each, seed, [True] * len(each), in_place=True)
+            if seed == 2:
+                each[4].data = each[4].data.clone() * 2
+        optimizer.step()
+        flat.step()
+        assert same(params, flat_params, backend)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_count_that_somebody_changes_counts_for_its_parameter_alone(backend):
+    params = [torch.nn.Parameter(torch.randn(10)) for _ in range(4)]
+    optimizer = Adam(params, backend=backend, flatten=True)
+    for step in range(3):
+        for param in params:
+            param.grad = torch.ones(10)
+        if step == 2:
+            optimizer.state[params[1]]["step"].fill_(7)
+        optimizer.step()
+    assert [float(optimizer.state[param]["step"]) for param in params] == [3.0, 8.0, 3.0, 3.0]
+
+
+def test_zero_grad_is_one_memset_while_the_gradients_are_in_the_buffer(monkeypatch):
+    params = parameters()
+    optimizer = Adam(params, flatten=True)
+    give_grads(params, 0, [True] * len(params), in_place=False)
+    optimizer.step()
+    monkeypatch.setattr(torch, "_foreach_zero_", lambda grads: pytest.fail(f"{len(grads)} gradients zeroed apart"))
+    optimizer.zero_grad()
+    assert all(not param.grad.any() for param in params)
+
+
+def test_saving_one_parameter_does_not_drag_the_buffer_along():
+    params = [torch.nn.Parameter(torch.randn(1000)) for _ in range(50)]
+    Adam(params, flatten=True)
+    file = io.BytesIO()
+    torch.save(params[3], file)
+    assert len(file.getvalue()) < 2 * 4000
+    assert copy.deepcopy(params[3]).untyped_storage().nbytes() == 4000
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_is_flat_on_its_own(copied):
+    params = parameters()
+    optimizer = Adam(params, flatten=True)
+    give_grads(params, 0, [True] * len(params), in_place=False)
+    optimizer.step()
+    twin_params, twin = copied((params, optimizer))
+    assert same(params, twin_params)
+    for each, its in ((params, optimizer), (twin_params, twin)):
+        give_grads(each, 1, [True] * len(each), in_place=True)
+        its.step()
+    assert same(params, twin_params)
+    with torch.no_grad():
+        twin_params[0].add_(1)
+    assert not torch.equal(params[0], twin_params[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_added_later_and_loaded_states_stay_right(backend):
+    (params, optimizer), (flat_params, flat) = pair(Adam, backend)
+    for seed in range(4):
+        for each, its in ((params, optimizer), (flat_params, flat)):
+            if seed == 1:
+                each.append(torch.nn.Parameter(torch.ones(33)))
+                its.add_param_group({"params": each[-1], "lr": 0.5})
+            if seed == 3:
+                its.load_state_dict(copy.deepcopy(its.state_dict()))
+            give_grads(each, seed, [True] * len(each), in_place=True)
+            its.step()
+        assert same(params, flat_params, backend)
+
+
+def test_tied_weights_stay_tied():
+    embedding = torch.nn.Embedding(7, 5)
+    head = torch.nn.Linear(5, 7, bias=False)
+    head.weight = embedding.weight
+    model = torch.nn.Sequential(embedding, head)
+    optimizer = SGD(model.parameters(), lr=0.1, flatten=True)
+    model(torch.arange(7)).sum().backward()
+    optimizer.step()
+    assert head.weight is embedding.weight
+    assert head.weight.data_ptr() == embedding.weight.data_ptr()
+
+
+def test_parameters_that_are_not_dense_stay_where_they_are():
+    base = torch.randn(6, 2)
+    param = torch.nn.Parameter(base[:, 0])
+    optimizer = Adam([param, torch.nn.Parameter(torch.ones(3))], flatten=True)
+    assert param.data_ptr() == base.data_ptr()
+    neighbours = base[:, 1].clone()
+    param.grad = torch.ones(6)
+    optimizer.step()
+    assert torch.equal(base[:, 1], neighbours)
+    assert torch.equal(base[:, 0], param)
