@@ -23,7 +23,7 @@ OPTIM_LAYERS = (
     {"_backend", "_chain", "_checks", "_context", "_flatten", "_fused", "_local", "_rows", "_table"},
     {"_flat", "_owner", "_triton", "_native", "_eager"},
     {"_device", "_premises", "_step", "_sums"},
-    {"_checkpoint", "optimizer"},
+    {"_capture", "_checkpoint", "optimizer"},
     {"_takeover"},
     {"adam", "adamw", "sgd"},
     {"_swap"},

@@ -131,7 +131,8 @@ def read_numbers(groups: Sequence[Mapping[str, Any]], names: Iterable[str]) -> l
 def by_value(value: Any) -> Any:
     """A hyperparameter in a form that tells whether it changed: a tensor's number, or its address on a device."""
     if isinstance(value, Tensor):
-        return float(value.detach()) if value.device.type == "cpu" else (value.data_ptr(), value.dtype, value.device)
+        on_host = value.device.type == "cpu"
+        return float(value.detach()) if on_host else (value.data_ptr(), value.dtype, value.device)
     return tuple(map(by_value, value)) if isinstance(value, tuple | list) else value
 
 
