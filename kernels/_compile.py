@@ -140,7 +140,8 @@ def compile_kernel(kernel: Any, constants: Mapping[str, Any], options: Mapping[s
         kernel,
         signature={name: "constexpr" if name in constants else POINTER_TYPES[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): attributes for i, name in enumerate(names) if name not in constants},
+        # Constants are listed too, as triton's own launcher does: its cache then knows what is compiled here.
+        attrs={(i,): [] if name in constants else attributes for i, name in enumerate(names)},
     )
     built = triton.compile(source, target=target, options=dict(options))
     registers, spilled = (

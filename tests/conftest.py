@@ -1,6 +1,7 @@
 """How every test process is set up: threads, device, Hypothesis profiles and the `gpu` marker."""
 
 import os
+import tempfile
 
 # Before torch starts its threads. The tests' tensors are small, and pytest-xdist already fills the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,9 @@ HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
 # removes it from its environment.
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Nobody's tuning results reach the tests.
+os.environ["DRAGON_VM_TUNING_DIR"] = tempfile.mkdtemp(prefix="dragon-vm-tuning-")
 
 IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
