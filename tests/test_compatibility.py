@@ -1,0 +1,31 @@
+"""The page on compatibility names tests; they are to exist, and those of what it is about are to be named."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "compatibility.md"
+NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE.read_text(encoding="utf-8"))))
+
+
+def tests_of(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+def test_every_named_test_exists() -> None:
+    missing = [f"{path}::{name}" for path, name in NAMED if name not in tests_of(ROOT / path)]
+    assert missing == []
+    assert len(NAMED) > 40
+
+
+def test_every_row_of_its_tables_names_a_test() -> None:
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert [row for row in rows if "::test_" not in row and row != "| feature | test |"] == []
+
+
+def test_every_client_is_on_the_page() -> None:
+    named = {path for path, _ in NAMED}
+    clients = {str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "clients").glob("test_*.py")}
+    assert clients <= named
