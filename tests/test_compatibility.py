@@ -9,13 +9,13 @@ PAGE = ROOT / "docs" / "compatibility.md"
 NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE.read_text(encoding="utf-8"))))
 
 
-def tests_of(path: Path) -> set[str]:
+def names_in(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
 
 def test_every_named_test_exists() -> None:
-    missing = [f"{path}::{name}" for path, name in NAMED if name not in tests_of(ROOT / path)]
+    missing = [f"{path}::{name}" for path, name in NAMED if name not in names_in(ROOT / path)]
     assert missing == []
     assert len(NAMED) > 40
 
