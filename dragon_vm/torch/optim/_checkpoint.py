@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._backend import choose_backend, step_device
 from dragon.vm.torch.optim._flatten import State, complete_states
@@ -18,6 +19,36 @@ Group = dict[str, Any]
 
 # Counts of states that come without one. PyTorch's SGD does not count; its buffer is there after the first step.
 _UNTOLD_STEPS = {"sgd": 1.0}
+
+
+class CheckpointedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose state dicts are complete when saved, and checked and copied when loaded."""
+
+    # Between the check of a state dict and the end of its loading.
+    _restored: dict[Tensor, State] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in PyTorch's format; complete for an AMSGrad switched on since the last step."""
+        complete_switched_on(cast(Owner, self))
+        return super().state_dict()
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of PyTorch's counterpart, sharing no memory with it.
+
+        Hyperparameters that it does not know keep their values; so do sums of gradients and the count of skipped
+        steps. State tensors get the optimizer's `state_dtype`, or the wider of their and the parameter's dtype.
+
+        Raises:
+            ValueError: as PyTorch, and for missing or misshapen states. Nothing has changed then.
+        """
+        # Behind the hooks of others, which may still change the dict.
+        handle = self.register_load_state_dict_pre_hook(take_states)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._restored = None
 
 
 def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:

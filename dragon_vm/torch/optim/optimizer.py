@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 from dragon.vm.torch.optim._backend import check_backend
 from dragon.vm.torch.optim._capture import check_capture, is_capturing
 from dragon.vm.torch.optim._chain import Scaling, zero_all
-from dragon.vm.torch.optim._checkpoint import complete_switched_on, take_states
+from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
 from dragon.vm.torch.optim._checks import check_memory, check_param, has_memory, restored_on_error
 from dragon.vm.torch.optim._ema import exchanged
 from dragon.vm.torch.optim._flat import FlatBuffer, make_buffers
@@ -27,7 +27,7 @@ from dragon.vm.torch.optim._sums import GradientSums
 _read_grad = attrgetter("grad")
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(CheckpointedOptimizer):
     """Base class of the optimizers; a `torch.optim.Optimizer` that updates all its groups at once.
 
     It differs from PyTorch's in Dragon's methods and defaults: `sum_grad`, and `zero_grad` that zeroes unless told
@@ -64,8 +64,6 @@ class Optimizer(torch.optim.Optimizer):
         self._is_distributed = False
         self._n_skipped = 0
         self._grad_norm: Tensor | None = None
-        # Between the check of a state dict and the end of its loading.
-        self._restored: dict[Tensor, dict[str, Any]] | None = None
 
     def _params_with_memory(self) -> list[Tensor]:
         return [local(param) for group in self.param_groups for param in group["params"] if has_memory(param)]
@@ -263,29 +261,6 @@ class Optimizer(torch.optim.Optimizer):
             status: Tensor = next(iter(self._contexts.values())).status
             return status[1]
         return self._grad_norm
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state in PyTorch's format; complete for an AMSGrad switched on since the last step."""
-        complete_switched_on(self)
-        return super().state_dict()
-
-    @_disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of PyTorch's counterpart, sharing no memory with it.
-
-        Hyperparameters that it does not know keep their values; so do sums of gradients and the count of skipped
-        steps. State tensors get the optimizer's `state_dtype`, or the wider of their and the parameter's dtype.
-
-        Raises:
-            ValueError: as PyTorch, and for missing or misshapen states. Nothing has changed then.
-        """
-        # Behind the hooks of others, which may still change the dict.
-        handle = self.register_load_state_dict_pre_hook(take_states)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self._restored = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickles and copies hold: PyTorch's, the settings, and what is summed and counted."""
