@@ -143,6 +143,8 @@ class PreparedStep:
         if self._hosted or (len(self._launched) > 1 and needs_norm(settings)):
             self._run_hosted(optimizer, ready, numbers, scaling)
         else:
+            # The norm is the device's now.
+            optimizer._grad_norm = None
             for device in self._launched:
                 device.update(ready, groups, numbers, settings, scaling)
         if self._zero_grad:
