@@ -24,7 +24,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def is_judged_fairly(case, backend):
-    """Whether no decay is 0 in fp32 only, which leaves a lost parameter without it, and no maximum forgets a NaN."""
+    """Whether no decay is 0 in fp32 only, which spares a lost parameter, and no maximum forgets a NaN."""
     options = [case.options, *({**case.options, **group.options} for group in case.groups)]
     decays = [each.get("weight_decay", 0) for each in options]
     # The fused operation's maximum of a number and NaN is the number.

@@ -1,0 +1,45 @@
+"""Every backend takes every step of SGD as right as torch's fused operation, judged from the step's own start."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dragon.vm.testing import SGD_OPTIONS, check_sgd, sgd_cases
+from dragon.vm.torch.optim import SGD
+
+from .support import BACKENDS, home, maker, patient
+
+OPTIONS = (*SGD_OPTIONS, "maximize")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FEW = {"max_groups": 2, "max_tensors": 2, "max_steps": 3}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@patient
+@given(data=st.data())
+def test_every_step_is_as_right_as_torchs_fused_one(backend, data):
+    case = data.draw(sgd_cases(options=OPTIONS, dtypes=DTYPES, **FEW))
+    check_sgd(maker(SGD, backend), case, device=home(backend))
+
+
+@patient
+@given(backend=st.sampled_from(["triton", "eager"]), data=st.data())
+def test_momentum_of_half_precision_parameters_may_be_float32(backend, data):
+    half = [torch.bfloat16, torch.float16]
+    drawn = sgd_cases(options=OPTIONS, dtypes=half, gradient_dtypes=[None, torch.float32], **FEW)
+    make = maker(SGD, backend, state_dtype=torch.float32)
+    check_sgd(make, data.draw(drawn), state_dtype=torch.float32, device=home(backend))
+
+
+@patient
+@given(backend=st.sampled_from(BACKENDS), data=st.data())
+def test_complex_parameters_are_pairs_of_real_ones(backend, data):
+    case = data.draw(sgd_cases(dtypes=[torch.complex64, torch.complex128], **FEW))
+    check_sgd(maker(SGD, backend), case, device=home(backend))
+
+
+@patient
+@given(sgd_cases(options=OPTIONS, dtypes=DTYPES, gradient_dtypes=[None, torch.float32]))
+def test_the_backend_that_is_chosen_by_itself_takes_every_case(case):
+    check_sgd(maker(SGD, None), case)
