@@ -1,4 +1,4 @@
-"""What only a device can show of a step: waiting, uploads, norms of many elements, more elements than int32 counts."""
+"""What only a device can show of a step: waiting, uploads, norms of many elements, sizes past int32."""
 
 import math
 
