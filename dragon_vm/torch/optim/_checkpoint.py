@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._backend import choose_backend, step_device
 from dragon.vm.torch.optim._flatten import State, complete_states
+from dragon.vm.torch.optim._local import local
 from dragon.vm.torch.optim._owner import Owner
 
 Group = dict[str, Any]
@@ -190,7 +191,7 @@ def _counter_device(
         return None
     backend = optimizer._settings.backend
     if backend is None:
-        backend = choose_backend(None, param, param.dtype, {state_dtype}, group["differentiable"])
+        backend = choose_backend(None, local(param), param.dtype, {state_dtype}, group["differentiable"])
     return step_device(param, backend, group)
 
 
