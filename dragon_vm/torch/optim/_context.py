@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -23,13 +25,20 @@ class DeviceContext:
         self.one = torch.ones(1, dtype=torch.float32, device=device)
         self.zero = torch.zeros(1, dtype=torch.float32, device=device)
         self.name, self.arch, self.n_processors, self.warp_size = _describe(device)
-        self._partials = torch.zeros(1, dtype=torch.float64, device=device)
+        self._partials = [torch.zeros(1, dtype=torch.float64, device=device)]
+
+    def current(self) -> AbstractContextManager[object]:
+        """Make the device the current one: kernels are launched there."""
+        if self.device.type == "cuda":
+            return torch.cuda.device(self.device)
+        return torch.xpu.device(self.device) if self.device.type == "xpu" else nullcontext()
 
     def partials(self, n_partials: int) -> Tensor:
         """Scratch memory for at least `n_partials` partial norms, float64."""
-        if len(self._partials) < n_partials:
-            self._partials = torch.zeros(n_partials, dtype=torch.float64, device=self.device)
-        return self._partials
+        if len(self._partials[-1]) < n_partials:
+            # Smaller ones stay: a captured graph may write to them at its replays.
+            self._partials.append(torch.zeros(n_partials, dtype=torch.float64, device=self.device))
+        return self._partials[-1]
 
 
 def _describe(device: torch.device) -> tuple[str, str, int, int]:

@@ -65,10 +65,16 @@ class TritonDevice:
             self._sources = [source_row(group, context.device) for group in groups]
             self._clip_each = any(group["clip_norm"] for group in groups)
             self._rows_for = (numbers, settings)
-        clip_each, kind = self._clip_each, int(norm.NO_NORM)
-        if needs_norm(settings) or clip_each:
-            kind = int(norm.INF_NORM if settings.norm_type == math.inf and not clip_each else norm.L2_NORM)
+        kind = int(norm.NO_NORM)
+        if needs_norm(settings) or self._clip_each:
+            infinite = settings.norm_type == math.inf and not self._clip_each
+            kind = int(norm.INF_NORM if infinite else norm.L2_NORM)
         scaling = Scaling(*(None if t is None else t.to(context.device, non_blocking=True) for t in scaling))
+        with context.current():
+            self._launch(grads, kind, scaling)
+
+    def _launch(self, grads: list[Tensor], kind: int, scaling: Scaling) -> None:
+        context = self._context
         for member in self.members:
             member.refresh(member.group.select(grads), self._rows, self._sources)
         partials = context.partials(self._n_partials if kind else 0)
@@ -77,5 +83,5 @@ class TritonDevice:
                 member.measure(kind, partials)
         for member in self.members:
             status = context.status if member is self.members[0] else context.spare_status
-            member.advance(scaling, kind, clip_each, partials, status)
+            member.advance(scaling, kind, self._clip_each, partials, status)
             member.apply()

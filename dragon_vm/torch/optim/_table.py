@@ -17,7 +17,9 @@ class StagingRing:
 
     def __init__(self, length: int) -> None:
         self._length = length
-        self._slots: list[tuple[Tensor, torch.cuda.Event]] = []
+        # Made ahead, since pinned memory may not be allocated while a graph is captured.
+        self._slots: list[tuple[Tensor, torch.cuda.Event]] = [self._new_slot(), self._new_slot()]
+        self._captured: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy int64 `source` on the CPU to `target` of the same length on a CUDA device, in stream order."""
@@ -28,11 +30,11 @@ class StagingRing:
         event.record()
 
     def _free_slot(self) -> tuple[Tensor, torch.cuda.Event]:
-        # A copy under graph capture reads its slot at every replay: such a slot is never handed out again.
-        if torch.cuda.is_current_stream_capturing():
-            return self._new_slot()
-        for slot in self._slots:
+        for index, slot in enumerate(self._slots):
             if slot[1].query():
+                # A captured copy reads its slot at every replay: nobody else may write there again.
+                if torch.cuda.is_current_stream_capturing():
+                    self._captured.append(self._slots.pop(index))
                 return slot
         self._slots.append(self._new_slot())
         return self._slots[-1]

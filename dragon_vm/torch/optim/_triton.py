@@ -226,7 +226,8 @@ class TritonSum:
 
     def __init__(self, group: FlattenedGroup) -> None:
         self._group = group
-        self._launch = TritonGroup(group, "accumulate", DeviceContext(group.signature.device), 1, (0, 0), False)
+        self._context = DeviceContext(group.signature.device)
+        self._launch = TritonGroup(group, "accumulate", self._context, 1, (0, 0), False)
         self._launch.set_scalars(
             {table.ACTIVE: 1.0, table.GRAD_SCALE: 1.0, table.CLIP: math.inf, table.DECAY: 1.0}
         )
@@ -240,7 +241,8 @@ class TritonSum:
         self._group.params = totals
         self._launch.relocate()
         self._launch.refresh(grads, [], [])
-        self._launch.apply()
+        with self._context.current():
+            self._launch.apply()
 
 
 def _or_all(left: list[int], right: list[int]) -> list[int]:
