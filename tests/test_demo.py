@@ -39,9 +39,7 @@ def test_no_image_is_both_learnt_and_tested(digits: Digits) -> None:
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(digits: Digits) -> None:
     build = partial(torch.optim.Adam, lr=1e-3)
-    first, again, other = (
-        train(digits, build, n_epochs=1, seed=seed, on_step=lambda: None) for seed in (1, 1, 2)
-    )
+    first, again, other = (train(digits, build, n_epochs=1, seed=seed, on_step=lambda: None) for seed in (1, 1, 2))
     assert torch.equal(first.trajectory, again.trajectory)
     assert first.losses == again.losses
     assert first.distance_to(other)[0] > 1e-2
@@ -80,9 +78,7 @@ def test_the_command_prints_a_row_an_optimizer_and_writes_the_picture(
 
 def test_the_table_measures_from_the_reference(digits: Digits) -> None:
     near = Run(losses=[2.0, 1.0], trajectory=torch.zeros(2, 3), test_accuracy=0.5, step_ms=0.25)
-    far = Run(
-        losses=[2.0, 1.5], trajectory=torch.tensor([[0.0, -4, 0], [0, 0, 0.5]]), test_accuracy=1, step_ms=2
-    )
+    far = Run(losses=[2.0, 1.5], trajectory=torch.tensor([[0.0, -4, 0], [0, 0, 0.5]]), test_accuracy=1, step_ms=2)
     console = Console(width=100)
     with console.capture() as capture:
         console.print(report.table({"near": near, "far": far}, "near", "title"))

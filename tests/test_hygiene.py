@@ -29,9 +29,7 @@ def sources() -> list[Path]:
 
 def texts() -> Iterator[Path]:
     """Every text file of the project, without what tools write."""
-    yield from (
-        path for path in ROOT.iterdir() if path.is_file() and path.suffix in TEXT and path.name != ".git"
-    )
+    yield from (path for path in ROOT.iterdir() if path.is_file() and path.suffix in TEXT and path.name != ".git")
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and path.suffix in TEXT and "__pycache__" not in path.parts:

@@ -48,12 +48,8 @@ def _python(code: str, *paths: Path, cwd: Path) -> str:
 
 def _build(kind: str, source: Path, destination: Path, settings: str = "None") -> Path:
     """Call the build backend as pip does, in the environment of the tests: no network is needed."""
-    code = (
-        f"import setuptools.build_meta as b; b.build_{kind}({str(destination)!r}, config_settings={settings})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False
-    )
+    code = f"import setuptools.build_meta as b; b.build_{kind}({str(destination)!r}, config_settings={settings})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return next(destination.glob("*.whl"))
 
@@ -98,9 +94,7 @@ def test_every_package_of_the_tree_is_listed_in_pyproject() -> None:
 
 def test_every_folder_with_sources_is_a_package() -> None:
     folders = {path.parent for folder in SOURCES.values() for path in folder.rglob("*.py")}
-    assert [
-        str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").exists()
-    ] == []
+    assert [str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
 def test_the_wheel_holds_every_file_of_the_tree_and_nothing_else(wheel: Path, source: Path) -> None:

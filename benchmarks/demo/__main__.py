@@ -29,9 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     runs = _run_all(options.device, options.epochs, options.seed, console)
     picture = options.out / "digits.png"
     report.plot(runs, REFERENCE, picture)
-    where = (
-        torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else str(options.device)
-    )
+    where = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else str(options.device)
     title = f"{len(runs[REFERENCE].losses)} steps on 1,437 handwritten digits ({where})"
     console.print(report.table(runs, REFERENCE, title))
     console.print(
