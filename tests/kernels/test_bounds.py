@@ -97,9 +97,12 @@ def test_a_norm_sees_elements_past_two_to_the_31() -> None:
     row = Row(grad=sparse(numel, torch.float32), numel=1)
     row.grad[-5:] = 2.0
     tables = Tables([row])
-    tables.spans = [(0, 2**31 // SPAN.value)]
+    last = 2**31 // SPAN.value
+    tables.spans = [(0, last)]
     tables.span_table = torch.tensor(tables.spans, dtype=torch.int32)
     tables.tensors[0, table.NUMEL.value] = numel
+    # So that the one span that is reduced is the first of the partials.
+    tables.tensors[0, table.FIRST_PARTIAL.value] = -last
     tables.reduce(1)
     assert tables.partials.tolist() == [20.0]
 
