@@ -105,9 +105,12 @@ def _total_norm(
     if norm_type == math.inf:
         factors = torch.tensor([abs(group_factor(groups[row])) for row in rows], dtype=torch.float64)
         return float((inf_norms(grads) * factors).max())
+    squares = [group_factor(group) ** 2 for group in groups]
+    if len(set(squares)) == 1:
+        return math.sqrt(squares[0] * sum_of_squares(grads))
     members: dict[float, list[Tensor]] = {}
     for grad, row in zip(grads, rows, strict=True):
-        members.setdefault(group_factor(groups[row]) ** 2, []).append(grad)
+        members.setdefault(squares[row], []).append(grad)
     return math.sqrt(sum(square * sum_of_squares(chosen) for square, chosen in members.items()))
 
 

@@ -55,6 +55,7 @@ class NativeGroup:
         self._small: list[tuple[list[int], FusedCall]] = []
         self._large: list[tuple[list[int], FusedCall]] = []
         self._planned_for: object = None
+        self._taken: dict[tuple[int, ...], tuple[list[Tensor], list[list[Tensor]], list[Tensor]]] = {}
         # Positions of the tensors of one parameter group and size class.
         self._parts: dict[tuple[int, bool], list[int]] = {}
         for index, (row, param) in enumerate(zip(group.rows, group.params, strict=True)):
@@ -131,16 +132,23 @@ class NativeGroup:
                 members.setdefault((keys[row], factor, count, large), []).append(index)
         self._small, self._large = [], []
         for (_, factor, count, large), indices in members.items():
-            call = plan_call(
-                self._algorithm,
+            tensors = self._take(tuple(indices))
+            call = plan_call(self._algorithm, *tensors, groups[self.group.rows[indices[0]]], factor, count)
+            (self._large if large else self._small).append((indices, call))
+
+    def _take(self, indices: tuple[int, ...]) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
+        """Parameters, states and counters at these positions; the same lists as the last time."""
+        taken = self._taken.get(indices)
+        if taken is None:
+            # Positions that share a call change with the hyperparameters: what no plan asks for again must go.
+            if len(self._taken) > 2 * len(self.group.params):
+                self._taken.clear()
+            taken = self._taken[indices] = (
                 [self.group.params[i] for i in indices],
                 [[tensors[i] for i in indices] for tensors in self._states],
                 [self._steps[i] for i in indices] if self._steps else [],
-                groups[self.group.rows[indices[0]]],
-                factor,
-                count,
             )
-            (self._large if large else self._small).append((indices, call))
+        return taken
 
 
 def _depends_on_step(key: Numbers) -> bool:

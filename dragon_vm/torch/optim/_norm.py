@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import compress
+from operator import attrgetter, not_
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ SMALL = 65536
 
 # Norms of rows in float32 whose squares neither overflowed nor lost anything to underflow.
 _SAFE = (1e-15, 1e18)
+
+_read_kind = attrgetter("is_cpu", "dtype")
+_BY_ROWS = {(True, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.complex64)}
 
 
 def inf_norms(grads: Sequence[Tensor]) -> Tensor:
@@ -39,25 +44,28 @@ def sum_of_squares(grads: Sequence[Tensor]) -> float:
     On the CPU, `torch.linalg.vector_norm` of millions of fp32 elements is off by thousands of eps, and many times
     slower in float64. By rows of 1024 it is as fast, and their norms, added in float64, good to 0.1 eps.
     """
-    by_rows = [grad for grad in grads if grad.device.type == "cpu" and grad.dtype != torch.float64]
-    others = [grad for grad in grads if grad.device.type != "cpu" or grad.dtype == torch.float64]
-    total = math.fsum(map(_sum_by_rows, _pieces(by_rows)))
-    if others:
-        total += float(l2_norms(others).square().sum())
+    kinds = list(map(_read_kind, grads))
+    total = 0.0
+    for kind in set(kinds):
+        of_kind = grads if len(set(kinds)) == 1 else list(compress(grads, (other == kind for other in kinds)))
+        if kind in _BY_ROWS:
+            total += math.fsum(map(_sum_by_rows, _pieces(of_kind)))
+        else:
+            total += float(l2_norms(of_kind).square().sum())
     return total
 
 
 def _pieces(grads: Sequence[Tensor]) -> Iterator[Tensor]:
-    """All elements in 1-dim tensors: a large gradient each, small ones joined."""
-    flat = [as_real(grad).reshape(-1) for grad in grads]
-    yield from (grad for grad in flat if len(grad) >= SMALL)
-    small = [grad for grad in flat if len(grad) < SMALL]
+    """All elements in 1-dim real tensors: a large gradient each, small ones joined."""
+    is_large = [numel >= SMALL for numel in map(Tensor.numel, grads)]
+    yield from (as_real(grad).reshape(-1) for grad in compress(grads, is_large))
+    small = list(compress(grads, map(not_, is_large)))
     if small:
-        yield torch.cat(small)
+        yield as_real(torch._C._nn.flatten_dense_tensors(small)).reshape(-1)
 
 
 def _sum_by_rows(piece: Tensor) -> float:
-    whole = len(piece) // ROW * ROW
+    whole = piece.numel() // ROW * ROW
     rows = piece[:whole].view(-1, ROW)
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
     unsafe = (norms < _SAFE[0]) | ~(norms < _SAFE[1])
