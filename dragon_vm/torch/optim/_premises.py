@@ -23,7 +23,6 @@ class Premises:
         params: parameters with a gradient, or their shards.
         grads: their gradients, or their shards.
         states: their states, complete.
-        fixed_params: whether the step holds addresses of parameters and states.
         fixed_grads: whether the step holds addresses of gradients.
     """
 
@@ -34,7 +33,6 @@ class Premises:
         grads: Sequence[Tensor],
         states: Sequence[State],
         *,
-        fixed_params: bool,
         fixed_grads: bool,
     ) -> None:
         self._guard = guard_layouts([*params, *grads])
@@ -46,15 +44,13 @@ class Premises:
         self._entries = list(_entries(states))
         self._numbers: list[tuple[Any, ...]] = []
         self._structure = _structure(optimizer)
-        self._fixed_params, self._fixed_grads = fixed_params, fixed_grads
+        self._fixed_grads = fixed_grads
         self._all_tensors = all(type(entry) is Tensor for entry in self._entries)
         self._addresses = self._read_addresses(params, grads)
 
     def _read_addresses(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[list[int]]:
-        addresses = []
-        if self._fixed_params:
-            entries = _entries(self._states) if self._all_tensors else _shards(self._entries)
-            addresses = [list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, entries))]
+        entries = _entries(self._states) if self._all_tensors else _shards(self._entries)
+        addresses = [list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, entries))]
         if self._fixed_grads:
             addresses.append(list(map(Tensor.data_ptr, grads)))
         return addresses
@@ -88,8 +84,8 @@ class Premises:
             return False
 
     def _has_entries(self) -> bool:
-        # Where addresses are compared, another tensor at the same one would be as good.
-        if self._fixed_params and self._all_tensors:
+        # Addresses are compared, and another tensor at the same one would be as good.
+        if self._all_tensors:
             return True
         entries = list(_entries(self._states))
         return len(entries) == len(self._entries) and all(map(is_, entries, self._entries))

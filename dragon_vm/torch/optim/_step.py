@@ -57,7 +57,6 @@ class PreparedStep:
             self._params,
             grads,
             states,
-            fixed_params=True,
             fixed_grads=optimizer._settings.flatten,
         )
         self._strays = [
