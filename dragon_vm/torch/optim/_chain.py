@@ -84,7 +84,7 @@ def gradient_factors(
     norm = None
     if needs_norm(settings) and not skip:
         total = _total_norm(grads, rows, groups, settings.norm_type) * common
-        norm = torch.tensor(total, dtype=torch.float64)
+        norm = torch.tensor(total, dtype=torch.float64, device="cpu")
         skip = settings.skip_nonfinite and not math.isfinite(total)
         common *= _clip_factor(total, settings.max_grad_norm, CLIP_EPS)
     limits = [float(group["clip_norm"]) for group in groups]
@@ -103,7 +103,7 @@ def _total_norm(
 ) -> float:
     """Norm of all gradients together, each times its group's factor."""
     if norm_type == math.inf:
-        factors = torch.tensor([abs(group_factor(groups[row])) for row in rows], dtype=torch.float64)
+        factors = torch.tensor([abs(group_factor(groups[row])) for row in rows], dtype=torch.float64, device="cpu")
         return float((inf_norms(grads) * factors).max())
     squares = [group_factor(group) ** 2 for group in groups]
     if len(set(squares)) == 1:

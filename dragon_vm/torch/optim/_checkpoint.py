@@ -142,7 +142,7 @@ def _checked(
         raise ValueError(f"loaded state dict has no step for {label}: it has {', '.join(state)}")
     if isinstance(step, Tensor) and step.numel() != 1:
         raise ValueError(f"loaded state dict has a step of shape {tuple(step.shape)} for {label}, not one number")
-    count = step.detach().reshape(()) if isinstance(step, Tensor) else torch.tensor(float(step))
+    count = step.detach().reshape(()) if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
     return {**state, "step": count}
 
 

@@ -41,7 +41,7 @@ def _write(target: Tensor, value: Tensor) -> None:
 
 def _decayed(param: Tensor, grad: Tensor, group: Group, decoupled: bool) -> tuple[Tensor, Tensor]:
     """Parameter and gradient after weight decay, out of place."""
-    weight_decay = group["weight_decay"]
+    weight_decay = _on(param.device, group["weight_decay"])
     if isinstance(weight_decay, Tensor) or weight_decay != 0:
         if decoupled:
             param = param * (1 - group["lr"] * weight_decay)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from operator import attrgetter, is_
 from typing import Any
@@ -46,6 +46,18 @@ class FlatBuffer:
         grads = list(map(read_grad, self.params))
         if all(map(is_, grads, self.grad_views)):
             return
+        # A gradient may be the view of another parameter: none is overwritten before it is read.
+        own = self.grads.untyped_storage().data_ptr()
+        grads = [
+            grad.clone()
+            if grad is not None
+            and grad is not view
+            and grad.layout == torch.strided
+            and grad.grad_fn is None
+            and grad.untyped_storage().data_ptr() == own
+            else grad
+            for grad, view in zip(grads, self.grad_views, strict=True)
+        ]
         for param, grad, view in zip(self.params, grads, self.grad_views, strict=True):
             fits = grad is not None and grad is not view and grad.layout == torch.strided and grad.grad_fn is None
             if fits and grad.dtype == view.dtype and grad.shape == view.shape == param.shape:
@@ -80,17 +92,25 @@ class _Walk:
     def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Any], keys: Sequence[str]) -> None:
         tensors = (param, grad, *(state[key] for key in keys))
         self.addresses = [tensor.data_ptr() for tensor in tensors]
+        # Neighbours in memory may still be of different allocations.
+        self.storages = [tensor.untyped_storage().data_ptr() for tensor in tensors[1:]]
         self.next_addresses = [tensor.data_ptr() + _pitch(param) * tensor.element_size() for tensor in tensors]
         step = state.get("step")
         self.step = None if step is None else float(step)
 
 
 def coalesce(
-    group: FlattenedGroup, grads: Sequence[Tensor], buffers: Sequence[FlatBuffer]
+    group: FlattenedGroup, grads: Sequence[Tensor], buffers: Sequence[FlatBuffer], apart: Collection[int]
 ) -> FlattenedGroup | None:
     """Join entries whose tensors follow each other in memory, and whose step counts agree, into one entry each.
 
     Reads the step counters, which on an accelerator synchronises, once for a set of parameters.
+
+    Args:
+        group: whose entries are joined.
+        grads: their gradients.
+        buffers: where parameters were moved to.
+        apart: parameter groups whose gradients must stay apart, to be clipped each on its own.
 
     Returns:
         The joined group; None if nothing joins.
@@ -106,6 +126,8 @@ def coalesce(
     for index, (left, right) in enumerate(pairwise(walks), start=1):
         if (
             left.next_addresses != right.addresses
+            or left.storages != right.storages
+            or group.rows[index] in apart
             or left.step != right.step
             or group.rows[index - 1] != group.rows[index]
         ):
@@ -134,7 +156,7 @@ def _join(
     if values is None:
         return None
     state: dict[str, Any] = {key: _flat_view(states[0][key], length) for key in keys}
-    if "step" in states[0]:
+    if group.signature.state_keys:
         counters = common_base([entry["step"] for entry in states])
         if counters is None:
             return None

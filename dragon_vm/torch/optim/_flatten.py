@@ -135,7 +135,7 @@ def settle_state(param: Tensor, state: State, keys: tuple[str, ...], step_device
         and step.numel() == 1
         and not step.requires_grad
     ):
-        value = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step or 0))
+        value = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step or 0), device="cpu")
         state["step"] = value.to(step_device, torch.float32, copy=True).reshape(())
     shard = local(param)
     for key in keys:

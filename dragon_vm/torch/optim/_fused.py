@@ -104,7 +104,7 @@ def plan_call(
     # The operation divides by an fp32 number: too coarse for fp64, too late for a clip, infinite for tiny factors.
     divides = not bound and abs(factor) > 1e-38 and params[0].dtype not in (torch.float64, torch.complex128)
     if factor != 1 and divides:
-        options["grad_scale"] = torch.tensor(1 / factor)
+        options["grad_scale"] = torch.tensor(1 / factor, dtype=torch.float32, device="cpu")
     if algorithm == "sgd":
         options |= {name: float(group[name]) for name in ("momentum", "dampening")}
         options |= {"nesterov": group["nesterov"], "is_first_step": step == 1}

@@ -75,7 +75,8 @@ def same_walk(tensor: Tensor, other: Tensor) -> bool:
 
 def in_layout_of(param: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` itself if it lies in memory as the dense `param` does, else a copy that does."""
-    if tensor.shape == param.shape and same_walk(tensor, param) and is_dense(tensor):
+    resolved = not tensor.is_conj() and not tensor.is_neg()
+    if resolved and tensor.shape == param.shape and same_walk(tensor, param) and is_dense(tensor):
         return tensor
     copy = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=tensor.device)
     return copy.copy_(tensor)
@@ -95,10 +96,10 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 def _piece_offsets(tensor: Tensor, base: int, nbytes: int) -> Tensor:
     """Offset from the address `base` of every piece of `nbytes` of every element, int64 on the CPU, in bytes."""
-    offsets = torch.zeros((), dtype=torch.int64)
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
-    pieces = torch.arange(0, tensor.element_size(), nbytes)
+        offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * stride
+    pieces = torch.arange(0, tensor.element_size(), nbytes, device="cpu")
     return (offsets.reshape(-1, 1) * tensor.element_size() + pieces).flatten() + tensor.data_ptr() - base
 
 

@@ -49,7 +49,7 @@ class NativeGroup:
         self._keys: list[Numbers] = []
         self._needs_steps = False
         self._states = [[state[key] for state in group.states] for key in group.signature.state_keys]
-        self._steps: list[Tensor] = [state["step"] for state in group.states if "step" in state]
+        self._steps: list[Tensor] = [state["step"] for state in group.states] if self._states else []
         self._step_base = common_base(self._steps) if self._steps else None
         # Calls with the positions that each takes, small tensors first; and what they were planned for.
         self._small: list[tuple[list[int], FusedCall]] = []

@@ -27,7 +27,7 @@ _BY_ROWS = {(True, dtype) for dtype in (torch.float32, torch.float16, torch.bflo
 
 def inf_norms(grads: Sequence[Tensor]) -> Tensor:
     """Largest magnitude of each gradient, 0 for an empty one, float64 [n] on the CPU."""
-    filled = [as_real(grad) if grad.numel() else torch.zeros(1) for grad in grads]
+    filled = [as_real(grad) if grad.numel() else torch.zeros(1, device="cpu") for grad in grads]
     norms = torch._foreach_norm(filled, math.inf)
     return torch.stack([norm.to("cpu", torch.float64) for norm in norms])
 

@@ -84,9 +84,6 @@ class Premises:
             return False
 
     def _has_entries(self) -> bool:
-        # Addresses are compared, and another tensor at the same one would be as good.
-        if self._all_tensors:
-            return True
         entries = list(_entries(self._states))
         return len(entries) == len(self._entries) and all(map(is_, entries, self._entries))
 

@@ -48,8 +48,12 @@ class PreparedStep:
         self._rows = [row_of[id(param)] for param in params]
         flattened = self._flatten(optimizer, params, grads)
         states = [optimizer.state[param] for param in params if param in optimizer.state]
-        if optimizer._settings.flatten:
-            flattened = [coalesce(group, group.select(grads), optimizer._buffers) or group for group in flattened]
+        self._strays = [
+            i for i, grad in enumerate(grads) if is_dense(self._params[i]) and not _walks(self._params[i], grad)
+        ]
+        if optimizer._settings.flatten and not self._strays:
+            apart = {row for row, group in enumerate(optimizer.param_groups) if group["clip_norm"]}
+            flattened = [coalesce(g, g.select(grads), optimizer._buffers, apart) or g for g in flattened]
         self._followers = [s["followers"] for group in flattened for s in group.states if "followers" in s]
         self._versions: list[int] = []
         self._premises = Premises(
@@ -59,9 +63,6 @@ class PreparedStep:
             states,
             fixed_grads=optimizer._settings.flatten,
         )
-        self._strays = [
-            i for i, grad in enumerate(grads) if is_dense(self._params[i]) and not _walks(self._params[i], grad)
-        ]
         algorithm = optimizer._algorithm
         self._hosted: list[NativeGroup | EagerGroup] = []
         by_device: dict[torch.device, list[FlattenedGroup]] = {}
@@ -73,9 +74,9 @@ class PreparedStep:
             else:
                 self._hosted.append(EagerGroup(group, algorithm))
         # The kernel zeroes the gradients it reads: not those that it reads copies of.
-        kernel_zeroes = zero_grad and not self._strays and not self._hosted
-        self._zero_grad = zero_grad and not kernel_zeroes
-        self._launched = _on_devices(optimizer, by_device, kernel_zeroes)
+        self._kernel_zeroes = zero_grad and not self._strays and not self._hosted
+        self._zero_grad = zero_grad and not self._kernel_zeroes
+        self._launched = _on_devices(optimizer, by_device, self._kernel_zeroes)
 
     def _flatten(self, optimizer: Owner, params: list[Tensor], grads: list[Tensor]) -> list[FlattenedGroup]:
         """Choose backends and complete the states; raises before it changes any."""
@@ -129,7 +130,8 @@ class PreparedStep:
 
     def _read_versions(self) -> list[int]:
         """Versions of the counters that stand for one another: nobody else may have written to them."""
-        return [follower._version for follower in self._followers]
+        # A tensor of inference mode has no version, and its value decides.
+        return [f._version if not f.is_inference() else hash(tuple(f.tolist())) for f in self._followers]
 
     def run(self, optimizer: Owner, grads: list[Tensor], numbers: list[tuple[Any, ...]], scaling: Scaling) -> None:
         """Update the parameters from their gradients."""
@@ -139,6 +141,8 @@ class PreparedStep:
             ready = list(grads)
             for index in self._strays:
                 ready[index] = in_layout_of(self._params[index], grads[index])
+        if self._kernel_zeroes or (self._hosted and _scales(groups, settings, scaling)):
+            ready = _apart(ready)
         if self._hosted or (len(self._launched) > 1 and needs_norm(settings)):
             self._run_hosted(optimizer, ready, numbers, scaling)
         else:
@@ -166,8 +170,31 @@ class PreparedStep:
             member.update(member.group.select(grads), groups, numbers, factors)
         for device in self._launched:
             # A norm of infinity leaves a factor of 0.
-            decided = Scaling(torch.tensor([1 / factors.common if factors.common else math.inf]), None)
+            decided = Scaling(_divisor(factors.common), None)
             device.update(grads, groups, numbers, _without_norm(settings), decided)
+
+
+def _scales(groups: Sequence[dict[str, Any]], settings: Settings, scaling: Scaling) -> bool:
+    """Whether the native backend may leave gradients scaled."""
+    asked = scaling.grad_scale is not None or needs_norm(settings)
+    return asked or any(group["grad_scale"] != 1 or group["clip_norm"] for group in groups)
+
+
+def _apart(grads: list[Tensor]) -> list[Tensor]:
+    """Gradients of which no two are the same memory, so that one may be written after it was read."""
+    addresses = list(map(Tensor.data_ptr, grads))
+    if len(set(addresses)) == len(grads):
+        return grads
+    first = {address: index for index, address in reversed(list(enumerate(addresses)))}
+    return [
+        grad if first[address] == index else grad.clone()
+        for index, (address, grad) in enumerate(zip(addresses, grads, strict=True))
+    ]
+
+
+def _divisor(factor: float) -> Tensor:
+    """A factor as a loss scale, by which gradients are divided."""
+    return torch.tensor([1 / factor if factor else math.inf], dtype=torch.float32, device="cpu")
 
 
 def _clips_norm(group: dict[str, Any]) -> bool:
@@ -179,7 +206,7 @@ def _without_norm(settings: Settings) -> Settings:
 
 
 def _walks(param: Tensor, grad: Tensor) -> bool:
-    return is_dense(grad) and same_walk(grad, param)
+    return is_dense(grad) and same_walk(grad, param) and not grad.is_conj() and not grad.is_neg()
 
 
 def _state_dtypes(

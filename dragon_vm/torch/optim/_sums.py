@@ -43,12 +43,15 @@ class GradientSums:
             launch: add by a kernel, in one launch for each signature, rather than by torch operations.
         """
         totals, grads = [], []
+        taken: set[int] = set()
         for param in params:
             grad = local(param.grad)
             if grad is None:
                 continue
             if param not in self.totals:
-                self.totals[param] = _own(local(param), grad)
+                # A gradient that two parameters share can be the sum of one of them only.
+                self.totals[param] = _own(local(param), grad.clone() if id(grad) in taken else grad)
+                taken.add(id(grad))
             else:
                 totals.append(self.totals[param])
                 grads.append(grad)

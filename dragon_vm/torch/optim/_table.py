@@ -40,7 +40,7 @@ class StagingRing:
         return self._slots[-1]
 
     def _new_slot(self) -> tuple[Tensor, torch.cuda.Event]:
-        return torch.empty(self._length, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+        return torch.empty(self._length, dtype=torch.int64, device="cpu", pin_memory=True), torch.cuda.Event()
 
 
 class DeviceTable:

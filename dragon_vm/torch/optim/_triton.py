@@ -79,7 +79,7 @@ class TritonGroup:
         self._columns = dict(zip(signature.state_keys, _STATE_COLUMNS, strict=False))
         if signature.average:
             self._columns["ema"] = table.EMA
-        if "step" in group.states[0]:
+        if signature.state_keys:
             self._columns["step"] = table.STEP
         self._rows: list[list[float]] = []
         self._sources: list[list[int]] = []
@@ -127,7 +127,7 @@ class TritonGroup:
         row = [0.0] * int(table.SCALAR_COLUMNS)
         for column, value in scalars.items():
             row[column] = value
-        self._scalars.copy_(torch.tensor(row * len(self.group.params), dtype=torch.float64))
+        self._scalars.copy_(torch.tensor(row * len(self.group.params), dtype=torch.float64, device="cpu"))
 
     def relocate(self) -> None:
         """Write the addresses of parameters and states, which the premises of a step hold fast."""

@@ -88,7 +88,7 @@ class Optimizer(CheckpointedOptimizer):
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options of a group that decide which tensors and kernels take part."""
-        return self._state_keys(group), group["differentiable"]
+        return self._state_keys(group), group["differentiable"], bool(group["clip_norm"])
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -161,8 +161,10 @@ class Optimizer(CheckpointedOptimizer):
         if self._is_distributed:
             grads = list(map(local, grads))
             check_local(self._settings, groups)
-        scaling = Scaling(getattr(self, "grad_scale", None), everywhere(getattr(self, "found_inf", None)))
+        found_inf = everywhere(_tensor_or_none(getattr(self, "found_inf", None)))
+        scaling = Scaling(getattr(self, "grad_scale", None), found_inf)
         numbers = self._numbers = checked_numbers(groups, self.defaults, self._numbers)
+        asked_to_zero, zero_grad = zero_grad, zero_grad and not self._sums
         options = bytes([zero_grad, bool(self._sums)])
         # The usual case first: all parameters have a gradient, as at the last step. None fails the guard.
         prepared = self._prepared.get(options)
@@ -173,7 +175,11 @@ class Optimizer(CheckpointedOptimizer):
             params, grads = list(compress(params, present)), list(compress(grads, present))
             prepared = self._prepare(options if all(present) else options + present, params, grads, numbers)
         prepared.run(self, grads, numbers, scaling)
-        self._sums.clear()
+        if self._sums:
+            self._sums.clear()
+            if asked_to_zero:
+                # The step read the sums: the gradients that came after them are apart.
+                zero_all([local(param.grad) for param in params if param.grad is not None])
 
     def _prepare(
         self, key: bytes, params: list[Tensor], grads: list[Tensor], numbers: list[tuple[Any, ...]]
@@ -233,6 +239,8 @@ class Optimizer(CheckpointedOptimizer):
         averaged = [param for param, state in self.state.items() if "ema" in state]
         if not averaged:
             raise RuntimeError("swap_ema() needs averages: give an ema_decay above 0, and take a step")
+        if self._swapped:
+            raise RuntimeError("swap_ema() was called inside swap_ema(): the parameters are exchanged already")
         self._swapped = True
         try:
             with exchanged(averaged, [self.state[param]["ema"] for param in averaged]):
@@ -259,7 +267,7 @@ class Optimizer(CheckpointedOptimizer):
         """Norm of all gradients at the last step that needed it, 0-dim float64; None before the first."""
         if self._grad_norm is None and self._contexts:
             status: Tensor = next(iter(self._contexts.values())).status
-            return status[1]
+            return status[1].clone()
         return self._grad_norm
 
     def __getstate__(self) -> dict[str, Any]:
@@ -285,3 +293,8 @@ class Optimizer(CheckpointedOptimizer):
         for group, old in zip(self.param_groups, earlier, strict=False):
             for name, default in self.defaults.items():
                 group.setdefault(name, old.get(name, default))
+
+
+def _tensor_or_none(found_inf: Any) -> Tensor | None:
+    """What a `GradScaler` found; it leaves the number 0 where it saw no gradient."""
+    return found_inf if isinstance(found_inf, Tensor) else None
