@@ -41,9 +41,12 @@ def local_state(state: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def everywhere(found_inf: Any) -> Any:
-    """A finding of a `GradScaler` that holds for all processes."""
-    return found_inf.full_tensor() if found_inf is not None and is_distributed(found_inf) else found_inf
+def everywhere(found_inf: Any) -> Tensor | None:
+    """A finding of a `GradScaler` that holds for all processes; None for the number 0 that stands for no gradient."""
+    if not isinstance(found_inf, Tensor):
+        return None
+    whole: Any = found_inf
+    return whole.full_tensor() if is_distributed(found_inf) else found_inf
 
 
 def check_local(settings: Settings, groups: Sequence[dict[str, Any]]) -> None:

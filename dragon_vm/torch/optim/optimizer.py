@@ -161,8 +161,7 @@ class Optimizer(CheckpointedOptimizer):
         if self._is_distributed:
             grads = list(map(local, grads))
             check_local(self._settings, groups)
-        found_inf = everywhere(_tensor_or_none(getattr(self, "found_inf", None)))
-        scaling = Scaling(getattr(self, "grad_scale", None), found_inf)
+        scaling = Scaling(getattr(self, "grad_scale", None), everywhere(getattr(self, "found_inf", None)))
         numbers = self._numbers = checked_numbers(groups, self.defaults, self._numbers)
         asked_to_zero, zero_grad = zero_grad, zero_grad and not self._sums
         options = bytes([zero_grad, bool(self._sums)])
@@ -293,8 +292,3 @@ class Optimizer(CheckpointedOptimizer):
         for group, old in zip(self.param_groups, earlier, strict=False):
             for name, default in self.defaults.items():
                 group.setdefault(name, old.get(name, default))
-
-
-def _tensor_or_none(found_inf: Any) -> Tensor | None:
-    """What a `GradScaler` found; it leaves the number 0 where it saw no gradient."""
-    return found_inf if isinstance(found_inf, Tensor) else None
