@@ -42,7 +42,7 @@ def local_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def everywhere(found_inf: Any) -> Tensor | None:
-    """A finding of a `GradScaler` that holds for all processes; None for the number 0 that stands for no gradient."""
+    """A finding of a `GradScaler` that holds for all processes; None for the 0 that stands for no gradient."""
     if not isinstance(found_inf, Tensor):
         return None
     whole: Any = found_inf
