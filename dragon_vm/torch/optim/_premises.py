@@ -49,7 +49,7 @@ class Premises:
         self._addresses = self._read_addresses(params, grads)
 
     def _read_addresses(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[list[int]]:
-        entries = _entries(self._states) if self._all_tensors else _shards(self._entries)
+        entries = self._entries if self._all_tensors else _shards(self._entries)
         addresses = [list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, entries))]
         if self._fixed_grads:
             addresses.append(list(map(Tensor.data_ptr, grads)))
@@ -74,14 +74,8 @@ class Premises:
             and all(map(is_, optimizer.state.values(), self._all_states))
             and self._has_structure(optimizer, numbers)
             and self._has_entries()
-            and self._has_addresses(params, grads)
+            and self._read_addresses(params, grads) == self._addresses
         )
-
-    def _has_addresses(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-        try:
-            return self._read_addresses(params, grads) == self._addresses
-        except TypeError:  # an entry of a state is no tensor any more
-            return False
 
     def _has_entries(self) -> bool:
         entries = list(_entries(self._states))

@@ -172,3 +172,19 @@ def test_averages_are_not_exchanged_twice():
     with optimizer.swap_ema(), pytest.raises(RuntimeError, match="inside swap_ema"), optimizer.swap_ema():
         pass
     optimizer.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_replaced_by_its_transpose_is_read_as_it_lies(backend):
+    params = [torch.nn.Parameter(torch.zeros(3, 3)) for _ in range(2)]
+    optimizers = [Adam(params[:1], backend=backend), torch.optim.Adam(params[1:])]
+    optimizers[0].param_groups[0]["epsilon_hat"] = False
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        grad = torch.randn(3, 3, generator=generator)
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = grad.clone()
+            if step == 2:
+                optimizer.state[param]["exp_avg"] = optimizer.state[param]["exp_avg"].t()
+            optimizer.step()
+    torch.testing.assert_close(params[0], params[1], rtol=1e-5, atol=1e-6)
