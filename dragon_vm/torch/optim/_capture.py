@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._layout import is_dense
+from dragon.vm.torch.optim._local import local
 from dragon.vm.torch.optim._owner import Owner
 
 
@@ -31,6 +32,18 @@ def check_capture(optimizer: Owner, params: Sequence[Tensor]) -> None:
             "a step without gradients cannot be captured: its graph would update nothing at each replay; "
             "run backward() within the capture, or before it"
         )
+    for group in optimizer.param_groups:
+        if not group["capturable"]:
+            raise RuntimeError(
+                f"Attempting CUDA graph capture of step() for an instance of {type(optimizer).__name__} "
+                "but param_groups' capturable is False."
+            )
+        for name, value in (("lr", group["lr"]), *(("betas", beta) for beta in group.get("betas", ()))):
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                raise RuntimeError(
+                    f"a step cannot be captured whose {name} is a tensor on the CPU, for a replay would not see "
+                    "it change: give a number, or a tensor on the parameters' device"
+                )
     backend = optimizer._settings.backend
     if backend in ("native", "eager"):
         raise RuntimeError(
@@ -38,13 +51,6 @@ def check_capture(optimizer: Owner, params: Sequence[Tensor]) -> None:
         )
     owner = {id(param): group for group in optimizer.param_groups for param in group["params"]}
     for param in params:
-        group = owner[id(param)]
-        if param.device.type == "cpu" or group["differentiable"] or not is_dense(param):
+        if param.device.type == "cpu" or owner[id(param)]["differentiable"] or not is_dense(local(param)):
             reason = "on the CPU" if param.device.type == "cpu" else "differentiable or not dense"
             raise RuntimeError(f"a step cannot be captured whose parameters are {reason}: no kernel updates them")
-        missing = [key for key in optimizer._state_keys(group) if key not in optimizer.state.get(param, {})]
-        if missing:
-            raise RuntimeError(
-                f"a first step cannot be captured: each replay would start {', '.join(missing)} anew; "
-                "take a step before the capture, as PyTorch's notes on CUDA graphs do"
-            )

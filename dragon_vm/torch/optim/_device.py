@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from itertools import accumulate
 from typing import Any
 
@@ -40,6 +41,7 @@ class TritonDevice:
         counts = [sum(n_spans(real_numel(param)) for param in group.params) for group in flattened]
         firsts = list(accumulate(counts, initial=0))
         self._algorithm, self._context, self._n_partials = algorithm, context, firsts[-1]
+        self._settings = Settings()
         self._rows: list[list[float]] = []
         self._sources: list[list[int]] = []
         self._clip_each = False
@@ -61,8 +63,8 @@ class TritonDevice:
         """Update all tensors: two launches a flattened group, and one more where norms are asked for."""
         context = self._context
         if (numbers, settings) != self._rows_for:
-            self._rows = [group_row(group, self._algorithm, settings) for group in groups]
-            self._sources = [source_row(group, context.device) for group in groups]
+            self._settings = settings
+            self._rows, self._sources = self._read_rows(groups)
             self._clip_each = any(group["clip_norm"] for group in groups)
             self._rows_for = (numbers, settings)
         kind = int(norm.NO_NORM)
@@ -72,6 +74,36 @@ class TritonDevice:
         scaling = Scaling(*(None if t is None else t.to(context.device, non_blocking=True) for t in scaling))
         with context.current():
             self._launch(grads, kind, scaling)
+
+    def _read_rows(self, groups: Sequence[dict[str, Any]]) -> tuple[list[list[float]], list[list[int]]]:
+        rows = [group_row(group, self._algorithm, self._settings) for group in groups]
+        return rows, [source_row(group, self._context.device) for group in groups]
+
+    def publish(self, row: int, group: dict[str, Any]) -> None:
+        """Bring one group's hyperparameters up to date between steps, in stream order."""
+        if row >= len(self._rows):
+            return
+        (values,), (sources,) = self._read_rows([group])
+        self._rows = [*self._rows[:row], values, *self._rows[row + 1 :]]
+        self._sources = [*self._sources[:row], sources, *self._sources[row + 1 :]]
+        with self._context.current():
+            for member in self.members:
+                member.publish(self._rows, self._sources)
+
+    def captured(self, groups: Sequence[dict[str, Any]]) -> TritonDevice:
+        """These groups for a graph, which reads the hyperparameters where this object keeps them up to date.
+
+        Raises:
+            RuntimeError: if they are not up to date, for a graph would copy them anew at each replay.
+        """
+        if self._read_rows(groups) != (self._rows, self._sources):
+            raise RuntimeError(
+                "a step cannot be captured whose hyperparameters changed unseen since the last one: change them "
+                "through optimizer.param_groups with capturable=True set before, or take a step before the capture"
+            )
+        twin = copy(self)
+        twin.members = [member.captured() for member in self.members]
+        return twin
 
     def _launch(self, grads: list[Tensor], kind: int, scaling: Scaling) -> None:
         context = self._context

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,6 +155,18 @@ class PreparedStep:
         if self._zero_grad:
             torch._foreach_zero_(grads)
         self._versions = self._read_versions()
+
+    def publish(self, optimizer: Owner, group: dict[str, Any]) -> None:
+        """Bring a group's hyperparameters up to date where kernels read them, between steps."""
+        rows = [row for row, other in enumerate(optimizer.param_groups) if other is group]
+        for row, device in product(rows, self._launched):
+            device.publish(row, group)
+
+    def captured(self, optimizer: Owner) -> PreparedStep:
+        """This step for a graph: its gradients' addresses stay, its hyperparameters follow `publish`."""
+        twin = copy(self)
+        twin._launched = [device.captured(optimizer.param_groups) for device in self._launched]
+        return twin
 
     def _run_hosted(
         self, optimizer: Owner, grads: list[Tensor], numbers: list[tuple[Any, ...]], scaling: Scaling

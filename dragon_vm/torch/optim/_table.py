@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -12,35 +13,47 @@ from torch import Tensor
 class StagingRing:
     """Pinned host buffers for copies to the device, each reused only once its last copy is done.
 
-    A busy slot is never waited for: the ring grows instead.
+    A busy slot is never waited for: the ring grows instead. A captured copy reads its buffer at every replay, so
+    it gets one that is never used again. Within a capture no event may be asked for its state; there that buffer
+    comes from what is kept in reserve, since not every PyTorch allocates pinned memory then.
     """
 
     def __init__(self, length: int) -> None:
         self._length = length
-        # Made ahead, since pinned memory may not be allocated while a graph is captured.
-        self._slots: list[tuple[Tensor, torch.cuda.Event]] = [self._new_slot(), self._new_slot()]
-        self._captured: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._slots: list[tuple[Tensor, torch.cuda.Event]] = [self._new_slot()]
+        self._reserve = [self._new_buffer()]
+        self._captured: list[Tensor] = []
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy int64 `source` on the CPU to `target` of the same length on a CUDA device, in stream order."""
+        if torch.cuda.is_current_stream_capturing():
+            self._captured.append(self._reserve.pop() if self._reserve else self._new_buffer())
+            _copy(source, self._captured[-1], target)
+            return
         staging, event = self._free_slot()
-        staging = staging[: len(source)]
-        staging.copy_(source)
-        target.copy_(staging, non_blocking=True)
+        _copy(source, staging, target)
         event.record()
+        if not self._reserve:
+            self._reserve.append(self._new_buffer())
 
     def _free_slot(self) -> tuple[Tensor, torch.cuda.Event]:
-        for index, slot in enumerate(self._slots):
+        for slot in self._slots:
             if slot[1].query():
-                # A captured copy reads its slot at every replay: nobody else may write there again.
-                if torch.cuda.is_current_stream_capturing():
-                    self._captured.append(self._slots.pop(index))
                 return slot
         self._slots.append(self._new_slot())
         return self._slots[-1]
 
     def _new_slot(self) -> tuple[Tensor, torch.cuda.Event]:
-        return torch.empty(self._length, dtype=torch.int64, device="cpu", pin_memory=True), torch.cuda.Event()
+        return self._new_buffer(), torch.cuda.Event()
+
+    def _new_buffer(self) -> Tensor:
+        return torch.empty(self._length, dtype=torch.int64, device="cpu", pin_memory=True)
+
+
+def _copy(source: Tensor, staging: Tensor, target: Tensor) -> None:
+    staging = staging[: len(source)]
+    staging.copy_(source)
+    target.copy_(staging, non_blocking=True)
 
 
 class DeviceTable:
@@ -60,11 +73,21 @@ class DeviceTable:
             if len(self._host) % 2:
                 self._host.append(0)
             self._bounds.append(len(self._host))
+        self._ring = StagingRing(len(self._host)) if device.type == "cuda" else None
+        self._place(device)
+
+    def _place(self, device: torch.device) -> None:
         self._words = torch.frombuffer(self._host, dtype=torch.int64) if self._host else torch.empty(0)
         self._buffer = torch.empty(len(self._host), dtype=torch.int64, device=device)
-        self._ring = StagingRing(len(self._host)) if device.type == "cuda" else None
         self._changed = (0, len(self._host))
         self.n_uploads = 0
+
+    def twin(self) -> DeviceTable:
+        """A table of the same words in memory of its own, none of them uploaded yet; it shares the ring."""
+        twin = copy(self)
+        twin._host = self._host[:]
+        twin._place(self._buffer.device)
+        return twin
 
     def section(self, index: int, dtype: torch.dtype) -> Tensor:
         """The device's copy of a section, seen as another dtype."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
+from copy import copy
 from functools import reduce
 from itertools import accumulate, chain
 from operator import or_
@@ -116,11 +117,22 @@ class TritonGroup:
         self._scalars = torch.empty(len(numels) * int(table.SCALAR_COLUMNS), dtype=torch.float64, device=device)
         self._groups = device_table.section(_GROUPS, torch.float64)
         self._source_table = device_table.section(_SOURCES, torch.int64)
+        self._take_sections(device_table)
+        return device_table
+
+    def _take_sections(self, device_table: DeviceTable) -> None:
+        """Launch on the sections of this table, beside those of the hyperparameters."""
         self._counts = device_table.section(_COUNTS, torch.int64)
         self._tensors = device_table.section(_TENSORS, torch.int64)
         self._chunks = device_table.section(_CHUNKS, torch.int32)
         self._spans = device_table.section(_SPANS, torch.int32)
-        return device_table
+
+    def captured(self) -> TritonGroup:
+        """This group for a graph: its addresses stand where no later step writes, its hyperparameters here."""
+        twin = copy(self)
+        twin._table, twin._grads = self._table.twin(), []
+        twin._take_sections(twin._table)
+        return twin
 
     def set_scalars(self, scalars: dict[Any, float]) -> None:
         """Set what `advance_kernel` would have written, the same for all tensors; 0 for what is not given."""
@@ -145,12 +157,7 @@ class TritonGroup:
 
     def refresh(self, grads: Sequence[Tensor], rows: list[list[float]], sources: list[list[int]]) -> None:
         """Bring the table up to date with this step's gradients and hyperparameters; at most one copy."""
-        if rows != self._rows:
-            self._table.write(_GROUPS, words_of(list(chain.from_iterable(rows))))
-            self._rows = rows
-        if sources != self._sources:
-            self._table.write(_SOURCES, array("q", chain.from_iterable(sources)))
-            self._sources = sources
+        self._write_hyperparameters(rows, sources)
         addresses = list(map(Tensor.data_ptr, grads))
         if addresses != self._grads:
             self._write_column(table.GRAD, addresses)
@@ -158,6 +165,19 @@ class TritonGroup:
             self._write_column(table.VECTOR, [not address & (ALIGNMENT - 1) for address in combined])
             self._grads = addresses
         self._table.upload()
+
+    def publish(self, rows: list[list[float]], sources: list[list[int]]) -> None:
+        """Bring the hyperparameters up to date between steps."""
+        self._write_hyperparameters(rows, sources)
+        self._table.upload()
+
+    def _write_hyperparameters(self, rows: list[list[float]], sources: list[list[int]]) -> None:
+        if rows != self._rows:
+            self._table.write(_GROUPS, words_of(list(chain.from_iterable(rows))))
+            self._rows = rows
+        if sources != self._sources:
+            self._table.write(_SOURCES, array("q", chain.from_iterable(sources)))
+            self._sources = sources
 
     @property
     def n_uploads(self) -> int:

@@ -16,12 +16,13 @@ from dragon.vm.torch.optim._backend import check_backend
 from dragon.vm.torch.optim._capture import check_capture, is_capturing
 from dragon.vm.torch.optim._chain import Scaling, zero_all
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
-from dragon.vm.torch.optim._checks import check_memory, check_param, has_memory, restored_on_error
+from dragon.vm.torch.optim._checks import check_memory, check_param, has_memory
 from dragon.vm.torch.optim._ema import exchanged
 from dragon.vm.torch.optim._flat import FlatBuffer, make_buffers
+from dragon.vm.torch.optim._live import make_live
 from dragon.vm.torch.optim._local import check_local, everywhere, is_distributed, local
 from dragon.vm.torch.optim._options import Settings, check_common, checked_numbers, own_tensors
-from dragon.vm.torch.optim._step import PreparedStep
+from dragon.vm.torch.optim._prepared import PreparedSteps
 from dragon.vm.torch.optim._sums import GradientSums
 
 _read_grad = attrgetter("grad")
@@ -54,7 +55,7 @@ class Optimizer(CheckpointedOptimizer):
 
     def _reset(self) -> None:
         """Forget everything that is derived: plans, tables and sums."""
-        self._prepared: dict[bytes, PreparedStep] = {}
+        self._prepared = PreparedSteps()
         self._contexts: dict[torch.device, Any] = {}
         self._params: list[Tensor] = []
         self._numbers: list[tuple[Any, ...]] = []
@@ -114,6 +115,12 @@ class Optimizer(CheckpointedOptimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        make_live(self)
+
+    def _publish(self, group: dict[str, Any]) -> None:
+        """Upload a live group's hyperparameters to wherever steps, captured ones too, read them."""
+        checked_numbers([group], self.defaults, [])
+        self._prepared.publish(self, group)
 
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
         """Update all parameter groups using gradients.
@@ -148,31 +155,33 @@ class Optimizer(CheckpointedOptimizer):
         params = list(chain.from_iterable(group["params"] for group in groups))
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self._params = params
-            self._prepared.clear()
+            self._prepared.forget()
             self._move_to_buffers()
             self._is_distributed = any(map(is_distributed, params))
-        for buffer in self._buffers:
-            buffer.gather()
-        grads = list(map(_read_grad, params))
-        if self._sums:
-            grads = self._sums.with_sums(params, grads)
+        grads = self._read_grads(params)
         if is_capturing():
             check_capture(self, list(compress(params, map(is_not, grads, repeat(None)))))
         if self._is_distributed:
-            grads = list(map(local, grads))
             check_local(self._settings, groups)
         scaling = Scaling(getattr(self, "grad_scale", None), everywhere(getattr(self, "found_inf", None)))
         numbers = self._numbers = checked_numbers(groups, self.defaults, self._numbers)
         asked_to_zero, zero_grad = zero_grad, zero_grad and not self._sums
         options = bytes([zero_grad, bool(self._sums)])
         # The usual case first: all parameters have a gradient, as at the last step. None fails the guard.
-        prepared = self._prepared.get(options)
-        if prepared is None or not prepared.is_current(self, params, grads, numbers):
+        prepared = self._prepared.current(options, self, params, grads, numbers)
+        if prepared is None:
+            if self._buffers:
+                for buffer in self._buffers:
+                    buffer.gather()
+                grads = self._read_grads(params)
             present = bytes(map(is_not, grads, repeat(None)))
             if not any(present):
                 return
             params, grads = list(compress(params, present)), list(compress(grads, present))
-            prepared = self._prepare(options if all(present) else options + present, params, grads, numbers)
+            key = options if all(present) else options + present
+            prepared = self._prepared.prepare(key, self, params, grads, numbers)
+        if is_capturing():
+            prepared = self._prepared.capture(prepared, self)
         prepared.run(self, grads, numbers, scaling)
         if self._sums:
             self._sums.clear()
@@ -180,21 +189,12 @@ class Optimizer(CheckpointedOptimizer):
                 # The step read the sums: the gradients that came after them are apart.
                 zero_all([local(param.grad) for param in params if param.grad is not None])
 
-    def _prepare(
-        self, key: bytes, params: list[Tensor], grads: list[Tensor], numbers: list[tuple[Any, ...]]
-    ) -> PreparedStep:
-        """The step for these parameters; of the sets of parameters with a gradient, the latest few are kept."""
-        prepared = self._prepared.pop(key, None)
-        if prepared is None or not prepared.is_current(self, params, grads, numbers):
-            with restored_on_error(self.state):
-                prepared = PreparedStep(self, params, grads, bool(key[0]))
-        if self._settings.flatten:
-            # Joined parameters count as one: a step of some of them ends that.
-            self._prepared.clear()
-        self._prepared[key] = prepared
-        while len(self._prepared) > 8:
-            self._prepared.pop(next(iter(self._prepared)))
-        return prepared
+    def _read_grads(self, params: list[Tensor]) -> list[Tensor]:
+        """The gradients that a step uses, or their shards and sums; None for those that are missing."""
+        grads = list(map(_read_grad, params))
+        if self._sums:
+            grads = self._sums.with_sums(params, grads)
+        return list(map(local, grads)) if self._is_distributed else grads
 
     @torch.no_grad()
     @_disable_dynamo
@@ -283,7 +283,7 @@ class Optimizer(CheckpointedOptimizer):
         earlier: Iterable[dict[str, Any]] = repeat({})
         if "param_groups" in self.__dict__:
             earlier = self.param_groups
-            self._prepared.clear()
+            self._prepared.forget()
         else:
             self._reset()
         self._is_built = True
@@ -292,3 +292,4 @@ class Optimizer(CheckpointedOptimizer):
         for group, old in zip(self.param_groups, earlier, strict=False):
             for name, default in self.defaults.items():
                 group.setdefault(name, old.get(name, default))
+        make_live(self)

@@ -10,6 +10,9 @@ from dragon.vm.torch.optim import Adam, _capture
 from .judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots
 
 TEXTS = {
+    "capturable": "instance of Adam but param_groups' capturable is False",
+    "rate": "whose lr is a tensor on the CPU",
+    "betas": "whose betas is a tensor on the CPU",
     "no gradients": "without gradients cannot be captured",
     "native": "backend='native' cannot be captured",
     "eager": "backend='eager' cannot be captured",
@@ -21,10 +24,15 @@ TEXTS = {
 def test_what_a_replay_could_not_repeat_is_refused_with_a_reason(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimizer = Adam(make_params(), backend=what if what in ("native", "eager") else None)
+    backend = what if what in ("native", "eager") else None
+    optimizer = Adam(make_params(), backend=backend, capturable=what != "capturable")
     set_grads(params_of(optimizer), 0)
     judged_step(optimizer)
     before = snapshots(optimizer)
+    if what == "rate":
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    if what == "betas":
+        optimizer.param_groups[0]["betas"] = (torch.tensor(0.9), torch.tensor(0.99))
     if what == "no gradients":
         optimizer.zero_grad(set_to_none=True)
     monkeypatch.setattr(_capture.torch.cuda, "is_initialized", lambda: True)
@@ -73,6 +81,16 @@ def test_each_replay_is_one_step() -> None:
 
 
 @pytest.mark.gpu
+def test_a_scheduler_drives_a_captured_training_step() -> None:
+    optimizer, inputs = make(lr=0.1)
+    graph = capture(optimizer, inputs)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for _ in range(3):
+        judged_step(optimizer, graph.replay)
+        scheduler.step()
+
+
+@pytest.mark.gpu
 def test_a_tensor_rate_is_live_in_a_graph() -> None:
     lr = torch.tensor(0.1, device="cuda")
     optimizer, inputs = make(lr=lr)
@@ -80,16 +98,3 @@ def test_a_tensor_rate_is_live_in_a_graph() -> None:
     for value in (0.1, 0.01, 0.5):
         lr.fill_(value)
         judged_step(optimizer, graph.replay)
-
-
-@pytest.mark.gpu
-def test_a_first_step_is_not_captured() -> None:
-    optimizer, inputs = make()
-    for param, x in zip(params_of(optimizer), inputs, strict=True):
-        param.grad = x
-    torch.cuda.synchronize()
-    with (
-        pytest.raises(RuntimeError, match="a first step cannot be captured"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        optimizer.step()

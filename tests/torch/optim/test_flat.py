@@ -51,7 +51,7 @@ def same(left, right, backend="triton"):
 
 def n_joined(optimizer):
     """Entries that the latest step updates, joined ones counted once."""
-    prepared = list(optimizer._prepared.values())[-1]
+    prepared = list(optimizer._prepared.latest())[-1]
     members = [*prepared._hosted, *(member for device in prepared._launched for member in device.members)]
     return sum(len(member.group.params) for member in members)
 

@@ -23,7 +23,7 @@ def give_grads(params, seed):
 
 
 def members(optimizer):
-    return [m for step in optimizer._prepared.values() for device in step._launched for m in device.members]
+    return [m for step in optimizer._prepared.latest() for device in step._launched for m in device.members]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

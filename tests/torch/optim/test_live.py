@@ -1,0 +1,301 @@
+"""Graphs of a step: each replay is one step with the hyperparameters of that moment.
+
+Without a GPU a graph is recorded: what a capture would hold back, launches and uploads, runs at each replay.
+"""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dragon.kernels import launch
+from dragon.vm.torch.optim import SGD, Adam, AdamW, _triton
+from dragon.vm.torch.optim import optimizer as optimizer_module
+from dragon.vm.torch.optim._table import DeviceTable
+
+from .judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots
+
+RECORDED = [(launch, name) for name in ("launch_norm", "launch_advance", "launch_update")]
+RECORDED.append((_triton, "follow_leaders"))
+
+
+class RecordedGraph:
+    """A capture without a GPU."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._calls: list[Callable[[], Any]] = []
+
+    def capture(self, step: Callable[[], Any]) -> Callable[[], None]:
+        """Record a step, of which nothing happens yet; returns what replays it."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            patch.setattr(optimizer_module, "check_capture", lambda *_: None)
+            patch.setattr(DeviceTable, "upload", lambda table: self._record_upload(table))
+            for module, name in RECORDED:
+                patch.setattr(module, name, self._recorder(name, getattr(module, name)))
+            step()
+        return self.replay
+
+    def replay(self) -> None:
+        for call in self._calls:
+            call()
+
+    def _recorder(self, name: str, function: Callable[..., Any]) -> Callable[..., None]:
+        def record(*args: Any, **kwargs: Any) -> None:
+            self.names.append(name)
+            self._calls.append(lambda: function(*args, **kwargs))
+
+        return record
+
+    def _record_upload(self, table: Any) -> None:
+        first, end = table._changed
+        words, target = table._words[first:end].clone(), table._buffer[first:end]
+        table._changed = (0, 0)
+        if len(words):
+            self.names.append("upload")
+            self._calls.append(lambda: target.copy_(words))
+
+
+def capture_on_device(step: Callable[[], Any]) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@pytest.fixture(params=["recorded", pytest.param("cuda", marks=pytest.mark.gpu)])
+def graphed(request: Any, device: torch.device) -> Iterator[Any]:
+    """Where parameters live, and what turns a step into its replay."""
+    if request.param == "cuda":
+        yield torch.device("cuda"), capture_on_device
+    elif device.type != "cpu":
+        pytest.skip("a graph is captured rather than recorded")
+    else:
+        yield device, RecordedGraph().capture
+
+
+def make(where: torch.device, kind: Any = Adam, **options: Any) -> Any:
+    """An optimizer after its first step, with gradients that stay where they are."""
+    torch_epsilon = {} if kind is SGD else {"epsilon_hat": False}
+    options = {"lr": 0.1, "backend": "triton", "capturable": True, **torch_epsilon, **options}
+    optimizer = kind(make_params(device=where), **options)
+    set_grads(params_of(optimizer), 0)
+    optimizer.step()
+    return optimizer
+
+
+def new_values(optimizer: Any, number: int) -> None:
+    """Other gradients, in the same memory."""
+    for param in params_of(optimizer):
+        param.grad.copy_(torch.randn(param.shape, generator=torch.Generator().manual_seed(number)))
+
+
+def set_rate(group: Any, number: int) -> None:
+    group["lr"] = 0.1 / number
+
+
+def set_betas(group: Any, number: int) -> None:
+    group["betas"] = (0.9 / number, 0.99 / number)
+
+
+def set_several(group: Any, number: int) -> None:
+    group.update(weight_decay=0.1 * number, eps=1e-3 * number)
+
+
+def merge(group: Any, number: int) -> None:
+    group |= {"weight_decay": 0.0, "grad_scale": 1.0 / number}
+
+
+def replace_by_tensor(group: Any, number: int) -> None:
+    where = group["params"][0].device
+    group["lr"] = 0.1 / number if where.type == "cpu" else torch.tensor(0.1 / number, device=where)
+
+
+@pytest.mark.parametrize("change", [set_rate, set_betas, set_several, merge, replace_by_tensor])
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+def test_a_replay_has_the_numbers_of_its_moment(graphed: Any, kind: Any, change: Callable[..., None]) -> None:
+    where, capture = graphed
+    optimizer = make(where, kind)
+    replay = capture(optimizer.step)
+    for number in (1, 2, 3):
+        change(optimizer.param_groups[0], number)
+        new_values(optimizer, number)
+        judged_step(optimizer, replay)
+
+
+def test_schedulers_drive_a_graph(graphed: Any) -> None:
+    where, capture = graphed
+    optimizer = make(where, betas=(0.85, 0.99))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=8)
+    optimizer.step()
+    replay = capture(optimizer.step)
+    rates = set()
+    for number in range(4):
+        new_values(optimizer, number)
+        judged_step(optimizer, replay)
+        rates.add((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
+        scheduler.step()
+    assert len(rates) == 4
+
+
+def test_each_group_has_its_numbers(graphed: Any) -> None:
+    where, capture = graphed
+    first, *others = make_params(device=where)
+    optimizer = AdamW(
+        [{"params": [first], "lr": 0.3}, {"params": others}], backend="triton", capturable=True, epsilon_hat=False
+    )
+    set_grads(params_of(optimizer), 0)
+    optimizer.step()
+    replay = capture(optimizer.step)
+    optimizer.param_groups[1]["weight_decay"] = 0.5
+    judged_step(optimizer, replay)
+    optimizer.param_groups[0]["lr"] = 0.01
+    judged_step(optimizer, replay)
+
+
+def test_steps_between_replays_leave_the_graph_alone(graphed: Any) -> None:
+    where, capture = graphed
+    optimizer = make(where)
+    replay = capture(optimizer.step)
+    captured = [param.grad for param in params_of(optimizer)]
+    for number in range(12):
+        # More sets of parameters with a gradient than are kept, with gradients elsewhere.
+        for index, param in enumerate(params_of(optimizer)):
+            param.grad = torch.randn_like(param) if number + 1 & 1 << index else None
+        judged_step(optimizer)
+    for param, grad in zip(params_of(optimizer), captured, strict=True):
+        param.grad = grad
+    optimizer.param_groups[0]["lr"] = 0.03
+    new_values(optimizer, 5)
+    judged_step(optimizer, replay)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_grad_norm": 0.5}, {"clip_norm": 0.3}, {"skip_nonfinite": True}, {"ema_decay": 0.9}, {"flatten": True}],
+    ids=str,
+)
+def test_a_replay_is_bit_by_bit_a_step(graphed: Any, options: dict[str, Any]) -> None:
+    where, capture = graphed
+    stepped, replayed = make(where, AdamW, **options), make(where, AdamW, **options)
+    stepped.step(zero_grad=True)
+    replayed.step(zero_grad=True)
+    replay = capture(lambda: replayed.step(zero_grad=True))
+    for number in (1, 2):
+        for optimizer in (stepped, replayed):
+            optimizer.param_groups[0]["lr"] = 0.1 * number
+            new_values(optimizer, number)
+        stepped.step(zero_grad=True)
+        replay()
+        assert same_bits(snapshots(stepped), snapshots(replayed))
+        assert not any(param.grad.any() for param in params_of(replayed))
+
+
+def test_sgd_is_live_too(graphed: Any) -> None:
+    where, capture = graphed
+    stepped, replayed = make(where, SGD, momentum=0.9), make(where, SGD, momentum=0.9)
+    replay = capture(replayed.step)
+    for number in (1, 2):
+        for optimizer in (stepped, replayed):
+            optimizer.param_groups[0].update(lr=0.1 * number, momentum=0.5, weight_decay=0.2)
+            new_values(optimizer, number)
+        stepped.step()
+        replay()
+        assert same_bits(
+            [param.detach() for param in params_of(stepped)], [param.detach() for param in params_of(replayed)]
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=str)
+def test_a_graph_holds_no_upload_of_hyperparameters(options: dict[str, Any], device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("a graph is captured rather than recorded")
+    optimizer = make(device, **options)
+    graph = RecordedGraph()
+    graph.capture(optimizer.step)
+    expected = ["upload", *(["launch_norm"] if options else []), "launch_advance", "launch_update"]
+    assert graph.names == expected
+
+
+def test_a_number_may_not_change_within_a_capture(graphed: Any) -> None:
+    where, capture = graphed
+    optimizer = make(where)
+
+    def train() -> None:
+        optimizer.param_groups[0]["lr"] = 0.2
+        optimizer.step()
+
+    with pytest.raises(RuntimeError, match="cannot change within a capture"):
+        capture(train)
+
+
+def test_a_number_changed_unseen_is_not_captured(device: torch.device) -> None:
+    optimizer = make(device, capturable=False)
+    optimizer.param_groups[0].update(capturable=True, lr=0.2)
+    with pytest.raises(RuntimeError, match="hyperparameters changed unseen since the last one"):
+        RecordedGraph().capture(optimizer.step)
+    judged_step(optimizer)
+    RecordedGraph().capture(optimizer.step)
+
+
+def test_a_first_step_is_not_captured(device: torch.device) -> None:
+    optimizer = make(device)
+    optimizer.load_state_dict(optimizer.state_dict())
+    before = snapshots(optimizer)
+    with pytest.raises(RuntimeError, match="a first step with these parameters, gradients, states and arguments"):
+        RecordedGraph().capture(optimizer.step)
+    assert same_bits(snapshots(optimizer), before)
+
+
+def test_copies_and_dicts_hold_plain_groups(device: torch.device) -> None:
+    optimizer = make(device)
+    group = optimizer.param_groups[0]
+    assert isinstance(group, dict)
+    for copied in (copy.copy(group), copy.deepcopy(group), pickle.loads(pickle.dumps(group)), group.copy()):
+        assert type(copied) is dict
+        assert copied.keys() == group.keys()
+    assert type(optimizer.state_dict()["param_groups"][0]) is dict
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_of_the_optimizer_is_live_on_its_own(duplicate: Any, graphed: Any) -> None:
+    where, capture = graphed
+    optimizer = make(where)
+    replay = capture(optimizer.step)
+    other = duplicate(optimizer)
+    set_grads(params_of(other), 1)
+    judged_step(other)
+    replay_other = capture(other.step) if where.type != "cpu" else RecordedGraph().capture(other.step)
+    optimizer.param_groups[0]["lr"] = 0.01
+    judged_step(other, replay_other)
+    other.param_groups[0]["lr"] = 0.7
+    judged_step(optimizer, replay)
+    judged_step(other, replay_other)
+
+
+def test_loading_keeps_the_groups_live(graphed: Any) -> None:
+    where, capture = graphed
+    optimizer = make(where)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    replay = capture(optimizer.step)
+    optimizer.param_groups[0]["lr"] = 0.01
+    judged_step(optimizer, replay)
+
+
+def test_what_is_no_number_is_refused_where_it_is_written(device: torch.device) -> None:
+    optimizer = make(device)
+    with pytest.raises(TypeError, match="lr must be a number, but got 'fast'"):
+        optimizer.param_groups[0]["lr"] = "fast"
+
+
+def test_groups_do_not_keep_their_optimizer_alive(device: torch.device) -> None:
+    groups = make(device).param_groups
+    groups[0]["lr"] = 0.5
+    assert groups[0]["lr"] == 0.5
