@@ -78,7 +78,7 @@ def advance_constants(algorithm: str, norm: int, clip_each: bool) -> dict[str, A
         "IS_ADAM": algorithm == "adam",
         "NORM": norm,
         "CLIP_EACH": clip_each,
-        "ROWS": 8 if clip_each else 128,
+        "ROWS": 4 if clip_each else 128,
         "WIDTH": 128 if clip_each else 1024,
     }
 
