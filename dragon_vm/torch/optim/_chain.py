@@ -6,13 +6,13 @@ The triton backend does the same inside its kernels; see `dragon.kernels.norm` a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._norm import inf_norms, l2_norms, sum_of_squares
+from dragon.vm.torch.optim._norm import SquareSum, inf_norms, l2_norms
 from dragon.vm.torch.optim._options import Settings
 
 # `torch.nn.utils.clip_grad_norm_` divides by the norm plus this.
@@ -69,6 +69,7 @@ def gradient_factors(
     groups: Sequence[dict[str, Any]],
     settings: Settings,
     scaling: Scaling,
+    measure: Callable[[], float],
 ) -> Factors:
     """Decide by what each gradient is multiplied, and whether the step is skipped.
 
@@ -78,12 +79,13 @@ def gradient_factors(
         groups: parameter groups.
         settings: the optimizer's.
         scaling: a `GradScaler`'s; read here, which synchronises on an accelerator.
+        measure: returns the norm of all gradients together, see `TotalNorm`.
     """
     skip = scaling.found_inf is not None and float(scaling.found_inf) > 0
     common = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale)
     norm = None
     if needs_norm(settings) and not skip:
-        total = _total_norm(grads, rows, groups, settings.norm_type) * common
+        total = measure() * common
         norm = torch.tensor(total, dtype=torch.float64, device="cpu")
         skip = settings.skip_nonfinite and not math.isfinite(total)
         common *= _clip_factor(total, settings.max_grad_norm, CLIP_EPS)
@@ -98,20 +100,29 @@ def gradient_factors(
     return Factors(skip, common, each, norm)
 
 
-def _total_norm(
-    grads: Sequence[Tensor], rows: Sequence[int], groups: Sequence[dict[str, Any]], norm_type: float
-) -> float:
-    """Norm of all gradients together, each times its group's factor."""
-    if norm_type == math.inf:
-        factors = torch.tensor([abs(group_factor(groups[row])) for row in rows], dtype=torch.float64, device="cpu")
-        return float((inf_norms(grads) * factors).max())
-    squares = [group_factor(group) ** 2 for group in groups]
-    if len(set(squares)) == 1:
-        return math.sqrt(squares[0] * sum_of_squares(grads))
-    members: dict[float, list[Tensor]] = {}
-    for grad, row in zip(grads, rows, strict=True):
-        members.setdefault(squares[row], []).append(grad)
-    return math.sqrt(sum(square * sum_of_squares(chosen) for square, chosen in members.items()))
+class TotalNorm:
+    """The norm of gradients together, each times its group's factor.
+
+    Args:
+        grads: gradients like those to measure: in number, shapes, dtypes and devices.
+        rows: index of each one's parameter group.
+    """
+
+    def __init__(self, grads: Sequence[Tensor], rows: Sequence[int]) -> None:
+        self._rows, self._square_sum = rows, SquareSum(grads)
+
+    def measure(self, grads: Sequence[Tensor], groups: Sequence[dict[str, Any]], norm_type: float) -> float:
+        """The norm, of type 2 or infinity."""
+        if norm_type == math.inf:
+            factors = [abs(group_factor(groups[row])) for row in self._rows]
+            return float((inf_norms(grads) * torch.tensor(factors, dtype=torch.float64, device="cpu")).max())
+        squares = [group_factor(group) ** 2 for group in groups]
+        if len(set(squares)) == 1:
+            return math.sqrt(squares[0] * self._square_sum(grads))
+        members: dict[float, list[Tensor]] = {}
+        for grad, row in zip(grads, self._rows, strict=True):
+            members.setdefault(squares[row], []).append(grad)
+        return math.sqrt(sum(square * SquareSum(chosen)(chosen) for square, chosen in members.items()))
 
 
 def _clip_factor(norm: float, limit: float, eps: float) -> float:

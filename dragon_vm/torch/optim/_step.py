@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import copy
-from itertools import product
+from itertools import chain, islice, product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._backend import choose_backend, step_device
-from dragon.vm.torch.optim._chain import Factors, Scaling, gradient_factors, needs_norm
+from dragon.vm.torch.optim._chain import Factors, Scaling, TotalNorm, gradient_factors, needs_norm
 from dragon.vm.torch.optim._checks import check_grads, check_memory, check_state
 from dragon.vm.torch.optim._eager import EagerGroup
 from dragon.vm.torch.optim._flat import coalesce
@@ -79,6 +79,10 @@ class PreparedStep:
         self._kernel_zeroes = zero_grad and not self._strays and not self._hosted
         self._zero_grad = zero_grad and not self._kernel_zeroes
         self._launched = _on_devices(optimizer, by_device, self._kernel_zeroes)
+        # The hosted ones first.
+        self._flattened = [member.group for member in self._hosted]
+        self._flattened += chain.from_iterable(by_device.values())
+        self._total_norm: TotalNorm | None = None
 
     def _flatten(self, optimizer: Owner, params: list[Tensor], grads: list[Tensor]) -> list[FlattenedGroup]:
         """Choose backends and complete the states; raises before it changes any."""
@@ -143,7 +147,7 @@ class PreparedStep:
             ready = list(grads)
             for index in self._strays:
                 ready[index] = in_layout_of(self._params[index], grads[index])
-        if self._kernel_zeroes or (self._hosted and _scales(groups, settings, scaling)):
+        if self._kernel_zeroes:
             ready = _apart(ready)
         if self._hosted or (len(self._launched) > 1 and needs_norm(settings)):
             self._run_hosted(optimizer, ready, numbers, scaling)
@@ -173,15 +177,27 @@ class PreparedStep:
     ) -> None:
         """Decide about scaling, clipping and skipping on the host, then update with every backend there is."""
         settings, groups = optimizer._settings, optimizer.param_groups
+        # As the updates walk them: a joined entry is one gradient.
+        walked = [group.select(grads) for group in self._flattened]
+
+        def measure() -> float:
+            walk = list(chain.from_iterable(walked))
+            if self._total_norm is None:
+                rows = list(chain.from_iterable(group.rows for group in self._flattened))
+                self._total_norm = TotalNorm(walk, rows)
+            return self._total_norm.measure(walk, groups, settings.norm_type)
+
         factors = Factors()
         if any(part is not None for part in scaling) or needs_norm(settings) or any(map(_clips_norm, groups)):
-            factors = gradient_factors(grads, self._rows, groups, settings, scaling)
+            factors = gradient_factors(grads, self._rows, groups, settings, scaling, measure)
             optimizer._grad_norm = factors.norm
         if factors.skip:
             optimizer._n_skipped += 1
             return
-        for member in self._hosted:
-            member.update(member.group.select(grads), groups, numbers, factors)
+        if _scales(groups, settings, scaling):
+            walked = _all_apart(walked)
+        for member, selected in zip(self._hosted, walked, strict=False):
+            member.update(selected, groups, numbers, factors)
         for device in self._launched:
             # A norm of infinity leaves a factor of 0.
             decided = Scaling(_divisor(factors.common), None)
@@ -204,6 +220,12 @@ def _apart(grads: list[Tensor]) -> list[Tensor]:
         grad if first[address] == index else grad.clone()
         for index, (address, grad) in enumerate(zip(addresses, grads, strict=True))
     ]
+
+
+def _all_apart(walked: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """`_apart` of several lists together."""
+    grads = iter(_apart(list(chain.from_iterable(walked))))
+    return [list(islice(grads, len(selected))) for selected in walked]
 
 
 def _divisor(factor: float) -> Tensor:
