@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import hostwork
+from benchmarks import bounds, hostwork
 from benchmarks.cases import Case, Precision
 from benchmarks.workload import BETAS, LOSS_SCALE, LR, MAX_GRAD_NORM, Workload
 
@@ -57,6 +57,7 @@ class Contender:
         reference: the contender that its ratio is to.
         context: what must be in force while it runs.
         host_only: its device does nothing; only the host's time is of interest, and nothing can be checked.
+        is_bound: no optimizer, but what limits one; see `benchmarks.bounds`.
         only: the only cases that it is worth its time in; empty for all.
         quick: part of the quick set.
         verify: why it did not do what it is measured for; None if it did.
@@ -72,6 +73,7 @@ class Contender:
     reference: str = TORCH_FUSED
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     host_only: bool = False
+    is_bound: bool = False
     only: tuple[str, ...] = ()
     quick: bool = True
     verify: Callable[[Workload], str | None] = lambda workload: None
@@ -87,6 +89,8 @@ class Contender:
             return f"it compiles for minutes, which is done for {' and '.join(self.only)} only"
         if self.name == TORCH_HOST and case.chain:
             return "the chain has more operations than those that are left out"
+        if self.is_bound and not self.host_only and (case.chain or case.amsgrad or case.new_grads):
+            return "the bounds are of Adam's plain update"
         return None
 
     def nbytes_per_param(self, case: Case, precision: Precision, device: torch.device) -> float:
@@ -260,5 +264,8 @@ CONTENDERS: dict[str, Contender] = {
             context=hostwork.no_launches,
             host_only=True,
         ),
+        Contender("bound operation", bounds.operation, is_bound=True),
+        Contender("bound flat operation", bounds.flat_operation, is_bound=True),
+        Contender("bound addresses", bounds.addresses, reference=TORCH_HOST, host_only=True, is_bound=True),
     )
 }

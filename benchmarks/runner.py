@@ -186,7 +186,7 @@ def _prepare(run: Run, origin: Origin, expected: Expected, contender: Contender,
             for _ in range(N_WARM_UP):
                 workload.before_step()
                 step()
-            if contender.host_only:
+            if launches is not None:
                 before = launches.n_calls
                 step()
                 n_launches = launches.n_calls - before

@@ -119,7 +119,7 @@ def rivals(records: Sequence[Record], device_type: str) -> list[Rival]:
                 if (record.case, record.precision) == (ours.case, ours.precision)
                 and record.reference == ours.reference
                 and record.ratio is not None
-                and not record.contender.startswith("ours")
+                and not record.contender.startswith(("ours", "bound"))
             ]
             if others:
                 found.append(Rival(ours, max(others, key=lambda pair: pair[0])[1]))

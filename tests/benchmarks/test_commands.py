@@ -20,7 +20,12 @@ def test_a_run_writes_a_line_a_contender_and_prints_it(tmp_path: Path, capsys: p
     arguments = ["--case", "10 x 16", "--note", "a test", "--out", str(out), *QUICK]
     assert benchmarks.main(arguments) == 0
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert {line["contender"] for line in lines} == {"copy_", "torch fused-host", "ours triton-host"}
+    assert {line["contender"] for line in lines} == {
+        "copy_",
+        "torch fused-host",
+        "ours triton-host",
+        "bound addresses",
+    }
     for line in lines:
         assert line["note"] == "a test"
         assert set(line["environment"]) >= {"device", "driver", "n_threads", "versions", "commit", "date"}

@@ -194,9 +194,8 @@ class PreparedStep:
         if factors.skip:
             optimizer._n_skipped += 1
             return
-        if _scales(groups, settings, scaling):
-            walked = _all_apart(walked)
-        for member, selected in zip(self._hosted, walked, strict=False):
+        apart = _all_apart(walked) if _scales(groups, settings, scaling) else walked
+        for member, selected in zip(self._hosted, apart, strict=False):
             member.update(selected, groups, numbers, factors)
         for device in self._launched:
             # A norm of infinity leaves a factor of 0.

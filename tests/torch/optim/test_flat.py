@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -204,3 +205,18 @@ def test_parameters_that_are_not_dense_stay_where_they_are():
     optimizer.step()
     assert torch.equal(base[:, 1], neighbours)
     assert torch.equal(base[:, 0], param)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_nan_does_not_stay_in_the_padding_between_joined_gradients(backend):
+    params = parameters()
+    optimizer = Adam(params, backend=backend, flatten=True, max_grad_norm=1.0)
+    for value, expected in ((math.nan, math.nan), (math.inf, math.inf), (1.0, None)):
+        optimizer.zero_grad(set_to_none=True)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        params[1].grad.flatten()[0] = value
+        optimizer.step()
+        numel = sum(param.numel() for param in params)
+        norm = math.sqrt(numel) if expected is None else expected
+        assert float(optimizer.grad_norm) == pytest.approx(norm, nan_ok=True)
