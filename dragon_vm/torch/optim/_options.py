@@ -20,7 +20,8 @@ class CommonOptions(TypedDict, total=False):
 
     Attributes:
         maximize: step along the gradient instead of against it.
-        foreach, fused, capturable: accepted as PyTorch's; the update is always fused and always capturable.
+        foreach, fused: accepted as PyTorch's; the update is always fused.
+        capturable: let steps be captured in CUDA graphs, whose replays see changed hyperparameters.
         differentiable: let autograd see the update; needs the eager backend.
         grad_scale: positive factor of the gradients, per group.
         clip_norm: largest L2 norm of each gradient after `grad_scale`, per group; 0 for no limit.

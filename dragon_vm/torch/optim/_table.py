@@ -28,10 +28,10 @@ class StagingRing:
         """Copy int64 `source` on the CPU to `target` of the same length on a CUDA device, in stream order."""
         if torch.cuda.is_current_stream_capturing():
             self._captured.append(self._reserve.pop() if self._reserve else self._new_buffer())
-            _copy(source, self._captured[-1], target)
+            _copy_to_device(self._captured[-1][: len(source)].copy_(source), target)
             return
         staging, event = self._free_slot()
-        _copy(source, staging, target)
+        _copy_to_device(staging[: len(source)].copy_(source), target)
         event.record()
         if not self._reserve:
             self._reserve.append(self._new_buffer())
@@ -50,9 +50,7 @@ class StagingRing:
         return torch.empty(self._length, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
-def _copy(source: Tensor, staging: Tensor, target: Tensor) -> None:
-    staging = staging[: len(source)]
-    staging.copy_(source)
+def _copy_to_device(staging: Tensor, target: Tensor) -> None:
     target.copy_(staging, non_blocking=True)
 
 

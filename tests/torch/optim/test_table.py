@@ -1,11 +1,13 @@
 import struct
 from array import array
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dragon.vm.torch.optim._table import DeviceTable, words_of
+from dragon.vm.torch.optim import _table
+from dragon.vm.torch.optim._table import DeviceTable, StagingRing, words_of
 
 words = st.integers(-(2**63), 2**63 - 1)
 sections = st.lists(st.lists(words, max_size=9), min_size=1, max_size=4)
@@ -47,3 +49,99 @@ def test_an_upload_without_a_change_copies_nothing(section):
 @given(st.lists(st.floats()))
 def test_numbers_are_kept_bit_by_bit(numbers):
     assert words_of(numbers).tobytes() == struct.pack(f"{len(numbers)}d", *numbers)
+
+
+class FakeDevice:
+    """A stream without a GPU: copies wait until `run`, as a device's or a graph's do."""
+
+    def __init__(self, monkeypatch):
+        self.copies, self.is_capturing, self.n_queries = [], False, 0
+        device = self
+
+        class Event:
+            def __init__(self):
+                self.index = 0
+
+            def record(self):
+                assert not device.is_capturing
+                self.index = len(device.copies)
+
+            def query(self):
+                assert not device.is_capturing, "an event was asked for its state within a capture"
+                device.n_queries += 1
+                return all(copy is None for copy in device.copies[: self.index])
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.is_capturing)
+        monkeypatch.setattr(StagingRing, "_new_buffer", lambda ring: torch.empty(ring._length, dtype=torch.int64))
+        monkeypatch.setattr(
+            _table, "_copy_to_device", lambda staging, target: self.copies.append((staging, target))
+        )
+
+    def run(self):
+        """Do the copies that wait, in order."""
+        for index, copy in enumerate(self.copies):
+            if copy is not None:
+                copy[1].copy_(copy[0])
+                self.copies[index] = None
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    return FakeDevice(monkeypatch)
+
+
+def test_a_buffer_is_not_written_while_its_copy_waits(fake):
+    ring, targets = StagingRing(3), [torch.zeros(3, dtype=torch.int64) for _ in range(4)]
+    for number, target in enumerate(targets):
+        ring.copy(torch.full((3,), number), target)
+    fake.run()
+    assert [target.tolist() for target in targets] == [[number] * 3 for number in range(4)]
+    n_slots = len(ring._slots)
+    for number, target in enumerate(targets):
+        ring.copy(torch.full((3,), -number), target)
+        fake.run()
+        assert target.tolist() == [-number] * 3
+    assert len(ring._slots) == n_slots
+
+
+def test_a_captured_copy_keeps_its_buffer(fake):
+    ring, captured, target = StagingRing(2), [], torch.zeros(2, dtype=torch.int64)
+    ring.copy(torch.tensor([1, 1]), target)
+    for number in (2, 3):
+        fake.is_capturing = True
+        ring.copy(torch.tensor([number, number]), target)
+        captured.append(fake.copies.pop())
+        fake.is_capturing = False
+    for number in (4, 5, 6):
+        ring.copy(torch.tensor([number, number]), target)
+        fake.run()
+        assert target.tolist() == [number, number]
+    assert [staging.tolist() for staging, _ in captured] == [[2, 2], [3, 3]]
+
+
+def test_a_buffer_is_ready_before_a_capture(fake, monkeypatch):
+    ring, target = StagingRing(2), torch.zeros(2, dtype=torch.int64)
+
+    def refuse(ring):
+        raise AssertionError("pinned memory was allocated within a capture")
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(StagingRing, "_new_buffer", refuse)
+            fake.is_capturing = True
+            ring.copy(torch.tensor([1, 2]), target)
+        fake.is_capturing = False
+        ring.copy(torch.tensor([3, 4]), target)
+
+
+def test_a_twin_has_the_same_words_elsewhere():
+    table = DeviceTable([array("q", [1, 2]), array("q", [3])], torch.device("cpu"))
+    table.upload()
+    twin = table.twin()
+    twin.write(0, array("q", [7, 8]))
+    twin.upload()
+    table.upload()
+    assert table.section(0, torch.int64).tolist() == [1, 2]
+    assert twin.section(0, torch.int64).tolist() == [7, 8]
+    assert twin.section(1, torch.int64).tolist()[:1] == [3]
