@@ -5,6 +5,8 @@ import torch
 
 from dragon.vm.torch.optim import SGD, Adam
 
+from .judging import params_of
+
 BACKENDS = ["native", "triton", "eager"]
 
 
@@ -188,3 +190,67 @@ def test_a_state_replaced_by_its_transpose_is_read_as_it_lies(backend):
                 optimizer.state[param]["exp_avg"] = optimizer.state[param]["exp_avg"].t()
             optimizer.step()
     torch.testing.assert_close(params[0], params[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_neighbours_in_memory_of_different_allocations_are_not_joined(backend):
+    flat, plain = [[ones(16), ones(16)] for _ in range(2)]
+    optimizers = [
+        SGD(params, lr=0.1, momentum=0.9, backend=backend, flatten=params is flat) for params in (flat, plain)
+    ]
+    for number in (1.0, 2.0, 3.0):
+        for optimizer in optimizers:
+            for index, param in enumerate(params_of(optimizer)):
+                param.grad = torch.full_like(param, number + index)
+            optimizer.step()
+        # Two storages of 64 bytes, one right behind the other.
+        memory = bytearray(128)
+        for index, param in enumerate(flat):
+            buffer = torch.frombuffer(memory, dtype=torch.float32, count=16, offset=64 * index)
+            optimizers[0].state[param]["momentum_buffer"] = buffer.copy_(
+                optimizers[0].state[param]["momentum_buffer"]
+            )
+    assert all(map(torch.equal, flat, plain))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"max_grad_norm": 1e9}, {"clip_norm": 1e9}], ids=str)
+def test_a_default_device_elsewhere_changes_nothing(backend, options):
+    params = [ones(), ones(7)]
+    with torch.device("meta"):
+        optimizer = Adam(params, lr=1.0, backend=backend, **options)
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert all(param.device.type == "cpu" and (param < -1).all() for param in params)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scaler_that_finds_no_gradient_lets_a_sum_be_used(backend):
+    param = ones()
+    optimizer = SGD([param], lr=1.0, backend=backend)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(param.sum()).backward()
+    optimizer.sum_grad()
+    scaler.step(optimizer)
+    assert (param == -1).all()
+    assert optimizer.n_skipped_steps == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_a_weight_decay_of_one_element_is_its_number(backend, decoupled):
+    results = []
+    for weight_decay in (0.5, torch.tensor([0.5]), torch.tensor(0.5)):
+        param = torch.nn.Parameter(torch.ones(4))
+        optimizer = Adam([param], backend=backend, decoupled_weight_decay=decoupled, eps=0.1)
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+        for _ in range(2):
+            param.grad = torch.ones(4)
+            optimizer.step()
+        results.append(param.detach())
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert (results[0] < 1).all()
