@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._backend import choose_backend, step_device
 from dragon.vm.torch.optim._flatten import State, complete_states
-from dragon.vm.torch.optim._local import local
+from dragon.vm.torch.optim._local import local, placed_like
 from dragon.vm.torch.optim._owner import Owner
 
 Group = dict[str, Any]
@@ -176,7 +176,7 @@ def _copied(optimizer: Owner, owners: Sequence[tuple[Tensor, Group, State]]) -> 
 def _fill(copy: State, state: State, param: Tensor) -> None:
     for key, value in state.items():
         if key in copy:
-            copy[key].copy_(value)
+            copy[key].copy_(placed_like(copy[key], value))
         elif isinstance(value, Tensor):
             copy[key] = value.detach().to(param.device, copy=True)
         else:

@@ -34,6 +34,26 @@ def distributed_like(param: Tensor, shard: Tensor) -> Tensor:
     return distributed
 
 
+def placed_like(target: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor distributed as `target` is, or a distributed one made whole for a target that is not.
+
+    All processes of the mesh must come here together, each with the same whole tensor.
+    """
+    if is_distributed(target) == is_distributed(value):
+        return value
+    like: Any = target
+    whole: Any = value
+    if is_distributed(value):
+        placed: Tensor = whole.full_tensor()
+    else:
+        module: Any = sys.modules["torch.distributed.tensor"]
+        # Every process cuts its shard out of its own copy: nothing is sent.
+        placed = module.distribute_tensor(
+            whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
+    return placed
+
+
 def local_state(state: dict[str, Any]) -> dict[str, Any]:
     """A state with the shards of its distributed tensors; the very state if it has none."""
     return (

@@ -33,7 +33,20 @@ def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def train(kind, rank, make_optimizer, sums=False, reload=False):
+def same_state(alone, distributed):
+    return alone.keys() == distributed.keys() and all(torch.equal(alone[k], whole(distributed[k])) for k in alone)
+
+
+def unsharded(state_dict):
+    """A state dict with whole tensors, as a single process saves it."""
+    state = {
+        index: {name: whole(value) for name, value in entry.items()}
+        for index, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def train(kind, rank, make_optimizer, sums=False, reload=None):
     model = wrapped(kind)
     optimizer = make_optimizer(model.parameters())
     for step in range(4):
@@ -45,9 +58,15 @@ def train(kind, rank, make_optimizer, sums=False, reload=False):
         optimizer.step()
         optimizer.zero_grad(set_to_none=step % 2 == 0)
         if reload and step == 1:
-            saved = get_optimizer_state_dict(model, optimizer)
+            saved = get_optimizer_state_dict(model, optimizer) if reload == "sharded" else optimizer.state_dict()
             optimizer = make_optimizer(model.parameters())
-            set_optimizer_state_dict(model, optimizer, saved)
+            if reload == "sharded":
+                set_optimizer_state_dict(model, optimizer, saved)
+            else:
+                optimizer.load_state_dict(unsharded(saved))
+                alone = make_optimizer([torch.nn.Parameter(whole(param)) for param in model.parameters()])
+                alone.load_state_dict(saved)
+                assert all(map(same_state, alone.state.values(), optimizer.state.values()))
     return [whole(param) for param in model.parameters()], optimizer
 
 
@@ -58,7 +77,8 @@ def main():
     dist.init_process_group("gloo")
     expected, _ = train(kind, rank, lambda params: torch.optim.Adam(params, lr=0.05))
     report = {}
-    for name, options in {"plain": {}, "sums": {"sums": True}, "reload": {"reload": True}}.items():
+    runs = {"plain": {}, "sums": {"sums": True}, "sharded": {"reload": "sharded"}, "whole": {"reload": "whole"}}
+    for name, options in runs.items():
         found, optimizer = train(
             kind, rank, lambda params: Adam(params, lr=0.05, epsilon_hat=False, backend=backend), **options
         )
