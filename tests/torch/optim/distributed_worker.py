@@ -90,6 +90,8 @@ def main():
         report["max_grad_norm"] = str(error)
     if rank == 0:
         print(json.dumps(report))
+    # Whoever leaves first takes the store along.
+    dist.barrier()
     dist.destroy_process_group()
 
 
