@@ -110,7 +110,7 @@ def coalesce(
         group: whose entries are joined.
         grads: their gradients.
         buffers: where parameters were moved to.
-        apart: parameter groups whose gradients must stay apart, to be clipped each on its own.
+        apart: parameter groups whose entries must stay apart, to be clipped or counted each on its own.
 
     Returns:
         The joined group; None if nothing joins.

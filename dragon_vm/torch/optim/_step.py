@@ -54,7 +54,9 @@ class PreparedStep:
             i for i, grad in enumerate(grads) if is_dense(self._params[i]) and not _walks(self._params[i], grad)
         ]
         if optimizer._settings.flatten and not self._strays:
-            apart = {row for row, group in enumerate(optimizer.param_groups) if group["clip_norm"]}
+            # A graph must advance each counter by itself: other steps may part them between its replays.
+            groups = optimizer.param_groups
+            apart = {row for row, group in enumerate(groups) if group["clip_norm"] or group["capturable"]}
             flattened = [coalesce(g, g.select(grads), optimizer._buffers, apart) or g for g in flattened]
         self._followers = [s["followers"] for group in flattened for s in group.states if "followers" in s]
         self._versions: list[int] = []

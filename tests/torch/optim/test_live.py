@@ -1,7 +1,4 @@
-"""Graphs of a step: each replay is one step with the hyperparameters of that moment.
-
-Without a GPU a graph is recorded: what a capture would hold back, launches and uploads, runs at each replay.
-"""
+"""Graphs of a step: each replay is one step with the hyperparameters of that moment."""
 
 import copy
 import pickle
@@ -11,54 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dragon.kernels import launch
-from dragon.vm.torch.optim import SGD, Adam, AdamW, _triton
-from dragon.vm.torch.optim import optimizer as optimizer_module
-from dragon.vm.torch.optim._table import DeviceTable
+from dragon.vm.torch.optim import SGD, Adam, AdamW
 
+from .graphs import RecordedGraph
 from .judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots
-
-RECORDED = [(launch, name) for name in ("launch_norm", "launch_advance", "launch_update")]
-RECORDED.append((_triton, "follow_leaders"))
-
-
-class RecordedGraph:
-    """A capture without a GPU."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self._calls: list[Callable[[], Any]] = []
-
-    def capture(self, step: Callable[[], Any]) -> Callable[[], None]:
-        """Record a step, of which nothing happens yet; returns what replays it."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "is_initialized", lambda: True)
-            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            patch.setattr(optimizer_module, "check_capture", lambda *_: None)
-            patch.setattr(DeviceTable, "upload", lambda table: self._record_upload(table))
-            for module, name in RECORDED:
-                patch.setattr(module, name, self._recorder(name, getattr(module, name)))
-            step()
-        return self.replay
-
-    def replay(self) -> None:
-        for call in self._calls:
-            call()
-
-    def _recorder(self, name: str, function: Callable[..., Any]) -> Callable[..., None]:
-        def record(*args: Any, **kwargs: Any) -> None:
-            self.names.append(name)
-            self._calls.append(lambda: function(*args, **kwargs))
-
-        return record
-
-    def _record_upload(self, table: Any) -> None:
-        first, end = table._changed
-        words, target = table._words[first:end].clone(), table._buffer[first:end]
-        table._changed = (0, 0)
-        if len(words):
-            self.names.append("upload")
-            self._calls.append(lambda: target.copy_(words))
 
 
 def capture_on_device(step: Callable[[], Any]) -> Callable[[], None]:
