@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +18,43 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def check_capture(optimizer: Owner, params: Sequence[Tensor]) -> None:
+def check_live(group: Mapping[str, Any]) -> None:
+    """Check that graphs see a group's hyperparameters change.
+
+    Raises:
+        RuntimeError: for one that is a tensor on the CPU.
+    """
+    for name, value in group.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in values):
+            raise RuntimeError(
+                f"{name} is a tensor on the CPU, which a graph's replay would not see change: "
+                "give a number, or for lr and betas a tensor on the parameters' device"
+            )
+
+
+def check_capture(optimizer: Owner, params: list[Tensor], grads: list[Any], has_outside_sums: bool) -> None:
     """Check that a graph of this step would do at each replay what the step does.
 
     Args:
         optimizer: whose step it is.
-        params: its parameters with a gradient.
+        params: its parameters.
+        grads: their gradients; None for those that are missing.
+        has_outside_sums: whether it uses sums that were gathered before the capture.
 
     Raises:
         RuntimeError: if it would not, saying why.
     """
+    params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
     if not params:
         raise RuntimeError(
             "a step without gradients cannot be captured: its graph would update nothing at each replay; "
             "run backward() within the capture, or before it"
+        )
+    if has_outside_sums:
+        raise RuntimeError(
+            "a step cannot be captured that uses sums from before the capture: they end with the step, and a "
+            "replay would read what comes in their place; capture sum_grad() too"
         )
     for group in optimizer.param_groups:
         if not group["capturable"]:
@@ -38,12 +62,7 @@ def check_capture(optimizer: Owner, params: Sequence[Tensor]) -> None:
                 f"Attempting CUDA graph capture of step() for an instance of {type(optimizer).__name__} "
                 "but param_groups' capturable is False."
             )
-        for name, value in (("lr", group["lr"]), *(("betas", beta) for beta in group.get("betas", ()))):
-            if isinstance(value, Tensor) and value.device.type == "cpu":
-                raise RuntimeError(
-                    f"a step cannot be captured whose {name} is a tensor on the CPU, for a replay would not see "
-                    "it change: give a number, or a tensor on the parameters' device"
-                )
+        check_live(group)
     backend = optimizer._settings.backend
     if backend in ("native", "eager"):
         raise RuntimeError(

@@ -82,7 +82,9 @@ def gradient_factors(
         measure: returns the norm of all gradients together, see `TotalNorm`.
     """
     skip = scaling.found_inf is not None and float(scaling.found_inf) > 0
-    common = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale)
+    scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
+    # A scale that underflowed to 0 leaves nothing finite, as a division by it would.
+    common = 1.0 / scale if scale else math.inf
     norm = None
     if needs_norm(settings) and not skip:
         total = measure() * common
@@ -145,7 +147,7 @@ def zero_all(grads: Sequence[Tensor]) -> None:
             grad.detach_()
         elif grad.requires_grad:
             grad.requires_grad_(False)
-        if grad.layout == torch.strided:
+        if grad.layout == torch.strided and not grad.is_conj() and not grad.is_neg():
             strided.append(grad)
         else:
             grad.zero_()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class DeviceContext:
         self.one = torch.ones(1, dtype=torch.float32, device=device)
         self.zero = torch.zeros(1, dtype=torch.float32, device=device)
         self.name, self.arch, self.n_processors, self.warp_size = _describe(device)
+        self._last: torch.cuda.Event | None = None
         self._partials = [torch.zeros(1, dtype=torch.float64, device=device)]
 
     def current(self) -> AbstractContextManager[object]:
@@ -32,6 +34,19 @@ class DeviceContext:
         if self.device.type == "cuda":
             return torch.cuda.device(self.device)
         return torch.xpu.device(self.device) if self.device.type == "xpu" else nullcontext()
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """Enqueue what is in the block behind all earlier blocks, whichever streams they were on."""
+        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            yield
+            return
+        if self._last is None:
+            self._last = torch.cuda.Event()
+        else:
+            torch.cuda.current_stream().wait_event(self._last)
+        yield
+        self._last.record()
 
     def partials(self, n_partials: int) -> Tensor:
         """Scratch memory for at least `n_partials` partial norms, float64."""

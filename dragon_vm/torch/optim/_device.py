@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import copy
 from itertools import accumulate
 from typing import Any
@@ -44,7 +45,7 @@ class TritonDevice:
         self._settings = Settings()
         self._rows: list[list[float]] = []
         self._sources: list[list[int]] = []
-        self._clip_each = False
+        self._clip_each = self._is_live = False
         # The hyperparameters that the rows above hold.
         self._rows_for: object = None
         self.members = [
@@ -66,13 +67,14 @@ class TritonDevice:
             self._settings = settings
             self._rows, self._sources = self._read_rows(groups)
             self._clip_each = any(group["clip_norm"] for group in groups)
+            self._is_live = any(group["capturable"] for group in groups)
             self._rows_for = (numbers, settings)
         kind = int(norm.NO_NORM)
         if needs_norm(settings) or self._clip_each:
             infinite = settings.norm_type == math.inf and not self._clip_each
             kind = int(norm.INF_NORM if infinite else norm.L2_NORM)
         scaling = Scaling(*(None if t is None else t.to(context.device, non_blocking=True) for t in scaling))
-        with context.current():
+        with context.current(), context.in_order() if self._is_live else nullcontext():
             self._launch(grads, kind, scaling)
 
     def _read_rows(self, groups: Sequence[dict[str, Any]]) -> tuple[list[list[float]], list[list[int]]]:
@@ -86,7 +88,9 @@ class TritonDevice:
         (values,), (sources,) = self._read_rows([group])
         self._rows = [*self._rows[:row], values, *self._rows[row + 1 :]]
         self._sources = [*self._sources[:row], sources, *self._sources[row + 1 :]]
-        with self._context.current():
+        # Not those of the last step any more.
+        self._rows_for = None
+        with self._context.current(), self._context.in_order():
             for member in self.members:
                 member.publish(self._rows, self._sources)
 

@@ -60,7 +60,8 @@ class FlatBuffer:
         ]
         for param, grad, view in zip(self.params, grads, self.grad_views, strict=True):
             fits = grad is not None and grad is not view and grad.layout == torch.strided and grad.grad_fn is None
-            if fits and grad.dtype == view.dtype and grad.shape == view.shape == param.shape:
+            fits = fits and (grad.dtype, grad.device) == (view.dtype, view.device)
+            if fits and grad.shape == view.shape == param.shape:
                 param.grad = view.copy_(grad)
 
     def zero(self) -> bool:
@@ -91,6 +92,7 @@ class _Walk:
 
     def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Any], keys: Sequence[str]) -> None:
         tensors = (param, grad, *(state[key] for key in keys))
+        self.is_padded = _pitch(param) != param.numel()
         self.addresses = [tensor.data_ptr() for tensor in tensors]
         # Neighbours in memory may still be of different allocations.
         self.storages = [tensor.untyped_storage().data_ptr() for tensor in tensors[1:]]
@@ -122,12 +124,15 @@ def coalesce(
         _Walk(param, grad, state, keys)
         for param, grad, state in zip(group.params, grads, group.states, strict=True)
     ]
+    # Between gradients that lie elsewhere there may be something else.
+    own = {buffer.grads.untyped_storage().data_ptr() for buffer in buffers}
     starts = [0]
     for index, (left, right) in enumerate(pairwise(walks), start=1):
         if (
             left.next_addresses != right.addresses
             or left.storages != right.storages
             or group.rows[index] in apart
+            or (left.is_padded and left.storages[0] not in own)
             or left.step != right.step
             or group.rows[index - 1] != group.rows[index]
         ):

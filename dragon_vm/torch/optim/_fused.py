@@ -103,7 +103,8 @@ def plan_call(
     }
     # The operation divides by an fp32 number: too coarse for fp64, too late for a clip, infinite for tiny factors.
     # Nor may it write a NaN into the padding between joined gradients.
-    divides = not bound and abs(factor) > 1e-38 and params[0].dtype not in (torch.float64, torch.complex128)
+    is_wide = params[0].dtype in (torch.float64, torch.complex128)
+    divides = not bound and not is_wide and 1e-38 < abs(factor) < math.inf
     if factor != 1 and divides:
         options["grad_scale"] = torch.tensor(1 / factor, dtype=torch.float32, device="cpu")
     if algorithm == "sgd":

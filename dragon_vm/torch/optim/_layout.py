@@ -33,7 +33,8 @@ class PlainGuard:
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
-    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.shape, tensor.stride()
+    lazy = tensor.is_conj(), tensor.is_neg()
+    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.shape, tensor.stride(), lazy
 
 
 def guard_layouts(tensors: Sequence[Tensor]) -> LayoutGuard:

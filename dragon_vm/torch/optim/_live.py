@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 from weakref import WeakMethod
 
@@ -12,41 +14,56 @@ Group = dict[str, Any]
 
 
 class LiveGroup(dict[str, Any]):
-    """A parameter group that calls back after each change. Its copies and pickles are plain dicts.
+    """A parameter group that calls back after each change, and takes it back if that fails; its copies do not."""
 
-    Args:
-        group: what it holds.
-        changed: a method, called with this group while its object is alive.
-    """
+    _changed: WeakMethod[Callable[[Group], None]] | None = None
 
-    def __init__(self, group: Mapping[str, Any], changed: Callable[[Group], None]) -> None:
-        super().__init__(group)
+    def watch(self, changed: Callable[[Group], None]) -> LiveGroup:
+        """Call this method with the group after each change, while its object is alive."""
         self._changed = WeakMethod(changed)
+        return self
 
-    def _report(self) -> None:
-        changed = self._changed()
-        if changed is not None:
-            changed(self)
+    def _write(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = dict(self)
+        result = write(*args, **kwargs)
+        changed = self._changed and self._changed()
+        if changed:
+            try:
+                changed(self)
+            except Exception:
+                super().clear()
+                super().update(before)
+                raise
+        return result
 
     def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
-        self._report()
+        self._write(super().__setitem__, key, value)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """As a dict's."""
+        return self._write(super().setdefault, key, default)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """As a dict's; one change, however many keys."""
-        super().update(*args, **kwargs)
-        self._report()
+        self._write(super().update, *args, **kwargs)
 
     def __ior__(self, other: Any) -> LiveGroup:  # type: ignore[override,misc]  # a dict's has two signatures
         self.update(other)
         return self
 
+    def __copy__(self) -> Group:
+        return dict(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return deepcopy(dict(self), memo)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return dict, (dict(self),)
+        # Something that `torch.load(weights_only=True)` lets pass.
+        return OrderedDict, (list(self.items()),)
 
 
 def make_live(optimizer: Owner) -> None:
     """Make those groups live whose steps may be captured: the ones with ``capturable=True``."""
     for index, group in enumerate(optimizer.param_groups):
         if group.get("capturable") and not isinstance(group, LiveGroup):
-            optimizer.param_groups[index] = LiveGroup(group, optimizer._publish)
+            optimizer.param_groups[index] = LiveGroup(group).watch(optimizer._publish)

@@ -137,6 +137,8 @@ def by_value(value: Any) -> Any:
     return tuple(map(by_value, value)) if isinstance(value, tuple | list) else value
 
 
+# Hyperparameters that kernels read where they are, if they are tensors on the device.
+_LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
 _NUMBERS = (
     *("lr", "weight_decay", "eps", "momentum", "dampening"),
     *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
@@ -179,6 +181,8 @@ def _check_number(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
+        if value.device.type != "cpu" and name not in _LIVE_TENSORS:
+            raise ValueError(f"{name} must be a number or a tensor on the CPU, but got a tensor on {value.device}")
     elif not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, but got {value!r}")
 

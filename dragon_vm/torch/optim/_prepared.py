@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._capture import is_capturing
+from dragon.vm.torch.optim._capture import check_live, is_capturing
 from dragon.vm.torch.optim._checks import restored_on_error
+from dragon.vm.torch.optim._live import make_live
 from dragon.vm.torch.optim._owner import Owner
 from dragon.vm.torch.optim._step import PreparedStep
 
@@ -20,8 +21,8 @@ class PreparedSteps:
 
     def __init__(self) -> None:
         self._latest: dict[bytes, PreparedStep] = {}
-        # Each with its twin, whose tables the graph reads: both stay, whatever becomes of the plans.
-        self._captured: list[tuple[PreparedStep, PreparedStep]] = []
+        # By identity, each with its twins, whose tables graphs read: all stay, whatever becomes of the plans.
+        self._captured: dict[int, tuple[PreparedStep, list[PreparedStep]]] = {}
 
     def __len__(self) -> int:
         return len(self._latest)
@@ -69,6 +70,7 @@ class PreparedSteps:
                     "a first step with these parameters, gradients, states and arguments cannot be captured: "
                     "take one before the capture, as PyTorch's notes on CUDA graphs do"
                 )
+            make_live(optimizer)
             with restored_on_error(optimizer.state):
                 prepared = PreparedStep(optimizer, params, grads, bool(key[0]))
         if optimizer._settings.flatten:
@@ -81,21 +83,30 @@ class PreparedSteps:
         return prepared
 
     def capture(self, prepared: PreparedStep, optimizer: Owner) -> PreparedStep:
-        """A prepared step for the graph that is being captured."""
+        """A prepared step for the graph that is being captured.
+
+        Raises:
+            RuntimeError: as `PreparedStep.captured`.
+        """
+        make_live(optimizer)
         twin = prepared.captured(optimizer)
-        self._captured.append((prepared, twin))
+        self._captured.setdefault(id(prepared), (prepared, []))[1].append(twin)
         return twin
 
     def publish(self, optimizer: Owner, group: dict[str, Any]) -> None:
         """Upload a group's hyperparameters to wherever kernels read them, in stream order.
 
         Raises:
-            RuntimeError: within a capture, for a graph would repeat the upload.
+            RuntimeError: within a capture, for a graph would repeat the upload; once there are graphs, for a
+                tensor that they would not see change.
         """
-        steps = [*self._latest.values(), *(prepared for prepared, _ in self._captured)]
+        graphs = {key: prepared for key, (prepared, _) in self._captured.items()}
+        steps = {**{id(step): step for step in self._latest.values()}, **graphs}
         if steps and is_capturing():
             raise RuntimeError(
                 "a hyperparameter cannot change within a capture: set it before, or between replays"
             )
-        for step in steps:
-            step.publish(optimizer, group)
+        if graphs:
+            check_live(group)
+        for step in steps.values():
+            step.publish(group)

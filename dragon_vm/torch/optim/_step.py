@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._backend import choose_backend, step_device
-from dragon.vm.torch.optim._chain import Factors, Scaling, TotalNorm, gradient_factors, needs_norm
+from dragon.vm.torch.optim._chain import Factors, Scaling, TotalNorm, gradient_factors, needs_norm, zero_all
 from dragon.vm.torch.optim._checks import check_grads, check_memory, check_state
 from dragon.vm.torch.optim._eager import EagerGroup
 from dragon.vm.torch.optim._flat import coalesce
@@ -43,6 +43,8 @@ class PreparedStep:
 
     def __init__(self, optimizer: Owner, params: list[Tensor], grads: list[Tensor], zero_grad: bool) -> None:
         self._params = [local(param) for param in params]
+        # Themselves, in the order of the rows, whatever becomes of the optimizer's list.
+        self._groups = list(optimizer.param_groups)
         self._is_distributed = any(map(is_distributed, params))
         check_grads(self._params, grads, type(optimizer).__name__)
         check_memory(self._params)
@@ -55,8 +57,7 @@ class PreparedStep:
         ]
         if optimizer._settings.flatten and not self._strays:
             # A graph must advance each counter by itself: other steps may part them between its replays.
-            groups = optimizer.param_groups
-            apart = {row for row, group in enumerate(groups) if group["clip_norm"] or group["capturable"]}
+            apart = {row for row, group in enumerate(self._groups) if group["clip_norm"] or group["capturable"]}
             flattened = [coalesce(g, g.select(grads), optimizer._buffers, apart) or g for g in flattened]
         self._followers = [s["followers"] for group in flattened for s in group.states if "followers" in s]
         self._versions: list[int] = []
@@ -159,17 +160,27 @@ class PreparedStep:
             for device in self._launched:
                 device.update(ready, groups, numbers, settings, scaling)
         if self._zero_grad:
-            torch._foreach_zero_(grads)
+            zero_all(grads)
         self._versions = self._read_versions()
 
-    def publish(self, optimizer: Owner, group: dict[str, Any]) -> None:
+    def publish(self, group: dict[str, Any]) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""
-        rows = [row for row, other in enumerate(optimizer.param_groups) if other is group]
+        rows = [row for row, other in enumerate(self._groups) if other is group]
         for row, device in product(rows, self._launched):
             device.publish(row, group)
 
     def captured(self, optimizer: Owner) -> PreparedStep:
-        """This step for a graph: its gradients' addresses stay, its hyperparameters follow `publish`."""
+        """This step for a graph: its gradients' addresses stay, its hyperparameters follow `publish`.
+
+        Raises:
+            RuntimeError: for a step that decides something on the host.
+        """
+        if self._hosted or (len(self._launched) > 1 and needs_norm(optimizer._settings)):
+            raise RuntimeError(
+                "a step cannot be captured that decides on the host: one with parameters or states that no kernel "
+                "updates, or with the norm of gradients on several devices"
+            )
+        self._groups = list(optimizer.param_groups)
         twin = copy(self)
         twin._launched = [device.captured(optimizer.param_groups) for device in self._launched]
         return twin

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._capture import is_capturing
 from dragon.vm.torch.optim._flatten import FlattenedGroup, Signature
 from dragon.vm.torch.optim._layout import in_layout_of, is_dense
 from dragon.vm.torch.optim._local import local
@@ -23,17 +24,22 @@ class GradientSums:
 
     def __init__(self) -> None:
         self.totals: dict[Tensor, Tensor] = {}
+        # Whether some were gathered outside of a capture.
+        self.are_outside = False
         self._launches: dict[Signature, TritonSum] = {}
+        # Those whose tables graphs read.
+        self._captured: list[TritonSum] = []
 
     def __bool__(self) -> bool:
         return bool(self.totals)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"totals": self.totals, "_launches": {}}
+        return {"totals": self.totals, "are_outside": bool(self.totals), "_launches": {}, "_captured": []}
 
     def clear(self) -> None:
         """Start anew."""
         self.totals.clear()
+        self.are_outside = False
 
     def take(self, params: Sequence[Tensor], launch: bool) -> None:
         """Add the gradients of the parameters to their sums and drop them.
@@ -41,9 +47,13 @@ class GradientSums:
         Args:
             params: all parameters; those without a gradient keep their sums.
             launch: add by a kernel, in one launch for each signature, rather than by torch operations.
+
+        Raises:
+            RuntimeError: within a capture, for a launch that is not prepared yet.
         """
         totals, grads = [], []
         taken: set[int] = set()
+        self.are_outside |= not is_capturing()
         for param in params:
             grad = local(param.grad)
             if grad is None:
@@ -84,7 +94,13 @@ class GradientSums:
             chosen = [totals[i] for i in indices]
             added = [in_layout_of(totals[i], grads[i]) for i in indices]
             launch = self._launches.get(signature)
-            if launch is None or not launch.fits(chosen):
+            if is_capturing():
+                if launch is None or not launch.fits(chosen):
+                    raise RuntimeError(
+                        "a first sum of these gradients cannot be captured: call sum_grad() as often outside"
+                    )
+                self._captured.append(launch)
+            elif launch is None or not launch.fits(chosen):
                 group = FlattenedGroup(signature, chosen, [{} for _ in chosen], [0] * len(chosen), indices, list)
                 launch = self._launches[signature] = TritonSum(group)
             launch.add(chosen, added)

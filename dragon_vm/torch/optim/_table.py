@@ -3,51 +3,54 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from copy import copy
 
 import torch
 from torch import Tensor
 
+# Words of the smallest staging buffer; the others are twice, four times, ... as long.
+_SLOT = 64
+
 
 class StagingRing:
     """Pinned host buffers for copies to the device, each reused only once its last copy is done.
 
-    A busy slot is never waited for: the ring grows instead. A captured copy reads its buffer at every replay, so
-    it gets one that is never used again. Within a capture no event may be asked for its state; there that buffer
-    comes from what is kept in reserve, since not every PyTorch allocates pinned memory then.
+    A busy buffer is never waited for: there will be more of them. A captured copy reads its buffer at every
+    replay, so it gets one that is never used again. Within a capture no event may be asked for its state; there
+    that buffer comes from what is kept in reserve, since not every PyTorch allocates pinned memory then.
     """
 
     def __init__(self, length: int) -> None:
         self._length = length
-        self._slots: list[tuple[Tensor, torch.cuda.Event]] = [self._new_slot()]
-        self._reserve = [self._new_buffer()]
+        # By their length, those in turn first that were used longest ago.
+        self._slots: dict[int, deque[tuple[Tensor, torch.cuda.Event]]] = {}
+        self._reserve = [self._new_buffer(length)]
         self._captured: list[Tensor] = []
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy int64 `source` on the CPU to `target` of the same length on a CUDA device, in stream order."""
         if torch.cuda.is_current_stream_capturing():
-            self._captured.append(self._reserve.pop() if self._reserve else self._new_buffer())
+            self._captured.append(self._reserve.pop() if self._reserve else self._new_buffer(self._length))
             _copy_to_device(self._captured[-1][: len(source)].copy_(source), target)
             return
-        staging, event = self._free_slot()
+        staging, event = self._free_slot(min(_SLOT << (len(source) // _SLOT).bit_length(), self._length))
         _copy_to_device(staging[: len(source)].copy_(source), target)
         event.record()
         if not self._reserve:
-            self._reserve.append(self._new_buffer())
+            self._reserve.append(self._new_buffer(self._length))
 
-    def _free_slot(self) -> tuple[Tensor, torch.cuda.Event]:
-        for slot in self._slots:
-            if slot[1].query():
-                return slot
-        self._slots.append(self._new_slot())
-        return self._slots[-1]
+    def _free_slot(self, length: int) -> tuple[Tensor, torch.cuda.Event]:
+        slots = self._slots.setdefault(length, deque())
+        if slots and slots[0][1].query():
+            slots.rotate(-1)
+        else:
+            slots.append((self._new_buffer(length), torch.cuda.Event()))
+        return slots[-1]
 
-    def _new_slot(self) -> tuple[Tensor, torch.cuda.Event]:
-        return self._new_buffer(), torch.cuda.Event()
-
-    def _new_buffer(self) -> Tensor:
-        return torch.empty(self._length, dtype=torch.int64, device="cpu", pin_memory=True)
+    def _new_buffer(self, length: int) -> Tensor:
+        return torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def _copy_to_device(staging: Tensor, target: Tensor) -> None:

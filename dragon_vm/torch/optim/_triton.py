@@ -260,8 +260,8 @@ class TritonSum:
         """Add each gradient to its accumulator."""
         self._group.params = totals
         self._launch.relocate()
-        self._launch.refresh(grads, [], [])
         with self._context.current():
+            self._launch.refresh(grads, [], [])
             self._launch.apply()
 
 

@@ -89,7 +89,8 @@ class Optimizer(CheckpointedOptimizer):
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options of a group that decide which tensors and kernels take part."""
-        return self._state_keys(group), group["differentiable"], bool(group["clip_norm"])
+        flags = (bool(group[name]) for name in ("differentiable", "clip_norm", "capturable"))
+        return self._state_keys(group), *flags
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -160,7 +161,7 @@ class Optimizer(CheckpointedOptimizer):
             self._is_distributed = any(map(is_distributed, params))
         grads = self._read_grads(params)
         if is_capturing():
-            check_capture(self, list(compress(params, map(is_not, grads, repeat(None)))))
+            check_capture(self, params, grads, self._sums.are_outside)
         if self._is_distributed:
             check_local(self._settings, groups)
         scaling = Scaling(getattr(self, "grad_scale", None), everywhere(getattr(self, "found_inf", None)))
@@ -170,10 +171,9 @@ class Optimizer(CheckpointedOptimizer):
         # The usual case first: all parameters have a gradient, as at the last step. None fails the guard.
         prepared = self._prepared.current(options, self, params, grads, numbers)
         if prepared is None:
-            if self._buffers:
-                for buffer in self._buffers:
-                    buffer.gather()
-                grads = self._read_grads(params)
+            for buffer in self._buffers:
+                buffer.gather()
+            grads = self._read_grads(params) if self._buffers else grads
             present = bytes(map(is_not, grads, repeat(None)))
             if not any(present):
                 return
@@ -273,6 +273,7 @@ class Optimizer(CheckpointedOptimizer):
         """What pickles and copies hold: PyTorch's, the settings, and what is summed and counted."""
         return {
             **super().__getstate__(),
+            "param_groups": list(map(dict, self.param_groups)),
             "_settings": self._settings,
             "_sums": self._sums,
             "_n_skipped": self.n_skipped_steps,

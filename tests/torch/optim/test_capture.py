@@ -10,9 +10,10 @@ from dragon.vm.torch.optim import Adam, _capture
 from .judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots
 
 TEXTS = {
+    "sums": "uses sums from before the capture",
     "capturable": "instance of Adam but param_groups' capturable is False",
-    "rate": "whose lr is a tensor on the CPU",
-    "betas": "whose betas is a tensor on the CPU",
+    "rate": "lr is a tensor on the CPU",
+    "betas": "betas is a tensor on the CPU",
     "no gradients": "without gradients cannot be captured",
     "native": "backend='native' cannot be captured",
     "eager": "backend='eager' cannot be captured",
@@ -29,6 +30,8 @@ def test_what_a_replay_could_not_repeat_is_refused_with_a_reason(
     set_grads(params_of(optimizer), 0)
     judged_step(optimizer)
     before = snapshots(optimizer)
+    if what == "sums":
+        optimizer.sum_grad()
     if what == "rate":
         optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
     if what == "betas":

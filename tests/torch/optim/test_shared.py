@@ -254,3 +254,56 @@ def test_a_weight_decay_of_one_element_is_its_number(backend, decoupled):
         results.append(param.detach())
     assert all(torch.equal(result, results[0]) for result in results)
     assert (results[0] < 1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", ["zero_grad", "step"])
+def test_conjugated_gradients_are_zeroed(backend, how):
+    param = torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    optimizer = SGD([param], lr=1.0, backend=backend)
+    param.grad = torch.full((3,), 1 + 1j).conj()
+    if how == "step":
+        optimizer.step(zero_grad=True)
+        assert (param == -1 + 1j).all()
+    else:
+        optimizer.zero_grad()
+    assert not param.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_that_underflowed_skips_as_any_other(backend):
+    param = ones()
+    optimizer = Adam([param], backend=backend)
+    optimizer.grad_scale, optimizer.found_inf = torch.zeros(1), torch.ones(1)
+    param.grad = torch.full((4,), float("nan"))
+    optimizer.step()
+    assert not param.any()
+    assert optimizer.n_skipped_steps == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_lies_between_gradients_of_the_users_is_left_alone(backend):
+    params = [torch.nn.Parameter(torch.zeros(10)) for _ in range(3)]
+    optimizer = SGD(params, lr=1.0, flatten=True, max_grad_norm=1e9, backend=backend)
+    memory = torch.full((48,), 7.0)
+    views = [memory[16 * i : 16 * i + 10] for i in range(3)]
+    for param, view in zip(params, views, strict=True):
+        param.grad = view.fill_(1.0)
+    optimizer._buffers[0].gather = lambda: None
+    optimizer.step(zero_grad=True)
+    assert float(optimizer.grad_norm) == pytest.approx(30**0.5)
+    assert all((memory[16 * i + 10 : 16 * i + 16] == 7).all() for i in range(3))
+    assert all((param == -1).all() for param in params)
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "eps"])
+def test_a_number_on_another_device_is_refused(name):
+    param = ones()
+    optimizer = Adam([param], backend="native")
+    optimizer.param_groups[0][name] = torch.tensor(0.5, device="meta")
+    param.grad = torch.ones(4)
+    with pytest.raises(
+        ValueError, match=f"{name} must be a number or a tensor on the CPU, but got a tensor on meta"
+    ):
+        optimizer.step()
+    assert not param.any()
