@@ -262,10 +262,9 @@ def test_eager_steps_follow_numbers_that_return(device: torch.device) -> None:
     for capturable in (False, True):
         lr = torch.tensor(0.1)
         optimizer = make(device, lr=lr, capturable=capturable)
-        for value in (1.0, 0.1):
-            lr.fill_(value)
-            optimizer.param_groups[0]["weight_decay"] = 0.5 * value
+        lr.fill_(1.0)
         optimizer.param_groups[0]["weight_decay"] = 0.0
+        lr.fill_(0.1)
         optimizer.step()
         results.append(snapshots(optimizer))
     assert same_bits(*results)
@@ -289,15 +288,22 @@ def test_rows_belong_to_groups_whatever_their_order(graphed: Any) -> None:
     ]  # fmt: skip
 
 
-def test_groups_made_capturable_later_are_live(graphed: Any) -> None:
+@pytest.mark.parametrize("flatten", [False, True])
+def test_groups_made_capturable_later_are_live(flatten: bool, graphed: Any) -> None:
     where, capture = graphed
-    optimizer = make(where, capturable=False)
+    optimizer = make(where, capturable=False, flatten=flatten)
     for group in optimizer.param_groups:
         group["capturable"] = True
     optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.02
     replay = capture(optimizer.step)
     optimizer.param_groups[0].setdefault("initial_lr", 0.1)
     optimizer.param_groups[0]["lr"] = 0.01
+    judged_step(optimizer, replay)
+    grads = [param.grad for param in params_of(optimizer)]
+    params_of(optimizer)[0].grad = None
+    judged_step(optimizer)
+    params_of(optimizer)[0].grad = grads[0]
     judged_step(optimizer, replay)
 
 
