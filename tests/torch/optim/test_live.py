@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam, AdamW
+from dragon.vm.torch.optim._context import DeviceContext
 from dragon.vm.torch.optim._live import LiveGroup
 
 from .graphs import RecordedGraph
@@ -347,3 +348,28 @@ def test_saved_groups_are_read_without_trust(device: torch.device) -> None:
     assert torch.load(file, weights_only=True)[0]["lr"] == 0.1
     group = make(device).param_groups[0]
     assert type(group)({"lr": 1.0}) == {"lr": 1.0}
+
+
+def test_steps_and_uploads_wait_for_each_other_whatever_their_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            log.append("record")
+
+    class Stream:
+        def wait_event(self, event: Event) -> None:
+            log.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: "captured" in log)
+    context = DeviceContext(torch.device("cpu"))
+    context.device = torch.device("cuda")
+    for work in ("step", "upload"):
+        with context.in_order():
+            log.append(work)
+    log.append("captured")
+    with context.in_order():
+        log.append("step")
+    assert log == ["step", "record", "wait", "upload", "record", "captured", "step"]
