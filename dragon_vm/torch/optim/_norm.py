@@ -59,7 +59,7 @@ class SquareSum:
         """The sum of the squares."""
         pieces = [grads[i] for i in self._large]
         pieces += [join([grads[i] for i in indices]) for indices, join in self._joined]
-        total = _sum_by_rows([as_real(piece).reshape(-1) for piece in pieces]) if pieces else 0.0
+        total = _sum_by_rows(list(map(as_real, pieces))) if pieces else 0.0
         if self._others:
             total += float(l2_norms([grads[i] for i in self._others]).square().sum())
         return total
@@ -71,16 +71,18 @@ def _joiner(grads: Sequence[Tensor]) -> Callable[[list[Tensor]], Tensor]:
 
 
 def _sum_by_rows(pieces: Sequence[Tensor]) -> float:
-    """Sum of the squares of all elements of 1-dim real tensors."""
-    lengths = [piece.numel() // ROW * ROW for piece in pieces]
-    rows = [piece[:length].view(-1, ROW) for piece, length in zip(pieces, lengths, strict=True)]
+    """Sum of the squares of all elements of real tensors."""
+    rows, rests = [], []
+    for piece in pieces:
+        n_rest = piece.numel() % ROW
+        if n_rest:
+            rests.append(piece.reshape(-1)[-n_rest:].double())
+            piece = piece.reshape(-1)[:-n_rest]
+        rows.append(piece.reshape(-1, ROW))
     norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in rows])
     unsafe = ~((norms >= _SAFE[0]) & (norms < _SAFE[1]))
     total = float(norms.double().masked_fill_(unsafe, 0).square_().sum())
     if unsafe.any():
         for part, mask in zip(rows, unsafe.split([len(part) for part in rows]), strict=True):
             total += float(part[mask].double().square_().sum())
-    rests = [
-        piece[length:].double() for piece, length in zip(pieces, lengths, strict=True) if piece.numel() > length
-    ]
     return total + (float(torch.cat(rests).square_().sum()) if rests else 0.0)
