@@ -19,8 +19,8 @@ from dragon.vm.torch.optim._state import common_base
 
 # A fused operation forks its threads once a tensor. Below this many elements a tensor, one thread is faster:
 # 1000 tensors of 1000 elements took 0.87 ms on one thread, 2.05 ms on two (torch 2.13, 2 cores).
-# Two Python threads with half of the tensors each are no faster: 1.62 instead of 1.29 ms a step for 1000 tensors of 1
-# element, the same 3.5 ms for 1000 of 1000, where the interpreter's lock and the wake-up cost what they gain.
+# Two Python threads with half of the tensors each are no faster: 1.62 instead of 1.29 ms a step for 1000 tensors
+# of 1 element, the same for 1000 of 1000. The interpreter's lock and the wake-up cost what they gain.
 SINGLE_THREAD_NUMEL = 8192
 
 Numbers = tuple[Any, ...]
