@@ -13,7 +13,8 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def exact_norm(grads):
-    return math.sqrt(math.fsum(float(grad.abs().double().square().sum()) for grad in grads))
+    parts = (part for grad in grads for part in grad.split(1_000_000))
+    return math.sqrt(math.fsum(float(part.abs().double().square().sum()) for part in parts))
 
 
 @given(
@@ -29,8 +30,8 @@ def test_the_norm_is_within_four_eps_whatever_the_range(sizes, exponent, dtype, 
     assert abs(math.sqrt(SquareSum(grads)(grads)) - expected) <= 4 * EPS * expected
 
 
-def test_the_norm_of_ten_million_elements_is_within_four_eps_where_torch_is_not():
-    grads = [torch.rand(10_000_000)]
+def test_the_norm_of_a_hundred_million_elements_is_within_four_eps_where_torch_is_not():
+    grads = [torch.rand(100_000_000)]
     expected = exact_norm(grads)
     assert abs(math.sqrt(SquareSum(grads)(grads)) - expected) <= 4 * EPS * expected
     with torch.no_grad():
