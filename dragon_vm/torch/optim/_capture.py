@@ -24,8 +24,9 @@ def check_live(group: Mapping[str, Any]) -> None:
     Raises:
         RuntimeError: for one that is a tensor on the CPU.
     """
-    for name, value in group.items():
-        values = value if isinstance(value, tuple) else (value,)
+    for name in group.keys() - {"params"}:
+        value = group[name]
+        values = value if isinstance(value, tuple | list) else (value,)
         if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in values):
             raise RuntimeError(
                 f"{name} is a tensor on the CPU, which a graph's replay would not see change: "

@@ -101,3 +101,23 @@ def test_a_tensor_rate_is_live_in_a_graph() -> None:
     for value in (0.1, 0.01, 0.5):
         lr.fill_(value)
         judged_step(optimizer, graph.replay)
+
+
+@pytest.mark.gpu
+def test_uploads_keep_their_order_with_steps_on_another_stream() -> None:
+    optimizer, inputs = make(lr=0.1)
+    for param, x in zip(params_of(optimizer), inputs, strict=True):
+        param.grad = x
+    optimizer.step()
+    stream = torch.cuda.Stream()
+
+    def step() -> None:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            optimizer.step()
+        # On this stream, and not to be seen by the step that waits on the other.
+        optimizer.param_groups[0]["lr"] = 0.0
+        torch.cuda.synchronize()
+
+    judged_step(optimizer, step)

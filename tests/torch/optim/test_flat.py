@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim._flat import FlatBuffer
 
 SHAPES = [(3, 5), (17,), (), (0,), (1100,), (4, 4), (16,)]
 BACKENDS = ["native", "triton", "eager"]
@@ -220,3 +221,12 @@ def test_a_nan_does_not_stay_in_the_padding_between_joined_gradients(backend):
         numel = sum(param.numel() for param in params)
         norm = math.sqrt(numel) if expected is None else expected
         assert float(optimizer.grad_norm) == pytest.approx(norm, nan_ok=True)
+
+
+def test_gradients_on_another_device_than_the_buffer_stay_where_they_are():
+    buffer = FlatBuffer([torch.nn.Parameter(torch.ones(5))])
+    # A parameter that was moved away, as far as one can be without a second device.
+    param = buffer.params[0] = torch.nn.Parameter(torch.ones(5, device="meta"))
+    param.grad = grad = torch.ones(5, device="meta")
+    buffer.gather()
+    assert param.grad is grad

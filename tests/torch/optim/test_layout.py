@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,3 +83,11 @@ def test_a_complex_tensor_is_seen_as_real_pairs():
     tensor = torch.tensor([1 + 2j])
     assert as_real(tensor).tolist() == [[1.0, 2.0]]
     assert as_real(tensor).data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("guard", [PlainGuard, lambda *tensors: guard_layouts(tensors)])
+def test_a_conjugated_view_is_another_layout(guard):
+    tensor = torch.ones(3, dtype=torch.complex64)
+    held = guard(tensor)
+    assert held.check(tensor.view(3))
+    assert not held.check(tensor.conj())

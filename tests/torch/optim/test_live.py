@@ -308,14 +308,24 @@ def test_groups_made_capturable_later_are_live(flatten: bool, graphed: Any) -> N
     judged_step(optimizer, replay)
 
 
-@pytest.mark.parametrize("name", ["lr", "weight_decay", "eps"])
-def test_a_tensor_that_a_graph_would_not_see_is_refused_and_not_kept(name: str, graphed: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", torch.tensor(0.5)),
+        ("weight_decay", torch.tensor(0.5)),
+        ("eps", torch.tensor(0.5)),
+        ("betas", (torch.tensor(0.5), torch.tensor(0.6))),
+        ("betas", [torch.tensor(0.5), torch.tensor(0.6)]),
+    ],
+    ids=["lr", "weight_decay", "eps", "betas", "betas as a list"],
+)
+def test_a_tensor_that_a_graph_would_not_see_is_refused_and_not_kept(name: str, value: Any, graphed: Any) -> None:
     where, capture = graphed
     optimizer = make(where)
     capture(optimizer.step)
     before = dict(optimizer.param_groups[0])
     with pytest.raises(RuntimeError, match=f"{name} is a tensor on the CPU"):
-        optimizer.param_groups[0].update({name: torch.tensor(0.5), "maximize": True})
+        optimizer.param_groups[0].update({name: value, "maximize": True})
     assert dict(optimizer.param_groups[0]) == before
 
 
