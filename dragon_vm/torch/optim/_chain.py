@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -139,14 +140,22 @@ def clip_value(group: dict[str, Any]) -> float:
     return 0.0 if group["clip_norm"] else float(group["clip_value"])
 
 
-def zero_all(grads: Sequence[Tensor]) -> None:
-    """Set gradients to zero, all strided ones in one operation, and detach them from any graph."""
-    strided = []
+def detach_all(grads: Sequence[Tensor]) -> None:
+    """Detach gradients from any graph, in place, as PyTorch's `zero_grad` does."""
+    if not any(map(attrgetter("requires_grad"), grads)):
+        return
     for grad in grads:
         if grad.grad_fn is not None:
             grad.detach_()
-        elif grad.requires_grad:
+        else:
             grad.requires_grad_(False)
+
+
+def zero_all(grads: Sequence[Tensor]) -> None:
+    """Set gradients to zero, all strided ones in one operation, and detach them from any graph."""
+    detach_all(grads)
+    strided = []
+    for grad in grads:
         if grad.layout == torch.strided and not grad.is_conj() and not grad.is_neg():
             strided.append(grad)
         else:

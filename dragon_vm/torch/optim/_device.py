@@ -9,12 +9,12 @@ from copy import copy
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor
 
 from dragon.kernels import norm
 from dragon.vm.torch.optim._chain import Scaling, needs_norm
 from dragon.vm.torch.optim._context import DeviceContext
 from dragon.vm.torch.optim._flatten import FlattenedGroup
+from dragon.vm.torch.optim._gradients import Gradients
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._rows import group_row, source_row
 from dragon.vm.torch.optim._triton import TritonGroup, n_spans, real_numel
@@ -55,7 +55,7 @@ class TritonDevice:
 
     def update(
         self,
-        grads: list[Tensor],
+        grads: Gradients,
         groups: Sequence[dict[str, Any]],
         numbers: list[tuple[Any, ...]],
         settings: Settings,
@@ -109,10 +109,10 @@ class TritonDevice:
         twin.members = [member.captured() for member in self.members]
         return twin
 
-    def _launch(self, grads: list[Tensor], kind: int, scaling: Scaling) -> None:
+    def _launch(self, grads: Gradients, kind: int, scaling: Scaling) -> None:
         context = self._context
         for member in self.members:
-            member.refresh(member.group.select(grads), self._rows, self._sources)
+            member.refresh(member.group.select_addresses(grads), self._rows, self._sources)
         partials = context.partials(self._n_partials if kind else 0)
         if kind:
             for member in self.members:

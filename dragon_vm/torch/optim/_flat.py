@@ -147,7 +147,7 @@ def coalesce(
     params, run_grads, states = (list(column) for column in zip(*filter(None, joined), strict=True))
     rows = [group.rows[run.start] for run in runs]
     indices = [group.indices[run.start] for run in runs]
-    return FlattenedGroup(group.signature, params, states, rows, indices, lambda _: run_grads, True)
+    return FlattenedGroup(group.signature, params, states, rows, indices, run_grads)
 
 
 def _join(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._gradients import Gradients, addresses_of
 from dragon.vm.torch.optim._layout import in_layout_of, is_dense
 from dragon.vm.torch.optim._local import distributed_like, local
 from dragon.vm.torch.optim._state import arena_views, step_counters
@@ -40,8 +41,7 @@ class FlattenedGroup:
         states: their entries of `Optimizer.state`.
         rows: index of each one's parameter group.
         indices: position of each one among all parameters with a gradient.
-        select: picks this group's entries from a list of all parameters with a gradient.
-        is_joined: whether some entries stand for several parameters.
+        joined_grads: gradients of the entries if some stand for several parameters; None if none does.
     """
 
     signature: Signature
@@ -49,8 +49,29 @@ class FlattenedGroup:
     states: list[State]
     rows: list[int]
     indices: list[int]
-    select: Callable[[list[Tensor]], Sequence[Tensor]]
-    is_joined: bool = False
+    joined_grads: list[Tensor] | None = None
+
+    def select(self, grads: Gradients) -> list[Tensor]:
+        """The gradients of these entries among those of all parameters with a gradient."""
+        if self.joined_grads is not None:
+            return self.joined_grads
+        tensors = grads.tensors
+        return tensors if len(tensors) == len(self.indices) else [tensors[i] for i in self.indices]
+
+    def select_addresses(self, grads: Gradients) -> Tensor:
+        """Their addresses, int64 on the CPU."""
+        if self.joined_grads is not None:
+            return self._joined_addresses
+        addresses = grads.addresses
+        return addresses if len(addresses) == len(self.indices) else addresses[self._index]
+
+    @cached_property
+    def _joined_addresses(self) -> Tensor:
+        return addresses_of(self.joined_grads or [])
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return torch.tensor(self.indices, device="cpu")
 
 
 def flatten_groups(
@@ -70,22 +91,9 @@ def flatten_groups(
             [states[i] for i in indices],
             [rows[i] for i in indices],
             indices,
-            _selector(indices, len(params)),
         )
         for signature, indices in members.items()
     ]
-
-
-def _selector(indices: list[int], n_params: int) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-    if len(indices) == n_params:
-        return _everything
-    if len(indices) == 1:
-        return itemgetter(slice(indices[0], indices[0] + 1))
-    return itemgetter(*indices)
-
-
-def _everything(tensors: list[Tensor]) -> Sequence[Tensor]:
-    return tensors
 
 
 def complete_states(

@@ -13,8 +13,8 @@ from dragon.vm.torch.optim._chain import clip_value
 from dragon.vm.torch.optim._layout import as_real
 from dragon.vm.torch.optim._scalars import one_minus_power
 
-# The hyperparameters that decide whether tensors may share a call. The call depends on the step count if, and only
-# if, the first two are both other than 0.
+# The hyperparameters that decide whether tensors may share a call. What it does depends on the step count if, and
+# only if, the first two are both other than 0.
 KEYS = {
     "adam": (
         *("epsilon_hat", "eps", "lr", "betas", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"),
@@ -33,7 +33,9 @@ class FusedCall(NamedTuple):
     Attributes:
         algorithm: a key of `KEYS`.
         params, states, steps: as the operation takes them; states in walking order.
-        options: keywords of the operation.
+        options: keywords of the operation, as they are at every step.
+        eps: of Adam.
+        is_hat: whether Adam's epsilon is added before the bias correction.
         factor: of the gradients, positive: the sign is `maximize`'s.
         bound: of the gradients' magnitudes; 0 for none.
         decoupled: decay the parameters rather than the gradients.
@@ -44,12 +46,19 @@ class FusedCall(NamedTuple):
     states: list[list[Tensor]]
     steps: list[Tensor]
     options: dict[str, Any]
+    eps: float
+    is_hat: bool
     factor: float
     bound: float
     decoupled: bool
 
-    def run(self, grads: list[Tensor]) -> None:
-        """Update the parameters; gradients with a factor other than 1 may be left scaled."""
+    def run(self, grads: list[Tensor], step: float) -> None:
+        """Update the parameters; gradients with a factor other than 1 may be left scaled.
+
+        Args:
+            grads: gradients.
+            step: the count after this step, if the call depends on it.
+        """
         params, states = self.params, self.states
         if params[0].is_complex():
             # Views made anew at each step, like everything that refers to memory.
@@ -58,11 +67,15 @@ class FusedCall(NamedTuple):
         if self.factor != 1 or self.bound:
             grads = self._limited(grads)
         if self.algorithm == "sgd":
-            _run_sgd(params, grads, states[0] if states else [], self.options)
+            _run_sgd(params, grads, states[0] if states else [], {**self.options, "is_first_step": step == 1})
             return
         operation = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
         largest = states[2] if len(states) > 2 else []
-        operation(params, grads, states[0], states[1], largest, self.steps, **self.options)
+        # The operation divides sqrt(v) by the correction before it adds its epsilon.
+        correction = math.sqrt(one_minus_power(self.options["beta2"], step)) if self.is_hat and self.eps else 1.0
+        operation(
+            params, grads, states[0], states[1], largest, self.steps, **self.options, eps=self.eps / correction
+        )
 
     def _limited(self, grads: list[Tensor]) -> list[Tensor]:
         """Gradients that the operation does not scale on its own, scaled, and all of them clipped."""
@@ -80,7 +93,6 @@ def plan_call(
     steps: list[Tensor],
     group: dict[str, Any],
     factor: float,
-    step: float,
 ) -> FusedCall:
     """Prepare a call.
 
@@ -91,7 +103,6 @@ def plan_call(
         steps: their step counters.
         group: hyperparameters.
         factor: of the gradients, positive.
-        step: the count after this step, if the call depends on it; else 0.
     """
     bound = clip_value(group)
     options: dict[str, Any] = {
@@ -109,15 +120,12 @@ def plan_call(
         options["grad_scale"] = torch.tensor(1 / factor, dtype=torch.float32, device="cpu")
     if algorithm == "sgd":
         options |= {name: float(group[name]) for name in ("momentum", "dampening")}
-        options |= {"nesterov": group["nesterov"], "is_first_step": step == 1}
-        return FusedCall(algorithm, params, states, steps, options, factor, bound, False)
+        options |= {"nesterov": group["nesterov"]}
+        return FusedCall(algorithm, params, states, steps, options, 0.0, False, factor, bound, False)
     beta1, beta2 = map(float, group["betas"])
-    eps = float(group["eps"])
-    if step:
-        # The operation divides sqrt(v) by the correction before it adds its epsilon.
-        eps /= math.sqrt(one_minus_power(beta2, step))
-    options |= {"beta1": beta1, "beta2": beta2, "eps": eps, "amsgrad": bool(group["amsgrad"])}
-    return FusedCall(algorithm, params, states, steps, options, factor, bound, group["decoupled_weight_decay"])
+    options |= {"beta1": beta1, "beta2": beta2, "amsgrad": bool(group["amsgrad"])}
+    eps, is_hat, decoupled = float(group["eps"]), bool(group["epsilon_hat"]), bool(group["decoupled_weight_decay"])
+    return FusedCall(algorithm, params, states, steps, options, eps, is_hat, factor, bound, decoupled)
 
 
 def _run_sgd(

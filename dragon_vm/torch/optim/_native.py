@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import itemgetter
 from typing import Any
 
@@ -14,7 +14,7 @@ from dragon.vm.torch.optim._chain import Factors
 from dragon.vm.torch.optim._flatten import FlattenedGroup, follow_leaders
 from dragon.vm.torch.optim._fused import KEYS, FusedCall, plan_call
 from dragon.vm.torch.optim._layout import as_real
-from dragon.vm.torch.optim._options import by_value
+from dragon.vm.torch.optim._numbers import by_value
 from dragon.vm.torch.optim._state import common_base
 
 # A fused operation forks its threads once a tensor. Below this many elements a tensor, one thread is faster:
@@ -65,7 +65,7 @@ class NativeGroup:
 
     def update(
         self,
-        grads: Sequence[Tensor],
+        grads: list[Tensor],
         groups: Sequence[dict[str, Any]],
         numbers: list[Numbers],
         factors: Factors,
@@ -87,20 +87,18 @@ class NativeGroup:
             self._needs_steps = any(map(_depends_on_step, self._keys))
             self._planned_for = None
         steps = self._advance()
-        planned_for = (steps, factors.common, factors.each)
+        # Counts that agree go on doing so: a plan for them does not name them.
+        planned_for = (steps[1:], factors.common, factors.each)
         if planned_for != self._planned_for:
             self._plan(groups, self._keys, steps, factors)
             self._planned_for = planned_for
-        if self._small:
-            with _one_thread():
-                for indices, call in self._small:
-                    call.run([grads[i] for i in indices])
-        for indices, call in self._large:
-            call.run([grads[i] for i in indices])
+        with _one_thread() if self._small else nullcontext():
+            _run(self._small, grads, steps)
+        _run(self._large, grads, steps)
         if signature.average:
             for param, state, row in zip(self.group.params, self.group.states, self.group.rows, strict=True):
                 as_real(state["ema"]).lerp_(as_real(param), 1 - groups[row]["ema_decay"])
-        if self.group.is_joined:
+        if self.group.joined_grads is not None:
             follow_leaders(self.group.states)
 
     def _advance(self) -> list[float]:
@@ -114,7 +112,10 @@ class NativeGroup:
         if not self._needs_steps:
             return []
         base = self._step_base
-        steps: list[float] = base.tolist() if base is not None else [float(step) for step in self._steps]
+        if base is not None:
+            first = base[0]
+            return [float(first)] if torch.equal(base, first.expand_as(base)) else list(base.tolist())
+        steps = [float(step) for step in self._steps]
         return steps[:1] if len(set(steps)) == 1 else steps
 
     def _plan(
@@ -133,9 +134,11 @@ class NativeGroup:
                 count = counts[index] if len(counts) > 1 else counts[0]
                 members.setdefault((keys[row], factor, count, large), []).append(index)
         self._small, self._large = [], []
-        for (_, factor, count, large), indices in members.items():
+        for (_, factor, _, large), indices in members.items():
+            # In their own order, so that a call for all takes the gradients as they come.
+            indices.sort()
             tensors = self._take(tuple(indices))
-            call = plan_call(self._algorithm, *tensors, groups[self.group.rows[indices[0]]], factor, count)
+            call = plan_call(self._algorithm, *tensors, groups[self.group.rows[indices[0]]], factor)
             (self._large if large else self._small).append((indices, call))
 
     def _take(self, indices: tuple[int, ...]) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
@@ -151,6 +154,12 @@ class NativeGroup:
                 [self._steps[i] for i in indices] if self._steps else [],
             )
         return taken
+
+
+def _run(calls: Sequence[tuple[list[int], FusedCall]], grads: list[Tensor], steps: list[float]) -> None:
+    for indices, call in calls:
+        step = steps[indices[0]] if len(steps) > 1 else next(iter(steps), 0.0)
+        call.run([grads[i] for i in indices] if len(indices) < len(grads) else grads, step)
 
 
 def _depends_on_step(key: Numbers) -> bool:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
-from operator import itemgetter
-from types import NoneType
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
-
-_PLAIN_TYPES = {float, int, bool, tuple, NoneType}
 
 
 class CommonOptions(TypedDict, total=False):
@@ -119,72 +114,6 @@ def _check_settings(settings: Settings) -> None:
     dtype = settings.state_dtype
     if dtype is not None and dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"state_dtype must be a real floating point dtype or None, but got {dtype}")
-
-
-def read_numbers(groups: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[tuple[Any, ...]]:
-    """Hyperparameters of each group, comparable: equal to those of an earlier step if none has changed."""
-    numbers = list(map(itemgetter(*names), groups))
-    types = set(map(type, chain.from_iterable(numbers)))
-    types.update(map(type, chain.from_iterable(group.get("betas", ()) for group in groups)))
-    return numbers if types <= _PLAIN_TYPES else list(map(by_value, numbers))
-
-
-def by_value(value: Any) -> Any:
-    """A hyperparameter in a form that tells whether it changed: a tensor's number, or its address on a device."""
-    if isinstance(value, Tensor):
-        on_host = value.device.type == "cpu"
-        return float(value.detach()) if on_host else (value.data_ptr(), value.dtype, value.device)
-    return tuple(map(by_value, value)) if isinstance(value, tuple | list) else value
-
-
-# Hyperparameters that kernels read where they are, if they are tensors on the device.
-_LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
-_NUMBERS = (
-    *("lr", "weight_decay", "eps", "momentum", "dampening"),
-    *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
-)
-
-
-def checked_numbers(
-    groups: Sequence[Mapping[str, Any]], names: Iterable[str], earlier: list[tuple[Any, ...]]
-) -> list[tuple[Any, ...]]:
-    """`read_numbers` of the groups, all of them usable if they are not those of an earlier call.
-
-    Raises:
-        KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
-    """
-    numbers = read_numbers(groups, names)
-    if numbers != earlier:
-        _check_numbers(groups)
-    return numbers
-
-
-def _check_numbers(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Check that hyperparameters are numbers: anybody may have edited them since their ranges were checked.
-
-    Raises:
-        TypeError: for one that is no number, naming it.
-        ValueError: for a tensor of several, and for betas that are not two.
-    """
-    for group in groups:
-        for name in _NUMBERS:
-            if name in group:
-                _check_number(name, group[name])
-        if "betas" in group:
-            if len(group["betas"]) != 2:
-                raise ValueError(f"betas must be two numbers, but got {group['betas']}")
-            for index, beta in enumerate(group["betas"]):
-                _check_number(f"betas[{index}]", beta)
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"Tensor {name} must be 1-element")
-        if value.device.type != "cpu" and name not in _LIVE_TENSORS:
-            raise ValueError(f"{name} must be a number or a tensor on the CPU, but got a tensor on {value.device}")
-    elif not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, but got {value!r}")
 
 
 def check_common(group: Mapping[str, Any], settings: Settings) -> None:

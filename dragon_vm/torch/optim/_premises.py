@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._flatten import State
-from dragon.vm.torch.optim._layout import guard_layouts
-from dragon.vm.torch.optim._local import local
+from dragon.vm.torch.optim._gradients import Gradients
+from dragon.vm.torch.optim._identity import same_tensors
+from dragon.vm.torch.optim._local import is_distributed, local
 from dragon.vm.torch.optim._owner import Owner
+from dragon.vm.torch.optim._watch import watch, watch_grads
 
 
 class Premises:
-    """Layouts, dtypes and devices of parameters and gradients, the state tensors, and the groups' structure.
+    """Parameters, gradients and state tensors, their addresses and layouts, and the groups' structure.
 
     Args:
         optimizer: whose step it is.
@@ -30,56 +33,41 @@ class Premises:
         self,
         optimizer: Owner,
         params: Sequence[Tensor],
-        grads: Sequence[Tensor],
+        grads: Gradients,
         states: Sequence[State],
         *,
         fixed_grads: bool,
     ) -> None:
-        self._guard = guard_layouts([*params, *grads])
-        self._n_guarded = len(params) + len(grads)
         self._state = optimizer.state
-        self._all_states = list(optimizer.state.values())
+        # Tensors held, so that none of them can die and leave its address to another.
+        self._all_states = list(map(_copied, optimizer.state.values()))
         self._states = states
-        # Held, so that none of them can die and leave its address to another.
-        self._entries = list(_entries(states))
+        entries = [entry for state in states for entry in state.values() if isinstance(entry, Tensor)]
+        self._has_shards = any(map(is_distributed, entries))
+        self._shards = _shards(states) if self._has_shards else []
+        self._watch = watch(params, list(map(local, entries)))
+        self._grad_watch = watch_grads(self._watch, grads)
+        self._fixed = grads.addresses if fixed_grads else None
         self._numbers: list[tuple[Any, ...]] = []
         self._structure = _structure(optimizer)
-        self._fixed_grads = fixed_grads
-        self._all_tensors = all(type(entry) is Tensor for entry in self._entries)
-        self._addresses = self._read_addresses(params, grads)
 
-    def _read_addresses(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[list[int]]:
-        entries = self._entries if self._all_tensors else _shards(self._entries)
-        addresses = [list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, entries))]
-        if self._fixed_grads:
-            addresses.append(list(map(Tensor.data_ptr, grads)))
-        return addresses
-
-    def hold(
-        self, optimizer: Owner, params: Sequence[Tensor], grads: Sequence[Tensor], numbers: list[tuple[Any, ...]]
-    ) -> bool:
-        """Whether all is still as it was; the parameters are known to be the same objects.
+    def hold(self, optimizer: Owner, grads: Gradients, numbers: list[tuple[Any, ...]]) -> bool:
+        """Whether all is still as it was; the parameters, or shards, are known to be the same objects.
 
         Args:
             optimizer: as before.
-            params: as before, with shards for distributed parameters.
-            grads: likewise; None among them is a difference.
+            grads: gradients as before; None among them is a difference. Their addresses are left there.
             numbers: the groups' hyperparameters; equal ones spare a closer look.
         """
         return (
-            len(params) + len(grads) == self._n_guarded
-            and self._guard.check(*params, *grads)
-            and optimizer.state is self._state
-            and len(optimizer.state) == len(self._all_states)
-            and all(map(is_, optimizer.state.values(), self._all_states))
+            optimizer.state is self._state
+            and same_tensors(list(optimizer.state.values()), self._all_states)
             and self._has_structure(optimizer, numbers)
-            and self._has_entries()
-            and self._read_addresses(params, grads) == self._addresses
+            and (not self._has_shards or same_tensors(_shards(self._states), self._shards))
+            and self._watch.is_unchanged()
+            and self._grad_watch.find(grads)
+            and (self._fixed is None or torch.equal(grads.addresses, self._fixed))
         )
-
-    def _has_entries(self) -> bool:
-        entries = list(_entries(self._states))
-        return len(entries) == len(self._entries) and all(map(is_, entries, self._entries))
 
     def _has_structure(self, optimizer: Owner, numbers: list[tuple[Any, ...]]) -> bool:
         if _sizes(optimizer) != self._structure[0]:
@@ -91,12 +79,12 @@ class Premises:
         return True
 
 
-def _entries(states: Sequence[State]) -> chain[Any]:
-    return chain.from_iterable(map(dict.values, states))
+def _copied(state: Any) -> Any:
+    return dict(state) if isinstance(state, dict) else state
 
 
-def _shards(entries: Sequence[Any]) -> list[Tensor]:
-    return [local(entry) for entry in entries if isinstance(entry, Tensor)]
+def _shards(states: Sequence[State]) -> list[Any]:
+    return list(map(local, chain.from_iterable(map(dict.values, states))))
 
 
 def _sizes(optimizer: Owner) -> list[int]:

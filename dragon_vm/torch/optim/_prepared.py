@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._capture import check_live, is_capturing
 from dragon.vm.torch.optim._checks import restored_on_error
+from dragon.vm.torch.optim._gradients import Gradients
 from dragon.vm.torch.optim._live import make_live
 from dragon.vm.torch.optim._owner import Owner
 from dragon.vm.torch.optim._step import PreparedStep
@@ -40,7 +41,7 @@ class PreparedSteps:
         key: bytes,
         optimizer: Owner,
         params: list[Tensor],
-        grads: list[Tensor],
+        grads: Gradients,
         numbers: list[tuple[Any, ...]],
     ) -> PreparedStep | None:
         """The step of this key if everything is still as it was; None among the gradients is a difference."""
@@ -54,7 +55,7 @@ class PreparedSteps:
         key: bytes,
         optimizer: Owner,
         params: list[Tensor],
-        grads: list[Tensor],
+        grads: Gradients,
         numbers: list[tuple[Any, ...]],
     ) -> PreparedStep:
         """The step of this key, prepared if need be; its first byte says whether it zeroes the gradients.

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from dragon.vm.torch.optim._backend import choose_backend, step_device
-from dragon.vm.torch.optim._chain import Factors, Scaling, TotalNorm, gradient_factors, needs_norm, zero_all
+from dragon.vm.torch.optim._chain import Factors, Scaling, TotalNorm, detach_all, gradient_factors, needs_norm, zero_all
 from dragon.vm.torch.optim._checks import check_grads, check_memory, check_state
 from dragon.vm.torch.optim._eager import EagerGroup
 from dragon.vm.torch.optim._flat import coalesce
 from dragon.vm.torch.optim._flatten import FlattenedGroup, Signature, complete_states, flatten_groups, settle_state
+from dragon.vm.torch.optim._gradients import Gradients
+from dragon.vm.torch.optim._identity import same_tensors
 from dragon.vm.torch.optim._layout import in_layout_of, is_dense, same_walk
 from dragon.vm.torch.optim._local import is_distributed, local, local_state
 from dragon.vm.torch.optim._native import NativeGroup
@@ -34,14 +37,15 @@ class PreparedStep:
     Args:
         optimizer: whose step it is.
         params: parameters with a gradient.
-        grads: their gradients, or the shards of those.
+        gradients: their gradients, or the shards of those.
         zero_grad: set the gradients to zero as well.
 
     Raises:
         RuntimeError, ValueError: for gradients or parameters that cannot be updated. Nothing has changed then.
     """
 
-    def __init__(self, optimizer: Owner, params: list[Tensor], grads: list[Tensor], zero_grad: bool) -> None:
+    def __init__(self, optimizer: Owner, params: list[Tensor], gradients: Gradients, zero_grad: bool) -> None:
+        grads = gradients.tensors
         self._params = [local(param) for param in params]
         # Themselves, in the order of the rows, whatever becomes of the optimizer's list.
         self._groups = list(optimizer.param_groups)
@@ -58,13 +62,13 @@ class PreparedStep:
         if optimizer._settings.flatten and not self._strays:
             # A graph must advance each counter by itself: other steps may part them between its replays.
             apart = {row for row, group in enumerate(self._groups) if group["clip_norm"] or group["capturable"]}
-            flattened = [coalesce(g, g.select(grads), optimizer._buffers, apart) or g for g in flattened]
+            flattened = [coalesce(g, g.select(gradients), optimizer._buffers, apart) or g for g in flattened]
         self._followers = [s["followers"] for group in flattened for s in group.states if "followers" in s]
         self._versions: list[int] = []
         self._premises = Premises(
             optimizer,
             self._params,
-            grads,
+            gradients,
             states,
             fixed_grads=optimizer._settings.flatten,
         )
@@ -86,6 +90,8 @@ class PreparedStep:
         self._flattened = [member.group for member in self._hosted]
         self._flattened += chain.from_iterable(by_device.values())
         self._total_norm: TotalNorm | None = None
+        # Autograd is told that they were written to: neither kernels nor torch's fused operations do that.
+        self._written = [*params, *self._params] if self._is_distributed else params
 
     def _flatten(self, optimizer: Owner, params: list[Tensor], grads: list[Tensor]) -> list[FlattenedGroup]:
         """Choose backends and complete the states; raises before it changes any."""
@@ -131,27 +137,31 @@ class PreparedStep:
         return flatten_groups(shards, states, self._rows, signatures)
 
     def is_current(
-        self, optimizer: Owner, params: list[Tensor], grads: list[Tensor], numbers: list[tuple[Any, ...]]
+        self, optimizer: Owner, params: list[Tensor], grads: Gradients, numbers: list[tuple[Any, ...]]
     ) -> bool:
         """Whether everything is still as it was when this step was prepared; for params and grads as there."""
-        params = [local(param) for param in params] if self._is_distributed else params
-        return self._premises.hold(optimizer, params, grads, numbers) and self._versions == self._read_versions()
+        return (
+            (not self._is_distributed or same_tensors(list(map(local, params)), self._params))
+            and self._premises.hold(optimizer, grads, numbers)
+            and self._versions == self._read_versions()
+        )
 
     def _read_versions(self) -> list[int]:
         """Versions of the counters that stand for one another: nobody else may have written to them."""
         # A tensor of inference mode has no version, and its value decides.
         return [f._version if not f.is_inference() else hash(tuple(f.tolist())) for f in self._followers]
 
-    def run(self, optimizer: Owner, grads: list[Tensor], numbers: list[tuple[Any, ...]], scaling: Scaling) -> None:
+    def run(self, optimizer: Owner, grads: Gradients, numbers: list[tuple[Any, ...]], scaling: Scaling) -> None:
         """Update the parameters from their gradients."""
         settings, groups = optimizer._settings, optimizer.param_groups
         ready = grads
         if self._strays:
-            ready = list(grads)
+            tensors = list(grads.tensors)
             for index in self._strays:
-                ready[index] = in_layout_of(self._params[index], grads[index])
-        if self._kernel_zeroes:
-            ready = _apart(ready)
+                tensors[index] = in_layout_of(self._params[index], tensors[index])
+            ready = Gradients.of(tensors)
+        if self._kernel_zeroes and len(ready.addresses.unique()) < len(ready.addresses):
+            ready = Gradients.of(_apart(ready.tensors))
         if self._hosted or (len(self._launched) > 1 and needs_norm(settings)):
             self._run_hosted(optimizer, ready, numbers, scaling)
         else:
@@ -159,8 +169,12 @@ class PreparedStep:
             optimizer._grad_norm = None
             for device in self._launched:
                 device.update(ready, groups, numbers, settings, scaling)
+        if self._kernel_zeroes:
+            detach_all(grads.tensors)
+            increment_version(grads.tensors)
+        increment_version(self._written)
         if self._zero_grad:
-            zero_all(grads)
+            zero_all(grads.tensors)
         self._versions = self._read_versions()
 
     def publish(self, group: dict[str, Any]) -> None:
@@ -186,7 +200,7 @@ class PreparedStep:
         return twin
 
     def _run_hosted(
-        self, optimizer: Owner, grads: list[Tensor], numbers: list[tuple[Any, ...]], scaling: Scaling
+        self, optimizer: Owner, grads: Gradients, numbers: list[tuple[Any, ...]], scaling: Scaling
     ) -> None:
         """Decide about scaling, clipping and skipping on the host, then update with every backend there is."""
         settings, groups = optimizer._settings, optimizer.param_groups
@@ -202,7 +216,7 @@ class PreparedStep:
 
         factors = Factors()
         if any(part is not None for part in scaling) or needs_norm(settings) or any(map(_clips_norm, groups)):
-            factors = gradient_factors(grads, self._rows, groups, settings, scaling, measure)
+            factors = gradient_factors(grads.tensors, self._rows, groups, settings, scaling, measure)
             optimizer._grad_norm = factors.norm
         if factors.skip:
             optimizer._n_skipped += 1

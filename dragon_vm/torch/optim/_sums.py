@@ -101,7 +101,7 @@ class GradientSums:
                     )
                 self._captured.append(launch)
             elif launch is None or not launch.fits(chosen):
-                group = FlattenedGroup(signature, chosen, [{} for _ in chosen], [0] * len(chosen), indices, list)
+                group = FlattenedGroup(signature, chosen, [{} for _ in chosen], [0] * len(chosen), indices)
                 launch = self._launches[signature] = TritonSum(group)
             launch.add(chosen, added)
 

@@ -94,21 +94,27 @@ class DeviceTable:
         """The device's copy of a section, seen as another dtype."""
         return self._buffer[self._bounds[index] : self._bounds[index + 1]].view(dtype)
 
-    def write(self, index: int, words: array[int], start: int = 0, step: int = 1) -> None:
-        """Change words of a section on the host, every `step`-th from `start`."""
-        low = self._bounds[index] + start
-        high = low + len(words) * step
-        if step == 1:
-            self._host[low:high] = words
-        else:
-            self._host[low:high:step] = words
+    def write(self, index: int, words: array[int]) -> None:
+        """Change the first words of a section on the host."""
+        low = self._bounds[index]
+        high = low + len(words)
+        self._host[low:high] = words
+        self._mark(low, high)
+
+    def write_column(self, index: int, values: Tensor, column: int, width: int) -> None:
+        """Change one of the `width` columns of a section on the host."""
+        low = self._bounds[index] + column
+        high = low + (len(values) - 1) * width + 1
+        self._words[low:high:width] = values
+        self._mark(low, high)
+
+    def _mark(self, low: int, high: int) -> None:
         first, end = self._changed
         self._changed = (min(first, low), max(end, high)) if first < end else (low, high)
 
     def upload(self) -> None:
         """Copy what changed since the last upload, in one copy, in stream order, without waiting."""
         first, end = self._changed
-        end = min(end, len(self._host))
         if first >= end:
             return
         source, target = self._words[first:end], self._buffer[first:end]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from copy import copy
 from functools import reduce
 from itertools import accumulate, chain
-from operator import or_
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from dragon.kernels import launch, norm, table
 from dragon.vm.torch.optim._chain import Scaling
 from dragon.vm.torch.optim._context import DeviceContext
 from dragon.vm.torch.optim._flatten import FlattenedGroup, follow_leaders
+from dragon.vm.torch.optim._gradients import addresses_of
 from dragon.vm.torch.optim._plan import plan_chunks
 from dragon.vm.torch.optim._state import ALIGNMENT
 from dragon.vm.torch.optim._table import DeviceTable, words_of
@@ -84,7 +84,7 @@ class TritonGroup:
             self._columns["step"] = table.STEP
         self._rows: list[list[float]] = []
         self._sources: list[list[int]] = []
-        self._grads: list[int] = []
+        self._grads = torch.empty(0, dtype=torch.int64, device="cpu")
         self._table = self._build_table(n_groups, partials)
         self.relocate()
 
@@ -130,7 +130,7 @@ class TritonGroup:
     def captured(self) -> TritonGroup:
         """This group for a graph: its addresses stand where no later step writes, its hyperparameters here."""
         twin = copy(self)
-        twin._table, twin._grads = self._table.twin(), []
+        twin._table, twin._grads = self._table.twin(), self._grads[:0]
         twin._take_sections(twin._table)
         return twin
 
@@ -143,26 +143,31 @@ class TritonGroup:
 
     def relocate(self) -> None:
         """Write the addresses of parameters and states, which the premises of a step hold fast."""
-        columns = {table.PARAM: list(map(Tensor.data_ptr, self.group.params))}
+        columns = {table.PARAM: addresses_of(self.group.params)}
         for key, column in self._columns.items():
-            columns[column] = [state[key].data_ptr() for state in self.group.states]
+            columns[column] = addresses_of([state[key] for state in self.group.states])
         for column, values in columns.items():
             self._write_column(column, values)
         walked = [values for column, values in columns.items() if column is not table.STEP]
-        self._combined = reduce(_or_all, walked)
-        self._grads = []
+        self._combined = reduce(torch.bitwise_or, walked)
+        self._grads = self._grads[:0]
 
-    def _write_column(self, column: Any, values: list[int]) -> None:
-        self._table.write(_TENSORS, array("q", values), int(column), _WIDTH)
+    def _write_column(self, column: Any, values: Tensor) -> None:
+        self._table.write_column(_TENSORS, values, int(column), _WIDTH)
 
-    def refresh(self, grads: Sequence[Tensor], rows: list[list[float]], sources: list[list[int]]) -> None:
-        """Bring the table up to date with this step's gradients and hyperparameters; at most one copy."""
+    def refresh(self, addresses: Tensor, rows: list[list[float]], sources: list[list[int]]) -> None:
+        """Bring the table up to date with a step's hyperparameters and addresses of gradients; at most one copy.
+
+        Args:
+            addresses: of this group's gradients, int64 on the CPU.
+            rows: see `group_row`, one of each parameter group.
+            sources: see `source_row`, likewise.
+        """
         self._write_hyperparameters(rows, sources)
-        addresses = list(map(Tensor.data_ptr, grads))
-        if addresses != self._grads:
+        if not torch.equal(addresses, self._grads):
             self._write_column(table.GRAD, addresses)
-            combined = _or_all(self._combined, addresses)
-            self._write_column(table.VECTOR, [not address & (ALIGNMENT - 1) for address in combined])
+            misplaced = (self._combined | addresses) & (ALIGNMENT - 1)
+            self._write_column(table.VECTOR, misplaced == 0)
             self._grads = addresses
         self._table.upload()
 
@@ -233,7 +238,7 @@ class TritonGroup:
                 self._tensors,
                 self._scalars,
             )
-        if self.group.is_joined:
+        if self.group.joined_grads is not None:
             follow_leaders(self.group.states)
 
 
@@ -261,9 +266,5 @@ class TritonSum:
         self._group.params = totals
         self._launch.relocate()
         with self._context.current():
-            self._launch.refresh(grads, [], [])
+            self._launch.refresh(addresses_of(grads), [], [])
             self._launch.apply()
-
-
-def _or_all(left: list[int], right: list[int]) -> list[int]:
-    return list(map(or_, left, right))

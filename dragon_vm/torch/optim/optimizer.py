@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, compress, repeat
-from operator import attrgetter, is_, is_not
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -19,9 +19,12 @@ from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
 from dragon.vm.torch.optim._checks import check_memory, check_param, has_memory
 from dragon.vm.torch.optim._ema import exchanged
 from dragon.vm.torch.optim._flat import FlatBuffer, make_buffers
+from dragon.vm.torch.optim._gradients import Gradients
+from dragon.vm.torch.optim._identity import same_tensors
 from dragon.vm.torch.optim._live import make_live
 from dragon.vm.torch.optim._local import check_local, everywhere, is_distributed, local
-from dragon.vm.torch.optim._options import Settings, check_common, checked_numbers, own_tensors
+from dragon.vm.torch.optim._numbers import GroupNumbers
+from dragon.vm.torch.optim._options import Settings, check_common, own_tensors
 from dragon.vm.torch.optim._prepared import PreparedSteps
 from dragon.vm.torch.optim._sums import GradientSums
 
@@ -58,7 +61,8 @@ class Optimizer(CheckpointedOptimizer):
         self._prepared = PreparedSteps()
         self._contexts: dict[torch.device, Any] = {}
         self._params: list[Tensor] = []
-        self._numbers: list[tuple[Any, ...]] = []
+        self._members: list[list[Tensor]] = []
+        self._numbers = GroupNumbers()
         self._buffers: list[FlatBuffer] = []
         self._sums = GradientSums()
         self._swapped = False
@@ -120,7 +124,7 @@ class Optimizer(CheckpointedOptimizer):
 
     def _publish(self, group: dict[str, Any]) -> None:
         """Upload a live group's hyperparameters to wherever steps, captured ones too, read them."""
-        checked_numbers([group], self.defaults, [])
+        GroupNumbers().read([group], self.defaults)
         self._prepared.publish(self, group)
 
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
@@ -153,19 +157,20 @@ class Optimizer(CheckpointedOptimizer):
         if self._swapped:
             raise RuntimeError("step() was called inside swap_ema(): the averages would be updated as parameters")
         groups = self.param_groups
-        params = list(chain.from_iterable(group["params"] for group in groups))
-        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
-            self._params = params
+        members = [group["params"] for group in groups]
+        if not same_tensors(members, self._members):
+            self._members = list(map(list, members))
+            self._params = list(chain.from_iterable(members))
             self._prepared.forget()
             self._move_to_buffers()
-            self._is_distributed = any(map(is_distributed, params))
-        grads = self._read_grads(params)
+            self._is_distributed = any(map(is_distributed, self._params))
+        params, grads = self._params, self._gradients()
         if is_capturing():
-            check_capture(self, params, grads, self._sums.are_outside)
+            check_capture(self, params, grads.tensors, self._sums.are_outside)
         if self._is_distributed:
             check_local(self._settings, groups)
         scaling = Scaling(getattr(self, "grad_scale", None), everywhere(getattr(self, "found_inf", None)))
-        numbers = self._numbers = checked_numbers(groups, self.defaults, self._numbers)
+        numbers = self._numbers.read(groups, self.defaults)
         asked_to_zero, zero_grad = zero_grad, zero_grad and not self._sums
         options = bytes([zero_grad, bool(self._sums)])
         # The usual case first: all parameters have a gradient, as at the last step. None fails the guard.
@@ -173,12 +178,14 @@ class Optimizer(CheckpointedOptimizer):
         if prepared is None:
             for buffer in self._buffers:
                 buffer.gather()
-            grads = self._read_grads(params) if self._buffers else grads
-            present = bytes(map(is_not, grads, repeat(None)))
+            grads = self._gradients() if self._buffers else grads
+            present = bytes(map(is_not, grads.tensors, repeat(None)))
             if not any(present):
                 return
-            params, grads = list(compress(params, present)), list(compress(grads, present))
-            key = options if all(present) else options + present
+            key = options
+            if not all(present):
+                params, key = list(compress(params, present)), options + present
+                grads = Gradients.of(list(compress(grads.tensors, present)))
             prepared = self._prepared.prepare(key, self, params, grads, numbers)
         if is_capturing():
             prepared = self._prepared.capture(prepared, self)
@@ -189,12 +196,16 @@ class Optimizer(CheckpointedOptimizer):
                 # The step read the sums: the gradients that came after them are apart.
                 zero_all([local(param.grad) for param in params if param.grad is not None])
 
-    def _read_grads(self, params: list[Tensor]) -> list[Tensor]:
+    def _gradients(self) -> Gradients:
         """The gradients that a step uses, or their shards and sums; None for those that are missing."""
-        grads = list(map(_read_grad, params))
-        if self._sums:
-            grads = self._sums.with_sums(params, grads)
-        return list(map(local, grads)) if self._is_distributed else grads
+
+        def read() -> list[Any]:
+            grads: list[Any] = list(map(_read_grad, self._params))
+            if self._sums:
+                grads = self._sums.with_sums(self._params, grads)
+            return list(map(local, grads)) if self._is_distributed else grads
+
+        return Gradients(read, are_own=not self._sums and not self._is_distributed)
 
     @torch.no_grad()
     @_disable_dynamo

@@ -23,12 +23,15 @@ def test_a_section_holds_what_was_written_after_the_next_upload(sections, data):
         size = len(sections[index])
         if not size:
             continue
-        start, step = data.draw(st.integers(0, size - 1)), data.draw(st.integers(1, 3))
-        values = data.draw(
-            st.lists(words, min_size=len(range(start, size, step)), max_size=len(range(start, size, step)))
-        )
-        table.write(index, array("q", values), start, step)
-        expected[index][start::step] = values
+        width = data.draw(st.integers(1, 3))
+        column = data.draw(st.integers(0, min(width, size) - 1))
+        n_values = len(range(column, size, width))
+        values = data.draw(st.lists(words, min_size=n_values, max_size=n_values))
+        if width == 1:
+            table.write(index, array("q", values))
+        else:
+            table.write_column(index, torch.tensor(values, dtype=torch.int64), column, width)
+        expected[index][column::width] = values
     table.upload()
     for index, section in enumerate(expected):
         assert table.section(index, torch.int64).tolist()[: len(section)] == section

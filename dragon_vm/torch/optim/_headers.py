@@ -1,0 +1,173 @@
+"""Headers of tensors: the words of memory in which PyTorch keeps addresses, layouts and gradients.
+
+Asking a tensor for its address from Python costs more than the update of a small tensor. One gather over the headers
+of all tensors costs a twentieth. PyTorch does not promise where the words are: they are searched for, by values that
+its public calls report, and where they are not found, or something they say is not so, public calls are all there is.
+
+A word is read only of an object that is alive: the Python object that the caller holds, what that one points to now,
+and so on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+WORD = 8
+# Address 0 is not allowed for a tensor: all of memory, from the second word on.
+_ALL_WORDS = ctypes.c_int64 * (1 << 44)
+# How far a word is searched for. A TensorImpl ends with its dispatch keys, which the other searches do not pass.
+_NEAR, _FAR = 8, 32
+# Dimensions whose sizes and strides stand in the header itself.
+MAX_DIM = 5
+
+
+class HeaderMap(NamedTuple):
+    """Where the words are, counted from the start of what they belong to.
+
+    Attributes:
+        impl: the address of the TensorImpl, in a tensor's Python object.
+        storage: the address of the StorageImpl, in a TensorImpl, as what follows.
+        autograd: the address of the AutogradMeta; 0 for none.
+        dim: the number of dimensions.
+        sizes: the first size.
+        strides: the first stride.
+        offset: the offset in the storage, in elements.
+        rest: dtype, device, flags and dispatch keys.
+        grad: the address of the gradient's TensorImpl, in an AutogradMeta.
+        data: the address of the memory, in a StorageImpl, as what follows.
+        deleter: who frees the memory.
+        lazy_deleter: the deleter of memory that is copied at the next write.
+    """
+
+    impl: int
+    storage: int
+    autograd: int
+    dim: int
+    sizes: int
+    strides: int
+    offset: int
+    rest: tuple[int, ...]
+    grad: int
+    data: int
+    deleter: int
+    lazy_deleter: int
+
+    def layout(self, dim: int) -> list[int]:
+        """The words that say how a tensor of so many dimensions is laid out, but for its offset."""
+        sizes, strides = range(self.sizes, self.sizes + dim), range(self.strides, self.strides + dim)
+        return [self.dim, *sizes, *strides, *self.rest]
+
+
+def positions(addresses: Tensor) -> Tensor:
+    """Positions of the words at these addresses, in `all_words`."""
+    return (addresses >> 3) - 1
+
+
+def objects(things: Sequence[object]) -> Tensor:
+    """Positions of the first words of Python objects, int64 [len(things)]."""
+    return positions(torch.tensor(list(map(id, things)), dtype=torch.int64, device="cpu"))
+
+
+@contextmanager
+def all_words() -> Iterator[Tensor]:
+    """All of memory, int64, to take words of live objects from, while no mode sees the operations.
+
+    A mode may look at operands, and these are not all there.
+    """
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        yield torch.frombuffer(_ALL_WORDS.from_address(WORD), dtype=torch.int64)
+
+
+@cache
+def header_map() -> HeaderMap | None:
+    """Where this PyTorch keeps the words; None if they are not found."""
+    try:
+        return _search()
+    except (AttributeError, LookupError):
+        return None
+
+
+def _word(address: int) -> int:
+    return ctypes.c_int64.from_address(address).value
+
+
+def _words(address: int, length: int) -> list[int]:
+    return [_word(address + WORD * index) for index in range(length)]
+
+
+def _find(address: int, value: int, length: int) -> int:
+    """Which of the first words at an address has this value; reads no further.
+
+    Raises:
+        LookupError: if none of the first `length` has.
+    """
+    for index in range(length):
+        if _word(address + WORD * index) == value:
+            return index
+    raise LookupError(f"none of {length} words is {value}")
+
+
+def _search() -> HeaderMap:
+    sizes, strides, offset = (3, 5, 7, 11, 13), (19, 23, 29, 31, 37), 17
+    tensor: Any = torch.empty(5000, device="cpu").as_strided(sizes, strides, offset)
+    storage = tensor.untyped_storage()
+    impl = tensor._cdata
+    # The last word of a TensorImpl comes first, so that the other searches end there.
+    keys = _find(impl, torch._C._dispatch_keys(tensor).raw_repr(), _FAR)
+    first, numel = _find(impl, sizes[0], keys), _find(impl, tensor.numel(), keys)
+    if _words(impl + WORD * (first - 1), 1 + 2 * MAX_DIM) != [MAX_DIM, *sizes, *strides]:
+        raise LookupError("sizes and strides stand otherwise")
+    autograd, grad = _search_grad(keys)
+    data, deleter, lazy_deleter = _search_memory(tensor)
+    return HeaderMap(
+        impl=_find(id(tensor), impl, 5),
+        storage=_find(impl, storage._cdata, keys),
+        autograd=autograd,
+        dim=first - 1,
+        sizes=first,
+        strides=first + MAX_DIM,
+        offset=_find(impl, offset, keys),
+        rest=tuple(range(numel + 1, keys + 1)),
+        grad=grad,
+        data=data,
+        deleter=deleter,
+        lazy_deleter=lazy_deleter,
+    )
+
+
+def _search_grad(length: int) -> tuple[int, int]:
+    """Where a TensorImpl of `length` words keeps its AutogradMeta, and where that keeps the gradient."""
+    param, gradient = torch.empty(3, device="cpu"), torch.empty(3, device="cpu")
+    impl, expected = param._cdata, gradient._cdata  # type: ignore[attr-defined]
+    before = _words(impl, length)
+    param.requires_grad_()
+    changed = [index for index, word in enumerate(_words(impl, length)) if word != before[index]]
+    if len(changed) != 1 or before[changed[0]] != 0:
+        raise LookupError("requires_grad does not make one word appear")
+    meta = _word(impl + WORD * changed[0])
+    param.grad = gradient
+    grad = _find(meta, expected, _NEAR)
+    param.grad = None
+    if _word(meta + WORD * grad) == expected:
+        raise LookupError("a gradient stays that was dropped")
+    return changed[0], grad
+
+
+def _search_memory(tensor: Tensor) -> tuple[int, int, int]:
+    """Where a StorageImpl keeps the memory and its deleter, and which that is while a copy waits for a write."""
+    storage: Any = tensor.untyped_storage()
+    data = _find(storage._cdata, storage.data_ptr(), _NEAR)
+    before = _words(storage._cdata, data + 2)
+    copy = torch._lazy_clone(tensor)
+    changed = [index for index, word in enumerate(_words(storage._cdata, data + 2)) if word != before[index]]
+    del copy
+    if changed != [data + 1]:
+        raise LookupError("the deleter does not follow the memory")
+    return data, data + 1, _word(storage._cdata + WORD * (data + 1))

@@ -1,0 +1,87 @@
+"""The hyperparameters of all groups as numbers, read and checked again only when one has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
+from types import NoneType
+from typing import Any
+
+from torch import Tensor
+
+from dragon.vm.torch.optim._identity import same_tensors
+
+# Immutable: whoever holds one of these sees no change in it.
+_PLAIN_TYPES = {float, int, bool, tuple, NoneType}
+# Hyperparameters that kernels read where they are, if they are tensors on the device.
+_LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
+_NUMBERS = (
+    *("lr", "weight_decay", "eps", "momentum", "dampening"),
+    *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
+)
+
+
+class GroupNumbers:
+    """The hyperparameters of each group, comparable: equal to those of an earlier step if none has changed."""
+
+    def __init__(self) -> None:
+        self._numbers: list[tuple[Any, ...]] = []
+        # The groups as they were read last, if nothing in them can change unseen.
+        self._groups: list[dict[str, Any]] = []
+
+    def read(self, groups: Sequence[dict[str, Any]], names: Iterable[str]) -> list[tuple[Any, ...]]:
+        """The values of these names of each group.
+
+        Raises:
+            KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
+        """
+        if self._groups and same_tensors(groups, self._groups):
+            return self._numbers
+        numbers = list(map(itemgetter(*names), groups))
+        types = set(map(type, chain.from_iterable(numbers)))
+        types.update(map(type, chain.from_iterable(group.get("betas", ()) for group in groups)))
+        are_plain = types <= _PLAIN_TYPES
+        if not are_plain:
+            numbers = list(map(by_value, numbers))
+        if numbers != self._numbers:
+            _check_numbers(groups)
+            self._numbers = numbers
+        self._groups = list(map(dict, groups)) if are_plain else []
+        return numbers
+
+
+def by_value(value: Any) -> Any:
+    """A hyperparameter in a form that tells whether it changed: a tensor's number, or its address on a device."""
+    if isinstance(value, Tensor):
+        on_host = value.device.type == "cpu"
+        return float(value.detach()) if on_host else (value.data_ptr(), value.dtype, value.device)
+    return tuple(map(by_value, value)) if isinstance(value, tuple | list) else value
+
+
+def _check_numbers(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check that hyperparameters are numbers: anybody may have edited them since their ranges were checked.
+
+    Raises:
+        TypeError: for one that is no number, naming it.
+        ValueError: for a tensor of several, and for betas that are not two.
+    """
+    for group in groups:
+        for name in _NUMBERS:
+            if name in group:
+                _check_number(name, group[name])
+        if "betas" in group:
+            if len(group["betas"]) != 2:
+                raise ValueError(f"betas must be two numbers, but got {group['betas']}")
+            for index, beta in enumerate(group["betas"]):
+                _check_number(f"betas[{index}]", beta)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
+        if value.device.type != "cpu" and name not in _LIVE_TENSORS:
+            raise ValueError(f"{name} must be a number or a tensor on the CPU, but got a tensor on {value.device}")
+    elif not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, but got {value!r}")

@@ -1,0 +1,247 @@
+"""Tensors as they were, and whether they still are: the same memory, in the same layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._gradients import Gradients, addresses_of
+from dragon.vm.torch.optim._headers import MAX_DIM, HeaderMap, all_words, header_map, objects, positions
+
+
+class Watch(Protocol):
+    """Remembers type, shape, strides, dtype, device and address of tensors."""
+
+    def is_unchanged(self) -> bool:
+        """Whether all are as they were."""
+
+
+class GradWatch(Protocol):
+    """Remembers shape, strides, dtype and device of gradients."""
+
+    def find(self, grads: Gradients) -> bool:
+        """Whether these gradients are laid out as the remembered ones were; leaves their addresses there."""
+
+
+class PlainWatch:
+    """A `Watch` of public calls only, several times slower than one that reads headers."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._seen = self._look()
+
+    def _look(self) -> tuple[object, ...]:
+        return list(map(_layout, self._tensors)), list(map(Tensor.data_ptr, self._tensors))
+
+    def is_unchanged(self) -> bool:
+        """Whether all are as they were."""
+        return self._look() == self._seen
+
+
+class PlainGradWatch:
+    """A `GradWatch` of public calls only."""
+
+    def __init__(self, grads: Sequence[Tensor]) -> None:
+        self._seen = list(map(_layout, grads))
+
+    def find(self, grads: Gradients) -> bool:
+        """Whether these gradients are laid out as the remembered ones were; leaves their addresses there."""
+        if list(map(_layout, grads.tensors)) != self._seen:
+            return False
+        grads.addresses = addresses_of(grads.tensors)
+        return True
+
+
+def _layout(tensor: Tensor | None) -> tuple[object, ...] | None:
+    if tensor is None or tensor.layout != torch.strided:
+        return None
+    lazy = tensor.is_conj(), tensor.is_neg()
+    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), lazy
+
+
+class _Words:
+    """Words of memory as they were, and as they are.
+
+    Args:
+        where: their positions; assign others to look elsewhere.
+    """
+
+    def __init__(self, where: Tensor) -> None:
+        self.where, self._then = where, b""
+        # Two blocks of bytes are compared faster than two tensors.
+        self.now = bytearray(8 * len(where))
+        with torch.inference_mode(False):
+            self.words = torch.frombuffer(self.now, dtype=torch.int64)
+        with all_words() as memory:
+            self.read(memory)
+        self.keep()
+
+    def read(self, memory: Tensor) -> bool:
+        """Read them anew; whether they are as they were."""
+        torch.take(memory, self.where, out=self.words)
+        return self.now == self._then
+
+    def keep(self) -> None:
+        """As they are is how they were, from here on."""
+        self._then = bytes(self.now)
+
+
+class HeaderWatch:
+    """A `Watch` that reads headers; it holds the tensors, so that their objects stay alive.
+
+    Args:
+        headers: where the words are.
+        params: strided, of at most `MAX_DIM` dimensions, as the others.
+        others: further tensors, whose gradients nobody asks for.
+
+    Raises:
+        LookupError: if the headers do not say what PyTorch says.
+    """
+
+    def __init__(self, headers: HeaderMap, params: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        self._tensors = tensors = [*params, *others]
+        # Asked for first: memory that is copied at the next write is copied now.
+        addresses = addresses_of(tensors)
+        objects_of = _Words(objects(tensors) + headers.impl)
+        pairs = [(i, headers.autograd) for i in range(len(params))]
+        pairs += [(i, word) for word in (headers.storage, headers.offset) for i in range(len(tensors))]
+        fields = [len(params), len(tensors), len(tensors)]
+        pairs += [(i, word) for i, tensor in enumerate(tensors) for word in headers.layout(tensor.dim())]
+        described = _Words(_Selection(pairs).of(objects_of.words))
+        self.autograds, storages, offsets = described.words[: sum(fields)].clone().split(fields)
+        if 0 in storages.tolist():
+            raise LookupError("a tensor without storage")
+        places, which = storages.unique(return_inverse=True)
+        memories = _Words(_each(positions(places), headers.data, headers.deleter))
+        data = memories.words[: len(places)][which]
+        if not torch.equal(_addresses(data, offsets, *_sizes(tensors)), addresses):
+            raise LookupError("other addresses than data_ptr() returns")
+        # In this order: what has not changed points to what is alive.
+        self._all = objects_of, described, memories
+
+    def is_unchanged(self) -> bool:
+        """Whether all are as they were."""
+        with all_words() as memory:
+            return all(words.read(memory) for words in self._all)
+
+
+class HeaderGradWatch:
+    """A `GradWatch` that reads headers; it holds no gradients.
+
+    Args:
+        headers: where the words are.
+        params: a watch of the parameters, which must be found unchanged before each use of this one.
+        grads: the gradients, strided and of at most `MAX_DIM` dimensions.
+
+    Raises:
+        LookupError: if the headers do not say what PyTorch says.
+    """
+
+    def __init__(self, headers: HeaderMap, params: HeaderWatch, grads: Gradients) -> None:
+        self._headers, self._are_own = headers, grads.are_own
+        tensors = grads.tensors
+        addresses = addresses_of(tensors)
+        if self._are_own and 0 in params.autograds.tolist():
+            raise LookupError("a gradient without a place for it")
+        self._pointers = _Words(objects(tensors) + headers.impl)
+        if self._are_own:
+            self._pointers.where = positions(params.autograds) + headers.grad
+            with all_words() as memory:
+                if not self._pointers.read(memory):
+                    raise LookupError("other gradients than .grad returns")
+        layouts = [(i, word) for i, tensor in enumerate(tensors) for word in headers.layout(tensor.dim())]
+        fields = [(i, word) for word in (headers.storage, headers.offset) for i in range(len(tensors))]
+        self._selection, self._n_layout_words = _Selection(layouts + fields), len(layouts)
+        self._described = _Words(self._selection.of(self._pointers.words))
+        self._layout = bytes(self._layout_now())
+        self._sizes = _sizes(tensors)
+        self._locate()
+        if not self.find(grads) or not torch.equal(grads.addresses, addresses):
+            raise LookupError("other addresses than data_ptr() returns")
+
+    def find(self, grads: Gradients) -> bool:
+        """Whether these gradients are laid out as the remembered ones were; leaves their addresses there."""
+        if not self._are_own:
+            if any(grad is None for grad in grads.tensors):
+                return False
+            self._pointers.where = objects(grads.tensors) + self._headers.impl
+        with all_words() as memory:
+            if not self._pointers.read(memory):
+                self._pointers.keep()
+                self._described.where = self._selection.of(self._pointers.words)
+            if not self._described.read(memory):
+                if self._layout_now() != self._layout:
+                    return False
+                self._described.keep()
+                self._locate()
+            if not self._memories.read(memory) or self._addresses is None:
+                self._memories.keep()
+                data, deleters = self._memories.words.view(2, -1).unbind()
+                lazy = self._headers.lazy_deleter in deleters.tolist()
+                self._addresses = None if lazy else _addresses(data, self._offsets, *self._sizes)
+        if self._addresses is None:
+            return False
+        grads.addresses = self._addresses
+        return True
+
+    def _layout_now(self) -> memoryview:
+        return memoryview(self._described.now)[: 8 * self._n_layout_words]
+
+    def _locate(self) -> None:
+        """Derive from descriptions, which are those of strided tensors, where their memories stand."""
+        storages, offsets = self._described.words[self._n_layout_words :].view(2, -1).unbind()
+        self._offsets = offsets.clone()
+        self._memories = _Words(_each(positions(storages), self._headers.data, self._headers.deleter))
+        self._addresses: Tensor | None = None
+
+
+class _Selection:
+    """Words of several objects, as pairs of an object's number and the word in it."""
+
+    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._owners, self._words = torch.tensor(pairs, dtype=torch.int64, device="cpu").view(-1, 2).unbind(1)
+
+    def of(self, addresses: Tensor) -> Tensor:
+        """Positions of the words, for objects at these addresses."""
+        return positions(addresses)[self._owners] + self._words
+
+
+def _each(addresses: Tensor, *offsets: int) -> Tensor:
+    """Each offset from all addresses, [len(offsets) * len(addresses)]."""
+    return torch.cat([addresses + offset for offset in offsets])
+
+
+def _sizes(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Bytes of an element of each tensor, and 1 for those that have any, 0 for the others."""
+    sizes = [(tensor.element_size(), tensor.numel() > 0) for tensor in tensors]
+    itemsizes, are_full = torch.tensor(sizes, dtype=torch.int64, device="cpu").view(-1, 2).unbind(1)
+    return itemsizes, are_full
+
+
+def _addresses(data: Tensor, offsets: Tensor, itemsizes: Tensor, are_full: Tensor) -> Tensor:
+    return (data + offsets * itemsizes) * are_full
+
+
+def watch(params: Sequence[Tensor], others: Sequence[Tensor]) -> Watch:
+    """Remember parameters and other strided tensors, by their headers where those can be read."""
+    headers = header_map()
+    if headers is not None and all(tensor.dim() <= MAX_DIM for tensor in (*params, *others)):
+        try:
+            return HeaderWatch(headers, params, others)
+        except LookupError:
+            pass
+    return PlainWatch([*params, *others])
+
+
+def watch_grads(params: Watch, grads: Gradients) -> GradWatch:
+    """Remember the strided gradients of watched parameters, by their headers where those can be read."""
+    headers = header_map()
+    if headers is not None and isinstance(params, HeaderWatch) and all(g.dim() <= MAX_DIM for g in grads.tensors):
+        try:
+            return HeaderGradWatch(headers, params, grads)
+        except LookupError:
+            pass
+    return PlainGradWatch(grads.tensors)
