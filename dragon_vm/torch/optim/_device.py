@@ -9,7 +9,6 @@ from copy import copy
 from itertools import accumulate
 from typing import Any
 
-
 from dragon.kernels import norm
 from dragon.vm.torch.optim._chain import Scaling, needs_norm
 from dragon.vm.torch.optim._context import DeviceContext

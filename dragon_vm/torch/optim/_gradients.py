@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -39,3 +40,21 @@ class Gradients:
 def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
     """Addresses of tensors' memory, int64 [len(tensors)] on the CPU; 0 for those without elements."""
     return torch.tensor(list(map(Tensor.data_ptr, tensors)), dtype=torch.int64, device="cpu")
+
+
+def apart(grads: list[Tensor]) -> list[Tensor]:
+    """Gradients of which no two are the same memory, so that one may be written after it was read."""
+    addresses = list(map(Tensor.data_ptr, grads))
+    if len(set(addresses)) == len(grads):
+        return grads
+    first = {address: index for index, address in reversed(list(enumerate(addresses)))}
+    return [
+        grad if first[address] == index else grad.clone()
+        for index, (address, grad) in enumerate(zip(addresses, grads, strict=True))
+    ]
+
+
+def all_apart(walked: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """`apart` of several lists together."""
+    grads = iter(apart(list(chain.from_iterable(walked))))
+    return [list(islice(grads, len(selected))) for selected in walked]

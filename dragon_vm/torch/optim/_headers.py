@@ -1,11 +1,11 @@
 """Headers of tensors: the words of memory in which PyTorch keeps addresses, layouts and gradients.
 
-Asking a tensor for its address from Python costs more than the update of a small tensor. One gather over the headers
-of all tensors costs a twentieth. PyTorch does not promise where the words are: they are searched for, by values that
-its public calls report, and where they are not found, or something they say is not so, public calls are all there is.
+Asking a tensor for its address from Python costs more than updating a small tensor; one gather over the headers
+of all tensors costs a twentieth of that. PyTorch does not promise where the words are. They are searched for, by
+values that its public calls report; where they are not found, or what they say is not so, public calls must do.
 
-A word is read only of an object that is alive: the Python object that the caller holds, what that one points to now,
-and so on.
+A word is read only of an object that is alive: the Python object that the caller holds, what that one points to at
+this moment, and so on.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ WORD = 8
 _ALL_WORDS = ctypes.c_int64 * (1 << 44)
 # How far a word is searched for. A TensorImpl ends with its dispatch keys, which the other searches do not pass.
 _NEAR, _FAR = 8, 32
+# The bits of a word that hold the number of a dtype; those above may be anything, even in equal tensors.
+DTYPE_BITS = (1 << 16) - 1
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.bool)
 # Dimensions whose sizes and strides stand in the header itself.
 MAX_DIM = 5
 
@@ -39,7 +42,8 @@ class HeaderMap(NamedTuple):
         sizes: the first size.
         strides: the first stride.
         offset: the offset in the storage, in elements.
-        rest: dtype, device, flags and dispatch keys.
+        dtype: the number of the dtype in its lowest 16 bits, and other things above those.
+        keys: the dispatch keys, which stand for device type, layout and conjugation.
         grad: the address of the gradient's TensorImpl, in an AutogradMeta.
         data: the address of the memory, in a StorageImpl, as what follows.
         deleter: who frees the memory.
@@ -53,16 +57,17 @@ class HeaderMap(NamedTuple):
     sizes: int
     strides: int
     offset: int
-    rest: tuple[int, ...]
+    dtype: int
+    keys: int
     grad: int
     data: int
     deleter: int
     lazy_deleter: int
 
     def layout(self, dim: int) -> list[int]:
-        """The words that say how a tensor of so many dimensions is laid out, but for its offset."""
+        """The words that say how a tensor of so many dimensions is laid out, but for its dtype and offset."""
         sizes, strides = range(self.sizes, self.sizes + dim), range(self.strides, self.strides + dim)
-        return [self.dim, *sizes, *strides, *self.rest]
+        return [self.dim, *sizes, *strides, self.keys]
 
 
 def positions(addresses: Tensor) -> Tensor:
@@ -89,8 +94,9 @@ def all_words() -> Iterator[Tensor]:
 def header_map() -> HeaderMap | None:
     """Where this PyTorch keeps the words; None if they are not found."""
     try:
-        return _search()
-    except (AttributeError, LookupError):
+        with torch.inference_mode(False), torch.enable_grad(), all_words():
+            return _search()
+    except (AttributeError, LookupError, RuntimeError):
         return None
 
 
@@ -134,7 +140,8 @@ def _search() -> HeaderMap:
         sizes=first,
         strides=first + MAX_DIM,
         offset=_find(impl, offset, keys),
-        rest=tuple(range(numel + 1, keys + 1)),
+        dtype=_search_dtype(numel + 1, keys),
+        keys=keys,
         grad=grad,
         data=data,
         deleter=deleter,
@@ -142,10 +149,20 @@ def _search() -> HeaderMap:
     )
 
 
+def _search_dtype(first: int, end: int) -> int:
+    """Which word of a TensorImpl has a number for each dtype."""
+    for index in range(first, end):
+        tensors: Any = [torch.empty(0, dtype=dtype, device="cpu") for dtype in _DTYPES * 2]
+        numbers = [_word(tensor._cdata + WORD * index) & DTYPE_BITS for tensor in tensors]
+        if numbers[: len(_DTYPES)] == numbers[len(_DTYPES) :] and len(set(numbers)) == len(_DTYPES):
+            return index
+    raise LookupError("no word tells dtypes apart")
+
+
 def _search_grad(length: int) -> tuple[int, int]:
     """Where a TensorImpl of `length` words keeps its AutogradMeta, and where that keeps the gradient."""
     param, gradient = torch.empty(3, device="cpu"), torch.empty(3, device="cpu")
-    impl, expected = param._cdata, gradient._cdata  # type: ignore[attr-defined]
+    impl, expected = param._cdata, gradient._cdata
     before = _words(impl, length)
     param.requires_grad_()
     changed = [index for index, word in enumerate(_words(impl, length)) if word != before[index]]

@@ -1,54 +1,11 @@
-"""The layouts in which an update may walk a tensor, and the guard that notices when one changes."""
+"""The layouts in which an update may walk a tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-try:
-    from torch._C._dynamo import guards as _guards
-except ImportError:  # private to torch: without it the slower guard below does
-    _guards = None  # type: ignore[assignment]  # mypy takes a module's name for a constant
-
-
-class LayoutGuard(Protocol):
-    """Remembers shape, strides, dtype and device of tensors."""
-
-    def check(self, *tensors: Tensor) -> bool:
-        """Whether these tensors are laid out as the remembered ones were."""
-
-
-class PlainGuard:
-    """A `LayoutGuard` of public calls only; five times slower than torch's own."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self._layouts = [_layout(tensor) for tensor in tensors]
-
-    def check(self, *tensors: Tensor) -> bool:
-        """Whether these tensors are laid out as the remembered ones were."""
-        return [_layout(tensor) for tensor in tensors] == self._layouts
-
-
-def _layout(tensor: Tensor) -> tuple[object, ...]:
-    lazy = tensor.is_conj(), tensor.is_neg()
-    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.shape, tensor.stride(), lazy
-
-
-def guard_layouts(tensors: Sequence[Tensor]) -> LayoutGuard:
-    """Remember the layout of each tensor; all must be strided."""
-    tensor_guards: Any = getattr(_guards, "TensorGuards", PlainGuard)
-    if tensor_guards is PlainGuard:
-        return PlainGuard(*tensors)
-    # Shapes and strides must be given: without them the constructor crashes (torch 2.13).
-    guard: LayoutGuard = tensor_guards(
-        *tensors,
-        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
-    )
-    return guard
 
 
 def walking_strides(tensor: Tensor) -> tuple[int, ...]:

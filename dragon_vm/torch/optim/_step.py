@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import copy
-from itertools import chain, islice, product
+from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +13,20 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from dragon.vm.torch.optim._backend import choose_backend, step_device
-from dragon.vm.torch.optim._chain import Factors, Scaling, TotalNorm, detach_all, gradient_factors, needs_norm, zero_all
+from dragon.vm.torch.optim._chain import (
+    Factors,
+    Scaling,
+    TotalNorm,
+    detach_all,
+    gradient_factors,
+    needs_norm,
+    zero_all,
+)
 from dragon.vm.torch.optim._checks import check_grads, check_memory, check_state
 from dragon.vm.torch.optim._eager import EagerGroup
 from dragon.vm.torch.optim._flat import coalesce
 from dragon.vm.torch.optim._flatten import FlattenedGroup, Signature, complete_states, flatten_groups, settle_state
-from dragon.vm.torch.optim._gradients import Gradients
+from dragon.vm.torch.optim._gradients import Gradients, all_apart, apart
 from dragon.vm.torch.optim._identity import same_tensors
 from dragon.vm.torch.optim._layout import in_layout_of, is_dense, same_walk
 from dragon.vm.torch.optim._local import is_distributed, local, local_state
@@ -61,8 +69,8 @@ class PreparedStep:
         ]
         if optimizer._settings.flatten and not self._strays:
             # A graph must advance each counter by itself: other steps may part them between its replays.
-            apart = {row for row, group in enumerate(self._groups) if group["clip_norm"] or group["capturable"]}
-            flattened = [coalesce(g, g.select(gradients), optimizer._buffers, apart) or g for g in flattened]
+            separate = {row for row, group in enumerate(self._groups) if group["clip_norm"] or group["capturable"]}
+            flattened = [coalesce(g, g.select(gradients), optimizer._buffers, separate) or g for g in flattened]
         self._followers = [s["followers"] for group in flattened for s in group.states if "followers" in s]
         self._versions: list[int] = []
         self._premises = Premises(
@@ -161,7 +169,7 @@ class PreparedStep:
                 tensors[index] = in_layout_of(self._params[index], tensors[index])
             ready = Gradients.of(tensors)
         if self._kernel_zeroes and len(ready.addresses.unique()) < len(ready.addresses):
-            ready = Gradients.of(_apart(ready.tensors))
+            ready = Gradients.of(apart(ready.tensors))
         if self._hosted or (len(self._launched) > 1 and needs_norm(settings)):
             self._run_hosted(optimizer, ready, numbers, scaling)
         else:
@@ -221,8 +229,8 @@ class PreparedStep:
         if factors.skip:
             optimizer._n_skipped += 1
             return
-        apart = _all_apart(walked) if _scales(groups, settings, scaling) else walked
-        for member, selected in zip(self._hosted, apart, strict=False):
+        writable = all_apart(walked) if _scales(groups, settings, scaling) else walked
+        for member, selected in zip(self._hosted, writable, strict=False):
             member.update(selected, groups, numbers, factors)
         for device in self._launched:
             # A norm of infinity leaves a factor of 0.
@@ -234,24 +242,6 @@ def _scales(groups: Sequence[dict[str, Any]], settings: Settings, scaling: Scali
     """Whether the native backend may leave gradients scaled."""
     asked = scaling.grad_scale is not None or needs_norm(settings)
     return asked or any(group["grad_scale"] != 1 or group["clip_norm"] for group in groups)
-
-
-def _apart(grads: list[Tensor]) -> list[Tensor]:
-    """Gradients of which no two are the same memory, so that one may be written after it was read."""
-    addresses = list(map(Tensor.data_ptr, grads))
-    if len(set(addresses)) == len(grads):
-        return grads
-    first = {address: index for index, address in reversed(list(enumerate(addresses)))}
-    return [
-        grad if first[address] == index else grad.clone()
-        for index, (address, grad) in enumerate(zip(addresses, grads, strict=True))
-    ]
-
-
-def _all_apart(walked: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-    """`_apart` of several lists together."""
-    grads = iter(_apart(list(chain.from_iterable(walked))))
-    return [list(islice(grads, len(selected))) for selected in walked]
 
 
 def _divisor(factor: float) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._capture import is_capturing
 from dragon.vm.torch.optim._flatten import FlattenedGroup, Signature
+from dragon.vm.torch.optim._gradients import Gradients
 from dragon.vm.torch.optim._layout import in_layout_of, is_dense
 from dragon.vm.torch.optim._local import local
 
@@ -73,8 +75,19 @@ class GradientSums:
         else:
             torch._foreach_add_(totals, grads)
 
-    def with_sums(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """What a step uses: the sum of each parameter, with its gradient if there is one too."""
+    def gradients(self, params: Sequence[Tensor], are_distributed: bool) -> Gradients:
+        """What a step uses: gradients, or their shards and sums; None for those that are missing."""
+
+        def read() -> list[Any]:
+            grads: list[Any] = list(map(attrgetter("grad"), params))
+            if self.totals:
+                grads = self._with_sums(params, grads)
+            return list(map(local, grads)) if are_distributed else grads
+
+        return Gradients(read, are_own=not self.totals and not are_distributed)
+
+    def _with_sums(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The sum of each parameter, with its gradient if there is one too."""
         summed: list[Tensor | None] = []
         for param, grad in zip(params, grads, strict=True):
             total = self.totals.get(param)

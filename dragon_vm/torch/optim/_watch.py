@@ -9,7 +9,20 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._gradients import Gradients, addresses_of
-from dragon.vm.torch.optim._headers import MAX_DIM, HeaderMap, all_words, header_map, objects, positions
+from dragon.vm.torch.optim._headers import (
+    DTYPE_BITS,
+    MAX_DIM,
+    HeaderMap,
+    all_words,
+    header_map,
+    objects,
+    positions,
+)
+
+_Pair = tuple[int, int]
+# Gradients that stay are asked for once. To know that they are the same they must be held, which keeps them from
+# being freed between a `zero_grad(set_to_none=True)` and the next step: only small ones are.
+HELD_NBYTES = 1 << 20
 
 
 class Watch(Protocol):
@@ -67,21 +80,25 @@ class _Words:
 
     Args:
         where: their positions; assign others to look elsewhere.
+        n_dtypes: how many of them, from the first on, are read for a dtype.
     """
 
-    def __init__(self, where: Tensor) -> None:
+    def __init__(self, where: Tensor, n_dtypes: int = 0) -> None:
         self.where, self._then = where, b""
         # Two blocks of bytes are compared faster than two tensors.
         self.now = bytearray(8 * len(where))
         with torch.inference_mode(False):
             self.words = torch.frombuffer(self.now, dtype=torch.int64)
+        self._dtypes = self.words[:n_dtypes] if n_dtypes else None
         with all_words() as memory:
             self.read(memory)
         self.keep()
 
     def read(self, memory: Tensor) -> bool:
         """Read them anew; whether they are as they were."""
-        torch.take(memory, self.where, out=self.words)
+        torch.index_select(memory, 0, self.where, out=self.words)
+        if self._dtypes is not None:
+            self._dtypes &= DTYPE_BITS
         return self.now == self._then
 
     def keep(self) -> None:
@@ -106,12 +123,12 @@ class HeaderWatch:
         # Asked for first: memory that is copied at the next write is copied now.
         addresses = addresses_of(tensors)
         objects_of = _Words(objects(tensors) + headers.impl)
-        pairs = [(i, headers.autograd) for i in range(len(params))]
-        pairs += [(i, word) for word in (headers.storage, headers.offset) for i in range(len(tensors))]
-        fields = [len(params), len(tensors), len(tensors)]
-        pairs += [(i, word) for i, tensor in enumerate(tensors) for word in headers.layout(tensor.dim())]
+        n_tensors = len(tensors)
+        pairs = _columns(n_tensors, headers.dtype, headers.storage, headers.offset)
+        pairs += _columns(len(params), headers.autograd) + _layouts(headers, tensors)
         described = _Words(_Selection(pairs).of(objects_of.words))
-        self.autograds, storages, offsets = described.words[: sum(fields)].clone().split(fields)
+        fields = described.words.clone()[n_tensors : 3 * n_tensors + len(params)]
+        storages, offsets, self.autograds = fields.split([n_tensors, n_tensors, len(params)])
         if 0 in storages.tolist():
             raise LookupError("a tensor without storage")
         places, which = storages.unique(return_inverse=True)
@@ -129,7 +146,7 @@ class HeaderWatch:
 
 
 class HeaderGradWatch:
-    """A `GradWatch` that reads headers; it holds no gradients.
+    """A `GradWatch` that reads headers; it holds gradients of at most `HELD_NBYTES` together.
 
     Args:
         headers: where the words are.
@@ -152,12 +169,15 @@ class HeaderGradWatch:
             with all_words() as memory:
                 if not self._pointers.read(memory):
                     raise LookupError("other gradients than .grad returns")
-        layouts = [(i, word) for i, tensor in enumerate(tensors) for word in headers.layout(tensor.dim())]
-        fields = [(i, word) for word in (headers.storage, headers.offset) for i in range(len(tensors))]
-        self._selection, self._n_layout_words = _Selection(layouts + fields), len(layouts)
-        self._described = _Words(self._selection.of(self._pointers.words))
+        layouts = _columns(len(tensors), headers.dtype) + _layouts(headers, tensors)
+        self._selection = _Selection(layouts + _columns(len(tensors), headers.storage, headers.offset))
+        self._n_layout_words = len(layouts)
+        self._described = _Words(self._selection.of(self._pointers.words), len(tensors))
         self._layout = bytes(self._layout_now())
         self._sizes = _sizes(tensors)
+        self._may_hold = self._are_own and sum(tensor.nbytes for tensor in tensors) <= HELD_NBYTES
+        self._held: tuple[list[Tensor], _Words] | None = None
+        self._addresses: Tensor | None = None
         self._locate()
         if not self.find(grads) or not torch.equal(grads.addresses, addresses):
             raise LookupError("other addresses than data_ptr() returns")
@@ -169,8 +189,11 @@ class HeaderGradWatch:
                 return False
             self._pointers.where = objects(grads.tensors) + self._headers.impl
         with all_words() as memory:
-            if not self._pointers.read(memory):
+            if self._pointers.read(memory):
+                self._hold(grads, memory)
+            else:
                 self._pointers.keep()
+                self._held = None
                 self._described.where = self._selection.of(self._pointers.words)
             if not self._described.read(memory):
                 if self._layout_now() != self._layout:
@@ -180,12 +203,22 @@ class HeaderGradWatch:
             if not self._memories.read(memory) or self._addresses is None:
                 self._memories.keep()
                 data, deleters = self._memories.words.view(2, -1).unbind()
-                lazy = self._headers.lazy_deleter in deleters.tolist()
-                self._addresses = None if lazy else _addresses(data, self._offsets, *self._sizes)
-        if self._addresses is None:
-            return False
+                if self._headers.lazy_deleter in deleters.tolist():
+                    self._addresses = None
+                    return False
+                self._addresses = _addresses(data, self._offsets, *self._sizes)
         grads.addresses = self._addresses
         return True
+
+    def _hold(self, grads: Gradients, memory: Tensor) -> None:
+        """Hand out the tensors of the last step, which the pointers say are the same."""
+        if not self._may_hold:
+            return
+        if self._held is None:
+            self._held = grads.tensors, _Words(objects(grads.tensors) + self._headers.impl)
+        tensors, impls = self._held
+        if impls.read(memory):
+            grads.tensors = tensors
 
     def _layout_now(self) -> memoryview:
         return memoryview(self._described.now)[: 8 * self._n_layout_words]
@@ -195,18 +228,27 @@ class HeaderGradWatch:
         storages, offsets = self._described.words[self._n_layout_words :].view(2, -1).unbind()
         self._offsets = offsets.clone()
         self._memories = _Words(_each(positions(storages), self._headers.data, self._headers.deleter))
-        self._addresses: Tensor | None = None
+        self._addresses = None
 
 
 class _Selection:
     """Words of several objects, as pairs of an object's number and the word in it."""
 
-    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, pairs: Sequence[_Pair]) -> None:
         self._owners, self._words = torch.tensor(pairs, dtype=torch.int64, device="cpu").view(-1, 2).unbind(1)
 
     def of(self, addresses: Tensor) -> Tensor:
         """Positions of the words, for objects at these addresses."""
         return positions(addresses)[self._owners] + self._words
+
+
+def _columns(n_objects: int, *words: int) -> list[_Pair]:
+    """These words of all objects, word by word."""
+    return [(i, word) for word in words for i in range(n_objects)]
+
+
+def _layouts(headers: HeaderMap, tensors: Sequence[Tensor]) -> list[_Pair]:
+    return [(i, word) for i, tensor in enumerate(tensors) for word in headers.layout(tensor.dim())]
 
 
 def _each(addresses: Tensor, *offsets: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, compress, repeat
-from operator import attrgetter, is_not
+from operator import is_not
 from typing import Any
 
 import torch
@@ -27,8 +27,6 @@ from dragon.vm.torch.optim._numbers import GroupNumbers
 from dragon.vm.torch.optim._options import Settings, check_common, own_tensors
 from dragon.vm.torch.optim._prepared import PreparedSteps
 from dragon.vm.torch.optim._sums import GradientSums
-
-_read_grad = attrgetter("grad")
 
 
 class Optimizer(CheckpointedOptimizer):
@@ -143,10 +141,11 @@ class Optimizer(CheckpointedOptimizer):
                 loss = closure()
         if torch.compiler.is_dynamo_compiling():
             torch._dynamo.graph_break()
-        self._step(zero_grad)
+            _disable_dynamo(self._step)(zero_grad)
+        else:
+            self._step(zero_grad)
         return loss
 
-    @_disable_dynamo
     def _step(self, zero_grad: bool) -> None:
         differentiable = bool(self.defaults.get("differentiable"))
         grad_mode = torch.set_grad_enabled(differentiable and torch.is_grad_enabled())
@@ -164,7 +163,7 @@ class Optimizer(CheckpointedOptimizer):
             self._prepared.forget()
             self._move_to_buffers()
             self._is_distributed = any(map(is_distributed, self._params))
-        params, grads = self._params, self._gradients()
+        params, grads = self._params, self._sums.gradients(self._params, self._is_distributed)
         if is_capturing():
             check_capture(self, params, grads.tensors, self._sums.are_outside)
         if self._is_distributed:
@@ -178,7 +177,7 @@ class Optimizer(CheckpointedOptimizer):
         if prepared is None:
             for buffer in self._buffers:
                 buffer.gather()
-            grads = self._gradients() if self._buffers else grads
+            grads = self._sums.gradients(self._params, self._is_distributed) if self._buffers else grads
             present = bytes(map(is_not, grads.tensors, repeat(None)))
             if not any(present):
                 return
@@ -195,17 +194,6 @@ class Optimizer(CheckpointedOptimizer):
             if asked_to_zero:
                 # The step read the sums: the gradients that came after them are apart.
                 zero_all([local(param.grad) for param in params if param.grad is not None])
-
-    def _gradients(self) -> Gradients:
-        """The gradients that a step uses, or their shards and sums; None for those that are missing."""
-
-        def read() -> list[Any]:
-            grads: list[Any] = list(map(_read_grad, self._params))
-            if self._sums:
-                grads = self._sums.with_sums(self._params, grads)
-            return list(map(local, grads)) if self._is_distributed else grads
-
-        return Gradients(read, are_own=not self._sums and not self._is_distributed)
 
     @torch.no_grad()
     @_disable_dynamo

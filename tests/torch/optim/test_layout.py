@@ -1,13 +1,10 @@
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.testing import DENSE_LAYOUTS, GRADIENT_LAYOUTS, GradientCase, tensor_cases
 from dragon.vm.torch.optim._layout import (
-    PlainGuard,
     as_real,
-    guard_layouts,
     in_layout_of,
     is_dense,
     overlapping_pair,
@@ -67,27 +64,7 @@ def test_elements_of_two_dtypes_that_share_a_byte_are_found():
     assert overlapping_pair([whole[:2], whole.view(torch.bfloat16)[4:]]) is None
 
 
-@given(views)
-def test_guards_see_another_layout_dtype_or_shape(tensor):
-    for guard in (guard_layouts([tensor]), PlainGuard(tensor)):
-        assert guard.check(tensor)
-        assert guard.check(torch.zeros(300).as_strided(tensor.shape, tensor.stride()))
-        assert not guard.check(tensor.double())
-        assert not guard.check(tensor.unsqueeze(0))
-        assert not guard.check(torch.zeros(300).as_strided(tensor.shape, [s + 1 for s in tensor.stride()])) or (
-            tensor.dim() == 0
-        )
-
-
 def test_a_complex_tensor_is_seen_as_real_pairs():
     tensor = torch.tensor([1 + 2j])
     assert as_real(tensor).tolist() == [[1.0, 2.0]]
     assert as_real(tensor).data_ptr() == tensor.data_ptr()
-
-
-@pytest.mark.parametrize("guard", [PlainGuard, lambda *tensors: guard_layouts(tensors)])
-def test_a_conjugated_view_is_another_layout(guard):
-    tensor = torch.ones(3, dtype=torch.complex64)
-    held = guard(tensor)
-    assert held.check(tensor.view(3))
-    assert not held.check(tensor.conj())
