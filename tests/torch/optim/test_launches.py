@@ -1,5 +1,6 @@
 """How often kernels are launched, compiled and fed: by what is asked for, never by how many tensors there are."""
 
+import sys
 from collections import Counter
 
 import pytest
@@ -250,3 +251,27 @@ def test_nothing_is_compiled_after_the_second_step(device):
             give_gradients(others, 1)
             Adam(others, backend="triton").step()
     assert compiled == []
+
+
+def calls_of_a_step(n_tensors, n_groups, backend):
+    """How many functions, of Python and of C, one step calls when nothing has changed."""
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(n_tensors)]
+    each = -(-n_tensors // n_groups)
+    groups = [{"params": params[i : i + each], "lr": 1e-3} for i in range(0, n_tensors, each)]
+    optimizer = Adam(groups, backend=backend)
+    give_gradients(params, 0)
+    for _ in range(3):
+        optimizer.step()
+    calls = Counter()
+    sys.setprofile(lambda frame, event, arg: calls.update([event]))
+    try:
+        optimizer.step()
+    finally:
+        sys.setprofile(None)
+    return calls["call"] + calls["c_call"]
+
+
+@pytest.mark.parametrize("backend", ["triton", "native"])
+@pytest.mark.parametrize("n_groups", [1, 4])
+def test_the_calls_of_a_step_do_not_grow_with_the_tensors(backend, n_groups, launches, interpreted):
+    assert calls_of_a_step(64, n_groups, backend) == calls_of_a_step(8, n_groups, backend) < 400

@@ -6,7 +6,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim import SGD, Adam, _watch
+from dragon.vm.torch.optim._watch import HeaderWatch, PlainWatch
 
 from .support import BACKENDS, everything, give_gradients, home, like, parameters, twin
 
@@ -227,10 +228,14 @@ def outcome(optimizer):
     return error, everything(optimizer)
 
 
+@pytest.mark.parametrize("watch", [HeaderWatch, PlainWatch])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("algorithm", "change"), CASES, ids=lambda value: value.__name__)
-def test_a_change_has_the_effect_that_it_has_on_a_fresh_optimizer(algorithm, change, backend):
+def test_a_change_has_the_effect_that_it_has_on_a_fresh_optimizer(algorithm, change, backend, watch, monkeypatch):
+    if watch is PlainWatch:
+        monkeypatch.setattr(_watch, "header_map", lambda: None)
     optimizer, params = warm(algorithm, backend)
+    assert type(optimizer._prepared.latest()[-1]._premises._watch) is watch
     change(optimizer, params)
     fresh = twin(optimizer)
     assert outcome(optimizer) == outcome(fresh)

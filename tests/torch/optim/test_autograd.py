@@ -1,0 +1,54 @@
+"""Autograd is told what a step writes to: a graph from before it must not be used with values from after it."""
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, Adam
+
+from .support import BACKENDS, home
+
+CHANGED = "modified by an inplace operation"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("algorithm", [Adam, SGD])
+def test_a_graph_from_before_a_step_is_refused_after_it(algorithm, backend, flatten):
+    weight = torch.nn.Parameter(torch.ones(3, device=home(backend)))
+    optimizer = algorithm([weight], lr=0.1, backend=backend, flatten=flatten)
+    for _ in range(3):
+        loss = (weight**2).sum()
+        loss.backward(retain_graph=True)
+        before = weight._version
+        optimizer.step()
+        assert weight._version > before
+        with pytest.raises(RuntimeError, match=CHANGED):
+            loss.backward()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_without_a_gradient_are_not_written_to(backend):
+    params = [torch.nn.Parameter(torch.ones(3, device=home(backend))) for _ in range(2)]
+    optimizer = Adam(params, backend=backend)
+    for _ in range(2):
+        params[0].grad = torch.ones_like(params[0])
+        optimizer.step()
+    assert params[0]._version > 0
+    assert params[1]._version == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_zeroed_by_a_step_are_detached_and_marked_as_written(backend):
+    weight = torch.nn.Parameter(torch.ones(3, device=home(backend)))
+    optimizer = SGD([weight], lr=0.1, backend=backend)
+    (gradient,) = torch.autograd.grad((weight**3).sum(), weight, create_graph=True)
+    weight.grad = gradient
+    penalty = (gradient**2).sum()
+    before = gradient._version
+    optimizer.step(zero_grad=True)
+    assert gradient._version > before
+    assert not weight.grad.any()
+    assert weight.grad.grad_fn is None
+    with pytest.raises(RuntimeError, match="detached in-place"):
+        penalty.backward()
