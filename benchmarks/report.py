@@ -49,7 +49,8 @@ the other.
 
 The bounds are no optimizers. "bound operation" is torch's fused operation on lists made once, without any host
 work, and "bound flat operation" the same on one flat tensor: no backend that calls it can be faster. "bound
-addresses" reads each gradient and the five addresses that a step compares for each tensor, and does nothing else.
+addresses" asks each tensor for its gradient and its five addresses in Python, and does nothing else: our steps are
+not bound by it, since they read the headers of all tensors at once (see [the design](design.md)).
 """
 
 ABSENT = "Nothing has been measured yet.\n"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._backend import choose_backend, why_not
+from dragon.vm.torch.optim._headers import header_map
 
 if TYPE_CHECKING:
     from dragon.vm.testing import AdamState
@@ -79,6 +80,13 @@ def chosen_backend(device: torch.device) -> Finding:
     text = f"{_describe(device)}; backend {chosen}" + "".join(f"; {reason}" for reason in reasons)
     # A GPU that no kernel runs on is what nobody installs this library for.
     return Finding(str(device), text, is_wrong=device.type != "cpu" and chosen != "triton")
+
+
+def step_comparison() -> Finding:
+    """How a step compares its tensors with those of the last one."""
+    if header_map() is None:
+        return Finding("headers", "not found in this torch: steps ask each tensor, which takes some us a tensor")
+    return Finding("headers", "found in this torch: steps compare all tensors at once")
 
 
 def tuning_files() -> Iterator[Finding]:
@@ -162,6 +170,7 @@ def examine() -> Iterator[Finding]:
     yield from versions()
     for device in present_devices():
         yield chosen_backend(device)
+    yield step_comparison()
     yield from tuning_files()
     yield from self_tests()
 

@@ -113,3 +113,9 @@ def test_the_whole_examination_finds_this_installation_sound(monkeypatch: pytest
     findings = list(doctor.examine())
     assert [finding for finding in findings if finding.is_wrong] == []
     assert {f"{backend} on cpu" for backend in BACKENDS_HERE} <= {finding.topic for finding in findings}
+
+
+def test_it_says_how_steps_compare_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.step_comparison() == ("headers", "found in this torch: steps compare all tensors at once", False)
+    monkeypatch.setattr(doctor, "header_map", lambda: None)
+    assert "not found" in doctor.step_comparison().text

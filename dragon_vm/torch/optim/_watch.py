@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Protocol
 
 import torch
@@ -39,6 +40,12 @@ class GradWatch(Protocol):
         """Whether these gradients are laid out as the remembered ones were; leaves their addresses there."""
 
 
+_READERS: tuple[Callable[[Tensor], object], ...] = (
+    *(Tensor.data_ptr, Tensor.stride, Tensor.is_conj, Tensor.is_neg),
+    attrgetter("shape", "dtype"),
+)
+
+
 class PlainWatch:
     """A `Watch` of public calls only, several times slower than one that reads headers."""
 
@@ -46,8 +53,8 @@ class PlainWatch:
         self._tensors = list(tensors)
         self._seen = self._look()
 
-    def _look(self) -> tuple[object, ...]:
-        return list(map(_layout, self._tensors)), list(map(Tensor.data_ptr, self._tensors))
+    def _look(self) -> list[list[object]]:
+        return [list(map(read, self._tensors)) for read in _READERS]
 
     def is_unchanged(self) -> bool:
         """Whether all are as they were."""
