@@ -141,7 +141,7 @@ class Optimizer(CheckpointedOptimizer):
                 loss = closure()
         if torch.compiler.is_dynamo_compiling():
             torch._dynamo.graph_break()
-            _disable_dynamo(self._step)(zero_grad)
+            self._step_undisturbed(zero_grad)
         else:
             self._step(zero_grad)
         return loss
@@ -151,6 +151,8 @@ class Optimizer(CheckpointedOptimizer):
         grad_mode = torch.set_grad_enabled(differentiable and torch.is_grad_enabled())
         with grad_mode, torch._C.DisableTorchFunctionSubclass():
             self._update(zero_grad)
+
+    _step_undisturbed = _disable_dynamo(_step)
 
     def _update(self, zero_grad: bool) -> None:
         if self._swapped:
