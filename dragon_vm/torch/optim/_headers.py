@@ -94,7 +94,7 @@ def all_words() -> Iterator[Tensor]:
 def header_map() -> HeaderMap | None:
     """Where this PyTorch keeps the words; None if they are not found."""
     try:
-        with torch.inference_mode(False), torch.enable_grad(), all_words():
+        with all_words():
             return _search()
     except (AttributeError, LookupError, RuntimeError):
         return None

@@ -75,6 +75,7 @@ def test_views_that_stay_are_unchanged_and_have_their_addresses(tensors):
     assert gradients.addresses.tolist() == [other.data_ptr() for other in others]
 
 
+OTHER = torch.zeros(2, 3)
 CHANGES = {
     "other memory": lambda t: setattr(t, "data", torch.zeros(2, 3)),
     "other offset": lambda t: setattr(t, "data", t.data.new_zeros(12)[3:9].view(2, 3)),
@@ -89,6 +90,7 @@ CHANGES = {
     "storage resized": lambda t: t.untyped_storage().resize_(4096),
     "storage freed": lambda t: t.untyped_storage().resize_(0),
     "swapped": lambda t: torch.utils.swap_tensors(t, torch.zeros(2, 3)),
+    "swapped with one that stays": lambda t: torch.utils.swap_tensors(t, OTHER),
     "to be copied when it is written to": lambda t: setattr(t, "copy", torch._lazy_clone(t)),
 }
 
@@ -170,16 +172,21 @@ def test_a_gradient_that_waits_to_be_copied_is_copied_before_its_address_is_used
     assert copy.data_ptr() != params[1].grad.data_ptr()
 
 
-def test_a_swapped_gradient_is_not_taken_for_the_one_that_was_held(kind):
+def replace_memory(grad, other):
+    grad.data = other
+
+
+@pytest.mark.parametrize("change", [replace_memory, torch._C._swap_tensor_impl])
+def test_a_changed_gradient_is_not_taken_for_the_one_that_was_held(change, kind):
     params = parameters(1)
     _, grad_watch, gradients = gradient_watch(params)
     assert grad_watch.find(gradients())
     other = torch.full((2, 3), 5.0)
-    params[0].grad.data = other
+    change(params[0].grad, other)
     found = gradients()
     assert grad_watch.find(found)
-    assert found.addresses.tolist() == [other.data_ptr()]
-    assert torch.equal(found.tensors[0], other)
+    assert found.addresses.tolist() == [params[0].grad.data_ptr()]
+    assert found.tensors[0].data_ptr() == params[0].grad.data_ptr()
 
 
 @pytest.mark.parametrize(("numel", "is_held"), [(HELD_NBYTES // 4, True), (HELD_NBYTES // 4 + 1, False)])
@@ -204,9 +211,10 @@ def test_tensors_of_many_dimensions_and_wrong_headers_are_watched_by_public_call
     assert type(found) is PlainWatch
     assert found.is_unchanged()
     headers = _watch.header_map()
-    # Where the number of dimensions stands: not what PyTorch says of the offset.
-    monkeypatch.setattr(_watch, "header_map", lambda: headers._replace(offset=headers.dim))
-    assert type(watch([torch.zeros(2, 3)], [])) is PlainWatch
+    # Words that say something else: the number of dimensions, and nothing.
+    for wrong in (headers._replace(offset=headers.dim), headers._replace(storage=headers.autograd)):
+        monkeypatch.setattr(_watch, "header_map", lambda wrong=wrong: wrong)
+        assert type(watch([torch.zeros(2, 3)], [])) is PlainWatch
 
 
 def test_fresh_gradients_in_used_memory_need_no_new_plan(monkeypatch):
