@@ -26,9 +26,14 @@ class GroupNumbers:
     """The hyperparameters of each group, comparable: equal to those of an earlier step if none has changed."""
 
     def __init__(self) -> None:
-        self._numbers: list[tuple[Any, ...]] = []
-        # The groups as they were read last, if nothing in them can change unseen.
+        # As they were read last.
+        self.values: list[tuple[Any, ...]] = []
+        # The groups at that time, if nothing in them can change unseen.
         self._groups: list[dict[str, Any]] = []
+
+    def are_unchanged(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether the groups are as they were at the last reading, with the same parameters; False if in doubt."""
+        return bool(self._groups) and same_tensors(groups, self._groups)
 
     def read(self, groups: Sequence[dict[str, Any]], names: Iterable[str]) -> list[tuple[Any, ...]]:
         """The values of these names of each group.
@@ -36,18 +41,16 @@ class GroupNumbers:
         Raises:
             KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
         """
-        if self._groups and same_tensors(groups, self._groups):
-            return self._numbers
         numbers = list(map(itemgetter(*names), groups))
         types = set(map(type, chain.from_iterable(numbers)))
         types.update(map(type, chain.from_iterable(group.get("betas", ()) for group in groups)))
         are_plain = types <= _PLAIN_TYPES
         if not are_plain:
             numbers = list(map(by_value, numbers))
-        if numbers != self._numbers:
+        if numbers != self.values:
             _check_numbers(groups)
-            self._numbers = numbers
-        self._groups = list(map(dict, groups)) if are_plain else []
+            self.values = numbers
+        self._groups = [{**group, "params": list(group["params"])} for group in groups] if are_plain else []
         return numbers
 
 

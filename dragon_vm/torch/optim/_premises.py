@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ class Premises:
         self._structure = _structure(optimizer)
 
     def hold(self, optimizer: Owner, grads: Gradients, numbers: list[tuple[Any, ...]]) -> bool:
-        """Whether all is still as it was; the parameters, or shards, are known to be the same objects.
+        """Whether all is still as it was; parameters, or shards, and groups are known to be the same objects.
 
         Args:
             optimizer: as before.
@@ -70,8 +69,6 @@ class Premises:
         )
 
     def _has_structure(self, optimizer: Owner, numbers: list[tuple[Any, ...]]) -> bool:
-        if _sizes(optimizer) != self._structure[0]:
-            return False
         if numbers != self._numbers:
             if _structure(optimizer) != self._structure:
                 return False
@@ -87,10 +84,6 @@ def _shards(states: Sequence[State]) -> list[Any]:
     return list(map(local, chain.from_iterable(map(dict.values, states))))
 
 
-def _sizes(optimizer: Owner) -> list[int]:
-    return list(map(len, map(itemgetter("params"), optimizer.param_groups)))
-
-
-def _structure(optimizer: Owner) -> tuple[list[int], list[Any]]:
-    """Which parameters are in which group, and the options that decide what is compiled or kept."""
-    return _sizes(optimizer), list(map(optimizer._structure, optimizer.param_groups))
+def _structure(optimizer: Owner) -> list[Any]:
+    """The options of all groups that decide what is compiled or kept."""
+    return list(map(optimizer._structure, optimizer.param_groups))

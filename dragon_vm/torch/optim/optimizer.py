@@ -135,10 +135,8 @@ class Optimizer(CheckpointedOptimizer):
         Returns:
             What the closure returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         if torch.compiler.is_dynamo_compiling():
             torch._dynamo.graph_break()
             self._step_undisturbed(zero_grad)
@@ -158,20 +156,16 @@ class Optimizer(CheckpointedOptimizer):
         if self._swapped:
             raise RuntimeError("step() was called inside swap_ema(): the averages would be updated as parameters")
         groups = self.param_groups
-        members = [group["params"] for group in groups]
-        if not same_tensors(members, self._members):
-            self._members = list(map(list, members))
-            self._params = list(chain.from_iterable(members))
-            self._prepared.forget()
-            self._move_to_buffers()
-            self._is_distributed = any(map(is_distributed, self._params))
-        params, grads = self._params, self._sums.gradients(self._params, self._is_distributed)
+        if not (are_unchanged := self._numbers.are_unchanged(groups)):
+            self._read_members()
+        params = self._params
+        grads = self._sums.gradients(params, self._is_distributed)
         if is_capturing():
             check_capture(self, params, grads.tensors, self._sums.are_outside)
         if self._is_distributed:
             check_local(self._settings, groups)
         scaling = Scaling(getattr(self, "grad_scale", None), everywhere(getattr(self, "found_inf", None)))
-        numbers = self._numbers.read(groups, self.defaults)
+        numbers = self._numbers.values if are_unchanged else self._numbers.read(groups, self.defaults)
         asked_to_zero, zero_grad = zero_grad, zero_grad and not self._sums
         options = bytes([zero_grad, bool(self._sums)])
         # The usual case first: all parameters have a gradient, as at the last step. None fails the guard.
@@ -179,7 +173,7 @@ class Optimizer(CheckpointedOptimizer):
         if prepared is None:
             for buffer in self._buffers:
                 buffer.gather()
-            grads = self._sums.gradients(self._params, self._is_distributed) if self._buffers else grads
+            grads = self._sums.gradients(params, self._is_distributed) if self._buffers else grads
             present = bytes(map(is_not, grads.tensors, repeat(None)))
             if not any(present):
                 return
@@ -196,6 +190,15 @@ class Optimizer(CheckpointedOptimizer):
             if asked_to_zero:
                 # The step read the sums: the gradients that came after them are apart.
                 zero_all([local(param.grad) for param in params if param.grad is not None])
+
+    def _read_members(self) -> None:
+        """Notice other parameters in the groups."""
+        members = [list(group["params"]) for group in self.param_groups]
+        if not same_tensors(members, self._members):
+            self._members, self._params = members, list(chain.from_iterable(members))
+            self._prepared.forget()
+            self._move_to_buffers()
+            self._is_distributed = any(map(is_distributed, self._params))
 
     @torch.no_grad()
     @_disable_dynamo

@@ -28,6 +28,7 @@ def test_what_changed_is_read(change):
     first = numbers.read(groups, NAMES)
     assert first == [(0.1, (0.9, 0.99), False, None)] * 2
     change(groups[1])
+    assert not numbers.are_unchanged(groups)
     second = numbers.read(groups, NAMES)
     assert second[0] == first[0]
     assert second[1] != first[1]
@@ -46,17 +47,30 @@ def test_what_changed_is_read(change):
 def test_what_is_written_in_place_is_read(value, write):
     numbers, groups = GroupNumbers(), [group(), group(**value)]
     first = numbers.read(groups, NAMES)
+    assert not numbers.are_unchanged(groups)
     write(groups[1])
     assert numbers.read(groups, NAMES) != first
 
 
-def test_what_stays_is_not_read_again():
-    numbers, groups = GroupNumbers(), [group(), group()]
-    assert numbers.read(groups, NAMES) is numbers.read(groups, NAMES)
-    groups.append(group())
-    assert len(numbers.read(groups, NAMES)) == 3
-    groups.pop()
-    assert len(numbers.read(groups, NAMES)) == 2
+def test_groups_that_stay_are_known_to():
+    numbers, groups = GroupNumbers(), [group(params=[torch.zeros(1)]), group()]
+    assert not numbers.are_unchanged(groups)
+    values = numbers.read(groups, NAMES)
+    assert numbers.values == values
+    for _ in range(2):
+        assert numbers.are_unchanged(groups)
+    for change in (
+        lambda: groups.append(group()),
+        groups.pop,
+        groups.reverse,
+        lambda: groups[0]["params"].append(torch.zeros(1)),
+        lambda: groups[1].update(params=[torch.zeros(1)]),
+        lambda: groups[1]["params"].clear(),
+    ):
+        change()
+        assert not numbers.are_unchanged(groups)
+        assert len(numbers.read(groups, NAMES)) == len(groups)
+        assert numbers.are_unchanged(groups)
 
 
 def test_a_bad_number_is_refused_at_every_reading():
