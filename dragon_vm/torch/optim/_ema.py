@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 @contextmanager
-def exchanged(params: Sequence[Tensor], averages: Sequence[Tensor]) -> Iterator[None]:
+def exchanged(state: Mapping[Tensor, Mapping[str, Any]]) -> Iterator[None]:
     """Give each parameter the value of its average, rounded to its dtype; at the end, its own value again.
 
     Args:
-        params: parameters.
-        averages: of the parameters' shapes; left as they are.
+        state: of an optimizer; parameters without an "ema" stay as they are.
+
+    Raises:
+        RuntimeError: if no parameter has an average.
     """
+    params = [param for param, entries in state.items() if "ema" in entries]
+    if not params:
+        raise RuntimeError("swap_ema() needs averages: give an ema_decay above 0, and take a step")
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         originals = [param.detach().clone() for param in params]
-        if params:
-            torch._foreach_copy_(list(params), list(averages))
+        torch._foreach_copy_(params, [state[param]["ema"] for param in params])
     try:
         yield
     finally:
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            if params:
-                torch._foreach_copy_(list(params), originals)
+            torch._foreach_copy_(params, originals)

@@ -135,8 +135,10 @@ class Optimizer(CheckpointedOptimizer):
         Returns:
             What the closure returned.
         """
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         if torch.compiler.is_dynamo_compiling():
             torch._dynamo.graph_break()
             self._step_undisturbed(zero_grad)
@@ -239,17 +241,14 @@ class Optimizer(CheckpointedOptimizer):
             RuntimeError: if no parameter has an average: `ema_decay` is 0, or no step has been taken; from `step`,
                 if it is called inside the block.
         """
-        averaged = [param for param, state in self.state.items() if "ema" in state]
-        if not averaged:
-            raise RuntimeError("swap_ema() needs averages: give an ema_decay above 0, and take a step")
         if self._swapped:
             raise RuntimeError("swap_ema() was called inside swap_ema(): the parameters are exchanged already")
-        self._swapped = True
-        try:
-            with exchanged(averaged, [self.state[param]["ema"] for param in averaged]):
+        with exchanged(self.state):
+            self._swapped = True
+            try:
                 yield
-        finally:
-            self._swapped = False
+            finally:
+                self._swapped = False
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
