@@ -20,7 +20,8 @@ OPTIM = "dragon.vm.torch.optim"
 OPTIM_LAYERS = (
     {"_plan", "_scalars"},
     {"_gradients", "_headers", "_identity"},
-    {"_ema", "_layout", "_norm", "_numbers", "_options", "_state", "_watch"},
+    {"_ema", "_layout", "_norm", "_numbers", "_options", "_plain", "_state"},
+    {"_watch"},
     {"_backend", "_chain", "_checks", "_context", "_flatten", "_fused", "_local", "_rows", "_table"},
     {"_flat", "_owner", "_triton", "_native", "_eager"},
     {"_capture", "_device", "_live", "_premises", "_step", "_sums"},

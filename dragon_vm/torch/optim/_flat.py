@@ -39,7 +39,8 @@ class FlatBuffer:
             view = self.values.as_strided(param.shape, param.stride(), offset)
             view.copy_(param.detach())
             # A storage of its own, so that saving or copying one parameter does not drag the buffer along.
-            param.data = from_dlpack(view) if view.numel() else view
+            if view.numel():
+                param.data = from_dlpack(view)
 
     def gather(self) -> None:
         """Move gradients that somebody else put there into the buffer; None stays None."""
@@ -155,7 +156,8 @@ def _join(
 ) -> tuple[Tensor, Tensor, dict[str, Any]] | None:
     params, states = group.params[run], group.states[run]
     if len(params) == 1:
-        return params[0], grads[run.start], states[0]
+        # The memory that premises compare, whatever becomes of the object.
+        return params[0], grads[run.start].detach(), states[0]
     length = sum(map(_pitch, params))
     values = _span(params[0], length, buffers)
     if values is None:

@@ -65,7 +65,11 @@ class HeaderMap(NamedTuple):
     lazy_deleter: int
 
     def layout(self, dim: int) -> list[int]:
-        """The words that say how a tensor of so many dimensions is laid out, but for its dtype and offset."""
+        """The words that say how a tensor of so many dimensions is laid out, but for its dtype and offset.
+
+        Above `MAX_DIM`, sizes and strides stand elsewhere.
+        """
+        dim = dim if dim <= MAX_DIM else 0
         sizes, strides = range(self.sizes, self.sizes + dim), range(self.strides, self.strides + dim)
         return [self.dim, *sizes, *strides, self.keys]
 
@@ -90,14 +94,19 @@ def all_words() -> Iterator[Tensor]:
         yield torch.frombuffer(_ALL_WORDS.from_address(WORD), dtype=torch.int64)
 
 
-@cache
 def header_map() -> HeaderMap | None:
     """Where this PyTorch keeps the words; None if they are not found."""
     try:
-        with all_words():
-            return _search()
+        return _found()
     except (AttributeError, LookupError, RuntimeError):
         return None
+
+
+@cache
+def _found() -> HeaderMap:
+    """What was found; a failure is not kept, for the next search may be elsewhere."""
+    with all_words():
+        return _search()
 
 
 def _word(address: int) -> int:

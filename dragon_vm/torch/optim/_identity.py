@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 
@@ -23,7 +24,7 @@ def same_tensors(left: Any, right: Any) -> bool:
     speed of C, is all it takes: the first operation on a tensor says that they differ.
     """
     try:
-        with _NoOperations():
+        with torch._C._EnableTorchFunction(), _NoOperations():
             return bool(left == right)
     except Exception:  # whatever else does not like to be compared is different too
         return False

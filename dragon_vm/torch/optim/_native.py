@@ -87,8 +87,8 @@ class NativeGroup:
             self._needs_steps = any(map(_depends_on_step, self._keys))
             self._planned_for = None
         steps = self._advance()
-        # Counts that agree go on doing so: a plan for them does not name them.
-        planned_for = (steps[1:], factors.common, factors.each)
+        # Counts advance together: what they differ by stays, and with it what may share a call.
+        planned_for = ([step - steps[0] for step in steps], factors.common, factors.each)
         if planned_for != self._planned_for:
             self._plan(groups, self._keys, steps, factors)
             self._planned_for = planned_for

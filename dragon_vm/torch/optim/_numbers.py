@@ -41,6 +41,7 @@ class GroupNumbers:
         Raises:
             KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
         """
+        self._groups = []
         numbers = list(map(itemgetter(*names), groups))
         types = set(map(type, chain.from_iterable(numbers)))
         types.update(map(type, chain.from_iterable(group.get("betas", ()) for group in groups)))
@@ -50,7 +51,8 @@ class GroupNumbers:
         if numbers != self.values:
             _check_numbers(groups)
             self.values = numbers
-        self._groups = [{**group, "params": list(group["params"])} for group in groups] if are_plain else []
+        if are_plain:
+            self._groups = [{**group, "params": list(group["params"])} for group in groups]
         return numbers
 
 

@@ -39,9 +39,9 @@ class Premises:
     ) -> None:
         self._state = optimizer.state
         # Tensors held, so that none of them can die and leave its address to another.
-        self._all_states = list(map(_copied, optimizer.state.values()))
+        self._all_states = [list(optimizer.state), list(map(_copied, optimizer.state.values()))]
         self._states = states
-        entries = [entry for state in states for entry in state.values() if isinstance(entry, Tensor)]
+        entries = [entry for state in states for entry in state.values() if _is_strided(entry)]
         self._has_shards = any(map(is_distributed, entries))
         self._shards = _shards(states) if self._has_shards else []
         self._watch = watch(params, list(map(local, entries)))
@@ -60,7 +60,7 @@ class Premises:
         """
         return (
             optimizer.state is self._state
-            and same_tensors(list(optimizer.state.values()), self._all_states)
+            and same_tensors([list(optimizer.state), list(optimizer.state.values())], self._all_states)
             and self._has_structure(optimizer, numbers)
             and (not self._has_shards or same_tensors(_shards(self._states), self._shards))
             and self._watch.is_unchanged()
@@ -78,6 +78,10 @@ class Premises:
 
 def _copied(state: Any) -> Any:
     return dict(state) if isinstance(state, dict) else state
+
+
+def _is_strided(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.layout == torch.strided
 
 
 def _shards(states: Sequence[State]) -> list[Any]:

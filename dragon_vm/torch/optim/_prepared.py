@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._capture import check_live, is_capturing
@@ -15,6 +18,16 @@ from dragon.vm.torch.optim._step import PreparedStep
 
 # Sets of parameters with a gradient whose steps are kept.
 _N_LATEST = 8
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Let tables and states be tensors that later steps may write to, whatever mode those are in."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class PreparedSteps:
@@ -72,7 +85,7 @@ class PreparedSteps:
                     "take one before the capture, as PyTorch's notes on CUDA graphs do"
                 )
             make_live(optimizer)
-            with restored_on_error(optimizer.state):
+            with restored_on_error(optimizer.state), _outside_inference_mode():
                 prepared = PreparedStep(optimizer, params, grads, bool(key[0]))
         if optimizer._settings.flatten:
             # Joined parameters count as one: a step of some of them ends that.

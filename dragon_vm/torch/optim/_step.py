@@ -177,10 +177,10 @@ class PreparedStep:
             optimizer._grad_norm = None
             for device in self._launched:
                 device.update(ready, groups, numbers, settings, scaling)
+            increment_version(self._written)
         if self._kernel_zeroes:
             detach_all(grads.tensors)
             increment_version(grads.tensors)
-        increment_version(self._written)
         if self._zero_grad:
             zero_all(grads.tensors)
         self._versions = self._read_versions()
@@ -236,6 +236,7 @@ class PreparedStep:
             # A norm of infinity leaves a factor of 0.
             decided = Scaling(_divisor(factors.common), None)
             device.update(grads, groups, numbers, _without_norm(settings), decided)
+        increment_version(self._written)
 
 
 def _scales(groups: Sequence[dict[str, Any]], settings: Settings, scaling: Scaling) -> bool:

@@ -98,15 +98,15 @@ class DeviceTable:
         """Change the first words of a section on the host."""
         low = self._bounds[index]
         high = low + len(words)
-        self._host[low:high] = words
         self._mark(low, high)
+        self._host[low:high] = words
 
     def write_column(self, index: int, values: Tensor, column: int, width: int) -> None:
         """Change one of the `width` columns of a section on the host."""
         low = self._bounds[index] + column
         high = low + (len(values) - 1) * width + 1
-        self._words[low:high:width] = values
         self._mark(low, high)
+        self._words[low:high:width] = values
 
     def _mark(self, low: int, high: int) -> None:
         first, end = self._changed

@@ -165,6 +165,8 @@ class TritonGroup:
         """
         self._write_hyperparameters(rows, sources)
         if not torch.equal(addresses, self._grads):
+            # Whatever interrupts this, nothing passes for written before it is.
+            self._grads = self._grads[:0]
             self._write_column(table.GRAD, addresses)
             misplaced = (self._combined | addresses) & (ALIGNMENT - 1)
             self._write_column(table.VECTOR, misplaced == 0)
@@ -178,9 +180,11 @@ class TritonGroup:
 
     def _write_hyperparameters(self, rows: list[list[float]], sources: list[list[int]]) -> None:
         if rows != self._rows:
+            self._rows = []
             self._table.write(_GROUPS, words_of(list(chain.from_iterable(rows))))
             self._rows = rows
         if sources != self._sources:
+            self._sources = []
             self._table.write(_SOURCES, array("q", chain.from_iterable(sources)))
             self._sources = sources
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,67 +18,12 @@ from dragon.vm.torch.optim._headers import (
     objects,
     positions,
 )
+from dragon.vm.torch.optim._plain import GradWatch, PlainGradWatch, PlainWatch, Watch, layout
 
 _Pair = tuple[int, int]
 # Gradients that stay are asked for once. To know that they are the same they must be held, which keeps them from
 # being freed between a `zero_grad(set_to_none=True)` and the next step: only small ones are.
 HELD_NBYTES = 1 << 20
-
-
-class Watch(Protocol):
-    """Remembers type, shape, strides, dtype, device and address of tensors."""
-
-    def is_unchanged(self) -> bool:
-        """Whether all are as they were."""
-
-
-class GradWatch(Protocol):
-    """Remembers shape, strides, dtype and device of gradients."""
-
-    def find(self, grads: Gradients) -> bool:
-        """Whether these gradients are laid out as the remembered ones were; leaves their addresses there."""
-
-
-_READERS: tuple[Callable[[Tensor], object], ...] = (
-    *(Tensor.data_ptr, Tensor.stride, Tensor.is_conj, Tensor.is_neg),
-    attrgetter("shape", "dtype"),
-)
-
-
-class PlainWatch:
-    """A `Watch` of public calls only, several times slower than one that reads headers."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
-        self._seen = self._look()
-
-    def _look(self) -> list[list[object]]:
-        return [list(map(read, self._tensors)) for read in _READERS]
-
-    def is_unchanged(self) -> bool:
-        """Whether all are as they were."""
-        return self._look() == self._seen
-
-
-class PlainGradWatch:
-    """A `GradWatch` of public calls only."""
-
-    def __init__(self, grads: Sequence[Tensor]) -> None:
-        self._seen = list(map(_layout, grads))
-
-    def find(self, grads: Gradients) -> bool:
-        """Whether these gradients are laid out as the remembered ones were; leaves their addresses there."""
-        if list(map(_layout, grads.tensors)) != self._seen:
-            return False
-        grads.addresses = addresses_of(grads.tensors)
-        return True
-
-
-def _layout(tensor: Tensor | None) -> tuple[object, ...] | None:
-    if tensor is None or tensor.layout != torch.strided:
-        return None
-    lazy = tensor.is_conj(), tensor.is_neg()
-    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), lazy
 
 
 class _Words:
@@ -118,7 +62,7 @@ class HeaderWatch:
 
     Args:
         headers: where the words are.
-        params: strided, of at most `MAX_DIM` dimensions, as the others.
+        params: strided, as the others.
         others: further tensors, whose gradients nobody asks for.
 
     Raises:
@@ -127,6 +71,8 @@ class HeaderWatch:
 
     def __init__(self, headers: HeaderMap, params: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         self._tensors = tensors = [*params, *others]
+        self.have_plain_grads = all(type(param).grad is Tensor.grad for param in params)
+        self._deep = PlainWatch([tensor for tensor in tensors if tensor.dim() > MAX_DIM])
         # Asked for first: memory that is copied at the next write is copied now.
         addresses = addresses_of(tensors)
         objects_of = _Words(objects(tensors) + headers.impl)
@@ -149,7 +95,7 @@ class HeaderWatch:
     def is_unchanged(self) -> bool:
         """Whether all are as they were."""
         with all_words() as memory:
-            return all(words.read(memory) for words in self._all)
+            return all(words.read(memory) for words in self._all) and self._deep.is_unchanged()
 
 
 class HeaderGradWatch:
@@ -158,18 +104,22 @@ class HeaderGradWatch:
     Args:
         headers: where the words are.
         params: a watch of the parameters, which must be found unchanged before each use of this one.
-        grads: the gradients, strided and of at most `MAX_DIM` dimensions.
+        grads: the gradients, strided.
 
     Raises:
         LookupError: if the headers do not say what PyTorch says.
     """
 
+    _offsets: Tensor
+    _memories: _Words
+    _addresses: Tensor | None
+
     def __init__(self, headers: HeaderMap, params: HeaderWatch, grads: Gradients) -> None:
         self._headers, self._are_own = headers, grads.are_own
         tensors = grads.tensors
         addresses = addresses_of(tensors)
-        if self._are_own and 0 in params.autograds.tolist():
-            raise LookupError("a gradient without a place for it")
+        if self._are_own and (0 in params.autograds.tolist() or not params.have_plain_grads):
+            raise LookupError("a gradient that is not where others are")
         self._pointers = _Words(objects(tensors) + headers.impl)
         if self._are_own:
             self._pointers.where = positions(params.autograds) + headers.grad
@@ -182,12 +132,13 @@ class HeaderGradWatch:
         self._described = _Words(self._selection.of(self._pointers.words), len(tensors))
         self._layout = bytes(self._layout_now())
         self._sizes = _sizes(tensors)
-        self._may_hold = self._are_own and sum(tensor.nbytes for tensor in tensors) <= HELD_NBYTES
+        self._deep = [(i, layout(tensor)) for i, tensor in enumerate(tensors) if tensor.dim() > MAX_DIM]
         self._held: tuple[list[Tensor], _Words] | None = None
-        self._addresses: Tensor | None = None
+        self._may_hold = False
         self._locate()
         if not self.find(grads) or not torch.equal(grads.addresses, addresses):
             raise LookupError("other addresses than data_ptr() returns")
+        self._may_hold = self._are_own and sum(tensor.nbytes for tensor in tensors) <= HELD_NBYTES
 
     def find(self, grads: Gradients) -> bool:
         """Whether these gradients are laid out as the remembered ones were; leaves their addresses there."""
@@ -196,32 +147,36 @@ class HeaderGradWatch:
                 return False
             self._pointers.where = objects(grads.tensors) + self._headers.impl
         with all_words() as memory:
+            # What is kept last is what later steps go by: an interrupt before that leaves them to do it anew.
             if self._pointers.read(memory):
                 self._hold(grads, memory)
             else:
-                self._pointers.keep()
                 self._held = None
                 self._described.where = self._selection.of(self._pointers.words)
+                self._pointers.keep()
             if not self._described.read(memory):
                 if self._layout_now() != self._layout:
                     return False
-                self._described.keep()
                 self._locate()
+                self._described.keep()
             if not self._memories.read(memory) or self._addresses is None:
+                self._addresses = None
                 self._memories.keep()
                 data, deleters = self._memories.words.view(2, -1).unbind()
                 if self._headers.lazy_deleter in deleters.tolist():
-                    self._addresses = None
                     return False
                 self._addresses = _addresses(data, self._offsets, *self._sizes)
         grads.addresses = self._addresses
-        return True
+        return all(layout(grads.tensors[i]) == seen for i, seen in self._deep)
 
     def _hold(self, grads: Gradients, memory: Tensor) -> None:
         """Hand out the tensors of the last step, which the pointers say are the same."""
         if not self._may_hold:
             return
         if self._held is None:
+            # Nor does a graph that hangs on one of them outlive the step.
+            if any(map(attrgetter("requires_grad"), grads.tensors)):
+                return
             self._held = grads.tensors, _Words(objects(grads.tensors) + self._headers.impl)
         tensors, impls = self._held
         if impls.read(memory):
@@ -232,10 +187,10 @@ class HeaderGradWatch:
 
     def _locate(self) -> None:
         """Derive from descriptions, which are those of strided tensors, where their memories stand."""
+        self._addresses = None
         storages, offsets = self._described.words[self._n_layout_words :].view(2, -1).unbind()
         self._offsets = offsets.clone()
         self._memories = _Words(_each(positions(storages), self._headers.data, self._headers.deleter))
-        self._addresses = None
 
 
 class _Selection:
@@ -277,7 +232,7 @@ def _addresses(data: Tensor, offsets: Tensor, itemsizes: Tensor, are_full: Tenso
 def watch(params: Sequence[Tensor], others: Sequence[Tensor]) -> Watch:
     """Remember parameters and other strided tensors, by their headers where those can be read."""
     headers = header_map()
-    if headers is not None and all(tensor.dim() <= MAX_DIM for tensor in (*params, *others)):
+    if headers is not None:
         try:
             return HeaderWatch(headers, params, others)
         except LookupError:
@@ -288,7 +243,7 @@ def watch(params: Sequence[Tensor], others: Sequence[Tensor]) -> Watch:
 def watch_grads(params: Watch, grads: Gradients) -> GradWatch:
     """Remember the strided gradients of watched parameters, by their headers where those can be read."""
     headers = header_map()
-    if headers is not None and isinstance(params, HeaderWatch) and all(g.dim() <= MAX_DIM for g in grads.tensors):
+    if headers is not None and isinstance(params, HeaderWatch):
         try:
             return HeaderGradWatch(headers, params, grads)
         except LookupError:

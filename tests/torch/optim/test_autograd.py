@@ -52,3 +52,15 @@ def test_gradients_zeroed_by_a_step_are_detached_and_marked_as_written(backend):
     assert weight.grad.grad_fn is None
     with pytest.raises(RuntimeError, match="detached in-place"):
         penalty.backward()
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_a_step_that_the_host_skips_writes_to_nothing(backend):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = SGD([weight], lr=0.1, backend=backend, skip_nonfinite=True)
+    loss = (weight**2).sum()
+    weight.grad = torch.full((3,), torch.inf)
+    optimizer.step()
+    weight.grad = None
+    loss.backward()
+    assert weight.grad.tolist() == [2.0, 2.0, 2.0]

@@ -230,3 +230,26 @@ def test_gradients_on_another_device_than_the_buffer_stay_where_they_are():
     param.grad = grad = torch.ones(5, device="meta")
     buffer.gather()
     assert param.grad is grad
+
+
+def test_an_empty_parameter_does_not_hold_the_buffer():
+    params = [torch.nn.Parameter(torch.ones(300)), torch.nn.Parameter(torch.zeros(0))]
+    Adam(params, flatten=True)
+    assert params[1].untyped_storage().nbytes() == 0
+
+
+def test_a_gradient_object_that_moves_away_is_not_followed():
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    options = {"lr": 0.1, "backend": "native"}
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.2}]
+    optimizer = Adam(groups, flatten=True, **options)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones(2)
+        optimizer.step()
+    moved = params[2].grad
+    params[2].grad = moved.detach()
+    moved.data = torch.full((2,), -100.0)
+    before = params[2].detach().clone()
+    optimizer.step()
+    assert (params[2] < before).all()

@@ -14,9 +14,9 @@ HUGE = 1 << 40
 
 @pytest.fixture
 def searched_anew():
-    header_map.cache_clear()
+    _headers._found.cache_clear()
     yield
-    header_map.cache_clear()
+    _headers._found.cache_clear()
 
 
 def sees_all_of_memory(operands):
@@ -73,7 +73,7 @@ def test_no_mode_sees_all_of_memory(spy, searched_anew):
 def test_the_first_search_may_be_anywhere(surroundings, searched_anew):
     expected = header_map()
     assert expected is not None
-    header_map.cache_clear()
+    _headers._found.cache_clear()
     with surroundings():
         assert header_map() == expected
 

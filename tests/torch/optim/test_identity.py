@@ -44,3 +44,8 @@ def test_what_cannot_be_compared_is_different():
     array = np.zeros(3)
     assert not same_tensors([array], [np.zeros(3)])
     assert same_tensors([array], [array])
+
+
+def test_nothing_turns_the_comparison_off():
+    with torch._C.DisableTorchFunction():
+        assert not same_tensors([torch.zeros(())], [torch.zeros(())])

@@ -82,3 +82,13 @@ def test_a_bad_number_is_refused_at_every_reading():
             numbers.read(groups, NAMES)
     groups[0]["lr"] = 0.1
     assert numbers.read(groups, NAMES)
+
+
+def test_what_was_refused_is_read_again():
+    numbers, groups = GroupNumbers(), [group()]
+    numbers.read(groups, NAMES)
+    groups[0]["lr"] = "fast"
+    with pytest.raises(TypeError):
+        numbers.read(groups, NAMES)
+    groups[0]["lr"] = 0.1
+    assert not numbers.are_unchanged(groups)

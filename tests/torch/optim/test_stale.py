@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam, _watch
-from dragon.vm.torch.optim._watch import HeaderWatch, PlainWatch
+from dragon.vm.torch.optim._plain import PlainWatch
+from dragon.vm.torch.optim._watch import HeaderWatch
 
 from .support import BACKENDS, everything, give_gradients, home, like, parameters, twin
 
@@ -55,6 +56,13 @@ def transpose_grad_object_at_the_same_address(optimizer, params):
 
 def expand_grad(optimizer, params):
     params[0].grad = torch.full((), 0.5, device=params[0].device).expand(4, 4)
+
+
+def exchange_owners_of_states(optimizer, params):
+    first, second = optimizer.state.pop(params[0]), optimizer.state.pop(params[1])
+    rest = {param: optimizer.state.pop(param) for param in params[2:]}
+    optimizer.state[params[1]], optimizer.state[params[0]] = first, second
+    optimizer.state.update(rest)
 
 
 def drop_grad(optimizer, params):
@@ -180,7 +188,7 @@ COMMON = [
     swap_param_memory, swap_param_memory_among_two, transpose_param_in_place, widen_param, swap_grad_object,
     swap_grad_memory, transpose_grad_at_the_same_address, transpose_grad_object_at_the_same_address, expand_grad,
     drop_grad, swap_state_tensor, swap_state_tensor_for_another_layout, swap_all_states_for_another_dtype,
-    swap_state_memory, swap_state_memory_for_another_layout,
+    exchange_owners_of_states, swap_state_memory, swap_state_memory_for_another_layout,
     swap_step_memory, swap_step_for_a_number, fill_step, clear_state, replace_state, replace_state_by_copies,
     replace_entry, delete_entry, empty_entry, move_param_to_the_other_group, remove_group, insert_group,
     swap_groups, exchange_params_of_groups, replace_group_and_change_the_old_one, add_group, make_lr_a_tensor,
@@ -266,3 +274,51 @@ def test_a_tensor_learning_rate_may_be_replaced_by_an_equal_one(backend):
     expected = twin(optimizer)
     optimizer.param_groups[0]["lr"].mul_(1)
     assert outcome(optimizer) == outcome(expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_that_was_refused_leaves_no_parameter_behind(backend):
+    optimizer, params = warm(Adam, backend)
+    fresh = twin(optimizer)
+    group = optimizer.param_groups[1]
+    last, lr = group["params"].pop(), group["lr"]
+    group["lr"] = "fast"
+    with pytest.raises(TypeError, match="lr must be a number"):
+        optimizer.step()
+    group["params"].append(last)
+    group["lr"] = lr
+    assert outcome(optimizer) == outcome(fresh)
+    assert len({float(optimizer.state[param]["step"]) for param in params}) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plan_outlives_inference_mode(backend):
+    optimizer, params = warm(Adam, backend)
+    params[0].data = like(params[0])
+    fresh = twin(optimizer)
+    with torch.inference_mode():
+        optimizer.step()
+    fresh.step()
+    assert outcome(optimizer) == outcome(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_may_be_set_back_to_where_they_were_joined(backend):
+    params = parameters([(3,)] * 3, device=home(backend))
+    optimizer = Adam(params, lr=0.1, eps=0.1, backend=backend)
+    for counts in [(4, 4, 5), (3, 4, 5), (4, 4, 4), (7, 1, 1)]:
+        give_gradients(params, 0)
+        optimizer.step()
+        for param, count in zip(params, counts, strict=True):
+            optimizer.state[param]["step"].fill_(count)
+        fresh = twin(optimizer)
+        assert outcome(optimizer) == outcome(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sparse_tensor_of_somebody_else_may_stand_in_a_state(backend):
+    optimizer, params = warm(Adam, backend)
+    optimizer.state[params[0]]["mask"] = torch.ones(4, 4).to_sparse()
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, params[0])

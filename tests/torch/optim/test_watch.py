@@ -1,6 +1,7 @@
 """Tensors are watched for whatever may change in them, by their headers and by public calls alike."""
 
 import gc
+import sys
 import weakref
 
 import pytest
@@ -10,16 +11,9 @@ from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import Adam, _watch
 from dragon.vm.torch.optim._gradients import Gradients
+from dragon.vm.torch.optim._plain import PlainGradWatch, PlainWatch
 from dragon.vm.torch.optim._step import PreparedStep
-from dragon.vm.torch.optim._watch import (
-    HELD_NBYTES,
-    HeaderGradWatch,
-    HeaderWatch,
-    PlainGradWatch,
-    PlainWatch,
-    watch,
-    watch_grads,
-)
+from dragon.vm.torch.optim._watch import HELD_NBYTES, HeaderGradWatch, HeaderWatch, watch, watch_grads
 
 KINDS = [(HeaderWatch, HeaderGradWatch), (PlainWatch, PlainGradWatch)]
 
@@ -205,11 +199,27 @@ def test_only_small_gradients_are_held_and_only_until_the_next_step(numel, is_he
     assert gradient() is None
 
 
-def test_tensors_of_many_dimensions_and_wrong_headers_are_watched_by_public_calls(monkeypatch):
-    deep = torch.zeros(1, 1, 1, 1, 1, 2)
-    found = watch([deep], [])
-    assert type(found) is PlainWatch
+@pytest.mark.parametrize("place", [0, 1])
+def test_tensors_of_many_dimensions_are_watched_among_others(place):
+    tensors = [torch.zeros(1, 1, 1, 2, 1, 2), torch.zeros(1, 1, 1, 2, 1, 2), torch.zeros(3)]
+    found = watch(tensors[:1], tensors[1:])
+    assert type(found) is HeaderWatch
     assert found.is_unchanged()
+    tensors[place].transpose_(3, 5)
+    assert not found.is_unchanged()
+
+
+def test_gradients_of_many_dimensions_are_watched_among_others():
+    params = [*parameters(2), *parameters(1, (1, 1, 1, 2, 1, 2))]
+    _, grad_watch, gradients = gradient_watch(params)
+    assert type(grad_watch) is HeaderGradWatch
+    params[2].grad = torch.zeros(4).view(1, 1, 1, 2, 1, 2)
+    assert grad_watch.find(gradients())
+    params[2].grad = params[2].grad.transpose(3, 5)
+    assert not grad_watch.find(gradients())
+
+
+def test_wrong_headers_are_not_used(monkeypatch):
     headers = _watch.header_map()
     # Words that say something else: the number of dimensions, and nothing.
     for wrong in (headers._replace(offset=headers.dim), headers._replace(storage=headers.autograd)):
@@ -231,3 +241,77 @@ def test_fresh_gradients_in_used_memory_need_no_new_plan(monkeypatch):
         model(torch.full((2, 9), 0.1 * n)).sum().backward()
         optimizer.step()
     assert len(prepared) == 1
+
+
+class OwnGrad(torch.nn.Parameter):
+    """A parameter whose gradient is not where others are."""
+
+    main_grad: torch.Tensor | None = None
+
+    @property
+    def grad(self):
+        return self.main_grad if self.main_grad is not None else torch.Tensor.grad.__get__(self)
+
+
+def test_gradients_of_a_class_of_its_own_are_asked_for():
+    param = OwnGrad(torch.zeros(2, 3))
+    torch.Tensor.grad.__set__(param, torch.ones(2, 3))
+    _, grad_watch, gradients = gradient_watch([param])
+    assert type(grad_watch) is PlainGradWatch
+    param.main_grad = torch.full((2, 3), 7.0)
+    found = gradients()
+    assert grad_watch.find(found)
+    assert found.addresses.tolist() == [param.main_grad.data_ptr()]
+
+
+def test_no_graph_is_held():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = Adam([weight], lr=0.1)
+    for _ in range(3):
+        (gradient,) = torch.autograd.grad((weight**3).sum(), weight, create_graph=True)
+        weight.grad = gradient
+        optimizer.step()
+        optimizer.step()
+        dead = weakref.ref(gradient)
+        weight.grad = None
+        del gradient
+        gc.collect()
+        assert dead() is None
+
+
+class Interrupted(BaseException):
+    """Ctrl+C."""
+
+
+@pytest.mark.parametrize("nth", range(1, 15))
+def test_a_search_that_was_interrupted_is_done_again(nth, monkeypatch):
+    params = parameters()
+    _, grad_watch, gradients = gradient_watch(params)
+    assert grad_watch.find(gradients())
+    # Alive, so that only what is remembered could be wrong.
+    old = [param.grad for param in params]
+    for param in params:
+        param.grad = torch.zeros(60)[7:13].view(2, 3)
+    calls = []
+
+    def interrupt(frame, event, arg):
+        if frame.f_code.co_filename == _watch.__file__ and event == "line":
+            calls.append(frame.f_lineno)
+            if len(calls) == 2 * nth:
+                raise Interrupted
+        return interrupt
+
+    def find_while_watched():
+        sys.settrace(interrupt)
+        try:
+            grad_watch.find(gradients())
+        finally:
+            sys.settrace(None)
+
+    with pytest.raises(Interrupted):
+        find_while_watched()
+    found = gradients()
+    assert grad_watch.find(found)
+    assert found.addresses.tolist() == [param.grad.data_ptr() for param in params]
+    assert all(tensor is param.grad for tensor, param in zip(found.tensors, params, strict=True))
+    assert len(old) == 3
