@@ -201,11 +201,13 @@ def test_only_small_gradients_are_held_and_only_until_the_next_step(numel, is_he
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_tensors_of_many_dimensions_are_watched_among_others(place):
-    tensors = [torch.zeros(1, 1, 1, 2, 1, 2), torch.zeros(1, 1, 1, 2, 1, 2), torch.zeros(3)]
+    # Not contiguous before and after: no flag tells.
+    deep = [torch.zeros(2, 2, 1, 1, 1, 2).transpose(0, 5) for _ in range(2)]
+    tensors = [*deep, torch.zeros(3)]
     found = watch(tensors[:1], tensors[1:])
     assert type(found) is HeaderWatch
     assert found.is_unchanged()
-    tensors[place].transpose_(3, 5)
+    tensors[place].transpose_(0, 1)
     assert not found.is_unchanged()
 
 
