@@ -72,7 +72,8 @@ class HeaderWatch:
     def __init__(self, headers: HeaderMap, params: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         self._tensors = tensors = [*params, *others]
         self.have_plain_grads = all(type(param).grad is Tensor.grad for param in params)
-        self._deep = PlainWatch([tensor for tensor in tensors if tensor.dim() > MAX_DIM])
+        deep = [tensor for tensor in tensors if tensor.dim() > MAX_DIM]
+        self._deep = PlainWatch(deep) if deep else None
         # Asked for first: memory that is copied at the next write is copied now.
         addresses = addresses_of(tensors)
         objects_of = _Words(objects(tensors) + headers.impl)
@@ -95,7 +96,8 @@ class HeaderWatch:
     def is_unchanged(self) -> bool:
         """Whether all are as they were."""
         with all_words() as memory:
-            return all(words.read(memory) for words in self._all) and self._deep.is_unchanged()
+            same = all(words.read(memory) for words in self._all)
+        return same and (self._deep is None or self._deep.is_unchanged())
 
 
 class HeaderGradWatch:
