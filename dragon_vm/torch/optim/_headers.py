@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +75,7 @@ class HeaderMap(NamedTuple):
 
 
 def positions(addresses: Tensor) -> Tensor:
-    """Positions of the words at these addresses, in `all_words`."""
+    """Positions of the words at these addresses, in `Memory`."""
     return (addresses >> 3) - 1
 
 
@@ -84,14 +84,27 @@ def objects(things: Sequence[object]) -> Tensor:
     return positions(torch.tensor(list(map(id, things)), dtype=torch.int64, device="cpu"))
 
 
-@contextmanager
-def all_words() -> Iterator[Tensor]:
-    """All of memory, int64, to take words of live objects from, while no mode sees the operations.
+class Memory:
+    """All of memory, to read words of live objects from; no tensor of it for a debugger to print."""
 
-    A mode may look at operands, and these are not all there.
-    """
+    def __init__(self) -> None:
+        self._read = partial(
+            torch.index_select, torch.frombuffer(_ALL_WORDS.from_address(WORD), dtype=torch.int64), 0
+        )
+
+    def __repr__(self) -> str:
+        return "Memory()"
+
+    def read(self, where: Tensor, out: Tensor | None = None) -> Tensor:
+        """The words at these positions, int64 of their shape; in `out` if that is given."""
+        return self._read(where, out=out)
+
+
+@contextmanager
+def open_memory() -> Iterator[Memory]:
+    """Memory to read from, while no mode sees the operations: a mode may look at operands, and these are not all there."""
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        yield torch.frombuffer(_ALL_WORDS.from_address(WORD), dtype=torch.int64)
+        yield Memory()
 
 
 def header_map() -> HeaderMap | None:
@@ -105,7 +118,7 @@ def header_map() -> HeaderMap | None:
 @cache
 def _found() -> HeaderMap:
     """What was found; a failure is not kept, for the next search may be elsewhere."""
-    with all_words():
+    with open_memory():
         return _search()
 
 

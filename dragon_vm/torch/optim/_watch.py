@@ -13,9 +13,10 @@ from dragon.vm.torch.optim._headers import (
     DTYPE_BITS,
     MAX_DIM,
     HeaderMap,
-    all_words,
+    Memory,
     header_map,
     objects,
+    open_memory,
     positions,
 )
 from dragon.vm.torch.optim._plain import GradWatch, PlainGradWatch, PlainWatch, Watch, layout
@@ -41,13 +42,13 @@ class _Words:
         with torch.inference_mode(False):
             self.words = torch.frombuffer(self.now, dtype=torch.int64)
         self._dtypes = self.words[:n_dtypes] if n_dtypes else None
-        with all_words() as memory:
+        with open_memory() as memory:
             self.read(memory)
         self.keep()
 
-    def read(self, memory: Tensor) -> bool:
+    def read(self, memory: Memory) -> bool:
         """Read them anew; whether they are as they were."""
-        torch.index_select(memory, 0, self.where, out=self.words)
+        memory.read(self.where, out=self.words)
         if self._dtypes is not None:
             self._dtypes &= DTYPE_BITS
         return self.now == self._then
@@ -95,7 +96,7 @@ class HeaderWatch:
 
     def is_unchanged(self) -> bool:
         """Whether all are as they were."""
-        with all_words() as memory:
+        with open_memory() as memory:
             same = all(words.read(memory) for words in self._all)
         return same and (self._deep is None or self._deep.is_unchanged())
 
@@ -125,7 +126,7 @@ class HeaderGradWatch:
         self._pointers = _Words(objects(tensors) + headers.impl)
         if self._are_own:
             self._pointers.where = positions(params.autograds) + headers.grad
-            with all_words() as memory:
+            with open_memory() as memory:
                 if not self._pointers.read(memory):
                     raise LookupError("other gradients than .grad returns")
         layouts = _columns(len(tensors), headers.dtype) + _layouts(headers, tensors)
@@ -148,7 +149,7 @@ class HeaderGradWatch:
             if any(grad is None for grad in grads.tensors):
                 return False
             self._pointers.where = objects(grads.tensors) + self._headers.impl
-        with all_words() as memory:
+        with open_memory() as memory:
             # What is kept last is what later steps go by: an interrupt before that leaves them to do it anew.
             if self._pointers.read(memory):
                 self._hold(grads, memory)
@@ -171,7 +172,7 @@ class HeaderGradWatch:
         grads.addresses = self._addresses
         return all(layout(grads.tensors[i]) == seen for i, seen in self._deep)
 
-    def _hold(self, grads: Gradients, memory: Tensor) -> None:
+    def _hold(self, grads: Gradients, memory: Memory) -> None:
         """Hand out the tensors of the last step, which the pointers say are the same."""
         if not self._may_hold:
             return

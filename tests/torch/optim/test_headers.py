@@ -6,7 +6,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dragon.vm.torch.optim import Adam, _headers
-from dragon.vm.torch.optim._headers import all_words, header_map, objects, positions
+from dragon.vm.torch.optim._headers import header_map, objects, open_memory, positions
 
 # Nobody has a tensor of so many elements: only all of memory is as long.
 HUGE = 1 << 40
@@ -39,12 +39,12 @@ def test_words_are_what_pytorch_says():
     headers = header_map()
     tensor = torch.zeros(40).as_strided((2, 3), (7, 2), 5).requires_grad_()
     tensor.grad = torch.ones(2, 3)
-    with all_words() as memory:
-        impl = memory.take(objects([tensor]) + headers.impl)
+    with open_memory() as memory:
+        impl = memory.read(objects([tensor]) + headers.impl)
         assert impl.item() == tensor._cdata
 
         def word(offset, of=impl):
-            return memory.take(positions(of) + offset)
+            return memory.read(positions(of) + offset)
 
         assert word(headers.storage).item() == tensor.untyped_storage()._cdata
         assert word(headers.offset).item() == 5
