@@ -102,7 +102,7 @@ class Memory:
 
 @contextmanager
 def open_memory() -> Iterator[Memory]:
-    """Memory to read from, while no mode sees the operations: a mode may look at operands, and these are not all there."""
+    """Memory to read from, while no mode sees the operations and looks at operands that are not all there."""
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         yield Memory()
 

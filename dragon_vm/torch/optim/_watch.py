@@ -151,9 +151,7 @@ class HeaderGradWatch:
             self._pointers.where = objects(grads.tensors) + self._headers.impl
         with open_memory() as memory:
             # What is kept last is what later steps go by: an interrupt before that leaves them to do it anew.
-            if self._pointers.read(memory):
-                self._hold(grads, memory)
-            else:
+            if not (are_same := self._pointers.read(memory)):
                 self._held = None
                 self._described.where = self._selection.of(self._pointers.words)
                 self._pointers.keep()
@@ -169,6 +167,8 @@ class HeaderGradWatch:
                 if self._headers.lazy_deleter in deleters.tolist():
                     return False
                 self._addresses = _addresses(data, self._offsets, *self._sizes)
+            if are_same:
+                self._hold(grads, memory)
         grads.addresses = self._addresses
         return all(layout(grads.tensors[i]) == seen for i, seen in self._deep)
 
