@@ -19,7 +19,8 @@ OPTIM = "dragon.vm.torch.optim"
 # Lowest first. A module imports from its own layer and from those before it, the package itself from all.
 OPTIM_LAYERS = (
     {"_plan", "_scalars"},
-    {"_gradients", "_headers", "_identity"},
+    {"_gradients", "_identity", "_memory"},
+    {"_containers", "_headers"},
     {"_ema", "_layout", "_norm", "_numbers", "_options", "_plain", "_state"},
     {"_watch"},
     {"_backend", "_chain", "_checks", "_context", "_flatten", "_fused", "_local", "_rows", "_table"},

@@ -10,22 +10,16 @@ this moment, and so on.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-WORD = 8
-# Address 0 is not allowed for a tensor: all of memory, from the second word on.
-_ALL_WORDS = ctypes.c_int64 * (1 << 44)
+from dragon.vm.torch.optim._memory import SHORT_BITS, WORD, open_memory, word_at, words_at
+
 # How far a word is searched for. A TensorImpl ends with its dispatch keys, which the other searches do not pass.
 _NEAR, _FAR = 8, 32
-# The bits of a word that hold the number of a dtype; those above may be anything, even in equal tensors.
-DTYPE_BITS = (1 << 16) - 1
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.bool)
 # Dimensions whose sizes and strides stand in the header itself.
 MAX_DIM = 5
@@ -74,39 +68,6 @@ class HeaderMap(NamedTuple):
         return [self.dim, *sizes, *strides, self.keys]
 
 
-def positions(addresses: Tensor) -> Tensor:
-    """Positions of the words at these addresses, in `Memory`."""
-    return (addresses >> 3) - 1
-
-
-def objects(things: Sequence[object]) -> Tensor:
-    """Positions of the first words of Python objects, int64 [len(things)]."""
-    return positions(torch.tensor(list(map(id, things)), dtype=torch.int64, device="cpu"))
-
-
-class Memory:
-    """All of memory, to read words of live objects from; no tensor of it for a debugger to print."""
-
-    def __init__(self) -> None:
-        self._read = partial(
-            torch.index_select, torch.frombuffer(_ALL_WORDS.from_address(WORD), dtype=torch.int64), 0
-        )
-
-    def __repr__(self) -> str:
-        return "Memory()"
-
-    def read(self, where: Tensor, out: Tensor | None = None) -> Tensor:
-        """The words at these positions, int64 of their shape; in `out` if that is given."""
-        return self._read(where, out=out)
-
-
-@contextmanager
-def open_memory() -> Iterator[Memory]:
-    """Memory to read from, while no mode sees the operations and looks at operands that are not all there."""
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        yield Memory()
-
-
 def header_map() -> HeaderMap | None:
     """Where this PyTorch keeps the words; None if they are not found."""
     try:
@@ -122,14 +83,6 @@ def _found() -> HeaderMap:
         return _search()
 
 
-def _word(address: int) -> int:
-    return ctypes.c_int64.from_address(address).value
-
-
-def _words(address: int, length: int) -> list[int]:
-    return [_word(address + WORD * index) for index in range(length)]
-
-
 def _find(address: int, value: int, length: int) -> int:
     """Which of the first words at an address has this value; reads no further.
 
@@ -137,7 +90,7 @@ def _find(address: int, value: int, length: int) -> int:
         LookupError: if none of the first `length` has.
     """
     for index in range(length):
-        if _word(address + WORD * index) == value:
+        if word_at(address + WORD * index) == value:
             return index
     raise LookupError(f"none of {length} words is {value}")
 
@@ -150,7 +103,7 @@ def _search() -> HeaderMap:
     # The last word of a TensorImpl comes first, so that the other searches end there.
     keys = _find(impl, torch._C._dispatch_keys(tensor).raw_repr(), _FAR)
     first, numel = _find(impl, sizes[0], keys), _find(impl, tensor.numel(), keys)
-    if _words(impl + WORD * (first - 1), 1 + 2 * MAX_DIM) != [MAX_DIM, *sizes, *strides]:
+    if words_at(impl + WORD * (first - 1), 1 + 2 * MAX_DIM) != [MAX_DIM, *sizes, *strides]:
         raise LookupError("sizes and strides stand otherwise")
     autograd, grad = _search_grad(keys)
     data, deleter, lazy_deleter = _search_memory(tensor)
@@ -175,7 +128,7 @@ def _search_dtype(first: int, end: int) -> int:
     """Which word of a TensorImpl has a number for each dtype."""
     for index in range(first, end):
         tensors: Any = [torch.empty(0, dtype=dtype, device="cpu") for dtype in _DTYPES * 2]
-        numbers = [_word(tensor._cdata + WORD * index) & DTYPE_BITS for tensor in tensors]
+        numbers = [word_at(tensor._cdata + WORD * index) & SHORT_BITS for tensor in tensors]
         if numbers[: len(_DTYPES)] == numbers[len(_DTYPES) :] and len(set(numbers)) == len(_DTYPES):
             return index
     raise LookupError("no word tells dtypes apart")
@@ -185,16 +138,16 @@ def _search_grad(length: int) -> tuple[int, int]:
     """Where a TensorImpl of `length` words keeps its AutogradMeta, and where that keeps the gradient."""
     param, gradient = torch.empty(3, device="cpu"), torch.empty(3, device="cpu")
     impl, expected = param._cdata, gradient._cdata
-    before = _words(impl, length)
+    before = words_at(impl, length)
     param.requires_grad_()
-    changed = [index for index, word in enumerate(_words(impl, length)) if word != before[index]]
+    changed = [index for index, word in enumerate(words_at(impl, length)) if word != before[index]]
     if len(changed) != 1 or before[changed[0]] != 0:
         raise LookupError("requires_grad does not make one word appear")
-    meta = _word(impl + WORD * changed[0])
+    meta = word_at(impl + WORD * changed[0])
     param.grad = gradient
     grad = _find(meta, expected, _NEAR)
     param.grad = None
-    if _word(meta + WORD * grad) == expected:
+    if word_at(meta + WORD * grad) == expected:
         raise LookupError("a gradient stays that was dropped")
     return changed[0], grad
 
@@ -203,10 +156,10 @@ def _search_memory(tensor: Tensor) -> tuple[int, int, int]:
     """Where a StorageImpl keeps the memory and its deleter, and which that is while a copy waits for a write."""
     storage: Any = tensor.untyped_storage()
     data = _find(storage._cdata, storage.data_ptr(), _NEAR)
-    before = _words(storage._cdata, data + 2)
+    before = words_at(storage._cdata, data + 2)
     copy = torch._lazy_clone(tensor)
-    changed = [index for index, word in enumerate(_words(storage._cdata, data + 2)) if word != before[index]]
+    changed = [index for index, word in enumerate(words_at(storage._cdata, data + 2)) if word != before[index]]
     del copy
     if changed != [data + 1]:
         raise LookupError("the deleter does not follow the memory")
-    return data, data + 1, _word(storage._cdata + WORD * (data + 1))
+    return data, data + 1, word_at(storage._cdata + WORD * (data + 1))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._identity import same_tensors
+from dragon.vm.torch.optim._containers import ContainerWatch
 
 # Immutable: whoever holds one of these sees no change in it.
 _PLAIN_TYPES = {float, int, bool, tuple, NoneType}
@@ -28,12 +28,12 @@ class GroupNumbers:
     def __init__(self) -> None:
         # As they were read last.
         self.values: list[tuple[Any, ...]] = []
-        # The groups at that time, if nothing in them can change unseen.
-        self._groups: list[dict[str, Any]] = []
+        # The list of groups, watched since it was read to no change; None if more in it may change unseen.
+        self._groups: Sequence[dict[str, Any]] | None = None
 
     def are_unchanged(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the groups are as they were at the last reading, with the same parameters; False if in doubt."""
-        return bool(self._groups) and same_tensors(groups, self._groups)
+        return groups is self._groups and self._watch.is_unchanged()
 
     def read(self, groups: Sequence[dict[str, Any]], names: Iterable[str]) -> list[tuple[Any, ...]]:
         """The values of these names of each group.
@@ -41,7 +41,7 @@ class GroupNumbers:
         Raises:
             KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
         """
-        self._groups = []
+        self._groups = None
         numbers = list(map(itemgetter(*names), groups))
         types = set(map(type, chain.from_iterable(numbers)))
         types.update(map(type, chain.from_iterable(group.get("betas", ()) for group in groups)))
@@ -51,8 +51,10 @@ class GroupNumbers:
         if numbers != self.values:
             _check_numbers(groups)
             self.values = numbers
-        if are_plain:
-            self._groups = [{**group, "params": list(group["params"])} for group in groups]
+        elif are_plain:
+            # Not before they stayed for a step: a scheduler may change them at each.
+            self._watch = ContainerWatch(groups, [groups, *map(itemgetter("params"), groups)])
+            self._groups = groups
         return numbers
 
 
@@ -73,8 +75,8 @@ def _check_numbers(groups: Sequence[Mapping[str, Any]]) -> None:
     """
     for group in groups:
         for name in _NUMBERS:
-            if name in group:
-                _check_number(name, group[name])
+            if type(value := group.get(name, 0)) is not float:
+                _check_number(name, value)
         if "betas" in group:
             if len(group["betas"]) != 2:
                 raise ValueError(f"betas must be two numbers, but got {group['betas']}")

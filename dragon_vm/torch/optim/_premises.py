@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._containers import ContainerWatch
 from dragon.vm.torch.optim._flatten import State
 from dragon.vm.torch.optim._gradients import Gradients
 from dragon.vm.torch.optim._identity import same_tensors
@@ -38,8 +39,8 @@ class Premises:
         fixed_grads: bool,
     ) -> None:
         self._state = optimizer.state
-        # Tensors held, so that none of them can die and leave its address to another.
-        self._all_states = [list(optimizer.state), list(map(_copied, optimizer.state.values()))]
+        of_all = [state for state in optimizer.state.values() if isinstance(state, dict)]
+        self._all_states = ContainerWatch([optimizer.state, *of_all], [])
         self._states = states
         entries = [entry for state in states for entry in state.values() if _is_strided(entry)]
         self._has_shards = any(map(is_distributed, entries))
@@ -60,7 +61,7 @@ class Premises:
         """
         return (
             optimizer.state is self._state
-            and same_tensors([list(optimizer.state), list(optimizer.state.values())], self._all_states)
+            and self._all_states.is_unchanged()
             and self._has_structure(optimizer, numbers)
             and (not self._has_shards or same_tensors(_shards(self._states), self._shards))
             and self._watch.is_unchanged()
@@ -74,10 +75,6 @@ class Premises:
                 return False
             self._numbers = numbers
         return True
-
-
-def _copied(state: Any) -> Any:
-    return dict(state) if isinstance(state, dict) else state
 
 
 def _is_strided(entry: Any) -> bool:

@@ -9,53 +9,14 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._gradients import Gradients, addresses_of
-from dragon.vm.torch.optim._headers import (
-    DTYPE_BITS,
-    MAX_DIM,
-    HeaderMap,
-    Memory,
-    header_map,
-    objects,
-    open_memory,
-    positions,
-)
+from dragon.vm.torch.optim._headers import MAX_DIM, HeaderMap, header_map
+from dragon.vm.torch.optim._memory import Memory, Words, objects, open_memory, positions
 from dragon.vm.torch.optim._plain import GradWatch, PlainGradWatch, PlainWatch, Watch, layout
 
 _Pair = tuple[int, int]
 # Gradients that stay are asked for once. To know that they are the same they must be held, which keeps them from
 # being freed between a `zero_grad(set_to_none=True)` and the next step: only small ones are.
 HELD_NBYTES = 1 << 20
-
-
-class _Words:
-    """Words of memory as they were, and as they are.
-
-    Args:
-        where: their positions; assign others to look elsewhere.
-        n_dtypes: how many of them, from the first on, are read for a dtype.
-    """
-
-    def __init__(self, where: Tensor, n_dtypes: int = 0) -> None:
-        self.where, self._then = where, b""
-        # Two blocks of bytes are compared faster than two tensors.
-        self.now = bytearray(8 * len(where))
-        with torch.inference_mode(False):
-            self.words = torch.frombuffer(self.now, dtype=torch.int64)
-        self._dtypes = self.words[:n_dtypes] if n_dtypes else None
-        with open_memory() as memory:
-            self.read(memory)
-        self.keep()
-
-    def read(self, memory: Memory) -> bool:
-        """Read them anew; whether they are as they were."""
-        memory.read(self.where, out=self.words)
-        if self._dtypes is not None:
-            self._dtypes &= DTYPE_BITS
-        return self.now == self._then
-
-    def keep(self) -> None:
-        """As they are is how they were, from here on."""
-        self._then = bytes(self.now)
 
 
 class HeaderWatch:
@@ -77,17 +38,17 @@ class HeaderWatch:
         self._deep = PlainWatch(deep) if deep else None
         # Asked for first: memory that is copied at the next write is copied now.
         addresses = addresses_of(tensors)
-        objects_of = _Words(objects(tensors) + headers.impl)
+        objects_of = Words(objects(tensors) + headers.impl)
         n_tensors = len(tensors)
         pairs = _columns(n_tensors, headers.dtype, headers.storage, headers.offset)
         pairs += _columns(len(params), headers.autograd) + _layouts(headers, tensors)
-        described = _Words(_Selection(pairs).of(objects_of.words))
+        described = Words(_Selection(pairs).of(objects_of.words))
         fields = described.words.clone()[n_tensors : 3 * n_tensors + len(params)]
         storages, offsets, self.autograds = fields.split([n_tensors, n_tensors, len(params)])
         if 0 in storages.tolist():
             raise LookupError("a tensor without storage")
         places, which = storages.unique(return_inverse=True)
-        memories = _Words(_each(positions(places), headers.data, headers.deleter))
+        memories = Words(_each(positions(places), headers.data, headers.deleter))
         data = memories.words[: len(places)][which]
         if not torch.equal(_addresses(data, offsets, *_sizes(tensors)), addresses):
             raise LookupError("other addresses than data_ptr() returns")
@@ -114,7 +75,7 @@ class HeaderGradWatch:
     """
 
     _offsets: Tensor
-    _memories: _Words
+    _memories: Words
     _addresses: Tensor | None
 
     def __init__(self, headers: HeaderMap, params: HeaderWatch, grads: Gradients) -> None:
@@ -123,7 +84,7 @@ class HeaderGradWatch:
         addresses = addresses_of(tensors)
         if self._are_own and (0 in params.autograds.tolist() or not params.have_plain_grads):
             raise LookupError("a gradient that is not where others are")
-        self._pointers = _Words(objects(tensors) + headers.impl)
+        self._pointers = Words(objects(tensors) + headers.impl)
         if self._are_own:
             self._pointers.where = positions(params.autograds) + headers.grad
             with open_memory() as memory:
@@ -132,11 +93,11 @@ class HeaderGradWatch:
         layouts = _columns(len(tensors), headers.dtype) + _layouts(headers, tensors)
         self._selection = _Selection(layouts + _columns(len(tensors), headers.storage, headers.offset))
         self._n_layout_words = len(layouts)
-        self._described = _Words(self._selection.of(self._pointers.words), len(tensors))
+        self._described = Words(self._selection.of(self._pointers.words), len(tensors))
         self._layout = bytes(self._layout_now())
         self._sizes = _sizes(tensors)
         self._deep = [(i, layout(tensor)) for i, tensor in enumerate(tensors) if tensor.dim() > MAX_DIM]
-        self._held: tuple[list[Tensor], _Words] | None = None
+        self._held: tuple[list[Tensor], Words] | None = None
         self._may_hold = False
         self._locate()
         if not self.find(grads) or not torch.equal(grads.addresses, addresses):
@@ -180,7 +141,7 @@ class HeaderGradWatch:
             # Nor does a graph that hangs on one of them outlive the step.
             if any(map(attrgetter("requires_grad"), grads.tensors)):
                 return
-            self._held = grads.tensors, _Words(objects(grads.tensors) + self._headers.impl)
+            self._held = grads.tensors, Words(objects(grads.tensors) + self._headers.impl)
         tensors, impls = self._held
         if impls.read(memory):
             grads.tensors = tensors
@@ -193,7 +154,7 @@ class HeaderGradWatch:
         self._addresses = None
         storages, offsets = self._described.words[self._n_layout_words :].view(2, -1).unbind()
         self._offsets = offsets.clone()
-        self._memories = _Words(_each(positions(storages), self._headers.data, self._headers.deleter))
+        self._memories = Words(_each(positions(storages), self._headers.data, self._headers.deleter))
 
 
 class _Selection:

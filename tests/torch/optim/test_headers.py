@@ -6,7 +6,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dragon.vm.torch.optim import Adam, _headers
-from dragon.vm.torch.optim._headers import header_map, objects, open_memory, positions
+from dragon.vm.torch.optim._headers import header_map
+from dragon.vm.torch.optim._memory import Words, objects, positions
 
 # Nobody has a tensor of so many elements: only all of memory is as long.
 HUGE = 1 << 40
@@ -39,18 +40,17 @@ def test_words_are_what_pytorch_says():
     headers = header_map()
     tensor = torch.zeros(40).as_strided((2, 3), (7, 2), 5).requires_grad_()
     tensor.grad = torch.ones(2, 3)
-    with open_memory() as memory:
-        impl = memory.read(objects([tensor]) + headers.impl)
-        assert impl.item() == tensor._cdata
+    impl = Words(objects([tensor]) + headers.impl).words
+    assert impl.item() == tensor._cdata
 
-        def word(offset, of=impl):
-            return memory.read(positions(of) + offset)
+    def word(offset, of=impl):
+        return Words(positions(of) + offset).words
 
-        assert word(headers.storage).item() == tensor.untyped_storage()._cdata
-        assert word(headers.offset).item() == 5
-        assert [word(offset).item() for offset in headers.layout(2)[:-1]] == [2, 2, 3, 7, 2]
-        assert word(headers.grad, word(headers.autograd)).item() == tensor.grad._cdata
-        assert word(headers.data, word(headers.storage)).item() == tensor.untyped_storage().data_ptr()
+    assert word(headers.storage).item() == tensor.untyped_storage()._cdata
+    assert word(headers.offset).item() == 5
+    assert [word(offset).item() for offset in headers.layout(2)[:-1]] == [2, 2, 3, 7, 2]
+    assert word(headers.grad, word(headers.autograd)).item() == tensor.grad._cdata
+    assert word(headers.data, word(headers.storage)).item() == tensor.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("spy", [FunctionSpy, DispatchSpy])
@@ -78,7 +78,7 @@ def test_the_first_search_may_be_anywhere(surroundings, searched_anew):
         assert header_map() == expected
 
 
-@pytest.mark.parametrize("search", ["_find", "_words", "_search_grad", "_search_dtype", "_search_memory"])
+@pytest.mark.parametrize("search", ["_find", "words_at", "_search_grad", "_search_dtype", "_search_memory"])
 @pytest.mark.parametrize("error", [LookupError, AttributeError, RuntimeError])
 def test_whatever_is_not_found_leaves_public_calls(search, error, monkeypatch, searched_anew):
     def fail(*_):
@@ -90,7 +90,7 @@ def test_whatever_is_not_found_leaves_public_calls(search, error, monkeypatch, s
 
 def test_a_word_is_searched_no_further_than_where_it_is(monkeypatch):
     read = []
-    monkeypatch.setattr(_headers, "_word", lambda address: read.append(address) or address)
+    monkeypatch.setattr(_headers, "word_at", lambda address: read.append(address) or address)
     assert _headers._find(800, 816, 10) == 2
     assert read == [800, 808, 816]
     with pytest.raises(LookupError, match="none of 3 words is 1"):

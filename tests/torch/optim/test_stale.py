@@ -6,7 +6,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from dragon.vm.torch.optim import SGD, Adam, _watch
+from dragon.vm.torch.optim import SGD, Adam, _containers, _watch
 from dragon.vm.torch.optim._plain import PlainWatch
 from dragon.vm.torch.optim._watch import HeaderWatch
 
@@ -240,10 +240,15 @@ def outcome(optimizer):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("algorithm", "change"), CASES, ids=lambda value: value.__name__)
 def test_a_change_has_the_effect_that_it_has_on_a_fresh_optimizer(algorithm, change, backend, watch, monkeypatch):
+    monkeypatch.setattr(_containers, "FEW", 0)
     if watch is PlainWatch:
         monkeypatch.setattr(_watch, "header_map", lambda: None)
+        monkeypatch.setattr(_containers, "_container_map", lambda: None)
     optimizer, params = warm(algorithm, backend)
-    assert type(optimizer._prepared.latest()[-1]._premises._watch) is watch
+    premises = optimizer._prepared.latest()[-1]._premises
+    assert type(premises._watch) is watch
+    for containers in (premises._all_states, optimizer._numbers._watch):
+        assert bool(containers._words) is (_containers._container_map() is not None)
     change(optimizer, params)
     fresh = twin(optimizer)
     assert outcome(optimizer) == outcome(fresh)
