@@ -120,7 +120,7 @@ def launch_advance(
 ) -> None:
     """Launch `advance_kernel` on its pointers."""
     constants = advance_constants(algorithm, norm, clip_each)
-    grid = (triton.cdiv(n_tensors, constants["ROWS"]),)
+    grid = (-(-n_tensors // constants["ROWS"]),)
     advance_kernel[grid](*pointers, **constants, **reduction_options(warp_size))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +26,14 @@ class DeviceContext:
         self.spare_status = torch.zeros_like(self.status)
         self.one = torch.ones(1, dtype=torch.float32, device=device)
         self.zero = torch.zeros(1, dtype=torch.float32, device=device)
+        self._guard: Any = {"cuda": torch.cuda.device, "xpu": torch.xpu.device}.get(device.type)
         self.name, self.arch, self.n_processors, self.warp_size = _describe(device)
         self._last: torch.cuda.Event | None = None
         self._partials = [torch.zeros(1, dtype=torch.float64, device=device)]
 
     def current(self) -> AbstractContextManager[object]:
         """Make the device the current one: kernels are launched there."""
-        if self.device.type == "cuda":
-            return torch.cuda.device(self.device)
-        return torch.xpu.device(self.device) if self.device.type == "xpu" else nullcontext()
+        return nullcontext() if self._guard is None else self._guard(self.device)
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
@@ -50,7 +50,7 @@ class DeviceContext:
 
     def partials(self, n_partials: int) -> Tensor:
         """Scratch memory for at least `n_partials` partial norms, float64."""
-        if len(self._partials[-1]) < n_partials:
+        if self._partials[-1].numel() < n_partials:
             # Smaller ones stay: a captured graph may write to them at its replays.
             self._partials.append(torch.zeros(n_partials, dtype=torch.float64, device=self.device))
         return self._partials[-1]

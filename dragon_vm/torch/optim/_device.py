@@ -28,6 +28,7 @@ class TritonDevice:
         context: of the device.
         n_groups: parameter groups of the optimizer.
         zero_grad: set the gradients to zero on the way.
+        counts: report the norm and skipped steps; one device of a step does.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class TritonDevice:
         context: DeviceContext,
         n_groups: int,
         zero_grad: bool,
+        counts: bool,
     ) -> None:
-        counts = [sum(n_spans(real_numel(param)) for param in group.params) for group in flattened]
-        firsts = list(accumulate(counts, initial=0))
+        n_each = [sum(n_spans(real_numel(param)) for param in group.params) for group in flattened]
+        firsts = list(accumulate(n_each, initial=0))
         self._algorithm, self._context, self._n_partials = algorithm, context, firsts[-1]
+        self._status = context.status if counts else context.spare_status
         self._settings = Settings()
         self._rows: list[list[float]] = []
         self._sources: list[list[int]] = []
@@ -117,6 +120,6 @@ class TritonDevice:
             for member in self.members:
                 member.measure(kind, partials)
         for member in self.members:
-            status = context.status if member is self.members[0] else context.spare_status
+            status = self._status if member is self.members[0] else context.spare_status
             member.advance(scaling, kind, self._clip_each, partials, status)
             member.apply()

@@ -63,7 +63,7 @@ class FlattenedGroup:
         if self.joined_grads is not None:
             return self._joined_addresses
         addresses = grads.addresses
-        return addresses if len(addresses) == len(self.indices) else addresses[self._index]
+        return addresses if addresses.numel() == len(self.indices) else addresses[self._index]
 
     @cached_property
     def _joined_addresses(self) -> Tensor:

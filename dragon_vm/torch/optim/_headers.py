@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._memory import SHORT_BITS, WORD, open_memory, word_at, words_at
+from dragon.vm.torch.optim._memory import WORD, open_memory, word_at, words_at
 
 # How far a word is searched for. A TensorImpl ends with its dispatch keys, which the other searches do not pass.
 _NEAR, _FAR = 8, 32
+# The bits of a word that hold the number of a dtype; those above may be anything, even in equal tensors.
+DTYPE_BITS = (1 << 16) - 1
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.bool)
 # Dimensions whose sizes and strides stand in the header itself.
 MAX_DIM = 5
@@ -128,7 +130,7 @@ def _search_dtype(first: int, end: int) -> int:
     """Which word of a TensorImpl has a number for each dtype."""
     for index in range(first, end):
         tensors: Any = [torch.empty(0, dtype=dtype, device="cpu") for dtype in _DTYPES * 2]
-        numbers = [word_at(tensor._cdata + WORD * index) & SHORT_BITS for tensor in tensors]
+        numbers = [word_at(tensor._cdata + WORD * index) & DTYPE_BITS for tensor in tensors]
         if numbers[: len(_DTYPES)] == numbers[len(_DTYPES) :] and len(set(numbers)) == len(_DTYPES):
             return index
     raise LookupError("no word tells dtypes apart")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 WORD = 8
-SHORT_BITS = (1 << 16) - 1
 # Address 0 is not allowed for a tensor: all of memory, from the second word on.
 _ALL_WORDS = ctypes.c_int64 * (1 << 44)
 
@@ -64,16 +63,14 @@ class Words:
 
     Args:
         where: their positions; assign others to look elsewhere.
-        n_short: of how many, from the first on, only `SHORT_BITS` count.
     """
 
-    def __init__(self, where: Tensor, n_short: int = 0) -> None:
+    def __init__(self, where: Tensor) -> None:
         self.where, self._then = where, b""
         # Two blocks of bytes are compared faster than two tensors.
         self.now = bytearray(8 * len(where))
         with torch.inference_mode(False):
             self.words = torch.frombuffer(self.now, dtype=torch.int64)
-        self._short = self.words[:n_short] if n_short else None
         with open_memory() as memory:
             self.read(memory)
         self.keep()
@@ -81,8 +78,6 @@ class Words:
     def read(self, memory: Memory) -> bool:
         """Read them anew; whether they are as they were."""
         memory.read(self.where, out=self.words)
-        if self._short is not None:
-            self._short &= SHORT_BITS
         return self.now == self._then
 
     def keep(self) -> None:

@@ -13,14 +13,14 @@ from dragon.vm.torch.optim._gradients import Gradients, addresses_of
 
 
 class Watch(Protocol):
-    """Remembers type, shape, strides, dtype, device and address of tensors."""
+    """Remembers shape, strides, dtype, address and lazy bits (conjugation, negation) of tensors."""
 
     def is_unchanged(self) -> bool:
         """Whether all are as they were."""
 
 
 class GradWatch(Protocol):
-    """Remembers shape, strides, dtype and device of gradients."""
+    """Remembers shape, strides, dtype and lazy bits of gradients, by public calls their type and device too."""
 
     def find(self, grads: Gradients) -> bool:
         """Whether these gradients are laid out as the remembered ones were; leaves their addresses there."""

@@ -91,8 +91,8 @@ class PreparedStep:
             else:
                 self._hosted.append(EagerGroup(group, algorithm))
         # The kernel zeroes the gradients it reads: not those that it reads copies of.
+        self._zero_grad = zero_grad
         self._kernel_zeroes = zero_grad and not self._strays and not self._hosted
-        self._zero_grad = zero_grad and not self._kernel_zeroes
         self._launched = _on_devices(optimizer, by_device, self._kernel_zeroes)
         # The hosted ones first.
         self._flattened = [member.group for member in self._hosted]
@@ -170,18 +170,19 @@ class PreparedStep:
             ready = Gradients.of(tensors)
         if self._kernel_zeroes and len(ready.addresses.unique()) < len(ready.addresses):
             ready = Gradients.of(apart(ready.tensors))
+        are_zero = self._kernel_zeroes
         if self._hosted or (len(self._launched) > 1 and needs_norm(settings)):
-            self._run_hosted(optimizer, ready, numbers, scaling)
+            are_zero &= self._run_hosted(optimizer, ready, numbers, scaling)
         else:
             # The norm is the device's now.
             optimizer._grad_norm = None
             for device in self._launched:
                 device.update(ready, groups, numbers, settings, scaling)
             increment_version(self._written)
-        if self._kernel_zeroes:
+        if are_zero:
             detach_all(grads.tensors)
             increment_version(grads.tensors)
-        if self._zero_grad:
+        elif self._zero_grad:
             zero_all(grads.tensors)
         self._versions = self._read_versions()
 
@@ -209,8 +210,12 @@ class PreparedStep:
 
     def _run_hosted(
         self, optimizer: Owner, grads: Gradients, numbers: list[tuple[Any, ...]], scaling: Scaling
-    ) -> None:
-        """Decide about scaling, clipping and skipping on the host, then update with every backend there is."""
+    ) -> bool:
+        """Decide about scaling, clipping and skipping on the host, then update with every backend there is.
+
+        Returns:
+            False for a step that was skipped.
+        """
         settings, groups = optimizer._settings, optimizer.param_groups
         # As the updates walk them: a joined entry is one gradient.
         walked = [group.select(grads) for group in self._flattened]
@@ -228,7 +233,7 @@ class PreparedStep:
             optimizer._grad_norm = factors.norm
         if factors.skip:
             optimizer._n_skipped += 1
-            return
+            return False
         writable = all_apart(walked) if _scales(groups, settings, scaling) else walked
         for member, selected in zip(self._hosted, writable, strict=False):
             member.update(selected, groups, numbers, factors)
@@ -237,6 +242,7 @@ class PreparedStep:
             decided = Scaling(_divisor(factors.common), None)
             device.update(grads, groups, numbers, _without_norm(settings), decided)
         increment_version(self._written)
+        return True
 
 
 def _scales(groups: Sequence[dict[str, Any]], settings: Settings, scaling: Scaling) -> bool:
@@ -278,12 +284,13 @@ def _on_devices(
     from dragon.vm.torch.optim._context import DeviceContext
     from dragon.vm.torch.optim._device import TritonDevice
 
-    launched = []
+    launched: list[TritonDevice] = []
     for device, flattened in by_device.items():
         if device not in optimizer._contexts:
             optimizer._contexts[device] = DeviceContext(device)
         context = optimizer._contexts[device]
+        n_groups, is_first = len(optimizer.param_groups), not launched
         launched.append(
-            TritonDevice(flattened, optimizer._algorithm, context, len(optimizer.param_groups), zero_grad)
+            TritonDevice(flattened, optimizer._algorithm, context, n_groups, zero_grad, counts=is_first)
         )
     return launched

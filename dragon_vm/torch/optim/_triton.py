@@ -164,7 +164,7 @@ class TritonGroup:
             sources: see `source_row`, likewise.
         """
         self._write_hyperparameters(rows, sources)
-        if not torch.equal(addresses, self._grads):
+        if addresses is not self._grads and not torch.equal(addresses, self._grads):
             # Whatever interrupts this, nothing passes for written before it is.
             self._grads = self._grads[:0]
             self._write_column(table.GRAD, addresses)

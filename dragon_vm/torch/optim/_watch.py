@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._gradients import Gradients, addresses_of
-from dragon.vm.torch.optim._headers import MAX_DIM, HeaderMap, header_map
+from dragon.vm.torch.optim._headers import DTYPE_BITS, MAX_DIM, HeaderMap, header_map
 from dragon.vm.torch.optim._memory import Memory, Words, objects, open_memory, positions
 from dragon.vm.torch.optim._plain import GradWatch, PlainGradWatch, PlainWatch, Watch, layout
 
@@ -93,8 +93,8 @@ class HeaderGradWatch:
         layouts = _columns(len(tensors), headers.dtype) + _layouts(headers, tensors)
         self._selection = _Selection(layouts + _columns(len(tensors), headers.storage, headers.offset))
         self._n_layout_words = len(layouts)
-        self._described = Words(self._selection.of(self._pointers.words), len(tensors))
-        self._layout = bytes(self._layout_now())
+        self._described = Words(self._selection.of(self._pointers.words))
+        self._layout = self._layout_now()
         self._sizes = _sizes(tensors)
         self._deep = [(i, layout(tensor)) for i, tensor in enumerate(tensors) if tensor.dim() > MAX_DIM]
         self._held: tuple[list[Tensor], Words] | None = None
@@ -117,7 +117,7 @@ class HeaderGradWatch:
                 self._described.where = self._selection.of(self._pointers.words)
                 self._pointers.keep()
             if not self._described.read(memory):
-                if self._layout_now() != self._layout:
+                if not torch.equal(self._layout_now(), self._layout):
                     return False
                 self._locate()
                 self._described.keep()
@@ -146,8 +146,10 @@ class HeaderGradWatch:
         if impls.read(memory):
             grads.tensors = tensors
 
-    def _layout_now(self) -> memoryview:
-        return memoryview(self._described.now)[: 8 * self._n_layout_words]
+    def _layout_now(self) -> Tensor:
+        words = self._described.words[: self._n_layout_words].clone()
+        words[: len(self._pointers.where)] &= DTYPE_BITS
+        return words
 
     def _locate(self) -> None:
         """Derive from descriptions, which are those of strided tensors, where their memories stand."""

@@ -1,0 +1,76 @@
+"""Parameters on several devices: one step, decided once. The devices here are one CPU under two names."""
+
+import math
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import Adam, _step
+
+from .support import everything, parameters
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    """Put each flattened group on a device of its own."""
+    on_devices = _step._on_devices
+
+    def apart(optimizer, by_device, zero_grad):
+        flattened = [group for groups in by_device.values() for group in groups]
+        assert len(flattened) == 2
+        return on_devices(optimizer, {torch.device("cpu", i): [g] for i, g in enumerate(flattened)}, zero_grad)
+
+    monkeypatch.setattr(_step, "_on_devices", apart)
+
+
+def make(**options):
+    params = [*parameters([(3,), (5, 2)]), *parameters([(7,)], torch.float64)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return Adam(params, backend="triton", **options), params
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"skip_nonfinite": True}], ids=str)
+@pytest.mark.parametrize("spoilt", [1.0, math.inf])
+def test_a_step_on_two_devices_is_the_step_on_one(options, spoilt, zero_grad, request):
+    results = []
+    for fixture in (None, "two_devices"):
+        if fixture:
+            request.getfixturevalue(fixture)
+        optimizer, params = make(**options)
+        for n in range(3):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            params[-1].grad[2] = spoilt if n == 1 else 2.0
+            optimizer.step(zero_grad=zero_grad)
+        results.append((optimizer, params))
+    assert len(results[1][0]._prepared.latest()[-1]._launched) == 2
+    (one, params), (two, others) = results
+    assert one.n_skipped_steps == two.n_skipped_steps == int(spoilt == math.inf and "skip_nonfinite" in options)
+    if options.get("max_grad_norm"):
+        # The norm is decided on the host, in another order of additions.
+        for param, other in zip(params, others, strict=True):
+            torch.testing.assert_close(other, param, rtol=1e-6, atol=0, equal_nan=True)
+    else:
+        assert everything(two) == everything(one)
+    for param, other in zip(params, others, strict=True):
+        assert torch.equal(other.grad, param.grad)
+        assert not zero_grad or not other.grad.any()
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_a_skipped_step_is_counted_once_and_zeroes_all_the_same(two_devices, zero_grad):
+    optimizer, params = make()
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    for found_inf, n_skipped in ((1.0, 1), (0.0, 1), (1.0, 2)):
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(found_inf)
+        optimizer.step(zero_grad=zero_grad)
+        del optimizer.grad_scale, optimizer.found_inf
+        assert optimizer.n_skipped_steps == n_skipped
+        if n_skipped == 1 and found_inf:
+            assert all(map(torch.equal, params, before))
+        assert not zero_grad or not any(param.grad.any() for param in params)
