@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim._gradients import Gradients
+from dragon.vm.torch.optim._step import PreparedStep
+from dragon.vm.torch.optim._watch import HeaderGradWatch, HeaderWatch
 
 pytestmark = pytest.mark.gpu
 
@@ -77,6 +80,32 @@ def test_unchanged_steps_upload_nothing_and_changed_ones_upload_once(device):
     give_grads(params, 1)
     optimizer.step()
     assert members(optimizer)[0].n_uploads == before + 1
+
+
+def test_headers_of_the_devices_tensors_are_read_and_fresh_gradients_need_no_new_plan(device, monkeypatch):
+    params = parameters(device)
+    optimizer = Adam(params)
+    give_grads(params, 0)
+    optimizer.step()
+    (step,) = optimizer._prepared.latest()
+    premises = step._premises
+    assert (type(premises._watch), type(premises._grad_watch)) == (HeaderWatch, HeaderGradWatch)
+    monkeypatch.setattr(PreparedStep, "__init__", lambda *_: pytest.fail("a step was prepared"))
+    for seed in range(1, 20):
+        optimizer.zero_grad(set_to_none=True)
+        # Blocks that the gradients do not get, so that they move.
+        kept = [torch.zeros_like(param) for param in params[: seed % 4]]
+        give_grads(params, seed)
+        found = Gradients(lambda: [param.grad for param in params], are_own=True)
+        assert premises._watch.is_unchanged()
+        assert premises._grad_watch.find(found)
+        assert found.addresses.tolist() == [param.grad.data_ptr() for param in params]
+        versions = [param._version for param in params]
+        optimizer.step()
+        assert all(param._version > version for param, version in zip(params, versions, strict=True))
+        del kept
+    params[1].data = params[1].data.clone()
+    assert not premises._watch.is_unchanged()
 
 
 def test_the_norm_of_a_hundred_million_elements_is_accurate_and_always_the_same(device):
