@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._backend import choose_backend, why_not
+from dragon.vm.torch.optim._containers import container_map
 from dragon.vm.torch.optim._headers import header_map
 
 if TYPE_CHECKING:
@@ -82,11 +83,16 @@ def chosen_backend(device: torch.device) -> Finding:
     return Finding(str(device), text, is_wrong=device.type != "cpu" and chosen != "triton")
 
 
-def step_comparison() -> Finding:
-    """How a step compares its tensors with those of the last one."""
+def step_comparison() -> Iterator[Finding]:
+    """How a step compares what it was prepared for with what is there now."""
     if header_map() is None:
-        return Finding("headers", "not found in this torch: steps ask each tensor, which takes some us a tensor")
-    return Finding("headers", "found in this torch: steps compare all tensors at once")
+        yield Finding("headers", "not found in this torch: steps ask each tensor, which takes some us a tensor")
+    else:
+        yield Finding("headers", "found in this torch: steps compare all tensors at once")
+    if container_map() is None:
+        yield Finding("dicts", "this Python does not count changes of a dict: steps compare all states and groups")
+    else:
+        yield Finding("dicts", "this Python counts changes of a dict: steps compare the counts")
 
 
 def tuning_files() -> Iterator[Finding]:
@@ -170,7 +176,7 @@ def examine() -> Iterator[Finding]:
     yield from versions()
     for device in present_devices():
         yield chosen_backend(device)
-    yield step_comparison()
+    yield from step_comparison()
     yield from tuning_files()
     yield from self_tests()
 

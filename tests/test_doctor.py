@@ -115,7 +115,14 @@ def test_the_whole_examination_finds_this_installation_sound(monkeypatch: pytest
     assert {f"{backend} on cpu" for backend in BACKENDS_HERE} <= {finding.topic for finding in findings}
 
 
-def test_it_says_how_steps_compare_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.step_comparison() == ("headers", "found in this torch: steps compare all tensors at once", False)
-    monkeypatch.setattr(doctor, "header_map", lambda: None)
-    assert "not found" in doctor.step_comparison().text
+def test_it_says_how_steps_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for maps, texts in (
+        ((), ("compare all tensors at once", "compare the counts")),
+        (None, ("ask each tensor", "compare all states")),
+    ):
+        for name in ("header_map", "container_map"):
+            monkeypatch.setattr(doctor, name, lambda maps=maps: maps)
+        for finding, topic, text in zip(doctor.step_comparison(), ("headers", "dicts"), texts, strict=True):
+            assert finding.topic == topic
+            assert text in finding.text
+            assert not finding.is_wrong

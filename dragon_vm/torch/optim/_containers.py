@@ -61,7 +61,7 @@ class ContainerWatch:
 
     def _look(self) -> list[Words]:
         """Words that change with the items, addresses before what is there; none where all is compared."""
-        found = _container_map() if len(self._dicts) + len(self._lists) > FEW else None
+        found = container_map() if len(self._dicts) + len(self._lists) > FEW else None
         if found is None or not (_are(dict, self._dicts) and _are(list, self._lists)):
             return []
         dicts, lists = objects(self._dicts), objects(self._lists)
@@ -89,7 +89,7 @@ class ContainerMap(NamedTuple):
 
 
 @cache
-def _container_map() -> ContainerMap | None:
+def container_map() -> ContainerMap | None:
     """Where this Python keeps the words; None if they are not found."""
     try:
         return ContainerMap(_search_version(), *_search_items())

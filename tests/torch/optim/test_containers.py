@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import _containers
-from dragon.vm.torch.optim._containers import ContainerWatch, _container_map
+from dragon.vm.torch.optim._containers import ContainerWatch, container_map
 
 TENSORS = [torch.zeros(()), torch.zeros(()), torch.zeros(2)]
 NEW = object()
@@ -21,11 +21,11 @@ KEYS = ["a", "b", TENSORS[0]]
 @pytest.fixture(params=["read", "compared", "few"])
 def way(request, monkeypatch):
     if request.param == "read":
-        if _container_map() is None:
+        if container_map() is None:
             pytest.skip("this Python does not count the changes of a dict")
         monkeypatch.setattr(_containers, "FEW", 0)
     if request.param == "compared":
-        monkeypatch.setattr(_containers, "_container_map", lambda: None)
+        monkeypatch.setattr(_containers, "container_map", lambda: None)
     return request.param
 
 
@@ -115,12 +115,12 @@ def test_what_is_not_found_is_compared(search, monkeypatch):
     def fail():
         raise LookupError("not there")
 
-    _container_map.cache_clear()
+    container_map.cache_clear()
     try:
         monkeypatch.setattr(_containers, search, fail)
-        assert _container_map() is None
+        assert container_map() is None
     finally:
-        _container_map.cache_clear()
+        container_map.cache_clear()
 
 
 @pytest.mark.parametrize("stays", range(len(_containers._CHANGES)))

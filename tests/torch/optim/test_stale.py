@@ -243,12 +243,12 @@ def test_a_change_has_the_effect_that_it_has_on_a_fresh_optimizer(algorithm, cha
     monkeypatch.setattr(_containers, "FEW", 0)
     if watch is PlainWatch:
         monkeypatch.setattr(_watch, "header_map", lambda: None)
-        monkeypatch.setattr(_containers, "_container_map", lambda: None)
+        monkeypatch.setattr(_containers, "container_map", lambda: None)
     optimizer, params = warm(algorithm, backend)
     premises = optimizer._prepared.latest()[-1]._premises
     assert type(premises._watch) is watch
     for containers in (premises._all_states, optimizer._numbers._watch):
-        assert bool(containers._words) is (_containers._container_map() is not None)
+        assert bool(containers._words) is (_containers.container_map() is not None)
     change(optimizer, params)
     fresh = twin(optimizer)
     assert outcome(optimizer) == outcome(fresh)
