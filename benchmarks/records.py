@@ -28,7 +28,7 @@ class Record:
         chain, new_grads: of the case.
         nbytes_per_param: bytes that a step moves for a parameter.
         error: largest error of a parameter in learning rates a step, beyond its own rounding.
-        total_ms, host_ms, device_ms: a step; see `benchmarks.timing.Turn`.
+        total_ms, host_ms, device_ms, cold_ms: a step; see `benchmarks.timing.Turn`.
         reference: what the ratio is to.
         ratio: how many times as long the reference took, turn by turn.
         gb_per_s: bytes moved by device time, or by total time on the CPU.
@@ -55,6 +55,7 @@ class Record:
     total_ms: Spread | None = None
     host_ms: Spread | None = None
     device_ms: Spread | None = None
+    cold_ms: Spread | None = None
     reference: str | None = None
     ratio: Spread | None = None
     gb_per_s: float | None = None
@@ -84,7 +85,7 @@ def from_line(line: str) -> Record:
         TypeError: for a line with other fields.
     """
     fields = json.loads(line)
-    for name in ("total_ms", "host_ms", "device_ms", "ratio"):
+    for name in ("total_ms", "host_ms", "device_ms", "cold_ms", "ratio"):
         if fields.get(name) is not None:
             fields[name] = Spread(**fields[name])
     return Record(**fields)

@@ -33,7 +33,9 @@ In one process, contenders take turns, so that whatever else the machine does fa
 the first steps of each are held against `torch.optim.Adam` in float64 on elements of every tensor; a wrong one is
 not timed. In the tables,
 
-- *ms a step* is the median over the turns, with the 20th and 80th percentile beside it;
+- *ms a step* is the median over the turns, with the 20th and 80th percentile beside it; a turn is as many steps as
+  take torch's fused Adam 40 ms, behind one that does not count, or a single one where it takes more than 20;
+- *cold* is the first step of a turn, when the caches are full of what others use, as after a backward pass;
 - *host* is the time until the Python call returns, *device* the GPU's, with all launches queued before it starts;
 - *ratio* is how many times as long torch's fused Adam took, turn by turn in one run: above 1 is faster;
 - *B/param* is what a step moves for a parameter in the contender's formats, or would if it were fused;

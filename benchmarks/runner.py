@@ -216,14 +216,16 @@ def _copy_entry(ready: Sequence[Ready], origin: Origin) -> tuple[int, Entry]:
 
 def _timed(record: Record, entry: Entry, reference: Entry | None, host_only: bool = False) -> Record:
     """The record with the entry's times."""
-    total, host, device = (Spread.of(found) if (found := entry.samples(c)) else None for c in Turn._fields)
+    total, host, device, cold = (
+        Spread.of(samples) if (samples := entry.samples(c)) else None for c in Turn._fields
+    )
     clock = "total_ms"
     if host_only:
         clock = "total_ms" if host is None else "host_ms"
         total, host, device = None, host or total, None
     ratios = entry.ratios_to(reference, clock) if reference is not None else []
     ratio = Spread.of(ratios) if ratios else None
-    return replace(record, status=TIMED, ratio=ratio, total_ms=total, host_ms=host, device_ms=device)
+    return replace(record, status=TIMED, ratio=ratio, total_ms=total, host_ms=host, device_ms=device, cold_ms=cold)
 
 
 def _result(one: Ready, entries: dict[str, Entry], origin: Origin, copy_gb_per_s: float, base: Record) -> Record:

@@ -12,7 +12,18 @@ from benchmarks.records import SKIPPED, TIMED, Record
 from benchmarks.targets import verdicts
 from benchmarks.timing import Spread
 
-HEADINGS = ("contender", "ms a step", "20th-80th", "host ms", "device ms", "ratio", "B/param", "GB/s", "of copy_")
+HEADINGS = (
+    "contender",
+    "ms a step",
+    "20th-80th",
+    "cold ms",
+    "host ms",
+    "device ms",
+    "ratio",
+    "B/param",
+    "GB/s",
+    "of copy_",
+)
 
 HOST_HEADINGS = ("contender", "us a tensor", "fixed us", "us for 1000 tensors")
 TARGET_HEADINGS = ("case", "contender", "target", "measured", "met")
@@ -63,6 +74,7 @@ def _row(record: Record) -> tuple[str, ...]:
         record.contender,
         figure(step and step.median),
         f"{figure(step.p20)}-{figure(step.p80)}" if step else "",
+        figure(record.cold_ms and record.cold_ms.median),
         figure(record.host_ms and record.host_ms.median),
         figure(record.device_ms and record.device_ms.median),
         _ratio(record.ratio),
@@ -154,7 +166,7 @@ def _terminal_table(content: Rows, width: int) -> Table:
     has_device = any(row[HEADINGS.index("device ms")] for row in content.rows)
     hidden = set() if has_device else {"host ms", "device ms"}
     if width < 100:
-        hidden.add("20th-80th")
+        hidden |= {"20th-80th", "cold ms"}
     used = [i for i, name in enumerate(HEADINGS) if name not in hidden and any(row[i] for row in content.rows)]
     table = Table(title=content.title)
     for i in used:

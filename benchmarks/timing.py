@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 # A turn is as many steps as take the reference this long. Where those are several, one more goes before them: it
-# fills the caches after the turns of others.
-TURN_MS = 10.0
+# fills the caches after the turns of others. On a CPU that makes a difference, which must not be up to chance: no
+# case has steps that take about half as long.
+TURN_MS = 40.0
 MOST_STEPS = 20
 
 # Every contender gets this many turns, however slow; after them it drops out when its share of time is used up.
@@ -32,11 +33,13 @@ class Turn(NamedTuple):
         total_ms: until all is done, host and device together.
         host_ms: until the Python call returned; None on the CPU, where that is the total.
         device_ms: of the device, with all launches queued before it began; None on the CPU.
+        cold_ms: of the first step, when the caches were full of what others use; None on a GPU.
     """
 
     total_ms: float
     host_ms: float | None = None
     device_ms: float | None = None
+    cold_ms: float | None = None
 
 
 class Spread(NamedTuple):
@@ -118,9 +121,6 @@ def take_turns(
                 used_up = index >= FEWEST_ROUNDS and spent[entry.name] > budget_s
                 start = time.perf_counter()
                 with entry.context():
-                    if n_steps > 1 and not used_up:
-                        entry.before_step()
-                        entry.step()
                     entry.turns.append(None if used_up else turn(entry, n_steps))
                 spent[entry.name] += time.perf_counter() - start
                 on_turn()
@@ -130,15 +130,18 @@ def take_turns(
 
 def _cpu_turn(entry: Entry, n_steps: int) -> Turn:
     times = []
-    for _ in range(n_steps):
+    for _ in range(n_steps + (n_steps > 1)):
         entry.before_step()
         start = time.perf_counter_ns()
         entry.step()
         times.append(time.perf_counter_ns() - start)
-    return Turn(statistics.median(times) / 1e6)
+    return Turn(statistics.median(times[1:] or times) / 1e6, cold_ms=times[0] / 1e6)
 
 
 def _cuda_turn(entry: Entry, n_steps: int) -> Turn:
+    if n_steps > 1:
+        entry.before_step()
+        entry.step()
     host_ms = _cuda_host_ms(entry, n_steps)
     return Turn(_cuda_total_ms(entry, n_steps), host_ms, _cuda_device_ms(entry, host_ms))
 

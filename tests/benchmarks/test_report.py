@@ -80,7 +80,7 @@ def test_a_case_is_shown_as_last_measured_and_never_mixed_from_runs() -> None:
 def test_a_row_shows_the_time_and_a_wrong_contender_is_named() -> None:
     wrong = record(contender="quick but wrong", status=WRONG, total_ms=None, reason="off by 1")
     content = rows_of([record(ratio=Spread(1.5, 1, 2, 3), share_of_copy=0.25), wrong])
-    assert content.rows == [("ours native", "2.00", "2.00-2.00", "", "", "1.50", "", "", "25.0%")]
+    assert content.rows == [("ours native", "2.00", "2.00-2.00", "", "", "", "1.50", "", "", "25.0%")]
     assert content.absent == [("quick but wrong", "WRONG: off by 1")]
 
 

@@ -55,6 +55,23 @@ def test_a_slow_entry_drops_out_after_its_share_but_not_before_a_few_turns() -> 
     assert min(slow.samples("total_ms")) >= 20
 
 
+@pytest.mark.parametrize(("n_steps", "n_taken"), [(1, 1), (2, 3), (5, 6)])
+def test_the_first_of_several_steps_is_cold_and_does_not_count(n_steps: int, n_taken: int) -> None:
+    pauses = [0.03]
+    taken = []
+
+    def step() -> None:
+        taken.append(1)
+        time.sleep(pauses.pop() if pauses else 0)
+
+    turn = timing._cpu_turn(Entry("slow at first", step), n_steps)
+    assert len(taken) == n_taken
+    assert turn.cold_ms is not None
+    assert turn.cold_ms >= 30
+    assert (turn.total_ms == turn.cold_ms) is (n_steps == 1)
+    assert (turn.total_ms < 20) is (n_steps > 1)
+
+
 def test_ratios_are_taken_round_by_round() -> None:
     ours = Entry("ours", lambda: None, turns=[Turn(1.0), Turn(10.0), None])
     reference = Entry("reference", lambda: None, turns=[Turn(3.0), Turn(30.0), Turn(1.0)])
@@ -113,10 +130,11 @@ def test_a_gpu_has_its_launches_queued_before_its_clock_starts(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep" if cycles > 0 else "no sleep"))
     entry = Entry("e", lambda: log.append("step"), lambda: log.append("before"))
     turn = timing._cuda_turn(entry, 2)
+    warm = ["before", "step"]
     host = ["before", "synchronize", "step"] * 2
     total = ["before", "synchronize", "step", "step", "synchronize"]
     device = ["before", "sleep", "record", "step", "record", "synchronize"]
-    assert log == [*host, *total, *device]
+    assert log == [*warm, *host, *total, *device]
     assert turn.device_ms == 0.25
     assert turn.host_ms is not None
     assert turn.host_ms < 1

@@ -30,6 +30,7 @@ _CHANGES: tuple[Callable[[dict[str, Any]], object], ...] = (
     lambda d: d.pop("b"),
     lambda d: d.popitem(),
     lambda d: d.clear(),
+    lambda d: d.update({"a": 4}),
 )
 
 

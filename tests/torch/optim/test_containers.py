@@ -20,12 +20,12 @@ KEYS = ["a", "b", TENSORS[0]]
 
 @pytest.fixture(params=["read", "compared", "few"])
 def way(request, monkeypatch):
-    if request.param == "read":
-        if container_map() is None:
-            pytest.skip("this Python does not count the changes of a dict")
-        monkeypatch.setattr(_containers, "FEW", 0)
+    if request.param == "read" and container_map() is None:
+        pytest.skip("this Python does not count the changes of a dict")
     if request.param == "compared":
         monkeypatch.setattr(_containers, "container_map", lambda: None)
+    if request.param == "few":
+        monkeypatch.setattr(_containers, "FEW", 32)
     return request.param
 
 

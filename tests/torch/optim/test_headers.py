@@ -6,6 +6,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dragon.vm.torch.optim import Adam, _headers
+from dragon.vm.torch.optim._containers import container_map
 from dragon.vm.torch.optim._headers import header_map
 from dragon.vm.torch.optim._memory import Words, objects, positions
 
@@ -15,9 +16,11 @@ HUGE = 1 << 40
 
 @pytest.fixture
 def searched_anew():
-    _headers._found.cache_clear()
+    for search in (_headers._found, container_map):
+        search.cache_clear()
     yield
-    _headers._found.cache_clear()
+    for search in (_headers._found, container_map):
+        search.cache_clear()
 
 
 def sees_all_of_memory(operands):
@@ -63,6 +66,7 @@ def test_no_mode_sees_all_of_memory(spy, searched_anew):
                 param.grad = torch.ones(3)
             optimizer.step()
     assert header_map() is not None
+    assert optimizer._numbers._watch.is_unchanged()
 
 
 @pytest.mark.parametrize(
@@ -74,8 +78,18 @@ def test_the_first_search_may_be_anywhere(surroundings, searched_anew):
     expected = header_map()
     assert expected is not None
     _headers._found.cache_clear()
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer = Adam(params)
     with surroundings():
         assert header_map() == expected
+        for _ in range(3):
+            optimizer.step()
+    prepared = optimizer._prepared.latest()
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer._prepared.latest() == prepared
 
 
 @pytest.mark.parametrize("search", ["_find", "words_at", "_search_grad", "_search_dtype", "_search_memory"])

@@ -240,7 +240,6 @@ def outcome(optimizer):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("algorithm", "change"), CASES, ids=lambda value: value.__name__)
 def test_a_change_has_the_effect_that_it_has_on_a_fresh_optimizer(algorithm, change, backend, watch, monkeypatch):
-    monkeypatch.setattr(_containers, "FEW", 0)
     if watch is PlainWatch:
         monkeypatch.setattr(_watch, "header_map", lambda: None)
         monkeypatch.setattr(_containers, "container_map", lambda: None)
