@@ -51,7 +51,7 @@ soak: $(VENV)/.dev ## the property tests with 5,000 fresh examples each
 	@HYPOTHESIS_PROFILE=soak $(PYTEST) -m hypothesis
 
 bench: $(VENV)/.bench ## the quick set of benchmarks, in under three minutes
-	@$(BIN)/python -m benchmarks --budget 150
+	@$(BIN)/python -m benchmarks --turns 1 --budget 130
 
 # A GPU machine's own torch and triton match its driver and may be all it has: nothing is downloaded.
 gpu: ## the tests that need a GPU, with this machine's own packages and no network
