@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -57,13 +58,24 @@ class ContainerWatch:
                     return True
         if not same_tensors((self._dicts, self._lists), self._copies):
             return False
-        self._words = self._look()
+        # What is equal but another object may change later: it goes on being compared.
+        if self._words and self._are_identical():
+            self._words = self._look()
         return True
+
+    def _are_identical(self) -> bool:
+        """Whether equal items are the same objects."""
+        dicts, lists = self._copies
+        return all(
+            then.get(key) is value
+            for now, then in zip(self._dicts, dicts, strict=True)
+            for key, value in now.items()
+        ) and all(all(map(is_, now, then)) for now, then in zip(self._lists, lists, strict=True))
 
     def _look(self) -> list[Words]:
         """Words that change with the items, addresses before what is there; none where all is compared."""
         found = container_map() if len(self._dicts) + len(self._lists) > FEW else None
-        if found is None or not (_are(dict, self._dicts) and _are(list, self._lists)):
+        if found is None or not (_are(dict, self._dicts) and set(map(type, self._lists)) <= {list}):
             return []
         dicts, lists = objects(self._dicts), objects(self._lists)
         words = [Words(torch.cat([dicts + found.version, lists + found.length, lists + found.items]))]

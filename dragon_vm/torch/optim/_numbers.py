@@ -29,11 +29,15 @@ class GroupNumbers:
         # As they were read last.
         self.values: list[tuple[Any, ...]] = []
         # The list of groups, watched since it was read to no change; None if more in it may change unseen.
-        self._groups: Sequence[dict[str, Any]] | None = None
+        self._watched: tuple[Sequence[dict[str, Any]], ContainerWatch] | None = None
 
     def are_unchanged(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the groups are as they were at the last reading, with the same parameters; False if in doubt."""
-        return groups is self._groups and self._watch.is_unchanged()
+        return self._watched is not None and groups is self._watched[0] and self._watched[1].is_unchanged()
+
+    def forget(self) -> None:
+        """Be in doubt until the next reading."""
+        self._watched = None
 
     def read(self, groups: Sequence[dict[str, Any]], names: Iterable[str]) -> list[tuple[Any, ...]]:
         """The values of these names of each group.
@@ -41,7 +45,7 @@ class GroupNumbers:
         Raises:
             KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
         """
-        self._groups = None
+        self.forget()
         numbers = list(map(itemgetter(*names), groups))
         types = set(map(type, chain.from_iterable(numbers)))
         types.update(map(type, chain.from_iterable(group.get("betas", ()) for group in groups)))
@@ -53,8 +57,7 @@ class GroupNumbers:
             self.values = numbers
         elif are_plain:
             # Not before they stayed for a step: a scheduler may change them at each.
-            self._watch = ContainerWatch(groups, [groups, *map(itemgetter("params"), groups)])
-            self._groups = groups
+            self._watched = groups, ContainerWatch(groups, [groups, *map(itemgetter("params"), groups)])
         return numbers
 
 

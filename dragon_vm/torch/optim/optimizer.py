@@ -195,8 +195,8 @@ class Optimizer(CheckpointedOptimizer):
 
     def _read_members(self) -> None:
         """Notice other parameters in the groups."""
-        members = [list(group["params"]) for group in self.param_groups]
-        if not same_tensors(members, self._members):
+        if not same_tensors(members := [list(g["params"]) for g in self.param_groups], self._members):
+            self._numbers.forget()
             self._members, self._params = members, list(chain.from_iterable(members))
             self._prepared.forget()
             self._move_to_buffers()

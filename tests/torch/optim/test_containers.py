@@ -130,3 +130,17 @@ def test_a_number_that_does_not_follow_every_change_is_not_used(stays, monkeypat
     monkeypatch.setattr(_containers, "_CHANGES", changes)
     with pytest.raises(LookupError):
         _containers._search_version()
+
+
+@pytest.mark.parametrize("nested", [{"a": 1}, [1]])
+def test_what_was_replaced_by_an_equal_one_goes_on_being_compared(way, nested):
+    outer, items = {"nested": nested}, [nested]
+    watch = ContainerWatch([outer, nested] if isinstance(nested, dict) else [outer], [items])
+    copy = nested.copy()
+    outer["nested"] = copy
+    assert watch.is_unchanged()
+    assert watch.is_unchanged()
+    copy.clear()
+    assert not watch.is_unchanged()
+    outer["nested"] = nested
+    assert watch.is_unchanged()

@@ -66,7 +66,7 @@ def test_no_mode_sees_all_of_memory(spy, searched_anew):
                 param.grad = torch.ones(3)
             optimizer.step()
     assert header_map() is not None
-    assert optimizer._numbers._watch.is_unchanged()
+    assert optimizer._numbers.are_unchanged(optimizer.param_groups)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """A prepared step notices whatever is swapped under it: it does what a fresh optimizer would do."""
 
 import copy
+import gc
+import weakref
 from collections import defaultdict
 
 import pytest
@@ -246,7 +248,7 @@ def test_a_change_has_the_effect_that_it_has_on_a_fresh_optimizer(algorithm, cha
     optimizer, params = warm(algorithm, backend)
     premises = optimizer._prepared.latest()[-1]._premises
     assert type(premises._watch) is watch
-    for containers in (premises._all_states, optimizer._numbers._watch):
+    for containers in (premises._all_states, optimizer._numbers._watched[1]):
         assert bool(containers._words) is (_containers.container_map() is not None)
     change(optimizer, params)
     fresh = twin(optimizer)
@@ -328,3 +330,39 @@ def test_a_sparse_tensor_of_somebody_else_may_stand_in_a_state(backend):
     before = params[0].detach().clone()
     optimizer.step()
     assert not torch.equal(before, params[0])
+
+
+def test_equal_copies_of_groups_and_states_are_followed():
+    params = parameters([(8,)] * 3)
+    optimizer = Adam([{"params": [param]} for param in params], lr=0.1, backend="native")
+    give_gradients(params, 0)
+    for _ in range(4):
+        optimizer.step()
+    optimizer.param_groups[:] = [dict(group) for group in optimizer.param_groups]
+    optimizer.state[params[1]] = dict(optimizer.state[params[1]])
+    for _ in range(2):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.state[params[1]]["exp_avg"] = torch.full((8,), -100.0)
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert torch.equal(params[0], before[0])
+    assert (params[1] - before[1]).abs().max() > 1
+
+
+def test_a_parameter_that_was_taken_away_is_not_held():
+    (param,) = parameters([(8,)])
+    optimizer = Adam([param], backend="native")
+    for n in range(8):
+        give_gradients(optimizer.param_groups[0]["params"], n)
+        if n == 4:
+            optimizer.param_groups[0]["params"] = parameters([(8,)])
+            give_gradients(optimizer.param_groups[0]["params"], n)
+            del optimizer.state[param]
+            dead = weakref.ref(param)
+            del param
+        if n >= 4:
+            optimizer.param_groups[0]["lr"] *= 0.9
+        optimizer.step()
+    gc.collect()
+    assert dead() is None
