@@ -1,0 +1,71 @@
+"""Guards: what a plan was made for, compared before each step by calls that PyTorch offers.
+
+A guard holds no tensor. Another tensor at the same address in the same layout is as good as the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+_data_ptr = Tensor.data_ptr
+_LAYOUT: tuple[Callable[[Tensor], object], ...] = (
+    *(type, Tensor.stride, Tensor.is_conj, Tensor.is_neg),
+    attrgetter("shape", "dtype", "device", "layout"),
+)
+
+
+class LayoutGuard:
+    """Compares the types, dtypes, devices, shapes and strides of tensors with those of others.
+
+    Args:
+        tensors: strided tensors.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        unknown = [[None] * tensor.dim() for tensor in tensors]
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=unknown, dynamic_dims_strides=unknown)
+        # PyTorch's check in C++ fails for any tensors under some dispatch modes: there public calls compare.
+        self._check = guards.check if guards.check(*tensors) else _Layouts(tensors).check
+
+    def check(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors, as many as those of the guard, are laid out like them."""
+        return bool(self._check(*tensors))
+
+
+class _Layouts:
+    """The same by public calls, several times slower."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._seen = _layouts(tensors)
+
+    def check(self, *tensors: Tensor) -> bool:
+        return _layouts(tensors) == self._seen
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[list[object]]:
+    return [list(map(read, tensors)) for read in _LAYOUT]
+
+
+class Guard:
+    """Compares the addresses and layouts of tensors with those of others.
+
+    Args:
+        tensors: strided tensors.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._layouts = LayoutGuard(tensors)
+        self.addresses = addresses_of(tensors)
+
+    def check(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors, as many as those of the guard, lie where those lay, laid out like them."""
+        return addresses_of(tensors) == self.addresses and self._layouts.check(tensors)
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Addresses of tensors' memory; 0 for those without elements."""
+    return list(map(_data_ptr, tensors))

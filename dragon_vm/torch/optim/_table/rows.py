@@ -1,0 +1,54 @@
+"""Parameter groups as rows of the kernels' hyperparameter and source tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dragon.kernels import table
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, host_number
+from dragon.vm.torch.optim._gradients.scaling import clip_value, group_factor
+from dragon.vm.torch.optim._options import Settings
+
+_SOURCES = ((table.LR_SOURCE, "lr", None), (table.BETA1_SOURCE, "betas", 0), (table.BETA2_SOURCE, "betas", 1))
+
+
+def group_row(group: dict[str, Any], algorithm: Algorithm, settings: Settings) -> list[float]:
+    """A group's row of the hyperparameter table; tensors on a device stand in the source table instead."""
+    row = [0.0] * int(table.GROUP_COLUMNS)
+    columns = {
+        "LR": host_number(group["lr"]),
+        "WEIGHT_DECAY": float(group["weight_decay"]),
+        "GRAD_FACTOR": group_factor(group),
+        "CLIP_VALUE": clip_value(group),
+        "CLIP_NORM": float(group["clip_norm"]),
+        "MAX_GRAD_NORM": float(settings.max_grad_norm),
+        "EMA_DECAY": float(group["ema_decay"]),
+        "SKIP_NONFINITE": float(settings.skip_nonfinite),
+        **algorithm.columns(group),
+    }
+    for name, value in columns.items():
+        row[int(getattr(table, name))] = value
+    return row
+
+
+def source_row(group: dict[str, Any], device: torch.device) -> list[int]:
+    """Addresses of a group's hyperparameters that are tensors on the device, 0 for the others.
+
+    Raises:
+        ValueError: for a tensor of another device or dtype than the kernels can read.
+    """
+    row = [0] * int(table.SOURCE_COLUMNS)
+    for column, key, index in _SOURCES:
+        value = group.get(key) if index is None else group.get(key, (None, None))[index]
+        if not isinstance(value, Tensor) or value.device.type == "cpu":
+            continue
+        if value.device != device or value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{key} must be a number, or a float32 or float64 tensor on {device} or the CPU, "
+                f"but got {value.dtype} on {value.device}"
+            )
+        row[column] = value.data_ptr() | (value.dtype == torch.float64)
+    return row
