@@ -200,7 +200,7 @@ class Optimizer(CheckpointedOptimizer):
         if is_capturing():
             self._plans.capture(found.plan, settings)
         scaling = Scaling(getattr(self, "grad_scale", None), everywhere(getattr(self, "found_inf", None)))
-        outcome = found.plan.run(recipe, found.params, found.tensors, values.version, scaling)
+        outcome = found.plan.run(recipe, found.params, found.tensors, values.version, scaling, are_own=not summed)
         self._grad_norm = outcome.grad_norm
         self._n_skipped += outcome.n_skipped
         if summed:

@@ -31,7 +31,6 @@ def picker(positions: Sequence[int], n_all: int) -> Callable[[Sequence[T]], Sequ
     """What selects elements at these positions of sequences of length `n_all`; all in order are selected as they are."""
     if list(positions) == list(range(n_all)):
         return lambda sequence: sequence
-    if len(positions) == 1:
-        (position,) = positions
-        return lambda sequence: (sequence[position],)
+    if len(positions) < 2:
+        return lambda sequence: [sequence[position] for position in positions]
     return itemgetter(*positions)

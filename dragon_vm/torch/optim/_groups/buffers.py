@@ -117,10 +117,11 @@ class FlatBuffer:
         for index in moved:
             params[index].grad = self.grad_views[index]
 
-    def zero(self, addresses: Sequence[int]) -> None:
-        """Set all gradients to zero by one memset, if those at these addresses are the buffer's."""
-        if list(addresses) == self.grad_addresses:
-            self.grads.zero_()
+    def joined_copy(self, grads: Sequence[Tensor]) -> Tensor:
+        """A flat tensor with these values at the places of the gradients, which stay as they are."""
+        flat = torch.zeros_like(self.grads)
+        torch._foreach_copy_(self._views(flat), list(grads))
+        return flat
 
 
 def make_buffers(params: Sequence[Tensor]) -> list[FlatBuffer]:
@@ -141,4 +142,5 @@ def make_buffers(params: Sequence[Tensor]) -> list[FlatBuffer]:
                 f"{tuple(param.shape)} is in shared memory: leave flatten=False, or share the memory afterwards"
             )
         members.setdefault((param.device, param.dtype), []).append(param)
-    return [FlatBuffer(chosen) for chosen in members.values()]
+    # One tensor alone gains nothing.
+    return [FlatBuffer(chosen) for chosen in members.values() if len(chosen) > 1]

@@ -26,8 +26,9 @@ class LayoutGuard:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        unknown = [[None] * tensor.dim() for tensor in tensors]
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=unknown, dynamic_dims_strides=unknown)
+        # Sizes and strides that must be the same; None would stand for any.
+        sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         # PyTorch's check in C++ fails for any tensors under some dispatch modes: there public calls compare.
         self._check = guards.check if guards.check(*tensors) else _Layouts(tensors).check
 

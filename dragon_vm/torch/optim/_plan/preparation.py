@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._backends.selection import picker
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local, local_state
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, check_state, has_memory, label
@@ -25,12 +24,12 @@ class Joined(NamedTuple):
 
     Attributes:
         buffer: the buffer.
-        pick: selects what belongs to its parameters among all gathered.
+        positions: of its parameters among all gathered.
         group_index: of the parameter group.
     """
 
     buffer: FlatBuffer
-    pick: Callable[[Sequence[Any]], Sequence[Any]]
+    positions: list[int]
     group_index: int
 
 
@@ -82,12 +81,17 @@ def prepare(
     check_memory([shards[i] for i in solid], lambda position: label(recipe.groups, params[solid[position]]))
     states, signatures = _with_states(recipe, params, shards, grads, group_index)
     joined, parted = _joined(recipe, params, shards, grads, group_index, states, signatures)
-    inside = {position for chosen, _ in joined for position in chosen}
-    _part_counters(states, inside)
+    inside = {position for member in joined for position in member.positions}
+    outside = [states[i] for i in range(len(params)) if i not in inside]
+    _part_counters(outside)
     # Everything is checked: from here on things change.
     for param, state in zip(params, states, strict=True):
         if state:
             recipe.state[param].update(state)
+    if parted:
+        together = {id(member.buffer.state.get("step")) for member in joined}
+        every = [state for state in recipe.state.values() if isinstance(state, dict)]
+        _part_counters([state for state in every if id(state.get("step")) not in together])
     for buffer in parted:
         recipe.buffers.remove(buffer)
     entries, chosen_signatures = [], []
@@ -95,10 +99,10 @@ def prepare(
         if i not in inside:
             entries.append(Entry(shards[i], local_state(states[i]), group_index[i], i))
             chosen_signatures.append(signatures[i])
-    for i, (positions, member) in enumerate(joined):
+    for i, member in enumerate(joined):
         entries.append(Entry(member.buffer.values, member.buffer.state, member.group_index, len(params) + i))
-        chosen_signatures.append(signatures[positions[0]])
-    outside = [i for i in solid if i not in inside and is_dense(shards[i]) and not _walks(shards[i], grads[i])]
+        chosen_signatures.append(signatures[member.positions[0]])
+    strays = [i for i in solid if i not in inside and is_dense(shards[i]) and not _walks(shards[i], grads[i])]
     return Prepared(
         params,
         shards,
@@ -106,8 +110,8 @@ def prepare(
         group_index,
         [signature.all_keys for signature in signatures],
         flatten_groups(entries, chosen_signatures),
-        [member for _, member in joined],
-        outside,
+        joined,
+        strays,
         any(map(is_distributed, params)),
         len(solid) < len(params),
     )
@@ -173,9 +177,9 @@ def _joined(
     group_index: Sequence[int],
     states: Sequence[State],
     signatures: Sequence[Signature],
-) -> tuple[list[tuple[list[int], Joined]], list[FlatBuffer]]:
-    """Buffers whose parameters step together, with the positions of those; and buffers that part for good."""
-    joined: list[tuple[list[int], Joined]] = []
+) -> tuple[list[Joined], list[FlatBuffer]]:
+    """Buffers whose parameters step together, and buffers that part for good."""
+    joined: list[Joined] = []
     parted: list[FlatBuffer] = []
     addresses = [shard.data_ptr() for shard in shards] if recipe.buffers else []
     for buffer in recipe.buffers:
@@ -190,7 +194,7 @@ def _joined(
             continue
         for position, entries in zip(positions, replaced, strict=True):
             states[position].update(entries)
-        joined.append((positions, Joined(buffer, picker(positions, len(params)), group_index[positions[0]])))
+        joined.append(Joined(buffer, positions, group_index[positions[0]]))
     return joined, parted
 
 
@@ -213,12 +217,12 @@ def _step_together(
     )
 
 
-def _part_counters(states: Sequence[State], inside: set[int]) -> None:
-    """Give parameters that share a step counter without being joined one each."""
+def _part_counters(states: Sequence[State]) -> None:
+    """Give states that share a step counter one each."""
     seen: set[int] = set()
-    for position, state in enumerate(states):
+    for state in states:
         counter = state.get("step")
-        if isinstance(counter, Tensor) and position not in inside:
+        if isinstance(counter, Tensor):
             if id(counter) in seen:
                 state["step"] = counter.clone()
             seen.add(id(counter))

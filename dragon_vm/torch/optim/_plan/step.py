@@ -61,7 +61,8 @@ class StepPlan:
         self._devices = _on_devices(recipe, flattened, n_gathered, self._kernel_zeroes)
         self._states = _StateReader(recipe.state, prepared)
         # Positions of the entries of all flattened groups: a buffer is one gradient, not its parameters.
-        self._walked = sorted(entry.position for group in flattened for entry in group.entries)
+        on_devices = [group for group in flattened if group.signature.backend == "triton"]
+        self._walked = [entry.position for group in (*hosts, *on_devices) for entry in group.entries]
         self._total_norm: TotalNorm | None = None
         self._guard: Guard | None = None
         if not prepared.are_opaque:
@@ -104,7 +105,14 @@ class StepPlan:
         return Gathered(prepared.shards, prepared.grads, states, addresses)
 
     def run(
-        self, recipe: Recipe, params: list[Tensor], tensors: Gathered, version: int, scaling: Scaling
+        self,
+        recipe: Recipe,
+        params: list[Tensor],
+        tensors: Gathered,
+        version: int,
+        scaling: Scaling,
+        *,
+        are_own: bool,
     ) -> Outcome:
         """Update the parameters from their gradients.
 
@@ -114,9 +122,13 @@ class StepPlan:
             tensors: what `gather` found.
             version: of the hyperparameters; a new one after each change.
             scaling: a `GradScaler`'s.
+            are_own: whether the gradients are the parameters' own, and not sums of them.
         """
-        grads, settings = tensors.grads, recipe.settings
-        ready = self._ready(params, tensors)
+        settings = recipe.settings
+        if self._joined and are_own:
+            tensors = self._in_buffers(params, tensors)
+        grads = tensors.grads
+        ready = self._ready(tensors, are_own)
         outcome, are_zero = Outcome(), self._kernel_zeroes
         if self._hosts or (len(self._devices) > 1 and needs_norm(settings)):
             outcome = self._run_on_host(recipe, ready, version, scaling)
@@ -136,7 +148,17 @@ class StepPlan:
             zero_all(grads)
         return outcome
 
-    def _ready(self, params: list[Tensor], tensors: Gathered) -> Gathered:
+    def _in_buffers(self, params: list[Tensor], tensors: Gathered) -> Gathered:
+        """The tensors with the gradients of joined parameters moved into their flat buffers."""
+        grads, addresses = list(tensors.grads), list(tensors.addresses)
+        for buffer, positions, _ in self._joined:
+            chosen = [grads[i] for i in positions], [addresses[i] for i in positions]
+            buffer.gather([params[i] for i in positions], *chosen)
+            for position, view, address in zip(positions, buffer.grad_views, buffer.grad_addresses, strict=True):
+                grads[position], addresses[position] = view, address
+        return tensors._replace(grads=grads, addresses=addresses)
+
+    def _ready(self, tensors: Gathered, are_own: bool) -> Gathered:
         """The tensors with gradients in their parameters' layouts, and with flat buffers behind the parameters."""
         shards, grads, states, addresses = tensors
         if self._hosts:
@@ -150,14 +172,15 @@ class StepPlan:
             grads = apart(grads)
             addresses = addresses_of(grads)
         if self._joined:
-            for joined in self._joined:
-                chosen = joined.pick(params), joined.pick(grads), joined.pick(addresses)
-                joined.buffer.gather(*chosen)
             buffers = [joined.buffer for joined in self._joined]
+            flat = [
+                joined.buffer.grads if are_own else joined.buffer.joined_copy([grads[i] for i in joined.positions])
+                for joined in self._joined
+            ]
             shards = [*shards, *(buffer.values for buffer in buffers)]
-            grads = [*grads, *(buffer.grads for buffer in buffers)]
+            grads = [*grads, *flat]
             states = {key: [*column, *(b.state.get(key) for b in buffers)] for key, column in states.items()}
-            addresses = [*addresses, *(buffer.grads.data_ptr() for buffer in buffers)]
+            addresses = [*addresses, *addresses_of(flat)]
         return Gathered(shards, grads, states, addresses)
 
     def publish(self, index: int, group: dict[str, Any], settings: Settings) -> None:
@@ -204,7 +227,9 @@ class StepPlan:
         grads = tensors.grads
         if asked or any(group["grad_scale"] != 1 or group["clip_norm"] for group in groups):
             # The native backend may leave gradients scaled: no two may be the same memory.
-            grads = apart(grads)
+            grads = list(grads)
+            for position, grad in zip(self._walked, apart([grads[i] for i in self._walked]), strict=True):
+                grads[position] = grad
         for member in self._hosts:
             member.update(tensors, member.pick(grads), groups, version, factors)
         for device in self._devices:
