@@ -7,7 +7,7 @@ import torch
 
 from dragon.vm import doctor
 from dragon.vm.torch.optim import Adam
-from dragon.vm.torch.optim._backend import why_not
+from dragon.vm.torch.optim._groups.eligibility import why_not
 
 
 class Clock:

@@ -1,7 +1,7 @@
 """Dragon's optimizers; the rest of `torch.optim` is PyTorch's own."""
 
 from dragon.vm.torch._mirror import mirror
-
+from dragon.vm.torch.optim._swap import swap
 from dragon.vm.torch.optim.adam import Adam, AdamW
 from dragon.vm.torch.optim.optimizer import Optimizer
 from dragon.vm.torch.optim.sgd import SGD
