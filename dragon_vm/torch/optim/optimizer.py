@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
+from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._accumulate import GradientSums
@@ -163,13 +164,13 @@ class Optimizer(CheckpointedOptimizer):
         enabled = torch.is_grad_enabled()
         try:
             try:
-                torch.set_grad_enabled(enabled and bool(self.defaults["differentiable"]))
+                set_grad_enabled(enabled and bool(self.defaults["differentiable"]))
                 without_torch_function(self._update, (), (zero_grad,), {})
             finally:
-                torch.set_grad_enabled(enabled)
+                set_grad_enabled(enabled)
         finally:
             # Once more: an interrupt may have hit the line above.
-            torch.set_grad_enabled(enabled)
+            set_grad_enabled(enabled)
 
     _step_undisturbed = _disable_dynamo(_step)
 

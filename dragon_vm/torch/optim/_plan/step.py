@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,15 @@ from dragon.vm.torch.optim._gradients.zeroing import apart, detach_all, zero_all
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
 from dragon.vm.torch.optim._options import Settings, needs_norm
-from dragon.vm.torch.optim._plan.guards import Guard, LayoutGuard, addresses_of
+from dragon.vm.torch.optim._plan.guards import Guard, addresses_of
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 
 if TYPE_CHECKING:
     from dragon.vm.torch.optim._backends.triton import TritonDevice
+
+
+_step_of = itemgetter("step")
 
 
 class StepPlan:
@@ -66,11 +69,10 @@ class StepPlan:
         self._total_norm: TotalNorm | None = None
         self._guard: Guard | None = None
         if not prepared.are_opaque:
-            self._grad_guard = LayoutGuard(prepared.grads)
-            tensors = self._states.read(recipe.state, prepared.params)
-            assert tensors is not None
+            states = self._states.read(recipe.state, prepared.params)
+            assert states is not None
             # The last write makes the plan valid.
-            self._guard = Guard([*prepared.shards, *chain.from_iterable(tensors.values())])
+            self._guard = Guard(prepared.grads, prepared.shards, *_guarded(states))
 
     def gather(
         self, state: Mapping[Any, Any], params: list[Tensor], shards: list[Tensor], grads: list[Any]
@@ -86,16 +88,14 @@ class StepPlan:
         if self._guard is None:
             return None
         try:
-            addresses = addresses_of(grads)
             states = self._states.read(state, params)
-            if states is None or not self._grad_guard.check(grads):
+            if states is None:
                 return None
-            if not self._guard.check([*shards, *chain.from_iterable(states.values())]):
-                return None
+            addresses = self._guard.check(grads, shards, *_guarded(states))
         except (KeyError, TypeError, AttributeError, IndexError):
             # Something is no tensor any more, or is not there.
             return None
-        return Gathered(shards, grads, states, addresses)
+        return None if addresses is None else Gathered(shards, grads, states, addresses)
 
     def gather_anew(self, state: Mapping[Any, Any], prepared: Prepared) -> Gathered:
         """The tensors of the step that this plan was just made for."""
@@ -179,7 +179,10 @@ class StepPlan:
             ]
             shards = [*shards, *(buffer.values for buffer in buffers)]
             grads = [*grads, *flat]
-            states = {key: [*column, *(b.state.get(key) for b in buffers)] for key, column in states.items()}
+            states = {
+                key: [*states.get(key, [None] * len(tensors.params)), *(b.state.get(key) for b in buffers)]
+                for key in {**states, **buffers[0].state}
+            }
             addresses = [*addresses, *addresses_of(flat)]
         return Gathered(shards, grads, states, addresses)
 
@@ -239,6 +242,12 @@ class StepPlan:
         return Outcome(factors.norm)
 
 
+def _guarded(states: Mapping[str, list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """All state tensors, and the step counters apart."""
+    columns = (column for key, column in states.items() if key != "step")
+    return list(chain.from_iterable(columns)), states.get("step", [])
+
+
 def _divisor(factor: float) -> Tensor:
     """A factor as a loss scale, by which gradients are divided; a norm of infinity leaves a factor of 0."""
     return torch.tensor([1 / factor if factor else math.inf], dtype=torch.float32, device="cpu")
@@ -258,12 +267,23 @@ class _StateReader:
         self._are_distributed = prepared.are_distributed
         # Positions of the parameters that have a state, and where their states stand among all states.
         holders = [i for i, keys in enumerate(prepared.keys) if keys]
+        # Joined parameters share a counter: it is compared by identity, once for each of them.
+        inside = {i: joined.buffer for joined in prepared.joined for i in joined.positions}
+        self._shared = [
+            (picker([holders.index(i) for i in joined.positions], len(holders)), joined.buffer)
+            for joined in prepared.joined
+            if "step" in joined.buffer.state
+        ]
         self._pick_params = picker(holders, self._n_params)
         self._pick_states = picker([order[id(prepared.params[i])] for i in holders], len(state))
         self._positions: dict[str, list[int]] = {}
         self._columns: list[tuple[str, Any, Any]] = []
         for key in dict.fromkeys(chain.from_iterable(prepared.keys)):
-            within = [n for n, i in enumerate(holders) if key in prepared.keys[i]]
+            within = [
+                n for n, i in enumerate(holders) if key in prepared.keys[i] and not (key == "step" and i in inside)
+            ]
+            if not within:
+                continue
             self._positions[key] = [holders[n] for n in within]
             self._columns.append((key, itemgetter(key), picker(within, len(holders))))
 
@@ -278,6 +298,9 @@ class _StateReader:
         if not all(map(is_, self._pick_states(list(state)), self._pick_params(params))):
             return None
         entries = self._pick_states(list(state.values()))
+        for pick, buffer in self._shared:
+            if not all(map(is_, map(_step_of, pick(entries)), repeat(buffer.state["step"]))):
+                return None
         columns = {key: list(map(read, pick(entries))) for key, read, pick in self._columns}
         return {key: locals_of(column) for key, column in columns.items()} if self._are_distributed else columns
 
