@@ -37,7 +37,7 @@ def update_constants(spec: Spec, config: LaunchConfig, warp_size: int = 32) -> d
         "UPDATE": UPDATES[spec.algorithm],
         "SPEC": spec,
         "CONFIG": config,
-        "N_THREADS": config.n_warps * warp_size,
+        "WARP_SIZE": warp_size,
     }
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from dragon.kernels import table
 from dragon.kernels.formats import dtype_of
-from dragon.kernels.tile import VECTOR_NUMEL, load_pair
+from dragon.kernels.tile import VECTOR_NUMEL
 
 # Elements of a gradient that make one partial result, and of a tile on the way. They set the order of the
 # additions and with it the last bits of a norm, so they are no subject of tuning.
@@ -87,9 +87,9 @@ def norm_kernel(
     NORM: tl.constexpr,
 ):
     """Reduce one span of one gradient, times its group's factor; the grid is ``(n_spans,)``."""
-    row, span = load_pair(spans_ptr + 2 * tl.program_id(0).to(tl.int64))
-    row = row.to(tl.int64)
-    span = span.to(tl.int64)
+    span_ptr = spans_ptr + 2 * tl.program_id(0).to(tl.int64)
+    row = tl.load(span_ptr).to(tl.int64)
+    span = tl.load(span_ptr + 1).to(tl.int64)
     row_ptr = tensors_ptr + row * table.TENSOR_COLUMNS
     address = tl.load(grads_ptr + row)
     first = span * SPAN

@@ -61,35 +61,36 @@ def update_chunk(
     UPDATE: tl.constexpr,
     SPEC: tl.constexpr,
     CONFIG: tl.constexpr,
-    N_THREADS: tl.constexpr,
+    WARP_SIZE: tl.constexpr,
 ):
     """Update one chunk of one tensor, or only drop its gradient where the step is skipped."""
     CHUNK: tl.constexpr = CONFIG.chunk
     EVICTION: tl.constexpr = CONFIG.eviction
-    row, index = load_pair(chunk_ptr)
+    N_THREADS: tl.constexpr = CONFIG.n_warps * WARP_SIZE
+    row, index = load_pair(chunk_ptr, WARP_SIZE)
     row = row.to(tl.int64)
     first = index.to(tl.int64) * CHUNK
-    scalars = load_scalars(scalars_ptr, row, SPEC)
-    numel, tensors = load_tensors(tensors_ptr, grads_ptr, row, SPEC)
+    scalars = load_scalars(scalars_ptr, row, SPEC, WARP_SIZE)
+    numel, tensors = load_tensors(tensors_ptr, grads_ptr, row, SPEC, WARP_SIZE)
     if scalars[table.ACTIVE] != 0:
         if are_aligned(tensors, SPEC):
             # Only whole vectors here, so that the mask is constant over a vector and the accesses stay wide.
             end = tl.multiple_of(numel // VECTOR_NUMEL * VECTOR_NUMEL, VECTOR_NUMEL)
-            offsets = first + tl.arange(0, CHUNK)
-            update_tile(tensors, scalars, offsets, offsets < end, UPDATE, SPEC, EVICTION, 16)
             if (first + CHUNK > end) & (end < numel):
                 tail = end + tl.arange(0, VECTOR_NUMEL)
                 update_tile(tensors, scalars, tail, tail < numel, UPDATE, SPEC, EVICTION, 16)
+            offsets = first + tl.arange(0, CHUNK)
+            update_tile(tensors, scalars, offsets, offsets < end, UPDATE, SPEC, EVICTION, 16)
         else:
             # One element a thread and a loop: as one block this path would set the registers of the whole kernel.
-            for start in range(0, CHUNK, N_THREADS):
-                single = first + start + tl.arange(0, N_THREADS)
+            for start in range(first, tl.minimum(first + CHUNK, numel), N_THREADS):
+                single = start + tl.arange(0, N_THREADS)
                 update_tile(tensors, scalars, single, single < numel, UPDATE, SPEC, EVICTION, 1)
     elif SPEC.zero_grad:
         # A skipped step drops its gradients all the same: what is infinite must not be added to.
         grad_parts = open_parts(tensors[1], grad_format(SPEC), 1)
-        for start in range(0, CHUNK, N_THREADS):
-            single = first + start + tl.arange(0, N_THREADS)
+        for start in range(first, tl.minimum(first + CHUNK, numel), N_THREADS):
+            single = start + tl.arange(0, N_THREADS)
             zeros = tl.zeros((N_THREADS,), compute_dtype(SPEC))
             store_tile(grad_parts, single, zeros, single < numel, grad_format(SPEC), EVICTION)
 
@@ -103,7 +104,7 @@ def update_kernel(
     UPDATE: tl.constexpr,
     SPEC: tl.constexpr,
     CONFIG: tl.constexpr,
-    N_THREADS: tl.constexpr,
+    WARP_SIZE: tl.constexpr,
 ):
     """Apply `UPDATE` to the chunk that this program is given; with a persistent grid, to each that falls to it.
 
@@ -116,10 +117,10 @@ def update_kernel(
         n_chunks = tl.load(chunks_ptr)
         while index < n_chunks:
             update_chunk(
-                chunks_ptr + 2 * (index + 1), tensors_ptr, grads_ptr, scalars_ptr, UPDATE, SPEC, CONFIG, N_THREADS
+                chunks_ptr + 2 * (index + 1), tensors_ptr, grads_ptr, scalars_ptr, UPDATE, SPEC, CONFIG, WARP_SIZE
             )
             index += tl.num_programs(0)
     else:
         update_chunk(
-            chunks_ptr + 2 * (index + 1), tensors_ptr, grads_ptr, scalars_ptr, UPDATE, SPEC, CONFIG, N_THREADS
+            chunks_ptr + 2 * (index + 1), tensors_ptr, grads_ptr, scalars_ptr, UPDATE, SPEC, CONFIG, WARP_SIZE
         )
