@@ -11,7 +11,7 @@ import triton.language as tl
 
 from dragon.kernels import table
 from dragon.kernels.formats import dtype_of
-from dragon.kernels.tile import VECTOR_NUMEL
+from dragon.kernels.tile import VECTOR_NUMEL, no_tiles
 
 # Elements of a gradient that make one partial result, and of a tile on the way. They set the order of the
 # additions and with it the last bits of a norm, so they are no subject of tuning.
@@ -68,7 +68,7 @@ def accumulate(total, grad, GRAD_DTYPE: tl.constexpr, NORM: tl.constexpr):
 @triton.jit
 def take_tiles(total, grad_ptr, offsets, end, N_TILES: tl.constexpr, GRAD_DTYPE: tl.constexpr, NORM: tl.constexpr):
     """Take neighbouring tiles into a tile of partial results, in their order; what is past `end` counts as 0."""
-    tiles = ()
+    tiles = no_tiles()
     for i in tl.static_range(N_TILES):
         tiles += (tl.load(grad_ptr + (offsets + i * TILE), mask=offsets + i * TILE < end, other=0.0),)
     for i in tl.static_range(N_TILES):
