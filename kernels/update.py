@@ -79,27 +79,30 @@ def update_chunk(
     first = index.to(tl.int64) * CHUNK
     scalars = load_scalars(scalars_ptr, row, SPEC, WARP_SIZE)
     numel, tensors = load_tensors(tensors_ptr, grads_ptr, row, WARP_SIZE)
+    end = tl.minimum(first + CHUNK, numel)
     if scalars[table.ACTIVE] != 0:
         if are_aligned(tensors, SPEC):
             # Only whole vectors here, so that the mask is constant over a vector and the accesses stay wide.
-            end = tl.multiple_of(numel // VECTOR_NUMEL * VECTOR_NUMEL, VECTOR_NUMEL)
-            if (first + CHUNK > end) & (end < numel):
-                tail = end + tl.arange(0, VECTOR_NUMEL)
+            whole = tl.multiple_of(numel // VECTOR_NUMEL * VECTOR_NUMEL, VECTOR_NUMEL)
+            if (first + CHUNK > whole) & (whole < numel):
+                tail = whole + tl.arange(0, VECTOR_NUMEL)
                 update_tile(tensors, scalars, tail, tail < numel, SPEC, EVICTION, 16)
             offsets = first + tl.arange(0, CHUNK)
-            update_tile(tensors, scalars, offsets, offsets < end, SPEC, EVICTION, 16)
+            update_tile(tensors, scalars, offsets, offsets < whole, SPEC, EVICTION, 16)
         else:
             # One element a thread and a loop: as one block this path would set the registers of the whole kernel.
-            for start in range(first, tl.minimum(first + CHUNK, numel), N_THREADS):
-                single = start + tl.arange(0, N_THREADS)
+            while first < end:
+                single = first + tl.arange(0, N_THREADS)
                 update_tile(tensors, scalars, single, single < numel, SPEC, EVICTION, 1)
+                first += N_THREADS
     elif SPEC.zero_grad:
         # A skipped step drops its gradients all the same: what is infinite must not be added to.
         grad_parts = open_parts(tensors[1], grad_format(SPEC), 1)
-        for start in range(first, tl.minimum(first + CHUNK, numel), N_THREADS):
-            single = start + tl.arange(0, N_THREADS)
+        while first < end:
+            single = first + tl.arange(0, N_THREADS)
             zeros = tl.zeros((N_THREADS,), compute_dtype(SPEC))
             store_tile(grad_parts, single, zeros, single < numel, grad_format(SPEC), EVICTION)
+            first += N_THREADS
 
 
 @triton.jit
