@@ -38,6 +38,8 @@ def formula(latex: str, display: str) -> Element:
     for name, synonym in SYNONYMS.items():
         latex = latex.replace(name, synonym)
     element = convert_to_element(latex.strip(), display=display)
+    if latex.count(r"\begin{") > len(element.findall(".//mtable")):
+        raise ValueError(f"an environment cannot be converted to MathML, in the formula {latex!r}")
     for node in element.iter():
         # The converter writes symbols as references, which Markdown would escape once more.
         node.text = unescape(node.text or "")
