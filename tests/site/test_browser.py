@@ -124,7 +124,7 @@ def test_the_search_finds_an_option(visit: Any) -> None:
     assert (opened.errors, opened.outside) == ([], [])
 
 
-@pytest.mark.parametrize("path", ["numerics.html", "reference/index.html"])
+@pytest.mark.parametrize("path", ["numerics.html", "reference/optimizers.html"])
 def test_formulas_are_laid_out_in_two_dimensions(visit: Any, path: str) -> None:
     page = visit().go(path)
     fractions = page.locator("math mfrac")

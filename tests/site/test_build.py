@@ -83,7 +83,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert written == set(re.findall(r'"([\w/-]+\.md)"', config))
 
 
-@pytest.mark.parametrize("page", ["numerics.html", "reference/index.html"])
+@pytest.mark.parametrize("page", ["numerics.html", "reference/optimizers.html"])
 def test_formulas_are_mathml(page: str, site: Path) -> None:
     text = (site / page).read_text(encoding="utf-8")
     shown = re.sub(r"<(pre|code|math)\b.*?</\1>", "", text, flags=re.DOTALL)
