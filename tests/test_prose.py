@@ -69,6 +69,13 @@ def test_no_page_mentions_a_plan_or_an_issue(page: Path) -> None:
     assert re.findall(r"\bissue #?\d+|\bTODO\b|\b[Rr]oadmap\b|\bfor now\b|\bnot yet implemented\b", text) == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_file_that_a_page_links_to_exists(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", FENCE.sub("", page.read_text(encoding="utf-8")))
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (page.parent / link).is_file()] == []
+
+
 def test_every_make_target_that_a_page_names_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     named = {name for page in PAGES for name in MAKE.findall(page.read_text(encoding="utf-8"))}
