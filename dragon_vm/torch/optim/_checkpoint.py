@@ -31,8 +31,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state in PyTorch's format.
 
-        Own keys of a group are there only where they differ from what PyTorch does. An AMSGrad that was switched on
-        since the last step has its maximum, zero.
+        Own keys of a group are there only where they differ from what PyTorch does. An AMSGrad that was
+        switched on since the last step has its maximum, zero.
         """
         self._complete_switched_on()
         saved = super().state_dict()
@@ -83,7 +83,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
 
 def _uncounted(entries: Any) -> Any:
-    """A state without its step counter, which PyTorch's counterpart does not have; without any before a first step.
+    """A state without its step counter, which PyTorch's counterpart lacks; without a buffer before a first step.
 
     Reading a counter waits for the device.
     """
@@ -222,7 +222,9 @@ def _counter_device(
         return None
     backend = settings.backend
     if backend is None:
-        backend = choose_backend(None, local(param), param.dtype, dtypes - {param.dtype} or dtypes, group["differentiable"])
+        backend = choose_backend(
+            None, local(param), param.dtype, dtypes - {param.dtype} or dtypes, group["differentiable"]
+        )
     return step_device(param, backend, group)
 
 

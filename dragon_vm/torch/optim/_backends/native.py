@@ -228,4 +228,6 @@ class _Counters:
 
 def _count(counters: Sequence[Tensor]) -> None:
     # Joined parameters share a counter; a number would be wrapped once for each tensor.
-    torch._foreach_add_(list({id(counter): counter for counter in counters}.values()), torch.ones((), device="cpu"))
+    torch._foreach_add_(
+        list({id(counter): counter for counter in counters}.values()), torch.ones((), device="cpu")
+    )

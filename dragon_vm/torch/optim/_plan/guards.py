@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from typing import Any
 
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
@@ -27,7 +28,8 @@ class LayoutGuard:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         # Sizes and strides that must be the same; None would stand for any.
-        sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+        sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+        strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
         guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         # PyTorch's check in C++ fails for any tensors under some dispatch modes: there public calls compare.
         self._check = guards.check if guards.check(*tensors) else _Layouts(tensors).check
@@ -64,7 +66,11 @@ class Guard:
     """
 
     def __init__(
-        self, grads: Sequence[Tensor], params: Sequence[Tensor], states: Sequence[Tensor], counters: Sequence[Tensor]
+        self,
+        grads: Sequence[Tensor],
+        params: Sequence[Tensor],
+        states: Sequence[Tensor],
+        counters: Sequence[Tensor],
     ) -> None:
         self._layouts, self._state_layouts = LayoutGuard([*grads, *params]), LayoutGuard(states)
         self._n_grads = len(grads)
@@ -72,9 +78,13 @@ class Guard:
         self._state_ids = list(map(id, states))
 
     def check(
-        self, grads: Sequence[Tensor], params: Sequence[Tensor], states: Sequence[Tensor], counters: Sequence[Tensor]
+        self,
+        grads: Sequence[Tensor],
+        params: Sequence[Tensor],
+        states: Sequence[Tensor],
+        counters: Sequence[Tensor],
     ) -> list[int] | None:
-        """The addresses of the gradients if all is as it was, for as many tensors as those of the guard; else None."""
+        """The addresses of the gradients if all is as it was, else None. There are as many tensors as then."""
         addresses = addresses_of([*grads, *params, *states, *counters])
         if addresses[self._n_grads :] != self._addresses or not self._layouts.check([*grads, *params]):
             return None
