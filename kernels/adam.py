@@ -26,26 +26,27 @@ def adam_update(param, grad, states, scalars, SPEC: tl.constexpr):
     exp_avg = scalars[table.BETA1_FACTOR] * states[0] + scalars[table.ONE_MINUS_BETA1] * grad
     exp_avg_sq = scalars[table.BETA2_FACTOR] * states[1] + scalars[table.ONE_MINUS_BETA2] * grad * grad
     largest = exp_avg_sq
-    new_states = (exp_avg, exp_avg_sq)
     if n_states(SPEC) > 2:
         largest = tl.maximum(states[2], exp_avg_sq, tl.PropagateNan.ALL)
-        new_states += (largest,)
     denom = square_root(largest) + scalars[table.DENOM_EPS]
     param = param - scalars[table.STEP_SIZE] * divide(exp_avg, denom)
-    return param, new_states
+    if n_states(SPEC) > 2:
+        return param, (exp_avg, exp_avg_sq, largest)
+    else:
+        return param, (exp_avg, exp_avg_sq)
 
 
 @triton.jit
 def adam_scalars(group, target, lr, step):
     """Write step size, epsilon and betas of a bias-corrected Adam step."""
     beta1 = tensor_hyperparameter(group, table.BETA1, table.BETA1_SOURCE)
-    beta2 = tensor_hyperparameter(group, table.BETA2, table.BETA2_SOURCE)
-    correction2 = tl.sqrt(one_minus_power(beta2, step))
-    eps = hyperparameter(group, table.EPS)
-    epsilon_hat = hyperparameter(group, table.EPSILON_HAT)
-    store_scalar(target, table.STEP_SIZE, lr * correction2 / one_minus_power(beta1, step))
-    store_scalar(target, table.DENOM_EPS, tl.where(epsilon_hat != 0, eps, eps * correction2))
     store_scalar(target, table.BETA1_FACTOR, beta1)
     store_scalar(target, table.ONE_MINUS_BETA1, 1 - beta1)
+    beta2 = tensor_hyperparameter(group, table.BETA2, table.BETA2_SOURCE)
     store_scalar(target, table.BETA2_FACTOR, beta2)
     store_scalar(target, table.ONE_MINUS_BETA2, 1 - beta2)
+    correction2 = tl.sqrt(one_minus_power(beta2, step))
+    store_scalar(target, table.STEP_SIZE, lr * correction2 / one_minus_power(beta1, step))
+    eps = hyperparameter(group, table.EPS)
+    epsilon_hat = hyperparameter(group, table.EPSILON_HAT)
+    store_scalar(target, table.DENOM_EPS, tl.where(epsilon_hat != 0, eps, eps * correction2))

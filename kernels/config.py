@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dragon.kernels.archs import arch_name
+from dragon.kernels.constant import Constant
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
+class LaunchConfig(Constant):
     """The tuning of an update kernel, compiled into it.
 
     Attributes:

@@ -3,8 +3,8 @@
 Both sides are tuples, so that the functions of an algorithm take few arguments:
 
 * `group` is ``(groups_ptr, sources_ptr, index, mask)``, the two tables and the group index of each tensor;
-* `target` is ``(wide_ptr, narrow_ptr, wide, narrow)``, pointers to each row of scalars as float64 and as float32,
-  and masks of the rows that hold either.
+* `target` is ``(row_ptr, wide, narrow)``, a pointer to each row of scalars, and masks of the rows that hold
+  float64 and float32.
 """
 
 from __future__ import annotations
@@ -39,14 +39,12 @@ def tensor_hyperparameter(group, COLUMN: tl.constexpr, SOURCE: tl.constexpr):
 @triton.jit
 def scalar_rows(scalars_ptr, rows, wide, mask):
     """The `target` of tensor rows, of which those with `wide` set take float64 scalars."""
-    wide_ptr = scalars_ptr + rows * table.SCALAR_COLUMNS
-    narrow_ptr = scalars_ptr.to(tl.pointer_type(tl.float32)) + rows * (2 * table.SCALAR_COLUMNS)
-    return (wide_ptr, narrow_ptr, mask & wide, mask & (wide == 0))
+    return (scalars_ptr + rows * table.SCALAR_COLUMNS, mask & wide, mask & (wide == 0))
 
 
 @triton.jit
 def store_scalar(target, COLUMN: tl.constexpr, value):
     """Write a float64 scalar of each tensor, rounded once to the dtype of its row."""
-    wide_ptr, narrow_ptr, wide, narrow = target
-    tl.store(wide_ptr + COLUMN, value, mask=wide)
-    tl.store(narrow_ptr + COLUMN, value.to(tl.float32), mask=narrow)
+    row_ptr, wide, narrow = target
+    tl.store(row_ptr + COLUMN, value, mask=wide)
+    tl.store(row_ptr.to(tl.pointer_type(tl.float32)) + COLUMN, value.to(tl.float32), mask=narrow)

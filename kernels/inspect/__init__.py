@@ -14,7 +14,7 @@ from dragon.kernels import formats, norm, tile, update
 from dragon.kernels.advance import advance_kernel
 from dragon.kernels.archs import ARCHS, warp_size
 from dragon.kernels.config import LaunchConfig, default_config
-from dragon.kernels.inspect.assembly import accesses_by_path, calls_in, lines_of, loads_in
+from dragon.kernels.inspect.assembly import Lines, accesses_by_path, calls_in, lines_of, loads_in
 from dragon.kernels.inspect.compile import Compiled, compile_kernel, scratch_cache
 from dragon.kernels.inspect.machine_code import late_loads
 from dragon.kernels.inspect.report import PATHS, Report, format_table
@@ -41,12 +41,11 @@ TABLE_READERS = (tile.load_pair, tile.load_four, tile.load_tensors)
 def _report(
     name: str,
     compiled: Compiled,
-    calls: Sequence[Any] = (),
+    paths: Mapping[str, Lines] | None = None,
     config: LaunchConfig | None = None,
     elements: float | None = None,
 ) -> Report:
     readers = [lines_of(function) for function in TABLE_READERS]
-    paths = dict(zip(PATHS, calls, strict=True)) if calls else {}
     return Report(
         kernel=name,
         arch=compiled.arch,
@@ -55,9 +54,9 @@ def _report(
         spilled_nbytes=compiled.spilled_nbytes,
         shared_nbytes=compiled.shared_nbytes,
         arguments=compiled.arguments,
-        paths=accesses_by_path(compiled.assembly, paths, readers),
+        paths=accesses_by_path(compiled.assembly, paths or {}, readers),
         elements=elements,
-        table_loads=loads_in(compiled.assembly, readers) if calls else None,
+        table_loads=loads_in(compiled.assembly, readers) if config else None,
         late_loads=late_loads(compiled.machine_code, lines_of(formats.load_tile)) if config else None,
     )
 
@@ -66,14 +65,17 @@ def _update(name: str, spec: Spec, config: LaunchConfig, arch: str) -> tuple[Rep
     constants = update_constants(spec, config, warp_size(arch))
     compiled = compile_kernel(update.update_kernel, constants, update_options(config), arch)
     calls = calls_in(update.update_chunk, update.update_tile.__name__)
-    return _report(name, compiled, calls, config, config.chunk / constants["N_THREADS"]), compiled
+    paths = dict(zip(("tail", "vector", "misaligned"), calls, strict=True))
+    elements = config.chunk / (config.n_warps * warp_size(arch))
+    return _report(name, compiled, paths, config, elements), compiled
 
 
 def _norm(name: str, constants: Mapping[str, Any], arch: str) -> tuple[Report, Compiled]:
     compiled = compile_kernel(norm.norm_kernel, constants, reduction_options(warp_size(arch)), arch)
     calls = calls_in(norm.norm_kernel, norm.take_tiles.__name__)
+    paths = dict(zip(("vector", "tail", "misaligned"), calls, strict=True))
     elements = norm.TILES_IN_FLIGHT.value * norm.TILE.value / REDUCTION_THREADS
-    return _report(name, compiled, calls, elements=elements), compiled
+    return _report(name, compiled, paths, elements=elements), compiled
 
 
 def compile_update(spec: Spec, config: LaunchConfig, arch: str) -> Report:

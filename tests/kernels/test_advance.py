@@ -79,7 +79,10 @@ def row_in(wide: bool, group: int, device: torch.device) -> Row:
     ("algorithm", "columns"),
     [
         ("adam", range(table.ONE_MINUS_BETA2.value + 1)),
-        ("sgd", [*range(table.STEP_SIZE.value + 1), *range(table.MOMENTUM_DECAY.value, table.NESTEROV_FLAG.value + 1)]),
+        (
+            "sgd",
+            [*range(table.STEP_SIZE.value + 1), *range(table.MOMENTUM_DECAY.value, table.NESTEROV_FLAG.value + 1)],
+        ),
         ("accumulate", range(table.ONE_MINUS_EMA_DECAY.value + 1)),
     ],
 )

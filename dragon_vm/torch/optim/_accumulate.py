@@ -1,4 +1,4 @@
-"""Gradient accumulation: sums of gradients over several backward passes, in float32 or wider, until a step uses them."""
+"""Gradient accumulation: sums over several backward passes, in float32 or wider, until a step uses them."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ class Adam(Optimizer, torch.optim.Adam):
         \text{Adam}(g) = \text{lr} \cdot \frac{\text{correction} \cdot m_t}{\sqrt{v_t} + \epsilon}, \quad
         \text{correction} = \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
 
-    It replaces `torch.optim.Adam`, is an instance of it, and does what it does for PyTorch's parameters. Groups of
-    Dragon's own parameters follow Dragon: `eps` is added to the square root of the *uncorrected* second moment, the
-    epsilon-hat of section 2 of the paper, and `zero_grad` zeroes by default.
+    It replaces `torch.optim.Adam`, is an instance of it, and does the same for PyTorch's parameters. Groups of
+    Dragon's own parameters follow Dragon: `eps` is added to the square root of the *uncorrected* second moment,
+    the epsilon-hat of section 2 of the paper, and `zero_grad` zeroes by default.
 
     Args:
         params: parameters, named parameters or groups.

@@ -65,9 +65,13 @@ class EagerGroup:
         """
         for (position, index), grad in zip(self._members, grads, strict=True):
             states = {key: tensors.states[key][position] for key in self._signature.all_keys}
-            self._update_one(tensors.params[position], grad, states, groups[index], factors.of(position, groups[index]))
+            self._update_one(
+                tensors.params[position], grad, states, groups[index], factors.of(position, groups[index])
+            )
 
-    def _update_one(self, param: Tensor, grad: Tensor, states: dict[str, Tensor], group: Group, factor: float) -> None:
+    def _update_one(
+        self, param: Tensor, grad: Tensor, states: dict[str, Tensor], group: Group, factor: float
+    ) -> None:
         dtype = _maths_dtype(param)
         bound = clip_value(group)
         ready = _wide(grad, dtype)

@@ -78,6 +78,7 @@ class NativeGroup:
         self._keys: list[Any] = []
         self._needs_steps = False
         self._calls: list[_Call] = []
+        self._picks: dict[tuple[tuple[int, bool], ...], tuple[int, Any]] = {}
         # What the calls were planned for.
         self._version = -1
         self._planned_for: object = None
@@ -126,23 +127,38 @@ class NativeGroup:
 
     def _plan(self, groups: Sequence[Group], steps: list[float], factors: Factors) -> list[_Call]:
         """Collect what may go into one call; parameter groups of equal hyperparameters share one."""
-        members: dict[tuple[Any, float, float, bool], list[int]] = {}
-        for (index, is_small), positions in self._parts.items():
-            key, counts = self._keys[index], steps if self._algorithm.depends_on_step(groups[index]) else [0.0]
+        parts: dict[tuple[Any, float, bool], list[tuple[int, bool]]] = {}
+        single: dict[tuple[Any, float, float, bool], list[int]] = {}
+        for part, positions in self._parts.items():
+            group, key, is_small = groups[part[0]], self._keys[part[0]], part[1]
+            counts = steps if self._algorithm.depends_on_step(group) else []
             if len(counts) <= 1 and not factors.each:
-                factor = abs(factors.of(0, groups[index]))
-                members.setdefault((key, factor, counts[0], is_small), []).extend(positions)
+                parts.setdefault((key, abs(factors.of(0, group)), is_small), []).append(part)
                 continue
             for position in positions:
-                factor = abs(factors.of(self.positions[position], groups[index]))
-                count = counts[position] if len(counts) > 1 else counts[0]
-                members.setdefault((key, factor, count, is_small), []).append(position)
-        return [
-            self._call(sorted(positions), groups[self._group_index[positions[0]]], factor, is_small)
-            for (_, factor, _, is_small), positions in members.items()
-        ]
+                factor = abs(factors.of(self.positions[position], group))
+                count = counts[position] if len(counts) > 1 else 0.0
+                single.setdefault((key, factor, count, is_small), []).append(position)
+        calls = []
+        for (_, factor, is_small), members in parts.items():
+            first, pick = self._pick_parts(tuple(members))
+            calls.append(self._call(first, pick, groups[members[0][0]], factor, is_small))
+        for (_, factor, _, is_small), positions in single.items():
+            pick = picker(positions, len(self.positions))
+            calls.append(self._call(positions[0], pick, groups[self._group_index[positions[0]]], factor, is_small))
+        return calls
 
-    def _call(self, positions: list[int], group: Group, factor: float, is_small: bool) -> _Call:
+    def _pick_parts(self, parts: tuple[tuple[int, bool], ...]) -> tuple[int, Any]:
+        """The first position of parts, and what selects their tensors in the order of the group."""
+        if parts not in self._picks:
+            # Parts that share a call change with the hyperparameters: what no plan asks for again must go.
+            if len(self._picks) > 2 * len(self._parts):
+                self._picks.clear()
+            positions = sorted(position for part in parts for position in self._parts[part])
+            self._picks[parts] = positions[0], picker(positions, len(self.positions))
+        return self._picks[parts]
+
+    def _call(self, first: int, pick: Any, group: Group, factor: float, is_small: bool) -> _Call:
         bound = clip_value(group)
         numbers: dict[str, Any] = {
             "lr": float(group["lr"]),
@@ -156,8 +172,7 @@ class NativeGroup:
         is_wide = self._signature.param_dtype in (torch.float64, torch.complex128)
         if factor != 1 and not bound and not is_wide and 1e-38 < abs(factor) < math.inf:
             numbers["grad_scale"] = torch.tensor(1 / factor, dtype=torch.float32, device="cpu")
-        pick = picker(positions, len(self.positions))
-        return _Call(pick, positions[0], group, factor, bound, numbers, is_small)
+        return _Call(pick, first, group, factor, bound, numbers, is_small)
 
     def _run(
         self,
@@ -194,11 +209,13 @@ class _Counters:
     def __init__(self, group: FlattenedGroup) -> None:
         steps = [entry.state["step"] for entry in group.entries]
         first, itemsize = steps[0].data_ptr(), steps[0].element_size()
-        self._are_adjacent = [step.data_ptr() for step in steps] == [first + i * itemsize for i in range(len(steps))]
+        are_adjacent = [step.data_ptr() for step in steps] == [first + i * itemsize for i in range(len(steps))]
+        # Our own memory, of which the user's counters are pieces.
+        self._buffer = counter_buffer(steps) if are_adjacent else None
 
     def advance(self, counters: Sequence[Tensor], are_needed: bool) -> list[float]:
         """Count the step; return the counts if they are needed: one if all agree, or none."""
-        buffer = counter_buffer(counters) if self._are_adjacent else None
+        buffer = self._buffer
         if buffer is None:
             _count(counters)
         else:
@@ -211,4 +228,6 @@ class _Counters:
 
 def _count(counters: Sequence[Tensor]) -> None:
     # Joined parameters share a counter; a number would be wrapped once for each tensor.
-    torch._foreach_add_(list({id(counter): counter for counter in counters}.values()), torch.ones((), device="cpu"))
+    torch._foreach_add_(
+        list({id(counter): counter for counter in counters}.values()), torch.ones((), device="cpu")
+    )

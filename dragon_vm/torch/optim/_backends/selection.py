@@ -28,7 +28,7 @@ class Gathered(NamedTuple):
 
 
 def picker(positions: Sequence[int], n_all: int) -> Callable[[Sequence[T]], Sequence[T]]:
-    """What selects elements at these positions of sequences of length `n_all`; all in order are selected as they are."""
+    """What selects elements at positions of sequences of length `n_all`; all in order stay the sequence itself."""
     if list(positions) == list(range(n_all)):
         return lambda sequence: sequence
     if len(positions) < 2:

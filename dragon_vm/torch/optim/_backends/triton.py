@@ -1,11 +1,11 @@
-"""The triton backend: one launch advances all counters of a device, one updates all tensors of a dtype signature."""
+"""The triton backend: one launch advances all counters of a device, one updates all tensors of a signature."""
 
 from __future__ import annotations
 
 import math
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise, starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +20,12 @@ from dragon.vm.torch.optim._backends.context import DeviceContext
 from dragon.vm.torch.optim._backends.selection import picker
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._graphs.capture import is_capturing
-from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature
+from dragon.vm.torch.optim._groups.flattening import FlattenedGroup, Signature
 from dragon.vm.torch.optim._options import Settings, needs_norm
 from dragon.vm.torch.optim._table.chunks import n_chunks, plan_chunks
-from dragon.vm.torch.optim._table.rows import group_row, source_row
+from dragon.vm.torch.optim._table.rows import dtype_name, group_row, real_numel, source_row, tensor_rows
 from dragon.vm.torch.optim._table.table import DeviceTable, packed, words_of
 
-_STATE_COLUMNS = (table.STATE_0, table.STATE_1, table.STATE_2)
 _SPAN = int(norm.SPAN)
 
 Group = dict[str, Any]
@@ -76,10 +75,10 @@ class TritonDevice:
         self._algorithm, self._context, self._n_tensors = algorithm, context, len(entries)
         self._pick_own = picker([entry.position for entry in entries], n_gathered)
         self._status = context.status if counts else context.spare_status
-        numels = [_real_numel(entry.param) for entry in entries]
+        numels = [real_numel(entry.param) for entry in entries]
         specs = [_spec(algorithm, group.signature, zero_grad) for group in flattened]
         firsts = list(accumulate((len(group.entries) for group in flattened), initial=0))
-        rows = [range(first, end) for first, end in zip(firsts, firsts[1:], strict=False)]
+        rows = list(starmap(range, pairwise(firsts)))
         configs = [
             config_for(spec, context.arch, context.name, numels[chosen.start : chosen.stop])
             for spec, chosen in zip(specs, rows, strict=True)
@@ -92,7 +91,8 @@ class TritonDevice:
         for spec, chosen in zip(specs, rows, strict=True):
             by_dtype.setdefault(spec.grad, []).extend(chosen)
         spans = {
-            dtype: plan_chunks([numels[row] for row in chosen], _SPAN, chosen) for dtype, chosen in by_dtype.items()
+            dtype: plan_chunks([numels[row] for row in chosen], _SPAN, chosen)
+            for dtype, chosen in by_dtype.items()
         }
         self._n_partials = sum(n_chunks(numel, _SPAN) for numel in numels)
         sections = {
@@ -101,7 +101,7 @@ class TritonDevice:
             "sources": array("q", bytes(8 * n_groups * int(table.SOURCE_COLUMNS))),
             "grads": array("q", bytes(8 * len(entries))),
             "counts": array("q", [len(entries), self._n_partials]),
-            "tensors": _tensor_rows(entries, numels, [group.signature for group in flattened], firsts),
+            "tensors": tensor_rows(entries, numels, [group.signature for group in flattened], firsts),
         }
         for index, pairs in enumerate(chunks):
             sections[f"chunks {index}"] = packed(array("i", [len(pairs) // 2, 0]) + pairs)
@@ -175,8 +175,8 @@ class TritonDevice:
 
     def accumulate(self, group: FlattenedGroup, addresses: list[int]) -> None:
         """Add gradients at these addresses to the sums of a group like that of the last call."""
-        numels = [_real_numel(entry.param) for entry in group.entries]
-        self._table.write("tensors", _tensor_rows(group.entries, numels, [group.signature], [0, len(numels)]))
+        numels = [real_numel(entry.param) for entry in group.entries]
+        self._table.write("tensors", tensor_rows(group.entries, numels, [group.signature], [0, len(numels)]))
         kind = None
         if not self._rows:
             row = [0.0] * int(table.GROUP_COLUMNS)
@@ -239,8 +239,8 @@ class TritonDevice:
             # Later steps write other addresses to the table: a graph has its own.
             if not self._table.is_uploaded:
                 raise RuntimeError(
-                    "a step cannot be captured whose hyperparameters changed unseen since the last one: change them "
-                    "through optimizer.param_groups with capturable=True set before, or take a step before the capture"
+                    "a step cannot be captured whose hyperparameters changed unseen since the last one: change "
+                    "them through optimizer.param_groups with capturable=True set before, or take a step first"
                 )
             self._captured_grads.append(self._table.captured_copy("grads", array("q", addresses)))
             return self._captured_grads[-1]
@@ -278,58 +278,12 @@ class TritonDevice:
             self._source_rows = sources
 
 
-def _real_numel(tensor: Tensor) -> int:
-    """Elements of the tensor's real view."""
-    return tensor.numel() * (2 if tensor.is_complex() else 1)
-
-
-def _name(dtype: torch.dtype) -> str:
-    """A dtype's name, of its real view if it is complex."""
-    return str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
-
-
 def _spec(algorithm: str, signature: Signature, zero_grad: bool) -> Spec:
     return Spec(
         algorithm,
-        _name(signature.param_dtype),
-        _name(signature.grad_dtype),
-        tuple(map(_name, signature.state_dtypes)),
-        None if signature.ema_dtype is None else _name(signature.ema_dtype),
+        dtype_name(signature.param_dtype),
+        dtype_name(signature.grad_dtype),
+        tuple(map(dtype_name, signature.state_dtypes)),
+        None if signature.ema_dtype is None else dtype_name(signature.ema_dtype),
         zero_grad,
     )
-
-
-def _tensor_rows(
-    entries: Sequence[Entry], numels: Sequence[int], signatures: Sequence[Signature], firsts: Sequence[int]
-) -> array[int]:
-    """The tensor section of the table.
-
-    Args:
-        entries: tensors by row.
-        numels: elements of each.
-        signatures: of the flattened groups.
-        firsts: the first row of each flattened group, then the number of rows.
-    """
-    width = int(table.TENSOR_COLUMNS)
-    words = array("q", bytes(8 * len(entries) * width))
-    ends = list(accumulate((n_chunks(numel, _SPAN) for numel in numels), initial=0))
-    columns: dict[Any, Sequence[int]] = {
-        table.PARAM: [entry.param.data_ptr() for entry in entries],
-        table.NUMEL: numels,
-        table.GROUP: [entry.group_index for entry in entries],
-        table.FIRST_PARTIAL: ends[:-1],
-        table.END_PARTIAL: ends[1:],
-    }
-    for column, values in columns.items():
-        words[int(column) :: width] = array("q", values)
-    for signature, first, end in zip(signatures, firsts, firsts[1:], strict=False):
-        names: dict[str, Any] = dict(zip(signature.state_keys, _STATE_COLUMNS, strict=False))
-        if signature.ema_dtype is not None:
-            names["ema"] = table.EMA
-        if signature.counts_steps:
-            names["step"] = table.STEP
-        for row in range(first, end):
-            for name, column in names.items():
-                words[row * width + int(column)] = entries[row].state[name].data_ptr()
-            words[row * width + int(table.WIDE)] = int(_name(signature.param_dtype) == "float64")
-    return words

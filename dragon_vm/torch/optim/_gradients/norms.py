@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-
 # Elements whose norm is taken in float32 at a time; norms of such rows are added in float64.
 ROW = 1024
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import is_distributed_type, local, locals_of
+from dragon.vm.torch.optim._distributed.shards import is_distributed_type, locals_of
 
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
@@ -25,13 +25,11 @@ class Members(NamedTuple):
         params: parameters in the order of the groups.
         lengths: number of parameters of each group.
         shards: for each parameter the tensor that this process updates; the very list if none is distributed.
-        are_opaque: whether some shard is a wrapper without memory of its own.
     """
 
     params: list[Tensor]
     lengths: list[int]
     shards: list[Tensor]
-    are_opaque: bool
 
     def group_index(self) -> list[int]:
         """For each parameter, the index of its group."""
@@ -40,19 +38,15 @@ class Members(NamedTuple):
     def gradients(self) -> list[Any]:
         """For each parameter its gradient, or this process's shard of it; None where it is missing."""
         grads = list(map(_grad_of, self.params))
-        return grads if self.shards is self.params else [local(grad) for grad in grads]
+        return grads if self.shards is self.params else locals_of(grads)
 
 
 def read_members(groups: Sequence[dict[str, Any]]) -> Members:
     """Gather the parameters from the groups; nothing is kept from earlier steps."""
     lists = list(map(_params_of, groups))
     params = list(chain.from_iterable(lists))
-    types = set(map(type, params))
-    shards = params
-    if any(map(is_distributed_type, types)):
-        shards = locals_of(params)
-        types = set(map(type, shards))
-    return Members(params, list(map(len, lists)), shards, not all(map(has_own_memory, types)))
+    are_distributed = any(map(is_distributed_type, set(map(type, params))))
+    return Members(params, list(map(len, lists)), locals_of(params) if are_distributed else params)
 
 
 def has_own_memory(kind: type) -> bool:

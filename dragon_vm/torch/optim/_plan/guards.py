@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from typing import Any
 
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
@@ -27,7 +28,8 @@ class LayoutGuard:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         # Sizes and strides that must be the same; None would stand for any.
-        sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+        sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+        strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
         guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         # PyTorch's check in C++ fails for any tensors under some dispatch modes: there public calls compare.
         self._check = guards.check if guards.check(*tensors) else _Layouts(tensors).check
@@ -52,19 +54,45 @@ def _layouts(tensors: Sequence[Tensor]) -> list[list[object]]:
 
 
 class Guard:
-    """Compares the addresses and layouts of tensors with those of others.
+    """Compares the tensors of a step with those that a plan was made for: layouts, and addresses but of gradients.
+
+    The layouts of states are compared once their objects are others: nothing else changes what lies at an address.
 
     Args:
-        tensors: strided tensors.
+        grads: gradients, which may lie elsewhere at each step.
+        params: parameters.
+        states: state tensors, without step counters.
+        counters: step counters.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._layouts = LayoutGuard(tensors)
-        self.addresses = addresses_of(tensors)
+    def __init__(
+        self,
+        grads: Sequence[Tensor],
+        params: Sequence[Tensor],
+        states: Sequence[Tensor],
+        counters: Sequence[Tensor],
+    ) -> None:
+        self._layouts, self._state_layouts = LayoutGuard([*grads, *params]), LayoutGuard(states)
+        self._n_grads = len(grads)
+        self._addresses = addresses_of([*params, *states, *counters])
+        self._state_ids = list(map(id, states))
 
-    def check(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these tensors, as many as those of the guard, lie where those lay, laid out like them."""
-        return addresses_of(tensors) == self.addresses and self._layouts.check(tensors)
+    def check(
+        self,
+        grads: Sequence[Tensor],
+        params: Sequence[Tensor],
+        states: Sequence[Tensor],
+        counters: Sequence[Tensor],
+    ) -> list[int] | None:
+        """The addresses of the gradients if all is as it was, else None. There are as many tensors as then."""
+        addresses = addresses_of([*grads, *params, *states, *counters])
+        if addresses[self._n_grads :] != self._addresses or not self._layouts.check([*grads, *params]):
+            return None
+        if (ids := list(map(id, states))) != self._state_ids:
+            if not self._state_layouts.check(states):
+                return None
+            self._state_ids = ids
+        return addresses[: self._n_grads]
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> list[int]:

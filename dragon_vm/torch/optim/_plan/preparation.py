@@ -1,4 +1,4 @@
-"""Prepare a step: check everything, choose backends, complete the states; nothing changes before all is checked."""
+"""Prepare a step: check everything, choose backends, complete the states. Checks come before changes."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _with_states(
     algorithm, settings = recipe.algorithm, recipe.settings
     groups = [recipe.groups[index] for index in group_index]
     keys = [algorithm.all_state_keys(group) for group in groups]
-    held: list[State] = [recipe.state[param] if param in recipe.state else {} for param in params]
+    held: list[State] = [recipe.state.get(param, {}) for param in params]
     for param, state, names, group in zip(params, held, keys, groups, strict=True):
         check_state(param, state, names, algorithm.counts_steps(group))
     backends = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,16 +13,16 @@ from torch.autograd.graph import increment_version
 
 from dragon.vm.torch.optim._backends.eager import EagerGroup
 from dragon.vm.torch.optim._backends.native import NativeGroup
-from dragon.vm.torch.optim._backends.selection import Gathered, picker
-from dragon.vm.torch.optim._distributed.shards import locals_of
+from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, TotalNorm, gradient_factors
 from dragon.vm.torch.optim._gradients.zeroing import apart, detach_all, zero_all
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
 from dragon.vm.torch.optim._options import Settings, needs_norm
-from dragon.vm.torch.optim._plan.guards import Guard, LayoutGuard, addresses_of
+from dragon.vm.torch.optim._plan.guards import Guard, addresses_of
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
+from dragon.vm.torch.optim._plan.state_reader import StateReader
 
 if TYPE_CHECKING:
     from dragon.vm.torch.optim._backends.triton import TritonDevice
@@ -59,18 +58,17 @@ class StepPlan:
         # The kernel zeroes the gradients it reads: not those that it reads copies of.
         self._kernel_zeroes = zero_grad and not self._strays and not self._hosts
         self._devices = _on_devices(recipe, flattened, n_gathered, self._kernel_zeroes)
-        self._states = _StateReader(recipe.state, prepared)
+        self._states = StateReader(recipe.state, prepared)
         # Positions of the entries of all flattened groups: a buffer is one gradient, not its parameters.
         on_devices = [group for group in flattened if group.signature.backend == "triton"]
         self._walked = [entry.position for group in (*hosts, *on_devices) for entry in group.entries]
         self._total_norm: TotalNorm | None = None
         self._guard: Guard | None = None
         if not prepared.are_opaque:
-            self._grad_guard = LayoutGuard(prepared.grads)
-            tensors = self._states.read(recipe.state, prepared.params)
-            assert tensors is not None
+            states = self._states.read(recipe.state, prepared.params)
+            assert states is not None
             # The last write makes the plan valid.
-            self._guard = Guard([*prepared.shards, *chain.from_iterable(tensors.values())])
+            self._guard = Guard(prepared.grads, prepared.shards, *_guarded(states))
 
     def gather(
         self, state: Mapping[Any, Any], params: list[Tensor], shards: list[Tensor], grads: list[Any]
@@ -86,16 +84,14 @@ class StepPlan:
         if self._guard is None:
             return None
         try:
-            addresses = addresses_of(grads)
             states = self._states.read(state, params)
-            if states is None or not self._grad_guard.check(grads):
+            if states is None:
                 return None
-            if not self._guard.check([*shards, *chain.from_iterable(states.values())]):
-                return None
+            addresses = self._guard.check(grads, shards, *_guarded(states))
         except (KeyError, TypeError, AttributeError, IndexError):
             # Something is no tensor any more, or is not there.
             return None
-        return Gathered(shards, grads, states, addresses)
+        return None if addresses is None else Gathered(shards, grads, states, addresses)
 
     def gather_anew(self, state: Mapping[Any, Any], prepared: Prepared) -> Gathered:
         """The tensors of the step that this plan was just made for."""
@@ -179,7 +175,10 @@ class StepPlan:
             ]
             shards = [*shards, *(buffer.values for buffer in buffers)]
             grads = [*grads, *flat]
-            states = {key: [*column, *(b.state.get(key) for b in buffers)] for key, column in states.items()}
+            states = {
+                key: [*states.get(key, [None] * len(tensors.params)), *(b.state.get(key) for b in buffers)]
+                for key in {**states, **buffers[0].state}
+            }
             addresses = [*addresses, *addresses_of(flat)]
         return Gathered(shards, grads, states, addresses)
 
@@ -239,59 +238,15 @@ class StepPlan:
         return Outcome(factors.norm)
 
 
+def _guarded(states: Mapping[str, list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """All state tensors, and the step counters apart."""
+    columns = (column for key, column in states.items() if key != "step")
+    return list(chain.from_iterable(columns)), states.get("step", [])
+
+
 def _divisor(factor: float) -> Tensor:
     """A factor as a loss scale, by which gradients are divided; a norm of infinity leaves a factor of 0."""
     return torch.tensor([1 / factor if factor else math.inf], dtype=torch.float32, device="cpu")
-
-
-class _StateReader:
-    """Reads the state tensors of a plan's parameters from `Optimizer.state`, column by column.
-
-    Args:
-        state: of the optimizer, with an entry for each parameter that has state tensors.
-        prepared: what the plan is made of.
-    """
-
-    def __init__(self, state: Mapping[Any, Any], prepared: Prepared) -> None:
-        order = {id(key): index for index, key in enumerate(state)}
-        self._n_params = len(prepared.params)
-        self._are_distributed = prepared.are_distributed
-        # Positions of the parameters that have a state, and where their states stand among all states.
-        holders = [i for i, keys in enumerate(prepared.keys) if keys]
-        self._pick_params = picker(holders, self._n_params)
-        self._pick_states = picker([order[id(prepared.params[i])] for i in holders], len(state))
-        self._positions: dict[str, list[int]] = {}
-        self._columns: list[tuple[str, Any, Any]] = []
-        for key in dict.fromkeys(chain.from_iterable(prepared.keys)):
-            within = [n for n, i in enumerate(holders) if key in prepared.keys[i]]
-            self._positions[key] = [holders[n] for n in within]
-            self._columns.append((key, itemgetter(key), picker(within, len(holders))))
-
-    def read(self, state: Mapping[Any, Any], params: Sequence[Tensor]) -> dict[str, list[Any]] | None:
-        """By name, the tensors of the parameters that have it; None if other parameters have states now.
-
-        Raises:
-            KeyError, TypeError, IndexError: if an entry is gone.
-        """
-        if not self._columns:
-            return {}
-        if not all(map(is_, self._pick_states(list(state)), self._pick_params(params))):
-            return None
-        entries = self._pick_states(list(state.values()))
-        columns = {key: list(map(read, pick(entries))) for key, read, pick in self._columns}
-        return {key: locals_of(column) for key, column in columns.items()} if self._are_distributed else columns
-
-    def by_position(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The tensors by the position of their parameter; None for a parameter without that entry."""
-        spread = {}
-        for key, column in columns.items():
-            if len(column) < self._n_params:
-                tensors: list[Any] = [None] * self._n_params
-                for position, tensor in zip(self._positions[key], column, strict=True):
-                    tensors[position] = tensor
-                column = tensors
-            spread[key] = column
-        return spread
 
 
 def _on_devices(

@@ -14,9 +14,9 @@ _SMALLEST = 64
 class StagingRing:
     """Pinned host buffers for copies to the device, each reused only once its last copy is done.
 
-    A busy buffer is never waited for: there will be more of them. A captured copy reads its buffer at every replay,
-    so it gets one that is never used again. It comes from a reserve, since not every PyTorch allocates pinned memory
-    within a capture.
+    A busy buffer is never waited for: there will be more of them. A captured copy reads its buffer at every
+    replay, so it gets one that is never used again. It comes from a reserve, since not every PyTorch allocates
+    pinned memory within a capture.
 
     Args:
         length: words of the longest copy.

@@ -1,4 +1,4 @@
-"""The table of a device: one buffer with everything that its launches read, uploaded in at most one copy a step."""
+"""The table of a device: one buffer with all that its launches read, uploaded in at most one copy a step."""
 
 from __future__ import annotations
 
