@@ -37,7 +37,7 @@ def set_amp(optimizer: Any, grad_scale: float | None, found_inf: float | None) -
 
 
 def test_a_scaler_drives_ours_as_it_drives_pytorchs(backend: str, device: torch.device) -> None:
-    ours = make(backend, device)
+    ours = make(backend, device, fused=True)
     theirs = torch.optim.Adam(make_params(device=place(backend, device)), fused=True)
     scales = []
     for optimizer in (ours, theirs):
