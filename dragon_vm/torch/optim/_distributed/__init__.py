@@ -1,0 +1,1 @@
+"""Across processes: local shards, placements and sums over process groups. It imports torch alone."""

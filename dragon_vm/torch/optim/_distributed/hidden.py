@@ -1,0 +1,75 @@
+"""Sharding that a tensor does not show: parameters that look whole, but of which others hold other parts."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+_REMEDY = "give process_group"
+
+
+def hidden_sharding(params: Sequence[Tensor]) -> str | None:
+    """Tell whether plain parameters are known to be parts of a model that other processes hold the rest of.
+
+    It is asked while the optimizer is constructed: ZeroRedundancyOptimizer is found on the call stack. Sharding by
+    hand, tensor parallelism with plain tensors and pipeline stages cannot be seen.
+
+    Args:
+        params: the parameters of the optimizer.
+
+    Returns:
+        The reason and the remedy, in the form of the end of an error text; None if nothing was found.
+    """
+    if any(split_by_fsdp1(params)):
+        return (
+            "FullyShardedDataParallel splits the parameters, and this process sees its own part alone: "
+            f"{_REMEDY}=model.process_group, or use clip_grad_norm_ of the model"
+        )
+    if _is_built_by_zero():
+        return (
+            "ZeroRedundancyOptimizer gives each process some of the parameters: "
+            f"{_REMEDY} by optimizer_class=functools.partial(AdamW, process_group=...), "
+            "or use torch.nn.utils.clip_grad_norm_ before the step"
+        )
+    return None
+
+
+def split_by_fsdp1(params: Sequence[Tensor]) -> list[bool]:
+    """Tell for each parameter whether FSDP1 keeps other parts of it on other processes.
+
+    With one process or NO_SHARD it does not.
+    """
+    flattened = [bool(getattr(param, "_fsdp_flattened", False)) for param in params]
+    if not any(flattened):
+        return flattened
+    sharded: dict[int, bool] = {}
+    for handle in _handles():
+        flat = handle.flat_param
+        for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
+            sharded[id(param)] = handle.uses_sharded_strategy
+    # A flattened parameter without a handle belongs to a model that is gone: it may well be a part.
+    return [flag and sharded.get(id(param), True) for flag, param in zip(flattened, params, strict=True)]
+
+
+def _handles() -> Iterator[Any]:
+    """FSDP1's handles of flat parameters; a parameter has no reference to its own."""
+    module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    if module is not None:
+        yield from [each for each in gc.get_objects() if type(each) is module.FlatParamHandle]
+
+
+def _is_built_by_zero() -> bool:
+    """Whether ZeroRedundancyOptimizer is constructing an optimizer on this thread."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe() if module is not None else None
+    while frame is not None and module is not None:
+        if frame.f_code.co_name == "_init_local_optimizer":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, module.ZeroRedundancyOptimizer):
+                return bool(owner.process_group.size() > 1)
+        frame = frame.f_back
+    return False
