@@ -32,7 +32,7 @@ class Reduction:
     It holds process groups, which copies and pickles cannot: it is made anew for them.
 
     Args:
-        params: all parameters of the optimizer, with a gradient or not. So all processes call the same collectives.
+        params: all parameters of the optimizer, with a gradient or not. All processes call the same collectives.
         process_group: processes that hold distinct parts of the model beyond what meshes say, or None.
 
     Attributes:
