@@ -23,7 +23,12 @@ class Clipping(torch.optim.AdamW):
     """PyTorch's, with `max_grad_norm` by whole gradients: it stands in for ours to check the harness."""
 
     def __init__(
-        self, params: Any, max_grad_norm: float = 0.0, norm_type: float = 2.0, skip_nonfinite: bool = False, **kwargs: Any
+        self,
+        params: Any,
+        max_grad_norm: float = 0.0,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(params, **kwargs)
         self._max_grad_norm, self._norm_type, self._skips = max_grad_norm, norm_type, skip_nonfinite

@@ -14,3 +14,10 @@ TOLERANCE = 2e-6
 def test_a_wrapped_model_trains_as_with_torch(cluster: Cluster, kind: str, n_processes: int) -> None:
     differences = cluster.run(n_processes, "training:as_with_torch", kind=kind, name="native")
     assert max(differences) <= TOLERANCE
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2 hsdp", "fsdp2 ignored", "tp", "sp", "fsdp2 and tp"])
+def test_processes_train_as_one_does(cluster: Cluster, kind: str, n_processes: int) -> None:
+    differences = cluster.run(n_processes, "training:as_alone", kind=kind, name="native")
+    assert max(differences) <= TOLERANCE

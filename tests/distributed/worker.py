@@ -15,6 +15,9 @@ import torch.distributed as dist
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    # What is imported once is not searched after each scenario.
+    importlib.import_module("tests.distributed.wrappers")
+    gc.freeze()
     connection = Connection(int(sys.argv[1]))
     while True:
         try:

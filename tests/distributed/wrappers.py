@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -134,12 +134,14 @@ def tensor_parallel(mesh: Any = None) -> Wrapped:
 def sequence_parallel(mesh: Any = None) -> Wrapped:
     """The norm layer is replicated, and each process sees some of the rows."""
     model = EvenNet()
+    mesh = mesh or world_mesh()
+    model.register_forward_pre_hook(lambda _, args: (distribute_tensor(args[0], mesh, [Shard(0)]),))
     plan = {
         "norm": SequenceParallel(sequence_dim=0),
         "first": ColwiseParallel(input_layouts=Shard(0)),
         "second": RowwiseParallel(output_layouts=Replicate()),
     }
-    parallelize_module(model, mesh or world_mesh(), plan)
+    parallelize_module(model, mesh, plan)
     return Wrapped(model, split_groups(model), 0, 1)
 
 

@@ -38,21 +38,21 @@ def hidden_sharding(params: Sequence[Tensor]) -> str | None:
     return None
 
 
-def split_by_fsdp1(params: Sequence[Tensor]) -> list[bool]:
+def split_by_fsdp1(params: Sequence[Tensor]) -> list[bool | None]:
     """Tell for each parameter whether FSDP1 keeps other parts of it on other processes.
 
-    With one process or NO_SHARD it does not.
+    With one process or NO_SHARD it does not. None stands for a parameter that FSDP1 does not manage.
     """
     flattened = [bool(getattr(param, "_fsdp_flattened", False)) for param in params]
     if not any(flattened):
-        return flattened
+        return [None] * len(params)
     sharded: dict[int, bool] = {}
     for handle in _handles():
         flat = handle.flat_param
         for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
             sharded[id(param)] = handle.uses_sharded_strategy
     # A flattened parameter without a handle belongs to a model that is gone: it may well be a part.
-    return [flag and sharded.get(id(param), True) for flag, param in zip(flattened, params, strict=True)]
+    return [sharded.get(id(param), True) if flag else None for flag, param in zip(flattened, params, strict=True)]
 
 
 def _handles() -> Iterator[Any]:

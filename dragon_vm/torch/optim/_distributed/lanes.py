@@ -46,7 +46,7 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
 
     Elements are counted once. A `DTensor` is replicated where its placements say so. A plain parameter is
     replicated within the largest mesh. Within `process_group` a plain parameter is distinct on each process.
-    Where FSDP1 splits some parameters, it is replicated there too.
+    Where FSDP1 manages some parameters, those that it does not split are replicated there.
 
     Args:
         params: all parameters of the optimizer, with a gradient or not.
@@ -60,12 +60,13 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
     found: dict[tuple[int, ...], Any] = {}
     keys: list[tuple[int, ...]] = []
     weights: list[float] = []
-    split = split_by_fsdp1(params) if members else [False] * len(params)
+    split = split_by_fsdp1(params) if members else [None] * len(params)
+    has_fsdp1 = any(is_split is not None for is_split in split)
     for param, is_split in zip(params, split, strict=True):
         ranks = _ranks_of_mesh(param)
         weight = 1.0 / _replication(param)
         if not ranks and members and (is_split or not per_tensor):
-            ranks, weight = members, 1.0 / len(members) if any(split) and not is_split else 1.0
+            ranks, weight = members, 1.0 / len(members) if has_fsdp1 and not is_split else 1.0
         elif ranks and members and not per_tensor and set(ranks) <= set(members):
             ranks = members
         if ranks and ranks != members:

@@ -118,8 +118,11 @@ class GradientPlacements:
             pending = not wrappers.isdisjoint(map(type, map(_LOCAL, distributed)))
         except AttributeError:  # a plain gradient
             return False
-        # Lists of the same objects are compared in C.
-        return not pending and specs == self._specs
+        # Lists of the same objects are compared in C; equal objects by Python calls, this once.
+        if pending or specs != self._specs:
+            return False
+        self._specs = specs
+        return True
 
 
 def _wrappers() -> set[type]:
