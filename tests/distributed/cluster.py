@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import time
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 240.0
+GRACE_S = 5.0
 
 
 class ScenarioFailed(AssertionError):
@@ -37,8 +38,7 @@ class Cluster:
         workers = self._workers[:n_processes]
         for rank, (_, connection) in enumerate(workers):
             connection.send((store, n_processes, rank, scenario, arguments))
-        until = time.monotonic() + DEADLINE_S
-        answers = [_answer(process, connection, until) for process, connection in workers]
+        answers = _answers(workers)
         failed = [f"rank {rank}: {text}" for rank, (is_ok, text, _) in enumerate(answers) if not is_ok]
         if failed:
             if not all(is_alive for *_, is_alive in answers):
@@ -68,11 +68,23 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection]:
     return process, ours
 
 
-def _answer(process: subprocess.Popen[bytes], connection: Connection, until: float) -> tuple[bool, Any, bool]:
-    try:
-        # A worker whose neighbour died may hang in a collective: it has this long after the others.
-        if connection.poll(max(1.0, until - time.monotonic())):
-            return *connection.recv(), True
-        return False, "no answer in time", False
-    except EOFError:
-        return False, f"died with exit code {process.wait()}", False
+def _answers(workers: list[tuple[subprocess.Popen[bytes], Connection]]) -> list[tuple[bool, Any, bool]]:
+    """For each worker whether it succeeded, what it says, and whether it lives."""
+    answers: dict[int, tuple[bool, Any, bool]] = {}
+    until = time.monotonic() + DEADLINE_S
+    while len(answers) < len(workers):
+        waiting = [rank for rank in range(len(workers)) if rank not in answers]
+        ready = wait([workers[rank][1] for rank in waiting], max(0.1, until - time.monotonic()))
+        if not ready:
+            answers.update({rank: (False, "no answer in time", False) for rank in waiting})
+        for rank in waiting:
+            process, connection = workers[rank]
+            if connection in ready:
+                try:
+                    answers[rank] = (*connection.recv(), True)
+                except EOFError:
+                    answers[rank] = False, f"died with exit code {process.wait()}", False
+                if not answers[rank][0]:
+                    # The others may wait for this one in a collective.
+                    until = min(until, time.monotonic() + GRACE_S)
+    return [answers[rank] for rank in range(len(workers))]

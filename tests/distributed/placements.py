@@ -63,9 +63,9 @@ def mismatches() -> None:
     mesh, distributed = replicated(2)
     plain = nn.Parameter(torch.zeros(2))
     placed = DTensor.from_local(torch.ones(2), mesh, [Replicate()])
-    with pytest.raises(ValueError, match="plain tensor of shape .*gradient is a DTensor"):
+    with pytest.raises(ValueError, match=r"plain tensor of shape .*gradient is a DTensor"):
         GradientPlacements([plain]).shards([plain], [placed])
-    with pytest.raises(ValueError, match="a DTensor .*gradient is a plain tensor"):
+    with pytest.raises(ValueError, match=r"a DTensor .*gradient is a plain tensor"):
         GradientPlacements([distributed]).shards([distributed], [torch.ones(2)])
     with pytest.raises(ValueError, match="both must be DTensors or neither"):
         GradientPlacements([distributed, plain]).shards([distributed, plain], [torch.ones(2), torch.ones(2)])
