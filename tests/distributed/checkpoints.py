@@ -118,6 +118,8 @@ def full_dicts(kind: str, name: str) -> float:
         get_optimizer_state_dict(wrapped.model, optimizer, options=FULL),
     )
     assert bool(state.get("state")) == (dist.get_rank() == 0)
+    # PyTorch's own load would share the step counters of the running optimizer.
+    model, state = copy.deepcopy((model, state))
     fresh, resumed = built(kind, name)
     set_model_state_dict(fresh.model, model, options=FROM_FIRST)
     set_optimizer_state_dict(fresh.model, resumed, state, options=FROM_FIRST)
