@@ -32,7 +32,7 @@ def partial_and_pending() -> None:
     partial = DTensor.from_local(summand, mesh, [Partial()])
     pending = partial.redistribute(placements=[Replicate()], async_op=True)
     for grad in (partial, pending):
-        found = ready_grad(param, grad)
+        found: Any = ready_grad(param, grad)
         assert found.placements == (Replicate(),)
         assert type(found._local_tensor) is torch.Tensor
         assert torch.equal(found._local_tensor, expected), found
@@ -40,10 +40,13 @@ def partial_and_pending() -> None:
         partial,
         DTensor.from_local(summand, mesh, [Partial()]).redistribute(placements=[Replicate()], async_op=True),
     ]
-    placements = GradientPlacements([param, param])
-    for shard in placements.shards([param, param], grads):
-        assert type(shard) is torch.Tensor
-        assert torch.equal(shard, expected)
+    pair = [param, param]
+    placements = GradientPlacements(pair)
+    waiting = [DTensor.from_local(summand, mesh, [Partial()]) for _ in pair]
+    waiting = [grad.redistribute(placements=[Replicate()], async_op=True) for grad in waiting]
+    for found in (*placements.shards(pair, grads), *GradientPlacements(pair).shards(pair, waiting)):
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, expected)
     assert torch.equal(partial._local_tensor, summand), "the gradient itself was changed"
 
 

@@ -187,6 +187,18 @@ def stages() -> tuple[float, float]:
     return found[0], expected
 
 
+def overlapping() -> tuple[float, float]:
+    """A group of some processes of a mesh adds nothing: they have one sum already."""
+    half = dist.get_world_size() // 2
+    groups = [dist.new_group(list(range(half))), dist.new_group(list(range(half, 2 * half)))]
+    value = torch.arange(30.0).reshape(5, 6)
+    params = [sharded(value, world_mesh(), Shard(0))]
+    reduction = Reduction(params, groups[dist.get_rank() // half])
+    result = reduction.collapse(squares_of(map(local, params)))
+    reduction.all_reduce(result)
+    return float(result[1]), float(value.double().square().sum())
+
+
 def zero_partitions() -> float:
     """Each process has other parameters, and another number of them."""
     params = [nn.Parameter(torch.ones(2 + i)) for i in range(1 + dist.get_rank())]

@@ -1,15 +1,17 @@
 """Scenarios: steps with norms, skipped steps and scalers."""
 
+import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .factories import largest_difference, make, params_of, whole
 from .training import DAMPED, EVEN, N_STEPS, names
 from .watching import Watch
-from .wrappers import WRAPPERS, EvenNet, Net, Wrapped, backward, backward_alone
+from .wrappers import WRAPPERS, EvenNet, Net, Wrapped, backward, backward_alone, world_mesh
 
 MAX_NORM = 1.0
 # Norms above the bound and below it, by turns.
@@ -145,3 +147,33 @@ def without_gradients(name: str) -> list[float]:
         optimizer.step()
     assert bool(param.any()) == (dist.get_rank() > 0)
     return [float(optimizer.grad_norm), param.tolist()[0]]
+
+
+def calls_of_a_step(name: str, n_params: int, is_distributed: bool) -> int:
+    """Calls of Python functions, and of C functions from Python, in a step like the one before."""
+    mesh = world_mesh()
+    tensors = [torch.ones(4, 2) for _ in range(n_params)]
+    if is_distributed:
+        tensors = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in tensors]
+    params = [nn.Parameter(tensor) for tensor in tensors]
+    optimizer = make(name, params)
+    n_calls = 0
+
+    def count(*event: Any) -> None:
+        nonlocal n_calls
+        n_calls += event[1] in ("call", "c_call")
+
+    for _ in range(4):
+        for param, tensor in zip(params, tensors, strict=True):
+            # As FSDP2 does, which gives gradients the specs of their parameters.
+            spec = getattr(tensor, "_spec", None)
+            param.grad = (
+                torch.ones(4, 2) if spec is None else DTensor(tensor._local_tensor + 1, spec, requires_grad=False)
+            )
+        n_calls = 0
+        sys.setprofile(count)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+    return n_calls

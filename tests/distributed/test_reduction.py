@@ -57,6 +57,10 @@ def test_a_group_joins_meshes_of_pipeline_stages(cluster: Cluster, n_processes: 
         assert found == results[0][0]
 
 
+def test_a_group_within_a_mesh_adds_nothing(cluster: Cluster) -> None:
+    assert all(found == expected for found, expected in cluster.run(4, "reductions:overlapping"))
+
+
 def test_a_group_joins_partitions_of_whole_tensors(cluster: Cluster) -> None:
     expected = float(sum(2 + i for rank in range(3) for i in range(1 + rank)))
     assert cluster.run(3, "reductions:zero_partitions") == [expected] * 3

@@ -100,3 +100,16 @@ def test_no_step_waits_for_the_device(cluster: Cluster, kind: str, options: dict
 def test_a_process_without_gradients_takes_part(cluster: Cluster, name: str, n_processes: int) -> None:
     results = cluster.run(n_processes, "steps:without_gradients", name=name)
     assert [norm for norm, _ in results] == [6.0 * math.sqrt(n_processes - 1)] * n_processes
+
+
+def test_a_distributed_parameter_costs_no_more_calls_than_a_plain_one(cluster: Cluster, name: str) -> None:
+    counts = {
+        (is_distributed, n_params): cluster.run(
+            2, "steps:calls_of_a_step", name=name, n_params=n_params, is_distributed=is_distributed
+        )[0]
+        for is_distributed in (False, True)
+        for n_params in (50, 400)
+    }
+    # Once more for shards, whatever their number.
+    assert counts[True, 400] <= counts[False, 400] + 100, counts
+    assert counts[True, 400] <= counts[True, 50] + 100, counts
