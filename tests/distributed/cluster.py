@@ -76,7 +76,7 @@ def _answers(workers: list[tuple[subprocess.Popen[bytes], Connection]]) -> list[
         waiting = [rank for rank in range(len(workers)) if rank not in answers]
         ready = wait([workers[rank][1] for rank in waiting], max(0.1, until - time.monotonic()))
         if not ready:
-            answers.update({rank: (False, "no answer in time", False) for rank in waiting})
+            answers.update(dict.fromkeys(waiting, (False, "no answer in time", False)))
         for rank in waiting:
             process, connection = workers[rank]
             if connection in ready:

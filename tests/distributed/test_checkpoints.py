@@ -1,4 +1,4 @@
-"""States under FSDP2 and tensor parallelism are saved, copied, resharded and exchanged with PyTorch's optimizer."""
+"""States under FSDP2 and tensor parallelism are saved, copied, resharded and exchanged with PyTorch."""
 
 import os
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Ours trains under each wrapper as PyTorch's fused optimizer does."""
 
 import os
+
 import pytest
 
 from .cluster import Cluster

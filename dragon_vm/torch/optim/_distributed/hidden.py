@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
+
+from dragon.vm.torch.optim._distributed.owners import instances
 
 _REMEDY = "give process_group"
 
@@ -47,19 +47,12 @@ def split_by_fsdp1(params: Sequence[Tensor]) -> list[bool | None]:
     if not any(flattened):
         return [None] * len(params)
     sharded: dict[int, bool] = {}
-    for handle in _handles():
+    for handle in instances("torch.distributed.fsdp._flat_param", "FlatParamHandle"):
         flat = handle.flat_param
         for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
             sharded[id(param)] = handle.uses_sharded_strategy
     # A flattened parameter without a handle belongs to a model that is gone: it may well be a part.
     return [sharded.get(id(param), True) if flag else None for flag, param in zip(flattened, params, strict=True)]
-
-
-def _handles() -> Iterator[Any]:
-    """FSDP1's handles of flat parameters; a parameter has no reference to its own."""
-    module = sys.modules.get("torch.distributed.fsdp._flat_param")
-    if module is not None:
-        yield from [each for each in gc.get_objects() if type(each) is module.FlatParamHandle]
 
 
 def _is_built_by_zero() -> bool:
