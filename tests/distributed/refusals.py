@@ -11,11 +11,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from dragon.vm.torch.optim._distributed.hidden import hidden_sharding
+from dragon.vm.torch.optim._distributed.hidden import check_norms, hidden_sharding
 
 from .factories import make
 from .wrappers import WRAPPERS
 
+KINDS = ("fsdp1", "fsdp1 original parameters", "fsdp1 whole", "fsdp2", "tp")
 NORMS: dict[str, dict[str, Any]] = {
     "max_grad_norm": {"max_grad_norm": 1.0},
     "skip_nonfinite": {"skip_nonfinite": True},
@@ -100,4 +101,18 @@ def detected() -> dict[str, str | None]:
 
     ZeroRedundancyOptimizer(WRAPPERS["ddp"]().model.parameters(), build)
     (found["zero"],) = seen
+    return found
+
+
+def checked() -> dict[str, str]:
+    """The outcome of `check_norms` for each kind of norm, without and with a group."""
+    found = {}
+    for kind in ("ddp", *KINDS):
+        params = [param for group in WRAPPERS[kind]().groups for param in group["params"]]
+        for norm in ("total", "per_tensor"):
+            options: dict[str, Any] = {"total": None, "per_tensor": None, norm: "limit=1.0"}
+            found[f"{kind} {norm}"] = outcome(lambda o=options, p=params: check_norms(p, None, **o))
+            found[f"{kind} {norm} group"] = outcome(
+                lambda o=options, p=params: check_norms(p, dist.group.WORLD, **o)
+            )
     return found

@@ -32,7 +32,9 @@ def test_several_processes_refuse_what_needs_other_processes(cluster: Cluster) -
 
 def test_one_process_refuses_nothing(cluster: Cluster) -> None:
     (found,) = cluster.run(1, "refusals:constructions", name=OPT)
-    assert {kind for kind, text in found.items() if text != "accepted"} <= {"flatten fsdp1"}, found
+    # The wrapper has memory of its own with one process too.
+    flattened = {f"flatten {kind}" for kind in ("fsdp1", "fsdp2", "tp")}
+    assert {kind for kind, text in found.items() if text != "accepted"} <= flattened, found
 
 
 @pytest.mark.parametrize("n_processes", [2, 3])
@@ -48,3 +50,13 @@ def test_hidden_sharding_is_detected_and_nothing_else(cluster: Cluster, n_proces
         assert {kind for kind, reason in found.items() if reason} == hidden
         assert len(found) == len(WRAPPERS) + 3
         assert all("process_group" in found[kind] for kind in hidden)
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_norms_are_checked_against_what_is_known(cluster: Cluster, n_processes: int) -> None:
+    for found in cluster.run(n_processes, "refusals:checked"):
+        refused = {key: text for key, text in found.items() if text != "accepted"}
+        assert all(text.startswith("limit=1.0") and "process_group" in text for text in refused.values())
+        needs_group = {f"{kind} {norm}" for kind in FSDP1 for norm in ("total", "per_tensor")}
+        is_unknown = {"ddp per_tensor group", "tp per_tensor group"}
+        assert set(refused) == (needs_group | is_unknown if n_processes > 1 else set())
