@@ -50,6 +50,22 @@ def partial_and_pending() -> None:
     assert torch.equal(partial._local_tensor, summand), "the gradient itself was changed"
 
 
+def missing() -> None:
+    """Parameters without a gradient, plain and distributed, at changing positions."""
+    mesh, distributed = replicated(2)
+    params = [distributed, nn.Parameter(torch.zeros(2)), distributed, nn.Parameter(torch.zeros(2))]
+    partial = DTensor.from_local(torch.ones(2), mesh, [Partial()])
+    grads = [partial, torch.ones(2), partial, torch.ones(2)]
+    placements = GradientPlacements(params)
+    for missing in ((0, 3), (1, 2), (), (0, 1, 2, 3), (0, 3), (0, 3)):
+        given = [None if i in missing else grad for i, grad in enumerate(grads)]
+        for i, shard in enumerate(placements.shards(params, given)):
+            if i in missing:
+                assert shard is None
+            else:
+                assert shard.tolist() == [1.0 if i % 2 else float(dist.get_world_size())] * 2
+
+
 def pending_plain() -> None:
     """A collective's result as the gradient of a plain parameter."""
     import torch.distributed._functional_collectives as collectives

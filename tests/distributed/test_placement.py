@@ -11,6 +11,7 @@ from .wrappers import WRAPPERS
     "scenario",
     [
         "partial_and_pending",
+        "missing",
         "pending_plain",
         "mismatches",
         "states",

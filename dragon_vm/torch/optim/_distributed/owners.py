@@ -47,10 +47,15 @@ class Replicas:
             if any(id(param) in wanted for param in module.parameters())
         ]
 
+    def __bool__(self) -> bool:
+        """Whether any DDP module held a parameter at the construction."""
+        return bool(self._modules)
+
     def unreduced(self) -> dict[int, Any]:
         """The process group of each parameter, by its id, whose last gradient is this process's alone.
 
-        It is so if the last forward pass ran inside `no_sync`. It does not matter where this is called.
+        It is so if the last forward pass ran inside `no_sync`, wherever this is called. After a forward pass
+        without gradients it says so too. The mean of means is the same mean then.
         """
         found = {}
         for reference in self._modules:

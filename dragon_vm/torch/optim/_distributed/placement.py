@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from operator import attrgetter, is_
+from itertools import compress, repeat
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 from torch import Tensor
@@ -85,23 +86,38 @@ class GradientPlacements:
         self._shards = Shards(params)
         # Specs hold meshes and placements, not tensors.
         self._specs = list(map(_SPEC, self._shards.distributed(params)))
+        # Those with gradients at the last step at which some had none, and their placements.
+        self._part: tuple[bytes, GradientPlacements] | None = None
 
     def shards(self, params: Sequence[Tensor], grads: Sequence[Any]) -> Sequence[Any]:
         """The shard of each gradient, ready for use; the very sequence if all are plain and ready.
 
         Args:
             params: the parameters of the construction.
-            grads: a gradient for each. One that lies otherwise is redistributed into a new tensor.
+            grads: a gradient or None for each. One that lies otherwise is redistributed into a new tensor.
 
         Raises:
             ValueError: as `ready_grad`.
         """
+        present = bytes(map(is_not, grads, repeat(None)))
+        if not all(present):
+            return self._some(params, grads, present)
         if self._are_expected(grads):
             return self._shards.of(grads)
         prepared = [ready_grad(param, grad) for param, grad in zip(params, grads, strict=True)]
         if all(map(is_, prepared, grads)):
             self._specs = list(map(_SPEC, self._shards.distributed(grads)))
         return self._shards.of(prepared)
+
+    def _some(self, params: Sequence[Tensor], grads: Sequence[Any], present: bytes) -> list[Any]:
+        chosen = list(compress(params, present))
+        if self._part is None or self._part[0] != present:
+            self._part = present, GradientPlacements(chosen)
+        found = self._part[1].shards(chosen, list(compress(grads, present)))
+        shards: list[Any] = [None] * len(grads)
+        for position, shard in zip(compress(range(len(grads)), present), found, strict=True):
+            shards[position] = shard
+        return shards
 
     def _are_expected(self, grads: Sequence[Any]) -> bool:
         """Whether nothing is pending, and gradients are distributed as they were at the last step."""

@@ -21,6 +21,12 @@ def is_distributed(tensor: object) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_distributed_type(kind: type) -> bool:
+    """Whether tensors of a type are distributed."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and issubclass(kind, module.DTensor)
+
+
 def is_pending(tensor: object) -> bool:
     """Whether a tensor is the result of a collective that may still run."""
     module = sys.modules.get("torch.distributed._functional_collectives")
@@ -38,6 +44,21 @@ def local(tensor: Any) -> Any:
     A tensor that a collective still fills is waited for. On an accelerator the stream waits, not the host.
     """
     return ready(tensor._local_tensor if is_distributed(tensor) else tensor)
+
+
+def locals_of(tensors: Sequence[Any]) -> list[Any]:
+    """The shards of tensors that are ready; plain tensors and None as they are."""
+    try:
+        return list(map(_LOCAL, tensors))
+    except AttributeError:
+        return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+
+
+def local_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with the shards of its distributed tensors; the very state if it has none."""
+    if not any(map(is_distributed, state.values())):
+        return state
+    return {key: local(value) for key, value in state.items()}
 
 
 def distributed_like(param: Any, shard: Tensor) -> Tensor:
