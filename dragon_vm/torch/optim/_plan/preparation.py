@@ -45,6 +45,7 @@ class Prepared(NamedTuple):
         flattened: entries that share a launch; positions from ``len(params)`` on are those of `joined`.
         joined: flat buffers.
         strays: positions of gradients that must be copied into their parameters' layout.
+        among_all: positions of the parameters among all of the optimizer.
         are_distributed: whether some parameter is distributed.
         are_opaque: whether some tensor has no memory of its own, so that nothing can be guarded.
     """
@@ -57,12 +58,18 @@ class Prepared(NamedTuple):
     flattened: list[FlattenedGroup]
     joined: list[Joined]
     strays: list[int]
+    among_all: list[int]
     are_distributed: bool
     are_opaque: bool
 
 
 def prepare(
-    recipe: Recipe, params: list[Tensor], shards: list[Tensor], grads: list[Tensor], group_index: list[int]
+    recipe: Recipe,
+    params: list[Tensor],
+    shards: list[Tensor],
+    grads: list[Tensor],
+    group_index: list[int],
+    among_all: list[int],
 ) -> Prepared:
     """Prepare a step.
 
@@ -72,6 +79,7 @@ def prepare(
         shards: for each the tensor that this process updates.
         grads: their gradients, likewise.
         group_index: index of each one's parameter group.
+        among_all: positions of the parameters among all of the optimizer.
 
     Raises:
         RuntimeError, ValueError: for gradients or parameters that cannot be updated. Nothing has changed then.
@@ -112,6 +120,7 @@ def prepare(
         flatten_groups(entries, chosen_signatures),
         joined,
         strays,
+        among_all,
         any(map(is_distributed, params)),
         len(solid) < len(params),
     )

@@ -15,6 +15,7 @@ from dragon.vm.torch.optim._backends.eager import EagerGroup
 from dragon.vm.torch.optim._backends.native import NativeGroup
 from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, TotalNorm, gradient_factors
+from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
 from dragon.vm.torch.optim._gradients.zeroing import apart, detach_all, zero_all
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
@@ -63,6 +64,10 @@ class StepPlan:
         on_devices = [group for group in flattened if group.signature.backend == "triton"]
         self._walked = [entry.position for group in (*hosts, *on_devices) for entry in group.entries]
         self._total_norm: TotalNorm | None = None
+        self._shared: SharedNorm | None = None
+        if recipe.reductions:
+            first_of = [*prepared.among_all, *(prepared.among_all[j.positions[0]] for j in prepared.joined)]
+            self._shared = SharedNorm(recipe.reductions, [first_of[i] for i in self._walked], recipe.n_params)
         self._guard: Guard | None = None
         if not prepared.are_opaque:
             states = self._states.read(recipe.state, prepared.params)
@@ -131,7 +136,8 @@ class StepPlan:
             are_zero &= not outcome.n_skipped
         else:
             for device in self._devices:
-                device.update(ready.addresses, recipe.groups, recipe.algorithm, version, settings, scaling)
+                values = recipe.groups, recipe.algorithm, version
+                device.update(ready.addresses, *values, settings, scaling, self._shared)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(params)
@@ -215,7 +221,7 @@ class StepPlan:
                     self._total_norm = TotalNorm(walked, indices)
                 return self._total_norm.measure(walked, groups, settings.norm_type)
 
-            factors = gradient_factors(walked, indices, groups, settings, scaling, measure)
+            factors = gradient_factors(walked, indices, groups, settings, scaling, measure, self._shared)
             if factors.each:
                 each = [1.0] * len(index_of)
                 for position, factor in zip(self._walked, factors.each, strict=True):
