@@ -120,11 +120,12 @@ def test_where_ours_refuses_pytorchs_own_is_built_and_the_report_says_why(theirs
     with swap() as swapped, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         refused = [theirs.Adam([param, param]), theirs.SGD(params=iter([param, param])), theirs.AdamW([group])]
-    expected = theirs.AdamW([{"params": [torch.nn.Parameter(torch.ones(3))], "lr": 0.5}]).param_groups[0]
+    expected = theirs.AdamW([{"params": [torch.nn.Parameter(torch.ones(3))], "lr": 0.5}])
     assert [type(optimizer) for optimizer in refused] == [theirs.Adam, theirs.SGD, theirs.AdamW]
     assert [len(params_of(optimizer)) for optimizer in refused] == [2, 2, 2]
     assert group is refused[2].param_groups[0]
-    assert set(group) == set(expected), "ours left something in the caller's group"
+    assert set(group) == set(expected.param_groups[0]), "ours left something in the caller's group"
+    assert set(vars(refused[2])) == set(vars(expected)), "ours left something in the optimizer"
     assert not swapped.replaced
     names = [name for name, _ in swapped.left_alone]
     assert names == ["torch.optim.Adam", "torch.optim.SGD", "torch.optim.AdamW"]
