@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim import Adam as AdamImportedEarly
 
-from dragon.vm.torch.optim import SGD, Adam, AdamW, swap
+from dragon.vm.torch.optim import SGD, Adam, AdamW, Optimizer, swap
 
 from .judging import judged_step, make_params, params_of, same_bits, set_grads
 
@@ -28,7 +28,7 @@ def run(optimizer: torch.optim.Optimizer, steps: range) -> None:
         optimizer.step()
 
 
-def test_whoever_asks_for_pytorchs_optimizers_gets_ours(theirs: Any) -> None:
+def test_whoever_asks_for_pytorchs_adam_gets_ours(theirs: Any) -> None:
     with swap():
         from torch.optim import AdamW as AdamWImportedNow
         from torch.optim.adam import Adam as AdamOfTheModule
@@ -43,6 +43,17 @@ def test_whoever_asks_for_pytorchs_optimizers_gets_ours(theirs: Any) -> None:
     for optimizer in built:
         set_grads(params_of(optimizer), 0)
         judged_step(optimizer)
+
+
+def test_type_checks_hold_in_both_directions(theirs: Any) -> None:
+    before = theirs.AdamW(make_params())
+    with swap():
+        ours = theirs.AdamW(make_params())
+        for optimizer in (before, ours):
+            assert isinstance(optimizer, theirs.AdamW)
+            assert isinstance(optimizer, theirs.Adam)
+    assert isinstance(ours, theirs.AdamW)
+    assert not isinstance(before, Optimizer)
 
 
 def test_a_swap_can_be_plain_nested_and_undone_in_any_order(theirs: Any) -> None:
