@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools around dragon.vm.torch.")
+app = typer.Typer(no_args_is_help=True, help="Tools around dragon.vm.torch.")
 
 # Seconds. A GPU's common kernels take less than ten minutes, the compiler alone less than two.
 TUNING_BUDGET, RANKING_BUDGET = 540.0, 105.0

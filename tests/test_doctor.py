@@ -9,7 +9,7 @@ import torch
 from dragon.vm import doctor
 from dragon.vm.doctor import Verdict
 from dragon.vm.torch.optim import Adam
-from dragon.vm.torch.optim._backend import why_not
+from dragon.vm.torch.optim._groups.eligibility import why_not
 
 
 class Clock:

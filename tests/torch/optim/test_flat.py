@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import SGD, Adam
-from dragon.vm.torch.optim._flat import FlatBuffer
+from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 
 SHAPES = [(3, 5), (17,), (), (0,), (1100,), (4, 4), (16,)]
 BACKENDS = ["native", "triton", "eager"]

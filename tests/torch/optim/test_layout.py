@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.testing import DENSE_LAYOUTS, GRADIENT_LAYOUTS, GradientCase, tensor_cases
-from dragon.vm.torch.optim._layout import (
+from dragon.vm.torch.optim._groups.layout import (
     as_real,
     in_layout_of,
     is_dense,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam, AdamW
-from dragon.vm.torch.optim._context import DeviceContext
-from dragon.vm.torch.optim._live import LiveGroup
+from dragon.vm.torch.optim._backends.context import DeviceContext
+from dragon.vm.torch.optim._graphs.live import LiveGroup
 
 from .graphs import RecordedGraph
 from .judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dragon.vm.torch.optim._norm import SquareSum, inf_norms, l2_norms
+from dragon.vm.torch.optim._gradients.norms import SquareSum, inf_norms, l2_norms
 
 EPS = torch.finfo(torch.float32).eps
 

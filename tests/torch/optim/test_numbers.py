@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dragon.vm.torch.optim._numbers import GroupNumbers
+from dragon.vm.torch.optim._plan.hyperparameters import GroupNumbers
 
 NAMES = ("lr", "betas", "maximize", "foreach")
 

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dragon.vm.torch.optim._plan import arena_offsets, plan_chunks
+from dragon.vm.torch.optim._table.chunks import arena_offsets, plan_chunks
 
 numels = st.lists(st.integers(0, 300), max_size=20)
 

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.testing import DENSE_LAYOUTS, tensor_cases
-from dragon.vm.torch.optim._layout import same_walk
-from dragon.vm.torch.optim._state import ALIGNMENT, arena_views, common_base, step_counters
+from dragon.vm.torch.optim._groups.layout import same_walk
+from dragon.vm.torch.optim._groups.states import ALIGNMENT, arena_views, common_base, step_counters
 
 
 @given(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import _table
-from dragon.vm.torch.optim._table import DeviceTable, StagingRing, words_of
+from dragon.vm.torch.optim._table.table import DeviceTable, StagingRing, words_of
 
 words = st.integers(-(2**63), 2**63 - 1)
 sections = st.lists(st.lists(words, max_size=9), min_size=1, max_size=4)
