@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim import Adam
-from dragon.vm.torch.optim._backend import choose_backend, why_not
+from dragon.vm.torch.optim._groups.eligibility import choose_backend, why_not
 
 if TYPE_CHECKING:
     from dragon.vm.testing import AdamState
