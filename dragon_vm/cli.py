@@ -107,10 +107,7 @@ def tune(
 
 @app.command()
 def doctor() -> None:
-    """Print versions, devices, backends and tuning files, and test each backend for a second.
-
-    The exit code is 1 if something is wrong, 2 if a test that is possible here was not run, else 0.
-    """
+    """Print versions, devices, backends and tuning files, and test each backend for a second."""
     from dragon.vm.doctor import main as examine
 
     raise typer.Exit(examine())
