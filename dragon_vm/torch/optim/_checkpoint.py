@@ -15,7 +15,7 @@ from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.shards import local, placed_like
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
 from dragon.vm.torch.optim._groups.states import State, missing_states
-from dragon.vm.torch.optim._options import OWN_GROUP_DEFAULTS, Settings
+from dragon.vm.torch.optim._options import Settings, complete
 
 Group = dict[str, Any]
 
@@ -36,13 +36,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         """
         self._complete_switched_on()
         saved = super().state_dict()
-        own = {**OWN_GROUP_DEFAULTS, **self._algorithm.own_group_defaults}
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
-            for name, meaning in own.items():
-                # Dragon's formula is what the parameters ask for: a False must not be lost to it.
-                keeps = name == "epsilon_hat" and self._follows_dragon(group)
-                if packed.get(name) == meaning and not keeps:
-                    del packed[name]
+            self._drop_defaults(group, packed)
         if not self._algorithm.saves_steps:
             saved["state"] = {key: _uncounted(entries) for key, entries in saved["state"].items()}
         return saved
@@ -50,6 +45,14 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def _follows_dragon(self, group: Group) -> bool:
         """Whether the parameters of a group are Dragon's own."""
         raise NotImplementedError
+
+    def _drop_defaults(self, group: Group, packed: Group) -> None:
+        """Take own keys that mean what PyTorch does out of a group, or of what is saved of it."""
+        for name, meaning in self._algorithm.own_defaults.items():
+            # Dragon's formula is what Dragon's parameters ask for: a False must not be lost to it.
+            keeps = name == "epsilon_hat" and self._follows_dragon(group)
+            if name in packed and packed[name] == meaning and not keeps:
+                del packed[name]
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -135,7 +138,7 @@ def restored_states(
     algorithm = optimizer._algorithm
     labels = _labels(optimizer.param_groups, saved_groups)
     for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
-        merged = {**group, **saved_group}
+        merged = complete({**group, **saved_group}, algorithm.own_defaults)
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             label = next(labels)
             state = {name: value for name, value in saved.get(key, {}).items() if value is not None}

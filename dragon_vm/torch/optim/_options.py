@@ -57,6 +57,11 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def complete(group: Mapping[str, Any], own_defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with all options: one of our own that it does not hold means what PyTorch does."""
+    return {**own_defaults, **group}
+
+
 def needs_norm(settings: Settings) -> bool:
     """Whether the options ask for the norm of all gradients."""
     return bool(settings.max_grad_norm) or settings.skip_nonfinite

@@ -26,7 +26,7 @@ from dragon.vm.torch.optim._groups.buffers import FlatBuffer, make_buffers
 from dragon.vm.torch.optim._groups.checks import check_memory, check_param, has_memory, label
 from dragon.vm.torch.optim._groups.eligibility import check_backend
 from dragon.vm.torch.optim._groups.members import read_members
-from dragon.vm.torch.optim._options import Settings, check_common, own_tensors, read_settings
+from dragon.vm.torch.optim._options import Settings, check_common, complete, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.cache import PlanCache
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
 from dragon.vm.torch.optim._plan.recipe import Recipe
@@ -47,6 +47,7 @@ class Optimizer(CheckpointedOptimizer):
     _algorithm: Algorithm
     _is_built = False
 
+    @_disable_dynamo
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
         self._settings = read_settings(options)
         check_common(options, self._settings)
@@ -79,7 +80,7 @@ class Optimizer(CheckpointedOptimizer):
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
         if self._settings.flatten:
             for group in groups:
-                if not group["clip_norm"]:
+                if not group.get("clip_norm"):
                     self._buffers += without_torch_function(make_buffers, (), (group["params"],), {})
 
     @_disable_dynamo
@@ -119,19 +120,22 @@ class Optimizer(CheckpointedOptimizer):
             if param.requires_grad:
                 check_param(param)
                 check_backend(None if group["differentiable"] else self._settings.backend, param.device)
+        self._drop_defaults(group, group)
 
     def _follows_dragon(self, group: Mapping[str, Any]) -> bool:
         return bool(group["params"]) and all(map(_is_dragon, group["params"]))
 
     def _publish(self, group: dict[str, Any]) -> None:
         """Upload a live group's hyperparameters to wherever steps, captured ones too, read them."""
-        Hyperparameters(self._names(), self._structure).read([group])
+        self._new_hyperparameters().read([group])
         for index, member in enumerate(self.param_groups):
             if member is group:
-                self._plans.publish(index, group, self._settings)
+                self._plans.publish(index, complete(group, self._algorithm.own_defaults), self._settings)
 
-    def _names(self) -> list[str]:
-        return [name for name in self.defaults if name not in Settings._fields]
+    def _new_hyperparameters(self) -> Hyperparameters:
+        own = self._algorithm.own_defaults
+        names = [name for name in self.defaults if name not in own and name not in Settings._fields]
+        return Hyperparameters(names, own, self._structure)
 
     def _structure(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """The options of a group that decide which tensors and kernels take part."""
@@ -180,10 +184,11 @@ class Optimizer(CheckpointedOptimizer):
         groups, settings = self.param_groups, self._settings
         make_live(groups, self._publish)
         if self._hyperparameters is None:
-            self._hyperparameters = Hyperparameters(self._names(), self._structure)
+            self._hyperparameters = self._new_hyperparameters()
         values = self._hyperparameters
         values.read(groups)
         members = read_members(groups)
+        groups = values.groups
         grads = members.gradients()
         summed = bool(self._sums)
         if summed:
@@ -301,10 +306,13 @@ class Optimizer(CheckpointedOptimizer):
         self.state.update(self._restored or {})
         for index, group in enumerate(self.param_groups):
             old = earlier[index] if index < len(earlier) else {}
-            for name in self._names():
-                group.setdefault(name, old.get(name, self.defaults[name]))
+            own = self._algorithm.own_defaults
+            for name in self.defaults:
+                if name in old or name not in (*own, *Settings._fields):
+                    group.setdefault(name, old.get(name, self.defaults[name]))
             for name in Settings._fields:
                 group.pop(name, None)
+            self._drop_defaults(group, group)
         make_live(self.param_groups, self._publish)
         if is_copy:
             self._make_buffers(self.param_groups)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dragon.vm.torch.optim._options import OWN_GROUP_DEFAULTS
+
 Group = Mapping[str, Any]
 
 
@@ -41,7 +43,7 @@ class Algorithm:
         optional_keys: states that a saved group may lack, which then start anew.
         uncounted_steps: the count of a state that comes without one; None if it must have one.
         saves_steps: whether PyTorch's counterpart has step counters in its state dicts.
-        own_group_defaults: options of groups that PyTorch's counterpart lacks, with the value that means the same.
+        own_group_defaults: further options that this counterpart lacks, with the value that means the same.
     """
 
     name: str
@@ -57,6 +59,11 @@ class Algorithm:
     uncounted_steps: float | None = None
     saves_steps: bool = True
     own_group_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def own_defaults(self) -> dict[str, Any]:
+        """Options of groups that PyTorch's counterpart lacks, with the value that means the same."""
+        return {**OWN_GROUP_DEFAULTS, **self.own_group_defaults}
 
     def all_state_keys(self, group: Group) -> tuple[str, ...]:
         """`state_keys`, and "ema" if the group keeps an average."""

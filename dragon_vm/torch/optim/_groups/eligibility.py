@@ -63,8 +63,8 @@ def choose_backend(
     """The backend that updates one parameter.
 
     A parameter that is not dense, such as ``base[..., 0]``, or has no memory of its own, goes the eager way
-    whatever the choice. The native backend rounds a gradient of another dtype to its parameter's; it is not chosen for one
-    unasked.
+    whatever the choice. The native backend rounds a gradient of another dtype to its parameter's; it is not
+    chosen for one unasked.
 
     Args:
         backend: the explicit choice, or None.

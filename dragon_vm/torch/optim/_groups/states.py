@@ -44,9 +44,10 @@ def step_counters(values: Sequence[float], device: torch.device) -> list[Tensor]
     Their storages lie side by side in one buffer, so that one operation can count for all of them.
     """
     on_device = device.type != "cpu"
-    buffer = torch.tensor(values, dtype=counter_dtype(on_device), device=device)
+    dtype = counter_dtype(on_device)
+    buffer = torch.tensor(values, dtype=dtype, device=device)
     if not has_memory(buffer):
-        return list(buffer.clone().unbind())
+        return [torch.tensor(value, dtype=dtype, device=device) for value in values]
     counters = [from_dlpack(counter) for counter in buffer.unbind()]
     for counter in counters:
         _buffer_of[counter] = buffer

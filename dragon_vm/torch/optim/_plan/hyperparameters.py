@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._options import by_value
+from dragon.vm.torch.optim._options import by_value, complete
 
 # Immutable: whoever holds one of these sees no change in it.
 _PLAIN_TYPES = {float, int, bool, NoneType}
@@ -27,20 +27,25 @@ class Hyperparameters:
 
     Args:
         names: keys that every group has, "params" aside.
+        own: keys that a group may have, with the values of those that it has not.
         structure_of: maps a group to what decides which tensors and kernels take part.
 
     Attributes:
+        groups: the groups, with all options.
         version: a number that is new after each change.
         structure: likewise, of the structure of some group.
     """
 
-    def __init__(self, names: Sequence[str], structure_of: Callable[[Mapping[str, Any]], object]) -> None:
-        self._names = [name for name in names if name != "betas"]
-        self._read_row = itemgetter(*self._names)
+    def __init__(
+        self, names: Sequence[str], own: Mapping[str, Any], structure_of: Callable[[Mapping[str, Any]], object]
+    ) -> None:
+        self._own = dict(own)
+        self._read_row = itemgetter(*(name for name in names if name != "betas"))
         self._has_betas = "betas" in names
         self._structure_of = structure_of
         self._values: list[Any] = []
         self._structures: list[object] = []
+        self.groups: list[dict[str, Any]] = []
         self.version = self.structure = 0
 
     def read(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -50,21 +55,23 @@ class Hyperparameters:
             KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
         """
         values = list(map(self._read_row, groups))
+        values += [tuple(map(group.get, self._own)) for group in groups]
         if self._has_betas:
             values += [tuple(group["betas"]) for group in groups]
         if not set(map(type, chain.from_iterable(values))) <= _PLAIN_TYPES:
             values = list(map(by_value, values))
-        if values == self._values:
+        if values == self._values and len(groups) == len(self.groups):
             return
-        for group in groups:
+        complete_groups = [complete(group, self._own) for group in groups]
+        for group in complete_groups:
             _check_numbers(group)
-        structures = list(map(self._structure_of, groups))
+        structures = list(map(self._structure_of, complete_groups))
         if structures != self._structures:
             self._structures = structures
             self.structure += 1
         self.version += 1
         # The last write: an interrupt before it leaves the next step to read anew.
-        self._values = values
+        self.groups, self._values = complete_groups, values
 
 
 def _check_numbers(group: Mapping[str, Any]) -> None:
