@@ -100,20 +100,16 @@ def tuning_files() -> Iterator[Finding]:
     if importlib.util.find_spec("triton") is None:
         yield Finding("tuning", "triton is not installed: nothing is tuned")
         return
-    from dragon.vm.tuning.lookup import packaged
-    from dragon.vm.tuning.machine import present_gpu
-    from dragon.vm.tuning.store import scan, tuning_dir
+    from dragon.vm.torch.optim._backends.configs import tuning_dir
+    from dragon.vm.tuning.store import scan
 
-    results, ignored = scan()
-    yield Finding("tuning", f"{len(results)} results of this user in {tuning_dir()}")
-    for path, record in results:
-        yield Finding("tuning", f"in force on {record.device}: {path}")
-    for path, reason in ignored:
-        yield Finding("tuning", f"{path} is ignored: {reason}", is_wrong=True)
-    if (machine := present_gpu()) is not None:
-        records = packaged(machine.arch)
-        n_measured = sum(record.basis == "measured" for record in records)
-        yield Finding("tuning", f"{len(records)} packaged for {machine.arch}, {n_measured} of them measured")
+    found = list(scan())
+    yield Finding("tuning", f"{len(found)} files of this user in {tuning_dir()}")
+    for path, result in found:
+        if isinstance(result, str):
+            yield Finding("tuning", f"{path} is ignored: {result}", is_wrong=True)
+        else:
+            yield Finding("tuning", f"in force on {result['device']}: {path}")
 
 
 def self_test(

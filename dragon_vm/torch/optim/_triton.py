@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dragon.kernels import launch, norm, table
+from dragon.kernels.config import default_config
 from dragon.vm.torch.optim._chain import Scaling
 from dragon.vm.torch.optim._context import DeviceContext
 from dragon.vm.torch.optim._flatten import FlattenedGroup, follow_leaders
@@ -21,7 +22,6 @@ from dragon.vm.torch.optim._gradients import addresses_of
 from dragon.vm.torch.optim._plan import plan_chunks
 from dragon.vm.torch.optim._state import ALIGNMENT
 from dragon.vm.torch.optim._table import DeviceTable, words_of
-from dragon.vm.tuning.lookup import config_for
 
 _GROUPS, _SOURCES, _COUNTS, _TENSORS, _CHUNKS, _SPANS = range(6)
 _WIDTH = int(table.TENSOR_COLUMNS)
@@ -76,7 +76,7 @@ class TritonGroup:
             zero_grad,
         )
         numels = list(map(real_numel, group.params))
-        self._config = config_for(self._variant, context.arch, context.name, numels)
+        self._config = default_config(context.arch)
         self._columns = dict(zip(signature.state_keys, _STATE_COLUMNS, strict=False))
         if signature.average:
             self._columns["ema"] = table.EMA
