@@ -11,7 +11,7 @@ import pytest
 
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.inspect import ADVANCES, ARCHS, NORMS, UPDATES, compile_update
-from dragon.kernels.launch import Variant
+from dragon.kernels.spec import Spec
 
 # Bytes that an element takes at least: each tensor read once, and all but the gradient written once.
 FLOOR = {
@@ -97,7 +97,7 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
 @pytest.mark.usefixtures("interpreted")
 def test_nothing_is_compiled_where_kernels_are_interpreted() -> None:
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
-        compile_update(Variant("adam", 2, "float32", "float32", "float32"), LaunchConfig(), "sm_90")
+        compile_update(Spec("adam", "float32", "float32", ("float32",) * 2), LaunchConfig(), "sm_90")
 
 
 def test_a_table_has_a_line_for_each_kernel() -> None:

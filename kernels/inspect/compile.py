@@ -16,12 +16,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 
+from dragon.kernels.archs import check_arch, compute_capability, warp_size
+
 # What the pointers of every kernel point to. A kernel argument that is neither here nor a constexpr is refused.
 POINTER_TYPES = {
     "counts_ptr": "*i64",
     "chunks_ptr": "*i32",
     "spans_ptr": "*i32",
     "tensors_ptr": "*i64",
+    "grads_ptr": "*i64",
     "sources_ptr": "*i64",
     "groups_ptr": "*fp64",
     "scalars_ptr": "*fp64",
@@ -59,20 +62,19 @@ class Compiled(NamedTuple):
         """The text of the last stage that has one: PTX or AMD's."""
         return str(self.asm["amdgcn" if "amdgcn" in self.asm else "ptx"])
 
+    @property
+    def machine_code(self) -> str:
+        """NVIDIA's machine code (SASS) as text with source lines, in the order of issue; empty for AMD."""
+        if "cubin" not in self.asm:
+            return ""
+        return _run_on_cubin(self.asm["cubin"], knobs.nvidia.nvdisasm.path, "-g", "-c")
 
-def parse_arch(arch: str) -> GPUTarget:
-    """The compilation target of "sm_90", "gfx942" or alike.
 
-    Raises:
-        ValueError: for anything else.
-    """
-    if cuda := re.fullmatch(r"sm_(\d+)", arch):
-        return GPUTarget("cuda", int(cuda[1]), 32)
-    if re.fullmatch(r"gfx9[0-9a-f]+", arch):
-        return GPUTarget("hip", arch, 64)
-    if re.fullmatch(r"gfx1[0-9a-f]+", arch):
-        return GPUTarget("hip", arch, 32)
-    raise ValueError(f'arch: expected a name like "sm_90" or "gfx942", got {arch!r}')
+def _target(arch: str) -> GPUTarget:
+    capability = compute_capability(check_arch(arch))
+    if capability is None:
+        return GPUTarget("hip", arch, warp_size(arch))
+    return GPUTarget("cuda", capability, warp_size(arch))
 
 
 @contextmanager
@@ -99,14 +101,16 @@ def _integer(name: str, text: str) -> int:
     return int(found[1])
 
 
-def _cuda_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory a thread, as the machine code states them."""
+def _run_on_cubin(cubin: str | bytes, *command: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        usage = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", path], capture_output=True, text=True, check=True
-        ).stdout
+        path.write_bytes(cubin if isinstance(cubin, bytes) else cubin.encode())
+        return subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def _cuda_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory a thread, as the machine code states them."""
+    usage = _run_on_cubin(cubin, knobs.nvidia.cuobjdump.path, "-res-usage")
     return _integer("REG", usage), _integer("STACK", usage) + _integer("LOCAL", usage)
 
 
@@ -130,7 +134,7 @@ def compile_kernel(kernel: Any, constants: Mapping[str, Any], options: Mapping[s
     """
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set: kernels can only be compiled in a process without it")
-    target = parse_arch(arch)
+    target = _target(arch)
     names = kernel.arg_names
     unknown = [name for name in names if name not in constants and name not in POINTER_TYPES]
     if unknown:

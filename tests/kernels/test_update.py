@@ -10,7 +10,7 @@ from dragon.kernels import table
 from dragon.kernels.config import LaunchConfig
 from dragon.vm.testing import Fenced
 
-from .tables import SMALL, Row, Tables, at_same_offset, place, variant
+from .tables import SMALL, Row, Tables, at_same_offset, place, spec_of
 
 # Around the tail of 16 elements and around the borders of chunks of 128.
 NUMELS = (0, 1, 15, 16, 17, 31, 32, 112, 113, 127, 128, 129, 143, 144, 145, 255, 256, 257, 0, 384, 400, 0)
@@ -29,7 +29,7 @@ def count_visits(numels: list[int], misalign: list[int], chunk: int, device: tor
     """Assert that an update visits each element of each tensor once, and nothing else."""
     rows, fences = zip(*(counting_row(n, m, device) for n, m in zip(numels, misalign, strict=True)), strict=True)
     tables = Tables(rows, chunk=chunk, device=device).set_scalars()
-    tables.update(variant("accumulate", rows[0]), LaunchConfig(chunk=chunk))
+    tables.update(spec_of("accumulate", rows[0]), LaunchConfig(chunk=chunk))
     for row, (param, grad) in zip(rows, fences, strict=True):
         assert torch.equal(row.param, torch.ones_like(row.param))
         param.check()
@@ -51,10 +51,10 @@ def test_any_mix_of_sizes_and_alignments_is_walked_once(device: torch.device, da
 
 def test_a_chunk_of_an_empty_tensor_touches_nothing(device: torch.device) -> None:
     row, (fence, _) = counting_row(20, 0, device)
-    nothing = Row(numel=0, vector=True)
-    loose = Row(numel=0, vector=False)
+    nothing = Row(numel=0)
+    loose = Row(place(torch.zeros(0, device=device), 1), place(torch.zeros(0, device=device), 1))
     tables = Tables([nothing, row, loose], chunks=[(0, 0), (1, 0), (2, 0)], device=device).set_scalars()
-    tables.update(variant("accumulate", row))
+    tables.update(spec_of("accumulate", row))
     assert torch.equal(row.param, torch.ones_like(row.param))
     fence.check()
 
@@ -74,7 +74,7 @@ def updated(rows: list[Row], config: LaunchConfig = SMALL, **tables_arguments: o
     """Parameters and states after a step of Adam."""
     tables = Tables(rows, [ADAM_GROUP], chunk=config.chunk, device=rows[0].param.device, **tables_arguments)
     tables.advance()
-    tables.update(variant("adam", rows[0]), config, n_processors=2)
+    tables.update(spec_of("adam", rows[0]), config, n_processors=2)
     return [tensor for row in rows for tensor in (row.param, *row.states)]
 
 
@@ -120,8 +120,9 @@ def test_an_inactive_tensor_is_left_alone_and_only_its_gradient_dropped(
     rows, untouched = adam_rows(device), adam_rows(device)
     tables = Tables(rows, [ADAM_GROUP], device=device)
     tables.advance()
-    tables.scalars[:2, table.ACTIVE.value] = 0
-    tables.update(variant("adam", rows[0], zero_grad=zero_grad))
+    for i in range(2):
+        tables.scalar_row(i)[table.ACTIVE.value] = 0
+    tables.update(spec_of("adam", rows[0], zero_grad=zero_grad))
     for row, before in zip(rows[:2], untouched[:2], strict=True):
         assert_same_bits([row.param, *row.states], [before.param, *before.states])
         assert torch.equal(row.grad, torch.zeros_like(before.grad) if zero_grad else before.grad)
@@ -137,7 +138,7 @@ def test_dropping_the_gradient_of_an_inactive_tensor_stays_inside_of_it(device: 
         fence.tensor.fill_(float("inf"))
         rows.append(Row(place(torch.zeros_like(fence.tensor)), fence.tensor))
     tables = Tables(rows, device=device).set_scalars(ACTIVE=0.0)
-    tables.update(variant("accumulate", rows[0], zero_grad=True))
+    tables.update(spec_of("accumulate", rows[0], zero_grad=True))
     for fence in fences:
         assert not fence.tensor.any()
         fence.check()
@@ -147,8 +148,7 @@ def test_the_average_is_of_the_parameter_as_it_is_stored(device: torch.device) -
     param = place(torch.linspace(1, 2, 40, device=device).bfloat16())
     row = Row(param, at_same_offset(param, 2**-12), ema=place(torch.zeros(40, device=device)))
     tables = Tables([row], device=device).set_scalars(ONE_MINUS_EMA_DECAY=0.5)
-    averaged = variant("accumulate", row, average=True)._replace(state_dtype="float32")
-    tables.update(averaged)
+    tables.update(spec_of("accumulate", row))
     assert torch.equal(row.ema, 0.5 * row.param.float())
 
 
@@ -157,7 +157,7 @@ def test_gradients_are_set_to_zero_on_the_way(device: torch.device, offset: int)
     grad = Fenced((150,), device=device, misalign=offset)
     grad.tensor.fill_(float("nan"))
     row = Row(place(torch.zeros(150, device=device), offset), grad.tensor)
-    Tables([row], device=device).set_scalars().update(variant("accumulate", row, zero_grad=True))
+    Tables([row], device=device).set_scalars().update(spec_of("accumulate", row, zero_grad=True))
     assert not grad.tensor.any()
     grad.check()
     assert row.param.isnan().all()
@@ -168,7 +168,7 @@ def test_gradients_are_scaled_then_clipped_then_decayed(device: torch.device) ->
     grad = place(torch.tensor([1.0, -8.0, 8.0, 1.0, float("nan")], device=device))
     row = Row(param, grad)
     Tables([row], device=device).set_scalars(GRAD_SCALE=0.5, CLIP=2.0, L2=0.25, DECAY=0.5).update(
-        variant("accumulate", row)
+        spec_of("accumulate", row)
     )
     expected = torch.tensor([0.5 + 0.75, -0.5 - 2.25, 1.0 + 2.5, float("inf"), float("nan")], device=device)
     torch.testing.assert_close(row.param, expected, rtol=0, atol=0, equal_nan=True)
@@ -182,6 +182,6 @@ def test_without_decay_an_infinite_parameter_leaves_its_gradient_finite(device: 
     row = Row(param, place(torch.ones(1, device=device)), (momentum,))
     tables = Tables([row], device=device)
     tables.set_scalars(STEP_SIZE=0.1, MOMENTUM_DECAY=0.9, MOMENTUM_GAIN=1.0, NESTEROV_FLAG=0.0)
-    tables.update(variant("sgd", row))
+    tables.update(spec_of("sgd", row))
     assert momentum.item() == 1
     assert param.isinf().all()

@@ -7,12 +7,12 @@ import inspect
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 # A source location with the calls it was inlined through, innermost first, as the assembly printers comment it:
-#   .loc 2 17 19   // pointwise.py:17:19 @[ pointwise.py:73:63 @[ pointwise.py:139:74 ] ]
+#   .loc 2 17 19   // formats.py:17:19 @[ update.py:73:63 @[ update.py:139:74 ] ]
 LOCATION = re.compile(r"^\s*\.loc\s.*?(?://|;)\s*(.*)")
 FRAME = re.compile(r"([\w.]+):(\d+)(?::\d+)?")
 
@@ -91,6 +91,22 @@ def _access(line: str) -> tuple[bool, int] | None:
     return None
 
 
+def _instructions(assembly: str) -> Iterator[tuple[list[Frame], str]]:
+    """Each instruction with the calls that it was inlined through, innermost first."""
+    frames: list[Frame] = []
+    for line in assembly.splitlines():
+        if location := LOCATION.match(line):
+            found = [Frame(file, int(number)) for file, number in FRAME.findall(location[1])]
+            # Line 0 stands for "merged or made by the compiler": it belongs to where it stands.
+            frames = found if found and found[0].line else frames
+        elif INSTRUCTION.match(line):
+            yield frames, line
+
+
+def _is_in(frames: Sequence[Frame], functions: Sequence[Lines]) -> bool:
+    return bool(frames) and any(function.hold(frames[0]) for function in functions)
+
+
 def accesses_by_path(
     assembly: str, paths: Mapping[str, Lines], table_readers: Sequence[Lines]
 ) -> dict[str, Accesses]:
@@ -107,19 +123,17 @@ def accesses_by_path(
     loads: dict[str, Counter[int]] = {name: Counter() for name in paths}
     stores: dict[str, Counter[int]] = {name: Counter() for name in paths}
     instructions: Counter[str] = Counter()
-    frames: list[Frame] = []
-    for line in assembly.splitlines():
-        if location := LOCATION.match(line):
-            found = [Frame(file, int(number)) for file, number in FRAME.findall(location[1])]
-            # Line 0 stands for "merged or made by the compiler": it belongs to where it stands.
-            frames = found if found and found[0].line else frames
-            continue
-        if not INSTRUCTION.match(line):
-            continue
+    for frames, line in _instructions(assembly):
         for name, path in paths.items():
             if any(map(path.hold, frames)):
                 instructions[name] += 1
                 access = _access(line)
-                if access and not any(reader.hold(frames[0]) for reader in table_readers):
+                if access and not _is_in(frames, table_readers):
                     (stores if access[0] else loads)[name][access[1]] += 1
     return {name: Accesses(dict(loads[name]), dict(stores[name]), instructions[name]) for name in paths}
+
+
+def loads_in(assembly: str, functions: Sequence[Lines]) -> int:
+    """Count the load instructions that stand in some functions, wherever these were inlined."""
+    accesses = (_access(line) for frames, line in _instructions(assembly) if _is_in(frames, functions))
+    return sum(1 for access in accesses if access is not None and not access[0])
