@@ -49,14 +49,9 @@ def refinements(shape: LaunchConfig) -> Iterator[LaunchConfig]:
 
 def describe(config: LaunchConfig) -> str:
     """A configuration in a few words."""
-    parts = [f"{config.chunk}/{config.n_warps}"]
-    if config.n_stages > 1:
-        parts.append(f"{config.n_stages} stages")
-    if config.eviction:
-        parts.append(config.eviction)
-    if config.programs_per_processor:
-        parts.append(f"{config.programs_per_processor} persistent")
-    return " ".join(parts)
+    stages = f"{config.n_stages} stages" if config.n_stages > 1 else ""
+    persistent = f"{config.programs_per_processor} persistent" if config.programs_per_processor else ""
+    return " ".join(filter(None, (f"{config.chunk}/{config.n_warps}", stages, config.eviction, persistent)))
 
 
 def compile_verdict(spec: Spec, config: LaunchConfig, arch: str) -> str | None:
