@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,9 @@ class Contender:
 
     def why_not(self, case: Case, precision: Precision, device: torch.device) -> str | None:
         """Why it is known not to take part in a case; None if it is worth a try."""
-        if self.devices and device.type not in self.devices:
+        # Triton's interpreter, for tests and dry runs, takes tensors of any device.
+        interpreted = self.module == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if self.devices and device.type not in self.devices and not interpreted:
             return f"it works on {' and '.join(self.devices)} only"
         if not self.mixed and precision.state != precision.param:
             return "it keeps moments in the parameter's dtype only"
@@ -191,11 +194,13 @@ def chained(optimizer: torch.optim.Optimizer, workload: Workload) -> Step:
 
 
 def is_flat(workload: Workload) -> str | None:
-    """Whether the parameters lie next to each other, with at most 16 elements of padding after each."""
-    starts = [param.data_ptr() for param in workload.params if param.numel()]
-    span = max(starts, default=0) - min(starts, default=0)
-    needed = sum((param.numel() + 16) * param.element_size() for param in workload.params)
-    return None if span <= needed else "flatten=True had no effect"
+    """Whether the parameters of each group lie next to each other, with at most 16 elements of padding each."""
+    for group in workload.groups:
+        starts = [param.data_ptr() for param in group["params"] if param.numel()]
+        nbytes = sum((param.numel() + 16) * param.element_size() for param in group["params"])
+        if max(starts, default=0) - min(starts, default=0) > nbytes:
+            return "flatten=True had no effect"
+    return None
 
 
 _FLASH = "flashoptim.FlashAdam"

@@ -108,7 +108,7 @@ if [ $dry = yes ]; then device=cpu rounds=2 turns=0.05 flag=(--dry); fi
 stage_a() {
   local large=("1 x 1B" "10000 x 1000") quick=("GPT-2 124M" "chain, GPT-2 124M" "1000 x 1000" "465 groups" "1000 x 16" "1 x 20M")
   local fast=(--contender "torch fused" --contender "torch foreach" --contender "ours triton") files
-  if [ $dry = yes ]; then large=("10 x 16") quick=("1000 x 1"); fi
+  if [ $dry = yes ]; then large=("10 x 16") quick=("10 x 16"); fi
   mapfile -d '' -t large < <(cases "${large[@]}")
   mapfile -d '' -t quick < <(cases "${quick[@]}")
   mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests/torch tests/kernels)
@@ -149,7 +149,7 @@ stage_b() {
   else
     part tune 85 "$python" -m dragon.vm.tune --case large --time-budget 70s
   fi
-  part export 15 "$python" -m dragon.vm.tune --export "$work/tuning.json"
+  part export 25 "$python" -m dragon.vm.tune --export "$work/tuning.json"
 }
 
 say "stage $stage, $(date -u +%Y-%m-%dT%H:%M:%SZ), commit $(git rev-parse --short=12 HEAD 2>/dev/null || echo "${DRAGON_COMMIT:-unknown}")"

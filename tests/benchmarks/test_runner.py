@@ -1,5 +1,6 @@
 """Every contender of a case ends as one record: timed, wrong, or skipped with a reason."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,11 @@ from hypothesis import strategies as st
 
 from benchmarks import environment, runner, timing
 from benchmarks.cases import BF16, FP32, MIXED, PRECISIONS, Case
-from benchmarks.contenders import CONTENDERS, TORCH_FUSED, Contender, foreign
+from benchmarks.contenders import CONTENDERS, TORCH_FUSED, Contender, foreign, is_flat
 from benchmarks.records import FAILED, SKIPPED, TIMED, WRONG, Record
 from benchmarks.runner import COPY, Run, measure
 from benchmarks.timing import Turn
+from benchmarks.workload import Workload, make_origin
 from dragon.vm.measuring.shapes import equal
 
 CPU = torch.device("cpu")
@@ -45,6 +47,7 @@ def test_every_contender_is_right_or_says_why_it_is_absent(case: Case, precision
     timed = {name for name, record in found.items() if record.status == TIMED}
     assert timed >= {COPY, TORCH_FUSED, "torch foreach", "torch for-loop", "ours eager"}
     assert ("ours native" in timed) == (precision != MIXED)
+    assert ("ours triton" in timed) == (os.environ.get("TRITON_INTERPRET") == "1")
     for name in timed - {COPY}:
         record = found[name]
         assert record.note == "a test"
@@ -81,8 +84,19 @@ def test_a_contender_that_is_not_installed_says_so() -> None:
 
 
 def test_an_option_without_effect_is_not_measured() -> None:
-    idle = replace(CONTENDERS["ours eager"], name="idle", verify=CONTENDERS["ours flatten"].verify)
-    assert records_of(FUSED, idle)["idle"].reason == "flatten=True had no effect"
+    idle = replace(CONTENDERS["ours eager"], name="ours idle", verify=lambda workload: "it had no effect")
+    found = records_of(FUSED, idle)["ours idle"]
+    assert (found.status, found.reason) == (FAILED, "it had no effect")
+
+
+@pytest.mark.parametrize(("distance", "flat"), [(40, True), (48, True), (200, False)])
+def test_parameters_are_flat_if_they_lie_next_to_each_other_in_each_group(distance: int, flat: bool) -> None:
+    workload = Workload(make_origin(replace(TINY, shapes=equal(4, 40)), FP32, CPU))
+    buffer = torch.zeros(5000)
+    for i, param in enumerate(workload.params):
+        start = i * distance + (2000 if i >= 2 else 0)
+        param.data = buffer[start : start + 40]
+    assert (is_flat(workload) is None) == flat
 
 
 def test_a_case_that_does_not_fit_is_skipped_by_all() -> None:
