@@ -10,8 +10,3 @@ import triton.language as tl
 def accumulate_update(param, grad, states, scalars, SPEC: tl.constexpr):
     """Add a tile of a gradient to its sum."""
     return param + grad, states
-
-
-@triton.jit
-def accumulate_scalars(group, target, lr, step):
-    """Write nothing: a sum needs only the scalars of every algorithm, and they stay for all later launches."""

@@ -26,13 +26,14 @@ def adam_update(param, grad, states, scalars, SPEC: tl.constexpr):
     exp_avg = scalars[table.BETA1_FACTOR] * states[0] + scalars[table.ONE_MINUS_BETA1] * grad
     exp_avg_sq = scalars[table.BETA2_FACTOR] * states[1] + scalars[table.ONE_MINUS_BETA2] * grad * grad
     largest = exp_avg_sq
-    new_states = (exp_avg, exp_avg_sq)
     if n_states(SPEC) > 2:
         largest = tl.maximum(states[2], exp_avg_sq, tl.PropagateNan.ALL)
-        new_states += (largest,)
     denom = square_root(largest) + scalars[table.DENOM_EPS]
     param = param - scalars[table.STEP_SIZE] * divide(exp_avg, denom)
-    return param, new_states
+    if n_states(SPEC) > 2:
+        return param, (exp_avg, exp_avg_sq, largest)
+    else:
+        return param, (exp_avg, exp_avg_sq)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from dragon.kernels import table
+from dragon.kernels.algorithms import scalars_by
 from dragon.kernels.norm import L2_NORM, NO_NORM, combine_partials
 from dragon.kernels.scalars import hyperparameter, scalar_rows, store_scalar, tensor_hyperparameter
 
@@ -65,16 +66,13 @@ def advance_kernel(
     grad_scale_ptr,  # fp32 [1], gradients are divided by it
     found_inf_ptr,  # fp32 [1], positive to skip the step
     status_ptr,  # float64 [STATUS_COLUMNS], written by the first program
-    SCALARS: tl.constexpr,
+    ALGORITHM: tl.constexpr,
     NORM: tl.constexpr,
     CLIP_EACH: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Advance `ROWS` tensors a program, of any dtype; the grid is ``(cdiv(n_tensors, ROWS),)``.
-
-    `SCALARS` writes what only its algorithm needs; it takes ``(group, target, lr, step)``, see
-    `dragon.kernels.scalars`.
 
     A skipped step, for a positive `found_inf` or a non-finite gradient norm in a group that asks for it, leaves
     the counters alone and clears ACTIVE, at which the update kernel leaves everything alone.
@@ -109,4 +107,4 @@ def advance_kernel(
     target = scalar_rows(scalars_ptr, rows, wide, mask)
     lr = tensor_hyperparameter(group, table.LR, table.LR_SOURCE)
     store_common_scalars(group, target, lr, factor, active)
-    SCALARS(group, target, lr, step.to(tl.float64))
+    scalars_by(group, target, lr, step.to(tl.float64), ALGORITHM)

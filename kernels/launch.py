@@ -6,18 +6,11 @@ from typing import Any
 
 import triton
 
-from dragon.kernels.accumulate import accumulate_scalars, accumulate_update
-from dragon.kernels.adam import adam_scalars, adam_update
 from dragon.kernels.advance import advance_kernel
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.norm import norm_kernel
-from dragon.kernels.sgd import sgd_scalars, sgd_update
 from dragon.kernels.spec import Spec
 from dragon.kernels.update import update_kernel
-
-# What an algorithm is made of: the update of a tile, and the scalars that it needs.
-UPDATES: dict[str, Any] = {"adam": adam_update, "sgd": sgd_update, "accumulate": accumulate_update}
-SCALARS: dict[str, Any] = {"adam": adam_scalars, "sgd": sgd_scalars, "accumulate": accumulate_scalars}
 
 # Whether kernels run in triton's interpreter, which takes tensors of any device.
 INTERPRETED = not isinstance(update_kernel, triton.runtime.JITFunction)
@@ -34,7 +27,6 @@ REDUCTION_THREADS = 128
 def update_constants(spec: Spec, config: LaunchConfig, warp_size: int = 32) -> dict[str, Any]:
     """Compile-time constants of `update_kernel`."""
     return {
-        "UPDATE": UPDATES[spec.algorithm],
         "SPEC": spec,
         "CONFIG": config,
         "WARP_SIZE": warp_size,
@@ -44,7 +36,7 @@ def update_constants(spec: Spec, config: LaunchConfig, warp_size: int = 32) -> d
 def advance_constants(algorithm: str, norm_kind: int, clip_each: bool) -> dict[str, Any]:
     """Compile-time constants of `advance_kernel`: few rows a program where each row sums its own partials."""
     return {
-        "SCALARS": SCALARS[algorithm],
+        "ALGORITHM": algorithm,
         "NORM": norm_kind,
         "CLIP_EACH": clip_each,
         "ROWS": 4 if clip_each else 128,

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from dragon.kernels import table
 from dragon.kernels.formats import dtype_of
-from dragon.kernels.tile import VECTOR_NUMEL
+from dragon.kernels.tile import VECTOR_NUMEL, no_tiles
 
 # Elements of a gradient that make one partial result, and of a tile on the way. They set the order of the
 # additions and with it the last bits of a norm, so they are no subject of tuning.
@@ -68,7 +68,7 @@ def accumulate(total, grad, GRAD_DTYPE: tl.constexpr, NORM: tl.constexpr):
 @triton.jit
 def take_tiles(total, grad_ptr, offsets, end, N_TILES: tl.constexpr, GRAD_DTYPE: tl.constexpr, NORM: tl.constexpr):
     """Take neighbouring tiles into a tile of partial results, in their order; what is past `end` counts as 0."""
-    tiles = ()
+    tiles = no_tiles()
     for i in tl.static_range(N_TILES):
         tiles += (tl.load(grad_ptr + (offsets + i * TILE), mask=offsets + i * TILE < end, other=0.0),)
     for i in tl.static_range(N_TILES):
@@ -100,8 +100,9 @@ def norm_kernel(
         grad_ptr = tl.multiple_of(address.to(tl.pointer_type(dtype_of(GRAD_DTYPE))), 16)
         # Only whole vectors in the loop, so that the mask is constant over a vector and the accesses stay wide.
         whole = tl.multiple_of(end // VECTOR_NUMEL * VECTOR_NUMEL, VECTOR_NUMEL)
-        for start in range(first, whole, TILES_IN_FLIGHT * TILE):
-            total = take_tiles(total, grad_ptr, start + lanes, whole, TILES_IN_FLIGHT, GRAD_DTYPE, NORM)
+        while first < whole:
+            total = take_tiles(total, grad_ptr, first + lanes, whole, TILES_IN_FLIGHT, GRAD_DTYPE, NORM)
+            first += TILES_IN_FLIGHT * TILE
         if whole < end:
             # The rest keeps the lanes that it would have had in the loop, and with them the order of additions.
             rest = whole // TILE * TILE + lanes
@@ -109,8 +110,9 @@ def norm_kernel(
             total = take_tiles(total, grad_ptr, rest, end, 1, GRAD_DTYPE, NORM)
     else:
         grad_ptr = address.to(tl.pointer_type(dtype_of(GRAD_DTYPE)))
-        for start in range(first, end, TILE):
-            total = take_tiles(total, grad_ptr, start + lanes, end, 1, GRAD_DTYPE, NORM)
+        while first < end:
+            total = take_tiles(total, grad_ptr, first + lanes, end, 1, GRAD_DTYPE, NORM)
+            first += TILE
     group = tl.load(row_ptr + table.GROUP)
     factor = tl.abs(tl.load(groups_ptr + group * table.GROUP_COLUMNS + table.GRAD_FACTOR))
     partial_ptr = partials_ptr + tl.load(row_ptr + table.FIRST_PARTIAL) + span

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from dragon.kernels.constant import Constant
+
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(Constant):
     """An algorithm and the storage format of each tensor that it walks.
 
     A format is named as in `dragon.kernels.formats`; that of a plain tensor is its dtype, as in "float32".

@@ -49,24 +49,17 @@ def load_scalars(scalars_ptr, row, SPEC: tl.constexpr, WARP_SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_tensors(tensors_ptr, grads_ptr, row, SPEC: tl.constexpr, WARP_SIZE: tl.constexpr):
-    """The element count of a tensor, and the addresses of what is walked with it.
+def load_tensors(tensors_ptr, grads_ptr, row, WARP_SIZE: tl.constexpr):
+    """The element count of a tensor, and the addresses of parameter, gradient, states and ema.
 
-    Each tensor has a tuple of addresses, one for each part that its format has: parameter, gradient, states, ema.
+    Each of these has a tuple of addresses, one for each part of its format. The compiler drops unused accesses.
     """
     row_ptr = tensors_ptr + row * table.TENSOR_COLUMNS
     param, numel = load_pair(row_ptr + table.PARAM, WARP_SIZE)
     state_0, state_1 = load_pair(row_ptr + table.STATE_0, WARP_SIZE)
     state_2, ema = load_pair(row_ptr + table.STATE_2, WARP_SIZE)
     grad = tl.load(grads_ptr + row)
-    states = ()
-    if n_states(SPEC) > 0:
-        states += ((state_0,),)
-    if n_states(SPEC) > 1:
-        states += ((state_1,),)
-    if n_states(SPEC) > 2:
-        states += ((state_2,),)
-    return numel, ((param,), (grad,), states, (ema,))
+    return numel, ((param,), (grad,), ((state_0,), (state_1,), (state_2,)), (ema,))
 
 
 @triton.jit
@@ -79,6 +72,12 @@ def are_aligned(tensors, SPEC: tl.constexpr):
     if SPEC.average is not None:
         low_bits |= ema[0]
     return (low_bits & 15) == 0
+
+
+@triton.jit
+def no_tiles():
+    """An empty tuple to add tiles to."""
+    return ()
 
 
 @triton.jit

@@ -6,9 +6,18 @@ import triton
 import triton.language as tl
 
 from dragon.kernels import table
+from dragon.kernels.algorithms import update_by
 from dragon.kernels.formats import load_tile, open_parts, store_tile
 from dragon.kernels.spec import average_format, compute_dtype, grad_format, n_states, param_format, state_format
-from dragon.kernels.tile import VECTOR_NUMEL, are_aligned, load_pair, load_scalars, load_tensors, ready_grad
+from dragon.kernels.tile import (
+    VECTOR_NUMEL,
+    are_aligned,
+    load_pair,
+    load_scalars,
+    load_tensors,
+    no_tiles,
+    ready_grad,
+)
 
 
 @triton.jit
@@ -17,7 +26,6 @@ def update_tile(
     scalars,  # in the dtype of the maths, by column
     offsets,  # int64 [n]
     mask,  # int1 [n]
-    UPDATE: tl.constexpr,
     SPEC: tl.constexpr,
     EVICTION: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -28,7 +36,7 @@ def update_tile(
     grad_parts = open_parts(tensors[1], grad_format(SPEC), ALIGNMENT)
     param = load_tile(param_parts, offsets, mask, param_format(SPEC), COMPUTE_DTYPE, EVICTION)
     grad = load_tile(grad_parts, offsets, mask, grad_format(SPEC), COMPUTE_DTYPE, EVICTION)
-    states = ()
+    states = no_tiles()
     for i in tl.static_range(n_states(SPEC)):
         state_parts = open_parts(tensors[2][i], state_format(SPEC, i), ALIGNMENT)
         states += (load_tile(state_parts, offsets, mask, state_format(SPEC, i), COMPUTE_DTYPE, EVICTION),)
@@ -38,7 +46,7 @@ def update_tile(
 
     grad = ready_grad(grad, param, scalars)
     param *= scalars[table.DECAY]
-    param, states = UPDATE(param, grad, states, scalars, SPEC)
+    param, states = update_by(param, grad, states, scalars, SPEC)
 
     param = store_tile(param_parts, offsets, param, mask, param_format(SPEC), EVICTION)
     for i in tl.static_range(n_states(SPEC)):
@@ -58,7 +66,6 @@ def update_chunk(
     tensors_ptr,  # int64 [n_tensors, TENSOR_COLUMNS]
     grads_ptr,  # int64 [n_tensors]
     scalars_ptr,  # float64 [n_tensors, SCALAR_COLUMNS]
-    UPDATE: tl.constexpr,
     SPEC: tl.constexpr,
     CONFIG: tl.constexpr,
     WARP_SIZE: tl.constexpr,
@@ -71,28 +78,31 @@ def update_chunk(
     row = row.to(tl.int64)
     first = index.to(tl.int64) * CHUNK
     scalars = load_scalars(scalars_ptr, row, SPEC, WARP_SIZE)
-    numel, tensors = load_tensors(tensors_ptr, grads_ptr, row, SPEC, WARP_SIZE)
+    numel, tensors = load_tensors(tensors_ptr, grads_ptr, row, WARP_SIZE)
+    end = tl.minimum(first + CHUNK, numel)
     if scalars[table.ACTIVE] != 0:
         if are_aligned(tensors, SPEC):
             # Only whole vectors here, so that the mask is constant over a vector and the accesses stay wide.
-            end = tl.multiple_of(numel // VECTOR_NUMEL * VECTOR_NUMEL, VECTOR_NUMEL)
-            if (first + CHUNK > end) & (end < numel):
-                tail = end + tl.arange(0, VECTOR_NUMEL)
-                update_tile(tensors, scalars, tail, tail < numel, UPDATE, SPEC, EVICTION, 16)
+            whole = tl.multiple_of(numel // VECTOR_NUMEL * VECTOR_NUMEL, VECTOR_NUMEL)
+            if (first + CHUNK > whole) & (whole < numel):
+                tail = whole + tl.arange(0, VECTOR_NUMEL)
+                update_tile(tensors, scalars, tail, tail < numel, SPEC, EVICTION, 16)
             offsets = first + tl.arange(0, CHUNK)
-            update_tile(tensors, scalars, offsets, offsets < end, UPDATE, SPEC, EVICTION, 16)
+            update_tile(tensors, scalars, offsets, offsets < whole, SPEC, EVICTION, 16)
         else:
             # One element a thread and a loop: as one block this path would set the registers of the whole kernel.
-            for start in range(first, tl.minimum(first + CHUNK, numel), N_THREADS):
-                single = start + tl.arange(0, N_THREADS)
-                update_tile(tensors, scalars, single, single < numel, UPDATE, SPEC, EVICTION, 1)
+            while first < end:
+                single = first + tl.arange(0, N_THREADS)
+                update_tile(tensors, scalars, single, single < numel, SPEC, EVICTION, 1)
+                first += N_THREADS
     elif SPEC.zero_grad:
         # A skipped step drops its gradients all the same: what is infinite must not be added to.
         grad_parts = open_parts(tensors[1], grad_format(SPEC), 1)
-        for start in range(first, tl.minimum(first + CHUNK, numel), N_THREADS):
-            single = start + tl.arange(0, N_THREADS)
+        while first < end:
+            single = first + tl.arange(0, N_THREADS)
             zeros = tl.zeros((N_THREADS,), compute_dtype(SPEC))
             store_tile(grad_parts, single, zeros, single < numel, grad_format(SPEC), EVICTION)
+            first += N_THREADS
 
 
 @triton.jit
@@ -101,26 +111,21 @@ def update_kernel(
     tensors_ptr,  # int64 [n_tensors, TENSOR_COLUMNS]
     grads_ptr,  # int64 [n_tensors]
     scalars_ptr,  # float64 [n_tensors, SCALAR_COLUMNS]
-    UPDATE: tl.constexpr,
     SPEC: tl.constexpr,
     CONFIG: tl.constexpr,
     WARP_SIZE: tl.constexpr,
 ):
-    """Apply `UPDATE` to the chunk that this program is given; with a persistent grid, to each that falls to it.
+    """Update the chunk that this program is given; with a persistent grid, each that falls to it.
 
-    The grid is ``(n_chunks,)``, or any if `CONFIG` is persistent. `UPDATE` maps ``(param, grad, states, scalars,
-    SPEC)`` to the new ``(param, states)``: tiles, a tuple of tiles and a tuple of scalars. It is a constant beside
-    `SPEC` because Triton hashes the source of a function that is one, and not that of what a record names.
+    The grid is ``(n_chunks,)``, or any if `CONFIG` is persistent.
     """
     index = tl.program_id(0).to(tl.int64)
     if CONFIG.programs_per_processor > 0:
         n_chunks = tl.load(chunks_ptr)
         while index < n_chunks:
             update_chunk(
-                chunks_ptr + 2 * (index + 1), tensors_ptr, grads_ptr, scalars_ptr, UPDATE, SPEC, CONFIG, WARP_SIZE
+                chunks_ptr + 2 * (index + 1), tensors_ptr, grads_ptr, scalars_ptr, SPEC, CONFIG, WARP_SIZE
             )
             index += tl.num_programs(0)
     else:
-        update_chunk(
-            chunks_ptr + 2 * (index + 1), tensors_ptr, grads_ptr, scalars_ptr, UPDATE, SPEC, CONFIG, WARP_SIZE
-        )
+        update_chunk(chunks_ptr + 2 * (index + 1), tensors_ptr, grads_ptr, scalars_ptr, SPEC, CONFIG, WARP_SIZE)
