@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dragon.vm.testing import AdamState
 
 BACKENDS = ("triton", "native", "eager")
-PACKAGES = ("dragon-vm-torch", "torch", "triton", "numpy", "hypothesis", "typer", "rich", "matplotlib")
+PACKAGES = ("dragon-vm-torch", "torch", "triton", "numpy", "hypothesis", "argcomplete", "rich", "matplotlib")
 
 # Of each backend, in seconds; at least one step is taken.
 SELF_TEST_SECONDS = 1.0

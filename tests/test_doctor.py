@@ -105,10 +105,11 @@ def test_the_chosen_backend_is_told_with_why_no_other_is() -> None:
 
 def test_an_ignored_tuning_file_is_wrong(tuning_folder: Path) -> None:
     assert all(finding.verdict is Verdict.FINE for finding in doctor.tuning_files())
-    (tuning_folder / "x.json").write_text("{")
+    (tuning_folder / "sm_90" / "gpu").mkdir(parents=True)
+    (tuning_folder / "sm_90" / "gpu" / "x.json").write_text("{")
     wrong = [finding for finding in doctor.tuning_files() if finding.verdict is Verdict.WRONG]
     assert len(wrong) == 1
-    assert str(tuning_folder / "x.json") in wrong[0].text
+    assert str(tuning_folder / "sm_90" / "gpu" / "x.json") in wrong[0].text
 
 
 def test_versions_are_told_and_absent_packages_too(monkeypatch: pytest.MonkeyPatch) -> None:
