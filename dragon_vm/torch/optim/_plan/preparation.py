@@ -100,6 +100,9 @@ def prepare(
         together = {id(member.buffer.state.get("step")) for member in joined}
         every = [state for state in recipe.state.values() if isinstance(state, dict)]
         _part_counters([state for state in every if id(state.get("step")) not in together])
+        for param, state in zip(params, states, strict=True):
+            if state:
+                state.update(recipe.state[param])
     for buffer in parted:
         recipe.buffers.remove(buffer)
     entries, chosen_signatures = [], []

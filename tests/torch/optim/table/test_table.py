@@ -6,8 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dragon.vm.torch.optim import _table
-from dragon.vm.torch.optim._table.table import DeviceTable, StagingRing, words_of
+from dragon.vm.torch.optim._table import staging
+from dragon.vm.torch.optim._table.staging import StagingRing
+from dragon.vm.torch.optim._table.table import DeviceTable, packed, words_of
+
+CPU = torch.device("cpu")
 
 words = st.integers(-(2**63), 2**63 - 1)
 sections = st.lists(st.lists(words, max_size=9), min_size=1, max_size=4)
@@ -15,43 +18,70 @@ sections = st.lists(st.lists(words, max_size=9), min_size=1, max_size=4)
 
 @given(sections, st.data())
 def test_a_section_holds_what_was_written_after_the_next_upload(sections, data):
-    table = DeviceTable([array("q", section) for section in sections], torch.device("cpu"))
+    table = DeviceTable({str(i): array("q", section) for i, section in enumerate(sections)}, CPU)
     table.upload()
     expected = [list(section) for section in sections]
     for _ in range(data.draw(st.integers(0, 3))):
         index = data.draw(st.integers(0, len(sections) - 1))
-        size = len(sections[index])
-        if not size:
-            continue
-        width = data.draw(st.integers(1, 3))
-        column = data.draw(st.integers(0, min(width, size) - 1))
-        n_values = len(range(column, size, width))
-        values = data.draw(st.lists(words, min_size=n_values, max_size=n_values))
-        if width == 1:
-            table.write(index, array("q", values))
-        else:
-            table.write_column(index, torch.tensor(values, dtype=torch.int64), column, width)
-        expected[index][column::width] = values
+        # The first words of a section may be written without the others.
+        values = data.draw(st.lists(words, max_size=len(sections[index])))
+        table.write(str(index), array("q", values))
+        expected[index][: len(values)] = values
     table.upload()
     for index, section in enumerate(expected):
-        assert table.section(index, torch.int64).tolist()[: len(section)] == section
-        assert table.section(index, torch.int64).data_ptr() % 16 == 0 or not section
+        assert table.section(str(index)).tolist()[: len(section)] == section
+        assert table.section(str(index)).data_ptr() % 16 == 0 or not section
+
+
+@given(sections, st.data())
+def test_an_upload_copies_all_that_was_written_and_little_else(sections, data):
+    table = DeviceTable({str(i): array("q", section) for i, section in enumerate(sections)}, CPU)
+    table.upload()
+    table.buffer.fill_(-7)
+    chosen = data.draw(st.sampled_from(range(len(sections))))
+    table.write(str(chosen), array("q", sections[chosen]))
+    table.upload()
+    for index, section in enumerate(sections):
+        copied = section if index == chosen else [-7] * len(section)
+        assert table.section(str(index)).tolist()[: len(section)] == copied
 
 
 @given(st.lists(words, min_size=1, max_size=9))
 def test_an_upload_without_a_change_copies_nothing(section):
-    table = DeviceTable([array("q", section)], torch.device("cpu"))
+    table = DeviceTable({"a": array("q", section)}, CPU)
+    assert not table.is_uploaded
     table.upload()
     table.upload()
     assert table.n_uploads == 1
-    table.write(0, array("q", section))
+    assert table.is_uploaded
+    table.write("a", array("q", section))
+    assert not table.is_uploaded
     table.upload()
     assert table.n_uploads == 2
+
+
+@given(st.lists(words, min_size=3, max_size=9))
+def test_a_captured_copy_is_another_section_of_these_words(section):
+    table = DeviceTable({"a": array("q", section), "b": array("q", section)}, CPU)
+    table.upload()
+    copy = table.captured_copy("a", array("q", [5, 6]))
+    assert copy.tolist()[:2] == [5, 6]
+    assert len(copy) == len(table.section("a"))
+    assert table.section("a").tolist()[: len(section)] == section
+    table.write("a", array("q", [1, 2]))
+    table.upload()
+    assert copy.tolist()[:2] == [5, 6]
 
 
 @given(st.lists(st.floats()))
 def test_numbers_are_kept_bit_by_bit(numbers):
     assert words_of(numbers).tobytes() == struct.pack(f"{len(numbers)}d", *numbers)
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 2**31 - 1)] * 2)))
+def test_pairs_are_kept_bit_by_bit(pairs):
+    flat = array("i", [number for pair in pairs for number in pair])
+    assert packed(flat).tobytes() == flat.tobytes()
 
 
 class FakeDevice:
@@ -76,9 +106,9 @@ class FakeDevice:
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.is_capturing)
-        monkeypatch.setattr(StagingRing, "_new_buffer", lambda _, length: torch.empty(length, dtype=torch.int64))
+        monkeypatch.setattr(staging, "_new_buffer", lambda length: torch.empty(length, dtype=torch.int64))
         monkeypatch.setattr(
-            _table, "_copy_to_device", lambda staging, target: self.copies.append((staging, target))
+            staging, "_copy_to_device", lambda buffer, target: self.copies.append((buffer, target))
         )
 
     def run(self):
@@ -112,39 +142,29 @@ def test_a_captured_copy_keeps_its_buffer(fake):
     ring, captured, target = StagingRing(2), [], torch.zeros(2, dtype=torch.int64)
     ring.copy(torch.tensor([1, 1]), target)
     for number in (2, 3):
+        ring.expect_capture(2)
         fake.is_capturing = True
-        ring.copy(torch.tensor([number, number]), target)
+        ring.copy_captured(torch.tensor([number, number]), target)
         captured.append(fake.copies.pop())
         fake.is_capturing = False
     for number in (4, 5, 6):
         ring.copy(torch.tensor([number, number]), target)
         fake.run()
         assert target.tolist() == [number, number]
-    assert [staging.tolist() for staging, _ in captured] == [[2, 2], [3, 3]]
+    assert [buffer.tolist() for buffer, _ in captured] == [[2, 2], [3, 3]]
 
 
 def test_a_buffer_is_ready_before_a_capture(fake, monkeypatch):
     ring, target = StagingRing(2), torch.zeros(2, dtype=torch.int64)
 
-    def refuse(ring, length):
+    def refuse(length):
         raise AssertionError("pinned memory was allocated within a capture")
 
     for _ in range(2):
+        ring.expect_capture(2)
         with monkeypatch.context() as patch:
-            patch.setattr(StagingRing, "_new_buffer", refuse)
+            patch.setattr(staging, "_new_buffer", refuse)
             fake.is_capturing = True
-            ring.copy(torch.tensor([1, 2]), target)
+            ring.copy_captured(torch.tensor([1, 2]), target)
         fake.is_capturing = False
         ring.copy(torch.tensor([3, 4]), target)
-
-
-def test_a_twin_has_the_same_words_elsewhere():
-    table = DeviceTable([array("q", [1, 2]), array("q", [3])], torch.device("cpu"))
-    table.upload()
-    twin = table.twin()
-    twin.write(0, array("q", [7, 8]))
-    twin.upload()
-    table.upload()
-    assert table.section(0, torch.int64).tolist() == [1, 2]
-    assert twin.section(0, torch.int64).tolist() == [7, 8]
-    assert twin.section(1, torch.int64).tolist()[:1] == [3]

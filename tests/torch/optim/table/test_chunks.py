@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dragon.vm.torch.optim._table.chunks import arena_offsets, plan_chunks
+from dragon.vm.torch.optim._table.chunks import n_chunks, plan_chunks
 
 numels = st.lists(st.integers(0, 300), max_size=20)
 
@@ -22,10 +22,14 @@ def test_no_chunk_is_empty(numels, chunk):
     assert all(index * chunk < numels[row] for row, index in zip(flat[0::2], flat[1::2], strict=True))
 
 
-@given(numels, st.sampled_from([1, 2, 4, 8, 16]))
-def test_tensors_lie_in_an_arena_aligned_in_order_and_apart(numels, alignment):
-    *firsts, end = arena_offsets(numels, alignment)
-    assert all(first % alignment == 0 for first in firsts)
-    following = [*firsts[1:], end] if firsts else []
-    for first, numel, after in zip(firsts, numels, following, strict=True):
-        assert first + numel <= after < first + numel + alignment
+@given(numels, st.integers(1, 130))
+def test_a_tensor_has_as_many_chunks_as_it_is_said_to_have(numels, chunk):
+    rows = plan_chunks(numels, chunk)[0::2]
+    assert [rows.count(row) for row in range(len(numels))] == [n_chunks(numel, chunk) for numel in numels]
+
+
+@given(numels, st.integers(1, 130), st.integers(0, 50))
+def test_chunks_name_the_rows_that_their_tensors_have(numels, chunk, first):
+    flat, moved = plan_chunks(numels, chunk), plan_chunks(numels, chunk, range(first, first + len(numels)))
+    assert [row + first for row in flat[0::2]] == list(moved[0::2])
+    assert flat[1::2] == moved[1::2]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dragon.vm.torch.optim._gradients.norms import SquareSum, inf_norms, l2_norms
+from dragon.vm.torch.optim._gradients.norms import SquareSum, as_real, inf_norms, l2_norms
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -51,3 +51,9 @@ def test_complex_gradients_count_both_parts():
     grads = [torch.full((5,), 3 + 4j, dtype=torch.complex64)]
     assert SquareSum(grads)(grads) == 125
     assert l2_norms(grads).item() == pytest.approx(math.sqrt(125))
+
+
+def test_a_complex_tensor_is_seen_as_real_pairs():
+    tensor = torch.tensor([1 + 2j])
+    assert as_real(tensor).tolist() == [[1.0, 2.0]]
+    assert as_real(tensor).data_ptr() == tensor.data_ptr()

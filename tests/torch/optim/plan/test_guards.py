@@ -1,18 +1,16 @@
-"""A prepared step notices whatever is swapped under it: it does what a fresh optimizer would do."""
+"""A plan notices whatever changed under it: the step does what a fresh optimizer would do."""
 
 import copy
-import gc
-import weakref
 from collections import defaultdict
 
 import pytest
 import torch
 
-from dragon.vm.torch.optim import SGD, Adam, _containers, _watch
-from dragon.vm.torch.optim._plain import PlainWatch
-from dragon.vm.torch.optim._watch import HeaderWatch
+from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim._plan import guards
+from dragon.vm.torch.optim._plan.guards import LayoutGuard
 
-from .support import BACKENDS, everything, give_gradients, home, like, parameters, twin
+from ..support import BACKENDS, everything, give_gradients, home, like, parameters, twin
 
 SHAPES = ((4, 4), (4, 4), (5,), (17,))
 
@@ -56,6 +54,23 @@ def transpose_grad_object_at_the_same_address(optimizer, params):
     params[0].grad.data = params[0].grad.data.t()
 
 
+def widen_grad(optimizer, params):
+    params[0].grad_dtype = None
+    params[0].grad = params[0].grad.double()
+
+
+def shift_grad(optimizer, params):
+    params[0].grad = torch.cat([params[0].grad.flatten()] * 2)[1:17].view(4, 4)
+
+
+def negate_grad_at_the_same_address(optimizer, params):
+    params[0].grad = torch._neg_view(params[0].grad)
+
+
+def exchange_grads(optimizer, params):
+    params[0].grad, params[1].grad = params[1].grad, params[0].grad
+
+
 def expand_grad(optimizer, params):
     params[0].grad = torch.full((), 0.5, device=params[0].device).expand(4, 4)
 
@@ -92,6 +107,14 @@ def swap_state_memory(optimizer, params):
     state.data = like(state)
 
 
+def move_all_states_as_optimizer_to_does(optimizer, params):
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                # What `.to(device)` of another device gives.
+                value.data = value.data.clone()
+
+
 def swap_state_memory_for_another_layout(optimizer, params):
     state = optimizer.state[params[0]][state_key(optimizer)]
     state.data = transposed(state)
@@ -100,6 +123,16 @@ def swap_state_memory_for_another_layout(optimizer, params):
 def swap_step_memory(optimizer, params):
     step = optimizer.state[params[0]]["step"]
     step.data = torch.full_like(step, 7)
+
+
+def view_step_as_another_dtype(optimizer, params):
+    step = optimizer.state[params[0]]["step"]
+    step.data = step.data.view(torch.int32)
+
+
+def transpose_state_in_place(optimizer, params):
+    state = optimizer.state[params[0]][state_key(optimizer)]
+    state.data = state.data.t()
 
 
 def swap_step_for_a_number(optimizer, params):
@@ -137,6 +170,34 @@ def empty_entry(optimizer, params):
 def move_param_to_the_other_group(optimizer, params):
     first, second = optimizer.param_groups
     first["params"].append(second["params"].pop(0))
+
+
+def exchange_params_between_groups(optimizer, params):
+    first, second = (group["params"] for group in optimizer.param_groups)
+    first[0], second[0] = second[0], first[0]
+
+
+def take_a_param_away(optimizer, params):
+    optimizer.param_groups[1]["params"].pop()
+
+
+def append_a_param(optimizer, params):
+    new = torch.nn.Parameter(like(params[2]))
+    new.grad = like(params[2].grad)
+    optimizer.param_groups[0]["params"].append(new)
+
+
+def replace_a_param(optimizer, params):
+    new = torch.nn.Parameter(like(params[2]))
+    new.grad = like(params[2].grad)
+    optimizer.param_groups[1]["params"][0] = new
+
+
+def load_another_state_dict(optimizer, params):
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state[state_key(optimizer)] *= 2
+    optimizer.load_state_dict(saved)
 
 
 def remove_group(optimizer, params):
@@ -188,17 +249,19 @@ def state_key(optimizer):
 
 COMMON = [
     swap_param_memory, swap_param_memory_among_two, transpose_param_in_place, widen_param, swap_grad_object,
+    widen_grad, shift_grad, negate_grad_at_the_same_address, exchange_grads, move_all_states_as_optimizer_to_does,
+    exchange_params_between_groups, take_a_param_away, append_a_param, replace_a_param, load_another_state_dict,
     swap_grad_memory, transpose_grad_at_the_same_address, transpose_grad_object_at_the_same_address, expand_grad,
     drop_grad, swap_state_tensor, swap_state_tensor_for_another_layout, swap_all_states_for_another_dtype,
     exchange_owners_of_states, swap_state_memory, swap_state_memory_for_another_layout,
-    swap_step_memory, swap_step_for_a_number, fill_step, clear_state, replace_state, replace_state_by_copies,
+    swap_step_for_a_number, clear_state, transpose_state_in_place, replace_state, replace_state_by_copies,
     replace_entry, delete_entry, empty_entry, move_param_to_the_other_group, remove_group, insert_group,
     swap_groups, exchange_params_of_groups, replace_group_and_change_the_old_one, add_group, make_lr_a_tensor,
     setting(lr=0.5), setting(weight_decay=0.1), setting(maximize=True), setting(clip_value=0.1),
     setting(clip_norm=0.1), setting(ema_decay=0.9), setting(capturable=True),
 ]  # fmt: skip
 ADAMS = [
-    setting(betas=(0.5, 0.5)), setting(eps=0.1), setting(amsgrad=True), setting(decoupled_weight_decay=True),
+    swap_step_memory, fill_step, view_step_as_another_dtype, setting(betas=(0.5, 0.5)), setting(eps=0.1), setting(amsgrad=True), setting(decoupled_weight_decay=True),
     setting(epsilon_hat=False),
 ]  # fmt: skip
 SGDS = [setting(momentum=0), setting(dampening=0.5), setting(nesterov=True), setting(momentum=0.5)]
@@ -238,21 +301,91 @@ def outcome(optimizer):
     return error, everything(optimizer)
 
 
-@pytest.mark.parametrize("watch", [HeaderWatch, PlainWatch])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("algorithm", "change"), CASES, ids=lambda value: value.__name__)
-def test_a_change_has_the_effect_that_it_has_on_a_fresh_optimizer(algorithm, change, backend, watch, monkeypatch):
-    if watch is PlainWatch:
-        monkeypatch.setattr(_watch, "header_map", lambda: None)
-        monkeypatch.setattr(_containers, "container_map", lambda: None)
+def check_change(algorithm, change, backend):
     optimizer, params = warm(algorithm, backend)
-    premises = optimizer._prepared.latest()[-1]._premises
-    assert type(premises._watch) is watch
-    for containers in (premises._all_states, optimizer._numbers._watched[1]):
-        assert bool(containers._words) is (_containers.container_map() is not None)
+    assert optimizer._plans.latest()[-1]._guard is not None
     change(optimizer, params)
     fresh = twin(optimizer)
     assert outcome(optimizer) == outcome(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("algorithm", "change"), CASES, ids=lambda value: value.__name__)
+def test_a_change_has_the_effect_that_it_has_on_a_fresh_optimizer(algorithm, change, backend):
+    check_change(algorithm, change, backend)
+
+
+class NoTensorGuards:
+    """PyTorch's guards as they are under a dispatch mode: they hold for no tensor."""
+
+    def __init__(self, *tensors, **sizes):
+        pass
+
+    def check(self, *tensors):
+        return False
+
+
+@pytest.mark.parametrize(("algorithm", "change"), CASES, ids=lambda value: value.__name__)
+def test_public_calls_notice_what_pytorchs_guards_notice(algorithm, change, monkeypatch):
+    monkeypatch.setattr(guards, "TensorGuards", NoTensorGuards)
+    check_change(algorithm, change, "native")
+
+
+def replace_by_view(state, key, dtype):
+    state[key] = state[key].view(dtype)
+
+
+def view_in_place(state, key, dtype):
+    state[key].data = state[key].data.view(dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", [replace_by_view, view_in_place])
+def test_a_state_of_another_dtype_at_the_same_address_is_noticed(change, backend):
+    params = parameters(SHAPES, torch.bfloat16, home(backend))
+    optimizer = Adam(params, backend=backend)
+    give_gradients(params, 0)
+    optimizer.step()
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    address = state["exp_avg"].data_ptr()
+    change(state, "exp_avg", torch.float16)
+    assert state["exp_avg"].data_ptr() == address
+    fresh = twin(optimizer)
+    assert outcome(optimizer) == outcome(fresh)
+
+
+def alike():
+    return torch.arange(6.0).view(2, 3)
+
+
+OTHERS = {
+    "shape": lambda t: t.view(3, 2),
+    "strides": lambda t: t.as_strided((2, 3), (1, 2)),
+    "dtype": lambda t: t.view(torch.int32),
+    "negative": torch._neg_view,
+    "conjugate": lambda t: torch.zeros(2, 3, dtype=torch.complex64).conj(),
+    "device": lambda t: t.to("meta"),
+    "layout": lambda t: t.to_sparse(),
+    "type": lambda t: torch.nn.Parameter(t),
+    "nothing": lambda t: None,
+    "a number": lambda t: 0.5,
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("with_torch", [True, False], ids=["PyTorch's guards", "public calls"])
+def test_a_layout_guard_holds_for_tensors_laid_out_alike_only(what, with_torch, monkeypatch):
+    if not with_torch:
+        monkeypatch.setattr(guards, "TensorGuards", NoTensorGuards)
+    tensors = [alike(), alike()]
+    guard = LayoutGuard(tensors)
+    assert guard.check([alike(), tensors[0]])
+    try:
+        holds = guard.check([tensors[0], OTHERS[what](tensors[1])])
+    except (TypeError, AttributeError, RuntimeError):
+        holds = False
+    assert not holds
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -348,21 +481,3 @@ def test_equal_copies_of_groups_and_states_are_followed():
     optimizer.step()
     assert torch.equal(params[0], before[0])
     assert (params[1] - before[1]).abs().max() > 1
-
-
-def test_a_parameter_that_was_taken_away_is_not_held():
-    (param,) = parameters([(8,)])
-    optimizer = Adam([param], backend="native")
-    for n in range(8):
-        give_gradients(optimizer.param_groups[0]["params"], n)
-        if n == 4:
-            optimizer.param_groups[0]["params"] = parameters([(8,)])
-            give_gradients(optimizer.param_groups[0]["params"], n)
-            del optimizer.state[param]
-            dead = weakref.ref(param)
-            del param
-        if n >= 4:
-            optimizer.param_groups[0]["lr"] *= 0.9
-        optimizer.step()
-    gc.collect()
-    assert dead() is None

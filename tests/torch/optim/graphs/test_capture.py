@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from dragon.vm.torch.optim import Adam, _capture
+from dragon.vm.torch.optim import Adam
 
-from .judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots
+from ..judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots
 
 TEXTS = {
     "sums": "uses sums from before the capture",
@@ -17,7 +17,7 @@ TEXTS = {
     "no gradients": "without gradients cannot be captured",
     "native": "backend='native' cannot be captured",
     "eager": "backend='eager' cannot be captured",
-    "cpu": "parameters are on the CPU",
+    "cpu": "a step cannot be captured that decides on the host",
 }
 
 
@@ -38,8 +38,8 @@ def test_what_a_replay_could_not_repeat_is_refused_with_a_reason(
         optimizer.param_groups[0]["betas"] = (torch.tensor(0.9), torch.tensor(0.99))
     if what == "no gradients":
         optimizer.zero_grad(set_to_none=True)
-    monkeypatch.setattr(_capture.torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(_capture.torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=TEXTS[what]):
         optimizer.step()
     assert same_bits(snapshots(optimizer), before)

@@ -3,13 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.testing import DENSE_LAYOUTS, GRADIENT_LAYOUTS, GradientCase, tensor_cases
-from dragon.vm.torch.optim._groups.layout import (
-    as_real,
-    in_layout_of,
-    is_dense,
-    overlapping_pair,
-    same_walk,
-)
+from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense, overlapping_pair, same_walk
 
 views = st.builds(
     lambda shape, strides, offset: torch.zeros(200).as_strided(shape, strides[: len(shape)], offset),
@@ -62,9 +56,3 @@ def test_elements_of_two_dtypes_that_share_a_byte_are_found():
     whole = torch.zeros(4)
     assert overlapping_pair([whole[:2], whole.view(torch.bfloat16)[3:]]) == (0, 1)
     assert overlapping_pair([whole[:2], whole.view(torch.bfloat16)[4:]]) is None
-
-
-def test_a_complex_tensor_is_seen_as_real_pairs():
-    tensor = torch.tensor([1 + 2j])
-    assert as_real(tensor).tolist() == [[1.0, 2.0]]
-    assert as_real(tensor).data_ptr() == tensor.data_ptr()

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import SGD, Adam
-from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 
 SHAPES = [(3, 5), (17,), (), (0,), (1100,), (4, 4), (16,)]
 BACKENDS = ["native", "triton", "eager"]
@@ -53,9 +52,7 @@ def same(left, right, backend="triton"):
 
 def n_joined(optimizer):
     """Entries that the latest step updates, joined ones counted once."""
-    prepared = list(optimizer._prepared.latest())[-1]
-    members = [*prepared._hosted, *(member for device in prepared._launched for member in device.members)]
-    return sum(len(member.group.params) for member in members)
+    return len(optimizer._plans.latest()[-1]._walked)
 
 
 HISTORIES = st.lists(
@@ -90,21 +87,54 @@ def test_flat_buffers_change_no_result(backend, history, amsgrad, epsilon_hat):
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
-def test_neighbours_with_gradients_become_one_entry(backend):
+def test_a_buffer_is_one_entry_until_a_step_of_some_splits_it_for_good(backend):
     params = [torch.nn.Parameter(torch.randn(10)) for _ in range(20)]
     optimizer = Adam(params, backend=backend, flatten=True)
-    for param in params:
-        param.grad = torch.randn(10)
-    optimizer.step()
-    assert n_joined(optimizer) == 1
+    for _ in range(2):
+        give_grads(params, 0, [True] * 20, in_place=False)
+        optimizer.step()
+        assert n_joined(optimizer) == 1
     params[7].grad = None
     optimizer.step()
-    assert n_joined(optimizer) == 2
-    # Counts differ now on both sides of the one that was left out.
-    params[7].grad = torch.randn(10)
+    assert n_joined(optimizer) == 19
+    for _ in range(2):
+        params[7].grad = torch.randn(10)
+        optimizer.step()
+        assert n_joined(optimizer) == 20
+    assert [float(optimizer.state[p]["step"]) for p in params] == [5.0] * 7 + [4.0] + [5.0] * 12
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_first_step_of_some_splits_a_buffer_too(backend):
+    params = [torch.nn.Parameter(torch.randn(10)) for _ in range(3)]
+    optimizer = Adam(params, backend=backend, flatten=True)
+    for present in ([True, False, True], [True] * 3):
+        give_grads(params, 0, present, in_place=False)
+        optimizer.step()
+        assert n_joined(optimizer) == sum(present)
+    assert [float(optimizer.state[p]["step"]) for p in params] == [2.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_tensor_has_a_storage_of_its_own_all_the_same(backend):
+    params = parameters()
+    optimizer = Adam(params, backend=backend, flatten=True)
+    give_grads(params, 0, [True] * len(params), in_place=False)
     optimizer.step()
-    assert n_joined(optimizer) == 3
-    assert [float(optimizer.state[p]["step"]) for p in params] == [3.0] * 7 + [2.0] + [3.0] * 12
+    for param in params:
+        for tensor in (param, *optimizer.state[param].values()):
+            assert tensor.storage_offset() == 0
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_shared_memory_is_refused_with_the_reason():
+    params = [torch.nn.Parameter(torch.randn(4)) for _ in range(2)]
+    params[1].share_memory_()
+    before = [param.data_ptr() for param in params]
+    with pytest.raises(ValueError, match=r"flatten=True .* one of shape \(4,\) is in shared memory"):
+        Adam(params, flatten=True)
+    assert [param.data_ptr() for param in params] == before
+    assert params[1].is_shared()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,26 +151,21 @@ def test_a_swapped_parameter_is_the_one_that_is_updated(backend):
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
-def test_a_count_that_somebody_changes_counts_for_its_parameter_alone(backend):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_parameters_of_a_buffer_share_a_count_until_one_gets_its_own(backend, in_place):
     params = [torch.nn.Parameter(torch.randn(10)) for _ in range(4)]
     optimizer = Adam(params, backend=backend, flatten=True)
     for step in range(3):
         for param in params:
             param.grad = torch.ones(10)
-        if step == 2:
+        if step == 2 and in_place:
             optimizer.state[params[1]]["step"].fill_(7)
+        elif step == 2:
+            optimizer.state[params[1]]["step"] = torch.tensor(7.0)
         optimizer.step()
-    assert [float(optimizer.state[param]["step"]) for param in params] == [3.0, 8.0, 3.0, 3.0]
-
-
-def test_zero_grad_is_one_memset_while_the_gradients_are_in_the_buffer(monkeypatch):
-    params = parameters()
-    optimizer = Adam(params, flatten=True)
-    give_grads(params, 0, [True] * len(params), in_place=False)
-    optimizer.step()
-    monkeypatch.setattr(torch, "_foreach_zero_", lambda grads: pytest.fail(f"{len(grads)} gradients zeroed apart"))
-    optimizer.zero_grad()
-    assert all(not param.grad.any() for param in params)
+    counts = [float(optimizer.state[param]["step"]) for param in params]
+    assert counts == ([8.0] * 4 if in_place else [3.0, 8.0, 3.0, 3.0])
+    assert n_joined(optimizer) == (1 if in_place else 4)
 
 
 def test_saving_one_parameter_does_not_drag_the_buffer_along():
@@ -221,15 +246,6 @@ def test_a_nan_does_not_stay_in_the_padding_between_joined_gradients(backend):
         numel = sum(param.numel() for param in params)
         norm = math.sqrt(numel) if expected is None else expected
         assert float(optimizer.grad_norm) == pytest.approx(norm, nan_ok=True)
-
-
-def test_gradients_on_another_device_than_the_buffer_stay_where_they_are():
-    buffer = FlatBuffer([torch.nn.Parameter(torch.ones(5))])
-    # A parameter that was moved away, as far as one can be without a second device.
-    param = buffer.params[0] = torch.nn.Parameter(torch.ones(5, device="meta"))
-    param.grad = grad = torch.ones(5, device="meta")
-    buffer.gather()
-    assert param.grad is grad
 
 
 def test_an_empty_parameter_does_not_hold_the_buffer():
