@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._distributed.shards import local, placed_like
+from dragon.vm.torch.optim._distributed.placement import placed_like
+from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
 from dragon.vm.torch.optim._groups.states import State, missing_states
 from dragon.vm.torch.optim._options import Settings, complete

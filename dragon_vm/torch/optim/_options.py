@@ -31,6 +31,7 @@ class Settings(NamedTuple):
     state_dtype: torch.dtype | None = None
     backend: str | None = None
     flatten: bool = False
+    process_group: Any = None
 
 
 def given(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class Adam(Optimizer, torch.optim.Adam):
         state_dtype: dtype of the state tensors; None for the parameter's.
         backend: "triton", "native", "eager", or None to choose.
         flatten: move parameters, gradients and states into flat buffers.
+        process_group: processes that hold other parts of the model than meshes say, over which norms and decisions
+            to skip are summed; for FSDP1, ZeroRedundancyOptimizer, pipeline stages and tensor parallelism by hand.
 
     Raises:
         TypeError, ValueError, RuntimeError: as PyTorch; for an option out of range, one that names it.
@@ -84,6 +86,7 @@ class Adam(Optimizer, torch.optim.Adam):
         state_dtype: torch.dtype | None = None,
         backend: str | None = None,
         flatten: bool = False,
+        process_group: Any = None,
     ) -> None:
         Optimizer.__init__(self, params, given(locals()))
 
@@ -135,6 +138,7 @@ class AdamW(Adam, torch.optim.AdamW):
         state_dtype: torch.dtype | None = None,
         backend: str | None = None,
         flatten: bool = False,
+        process_group: Any = None,
     ) -> None:
         if not decoupled_weight_decay:
             raise ValueError("decoupled_weight_decay must be True for AdamW; Adam takes False")
@@ -145,3 +149,8 @@ class AdamW(Adam, torch.optim.AdamW):
         super().__setstate__(state)
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True
+
+
+if Adam.__doc__ and AdamW.__doc__:
+    # `help` shows the arguments of both.
+    AdamW.__doc__ += "\n" + Adam.__doc__[Adam.__doc__.index("    Args:") :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -17,20 +18,25 @@ from dragon.vm.torch.optim._accumulate import GradientSums
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._averages import exchange, restore
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
-from dragon.vm.torch.optim._distributed.shards import everywhere, local
+from dragon.vm.torch.optim._distributed.hidden import check_norms, split_by_fsdp1
+from dragon.vm.torch.optim._distributed.placement import placed_like
+from dragon.vm.torch.optim._distributed.shards import is_distributed, local
 from dragon.vm.torch.optim._gradients.scaling import Scaling
+from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm, make_reductions
 from dragon.vm.torch.optim._gradients.zeroing import zero_all
 from dragon.vm.torch.optim._graphs.capture import check_capture, is_capturing
 from dragon.vm.torch.optim._graphs.live import make_live
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer, make_buffers
-from dragon.vm.torch.optim._groups.checks import check_memory, check_param, has_memory, label
+from dragon.vm.torch.optim._groups.checks import check_memory, check_param, has_memory, labels
 from dragon.vm.torch.optim._groups.eligibility import check_backend
-from dragon.vm.torch.optim._groups.members import read_members
-from dragon.vm.torch.optim._options import Settings, check_common, complete, own_tensors, read_settings
+from dragon.vm.torch.optim._groups.members import MemberReader
+from dragon.vm.torch.optim._options import Settings, check_common, complete, needs_norm, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.cache import PlanCache
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
 from dragon.vm.torch.optim._plan.recipe import Recipe
 from dragon.vm.torch.tensor_type import Tensor as DragonTensor
+
+_PLAIN = torch.zeros(())
 
 
 class Optimizer(CheckpointedOptimizer):
@@ -56,7 +62,8 @@ class Optimizer(CheckpointedOptimizer):
         # By name: between this class and PyTorch's there is another of PyTorch's, for `isinstance`.
         torch.optim.Optimizer.__init__(self, params, options)
         self._step_supports_amp_scaling = bool(options["fused"])
-        self._check_memory()
+        self._check_memory(self.param_groups)
+        self._check_sharding()
         self._is_built = True
         self._make_buffers(self.param_groups)
 
@@ -68,14 +75,35 @@ class Optimizer(CheckpointedOptimizer):
         self._devices: dict[torch.device, Any] = {}
         self._sums = GradientSums()
         self._originals: dict[Tensor, Tensor] = {}
-        self._n_skipped = 0
+        self._members = MemberReader()
+        # Sums over processes, and the parameters that they are for, by id.
+        self._reductions: tuple[list[int], bool, Reductions | None] | None = None
+        self._n_skipped: int | Tensor = 0
         self._grad_norm: Tensor | None = None
 
-    def _check_memory(self) -> None:
-        """Check that no two trained parameters share memory; what trains later is checked at its first step."""
-        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        params = [param for param in trained if has_memory(local(param))]
-        check_memory(list(map(local, params)), lambda position: label(self.param_groups, params[position]))
+    def _check_memory(self, groups: list[dict[str, Any]]) -> None:
+        """Check that no two trained parameters share memory; with others they are compared at their first step."""
+        params = list(chain.from_iterable(group["params"] for group in groups))
+        trained = [i for i, param in enumerate(params) if param.requires_grad and has_memory(local(param))]
+        check_memory([local(params[i]) for i in trained], lambda: [labels(groups)[i] for i in trained])
+
+    def _check_sharding(self) -> None:
+        """Check that norms will be those of whole gradients, and that no buffer takes memory from its owner."""
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        settings = self._settings
+        totals = {"max_grad_norm": settings.max_grad_norm, "skip_nonfinite": settings.skip_nonfinite}
+        each = max((group.get("clip_norm", 0.0) for group in self.param_groups), default=0.0)
+        check_norms(
+            params,
+            settings.process_group,
+            total=next((f"{name}={value}" for name, value in totals.items() if value), None),
+            per_tensor=f"clip_norm={each}" if each else None,
+        )
+        if settings.flatten and (any(map(is_distributed, params)) or any(split_by_fsdp1(params))):
+            raise ValueError(
+                "flatten=True moves parameters, but these are distributed: their owner goes on gathering the "
+                "memory that they were moved away from. Leave flatten=False"
+            )
 
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
         if self._settings.flatten:
@@ -100,7 +128,8 @@ class Optimizer(CheckpointedOptimizer):
             self._settle_group(group)
             own_tensors(group, self.param_groups[:-1])
             if self._is_built:
-                self._check_memory()
+                self._check_memory([group])
+                self._check_sharding()
                 self._make_buffers([group])
         except BaseException:
             self.param_groups.pop()
@@ -187,25 +216,35 @@ class Optimizer(CheckpointedOptimizer):
             self._hyperparameters = self._new_hyperparameters()
         values = self._hyperparameters
         values.read(groups)
-        members = read_members(groups)
-        groups = values.groups
-        grads = members.gradients()
+        members = self._members.read(groups)
+        groups, grads = values.groups, members.grads
         summed = bool(self._sums)
         if summed:
             grads = self._sums.added_to(members.params, grads)
         if is_capturing():
             has_grads = any(grad is not None for grad in grads)
             check_capture(type(self).__name__, groups, settings.backend, has_grads, self._sums.are_outside)
+        scaling = Scaling(getattr(self, "grad_scale", None), _number(getattr(self, "found_inf", None)))
+        reductions = self._find_reductions(members.params, groups, scaling)
         recipe = Recipe(
-            type(self).__name__, self._algorithm, settings, groups, self.state, self._buffers, self._devices
+            type(self).__name__,
+            self._algorithm,
+            settings,
+            groups,
+            self.state,
+            self._buffers,
+            self._devices,
+            reductions,
+            len(members.params),
         )
-        key = (zero_grad and not summed, summed, values.structure, *members.lengths)
+        key = (zero_grad and not summed, summed, values.structure, reductions is not None, *members.lengths)
         found = self._plans.find(recipe, members, grads, key, zero_grad and not summed)
         if found is None:
+            if reductions is not None:
+                self._take_part(reductions, scaling, groups)
             return
         if is_capturing():
             self._plans.capture(found.plan, settings)
-        scaling = Scaling(getattr(self, "grad_scale", None), everywhere(getattr(self, "found_inf", None)))
         outcome = found.plan.run(recipe, found.params, found.tensors, values.version, scaling, are_own=not summed)
         self._grad_norm = outcome.grad_norm
         self._n_skipped += outcome.n_skipped
@@ -214,6 +253,37 @@ class Optimizer(CheckpointedOptimizer):
             if zero_grad:
                 # The step read the sums: the gradients that came after them are apart.
                 zero_all([local(param.grad) for param in members.params if param.grad is not None])
+
+    def _find_reductions(
+        self, params: list[Tensor], groups: list[dict[str, Any]], scaling: Scaling
+    ) -> Reductions | None:
+        """The sums over processes that a step needs; None if it needs none, or no other process takes part."""
+        clips_each = any(group["clip_norm"] for group in groups)
+        if not (needs_norm(self._settings) or clips_each or scaling.found_inf is not None):
+            return None
+        if self._settings.process_group is None and not self._members.are_distributed:
+            return None
+        ids = list(map(id, params))
+        if self._reductions is None or self._reductions[:2] != (ids, clips_each):
+            self._reductions = ids, clips_each, make_reductions(params, self._settings.process_group, clips_each)
+        return self._reductions[2]
+
+    def _take_part(self, reductions: Reductions, scaling: Scaling, groups: list[dict[str, Any]]) -> None:
+        """Take part in the sums of a step for which this process has no gradient."""
+        settings = self._settings
+        shared = SharedNorm(reductions, [], len(self._reductions[0]) if self._reductions else 0)
+        device = next((local(p).device for group in groups for p in group["params"]), torch.device("cpu"))
+        none = torch.zeros(0, dtype=torch.float64, device=device)
+        if any(group["clip_norm"] for group in groups):
+            shared.each(none, scaling.found_inf, skip_nonfinite=settings.skip_nonfinite)
+            return
+        largest = settings.norm_type == math.inf
+        total, flag = shared.total(none, scaling.found_inf, largest=largest)
+        scale = 1.0 if scaling.grad_scale is None else scaling.grad_scale.double().to(device).reshape(())
+        norm = (total if largest else total.sqrt()).reshape(()) / scale
+        self._grad_norm = norm if needs_norm(settings) else None
+        skipped = (flag > 0).reshape(()) | (torch.isfinite(norm).logical_not() & settings.skip_nonfinite)
+        self._n_skipped = self._n_skipped + skipped.long()
 
     @torch.no_grad()
     @_disable_dynamo
@@ -272,7 +342,7 @@ class Optimizer(CheckpointedOptimizer):
     @property
     def n_skipped_steps(self) -> int:
         """Steps skipped so far for infinite or NaN gradients. Reading it waits for the device."""
-        return self._n_skipped + sum(int(context.status[0]) for context in self._devices.values())
+        return int(self._n_skipped) + sum(int(context.status[0]) for context in self._devices.values())
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -316,6 +386,14 @@ class Optimizer(CheckpointedOptimizer):
         make_live(self.param_groups, self._publish)
         if is_copy:
             self._make_buffers(self.param_groups)
+
+
+def _number(found_inf: Any) -> Tensor | None:
+    """A finding of a `GradScaler` that holds for all processes; None for the 0 that stands for no gradient."""
+    if not isinstance(found_inf, Tensor):
+        return None
+    whole: Tensor = placed_like(_PLAIN, found_inf) if is_distributed(found_inf) else found_inf
+    return whole
 
 
 def _is_dragon(param: Tensor) -> bool:

@@ -29,7 +29,7 @@ class SGD(Optimizer, torch.optim.SGD):
         nesterov: use Nesterov's momentum.
         maximize, foreach, capturable, differentiable, fused: see `Adam`.
         grad_scale, clip_norm, clip_value, ema_decay: see `Adam`.
-        max_grad_norm, norm_type, skip_nonfinite, state_dtype, backend, flatten: see `Adam`.
+        max_grad_norm, norm_type, skip_nonfinite, state_dtype, backend, flatten, process_group: see `Adam`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as PyTorch; for an option out of range, one that names it.
@@ -61,6 +61,7 @@ class SGD(Optimizer, torch.optim.SGD):
         state_dtype: torch.dtype | None = None,
         backend: str | None = None,
         flatten: bool = False,
+        process_group: Any = None,
     ) -> None:
         Optimizer.__init__(self, params, given(locals()))
 

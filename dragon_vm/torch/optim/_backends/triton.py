@@ -17,8 +17,10 @@ from dragon.kernels.spec import Spec
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.configs import config_for
 from dragon.vm.torch.optim._backends.context import DeviceContext
+from dragon.vm.torch.optim._backends.process_sums import AdvanceTables, ProcessSums
 from dragon.vm.torch.optim._backends.selection import picker
 from dragon.vm.torch.optim._gradients.scaling import Scaling
+from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
 from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup, Signature
 from dragon.vm.torch.optim._options import Settings, needs_norm
@@ -94,7 +96,8 @@ class TritonDevice:
             dtype: plan_chunks([numels[row] for row in chosen], _SPAN, chosen)
             for dtype, chosen in by_dtype.items()
         }
-        self._n_partials = sum(n_chunks(numel, _SPAN) for numel in numels)
+        self._n_spans = [n_chunks(numel, _SPAN) for numel in numels]
+        self._n_partials = sum(self._n_spans)
         sections = {
             # These change from step to step; one copy takes them all.
             "groups": array("q", bytes(8 * n_groups * int(table.GROUP_COLUMNS))),
@@ -122,6 +125,7 @@ class TritonDevice:
         self._grads = self._table.section("grads")
         self._tensors, self._counts = self._table.section("tensors"), self._table.section("counts")
         self._groups, self._sources = self._table.section("groups", torch.float64), self._table.section("sources")
+        self._sums: ProcessSums | None = None
         self._stream = context.stream()
         self._captured_grads: list[Tensor] = []
         # Rows of the groups in the table, and what they were written for.
@@ -144,6 +148,7 @@ class TritonDevice:
         version: int,
         settings: Settings,
         scaling: Scaling,
+        shared: SharedNorm | None = None,
     ) -> None:
         """Update all tensors.
 
@@ -154,6 +159,7 @@ class TritonDevice:
             version: of the hyperparameters; a new one after each change.
             settings: options that decide about norms and skipping.
             scaling: a `GradScaler`'s.
+            shared: sums over the processes that share the gradients; None if there are no others.
         """
         context = self._context
         if (version, settings) != self._version:
@@ -171,7 +177,12 @@ class TritonDevice:
             kind = int(norm.INF_NORM if infinite else norm.L2_NORM)
         scaling = Scaling(*(None if t is None else t.to(context.device, non_blocking=True) for t in scaling))
         own = list(self._pick_own(addresses))
-        context.launch(lambda: self._launch(own, kind, scaling), in_order=self._is_live)
+        if shared is not None and not kind and scaling.found_inf is not None:
+            # All processes skip the step that one must skip.
+            kind = int(norm.L2_NORM)
+        context.launch(
+            lambda: self._launch(own, kind, scaling, shared, settings.skip_nonfinite), in_order=self._is_live
+        )
 
     def accumulate(self, group: FlattenedGroup, addresses: list[int]) -> None:
         """Add gradients at these addresses to the sums of a group like that of the last call."""
@@ -186,11 +197,20 @@ class TritonDevice:
             kind = int(norm.NO_NORM)
         self._context.launch(lambda: self._launch(addresses, kind, Scaling()), in_order=False)
 
-    def _launch(self, addresses: list[int], kind: int | None, scaling: Scaling) -> None:
+    def _launch(
+        self,
+        addresses: list[int],
+        kind: int | None,
+        scaling: Scaling,
+        shared: SharedNorm | None = None,
+        skip_nonfinite: bool = False,
+    ) -> None:
         context = self._context
         grads = self._place(addresses)
         if kind is not None:
             partials = context.partials(self._n_partials if kind else 0)
+            found_inf = context.zero if scaling.found_inf is None else scaling.found_inf
+            read = AdvanceTables(self._counts, self._tensors, partials, found_inf)
             if kind:
                 for reduction in self._reductions:
                     launch.launch_norm(
@@ -204,19 +224,30 @@ class TritonDevice:
                         partials,
                         warp_size=context.warp_size,
                     )
+            if kind and shared is not None:
+                if self._sums is None:
+                    self._sums = ProcessSums(self._n_spans, self._tensors)
+                read = self._sums.take(
+                    shared,
+                    partials,
+                    kind,
+                    scaling.found_inf,
+                    clip_each=self._clip_each,
+                    skip_nonfinite=skip_nonfinite,
+                )
             launch.launch_advance(
                 self._algorithm,
                 kind,
                 self._clip_each,
                 self._n_tensors,
-                self._counts,
-                self._tensors,
+                read.counts,
+                read.tensors,
                 self._groups,
                 self._sources,
                 self._scalars,
-                partials,
+                read.partials,
                 context.one if scaling.grad_scale is None else scaling.grad_scale,
-                context.zero if scaling.found_inf is None else scaling.found_inf,
+                read.found_inf,
                 self._status,
                 warp_size=context.warp_size,
             )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._gradients.norms import SquareSum, inf_norms, l2_norms
+from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
 from dragon.vm.torch.optim._options import Settings, needs_norm
 
 # `torch.nn.utils.clip_grad_norm_` divides by the norm plus this.
@@ -65,6 +66,7 @@ def gradient_factors(
     settings: Settings,
     scaling: Scaling,
     measure: Callable[[], float],
+    shared: SharedNorm | None = None,
 ) -> Factors:
     """Decide by what each gradient is multiplied, and whether the step is skipped.
 
@@ -75,26 +77,54 @@ def gradient_factors(
         settings: the optimizer's.
         scaling: a `GradScaler`'s; read here, which synchronises on an accelerator.
         measure: returns the norm of all gradients together, see `TotalNorm`.
+        shared: sums over the processes that share the gradients; None if there are no others.
     """
+    limits = [float(group["clip_norm"]) for group in groups]
     skip = scaling.found_inf is not None and float(scaling.found_inf) > 0
     scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
     # A scale that underflowed to 0 leaves nothing finite, as a division by it would.
     common = 1.0 / scale if scale else math.inf
-    norm = None
+    norm, norms = None, None
+    if shared is not None:
+        norms, total, skip = _shared_norms(grads, group_index, groups, settings, scaling, shared)
+    elif needs_norm(settings) and not skip:
+        total = measure()
     if needs_norm(settings) and not skip:
-        total = measure() * common
+        total *= common
         norm = torch.tensor(total, dtype=torch.float64, device="cpu")
         skip = settings.skip_nonfinite and not math.isfinite(total)
         common *= _clip_factor(total, settings.max_grad_norm, CLIP_EPS)
-    limits = [float(group["clip_norm"]) for group in groups]
     each: list[float] = []
     if any(limits) and not skip:
-        norms = l2_norms(grads).tolist()
+        if norms is None:
+            norms = l2_norms(grads).tolist()
         each = [
             _clip_factor(norm_of * abs(group_factor(groups[index]) * common), limits[index], 0.0)
             for norm_of, index in zip(norms, group_index, strict=True)
         ]
     return Factors(skip, common, each, norm)
+
+
+def _shared_norms(
+    grads: Sequence[Tensor],
+    group_index: Sequence[int],
+    groups: Sequence[dict[str, Any]],
+    settings: Settings,
+    scaling: Scaling,
+    shared: SharedNorm,
+) -> tuple[list[float] | None, float, bool]:
+    """Norms over all processes, of each gradient if some group clips them so and of all, and whether to skip."""
+    numbers = [abs(group_factor(groups[index])) for index in group_index]
+    factors = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    if any(group["clip_norm"] for group in groups):
+        squares = l2_norms(grads).square() if grads else factors
+        whole, flag = shared.each(squares, scaling.found_inf, skip_nonfinite=settings.skip_nonfinite)
+        norms = whole.sqrt()
+        return norms.tolist(), float(torch.linalg.vector_norm(norms * factors)), float(flag) > 0
+    largest = settings.norm_type == math.inf
+    measured = (inf_norms if largest else l2_norms)(grads) * factors if grads else factors
+    total, flag = shared.total(measured if largest else measured.square(), scaling.found_inf, largest=largest)
+    return None, float(total if largest else total.sqrt()), float(flag) > 0
 
 
 class TotalNorm:

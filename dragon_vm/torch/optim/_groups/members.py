@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dragon.vm.torch.optim._distributed.placement import GradientPlacements
 from dragon.vm.torch.optim._distributed.shards import is_distributed_type, locals_of
 
 _params_of = itemgetter("params")
@@ -19,34 +20,51 @@ _has_own_memory: dict[type, bool] = {}
 
 
 class Members(NamedTuple):
-    """All parameters of an optimizer.
+    """All parameters of an optimizer, and their gradients.
 
     Attributes:
         params: parameters in the order of the groups.
         lengths: number of parameters of each group.
         shards: for each parameter the tensor that this process updates; the very list if none is distributed.
+        grads: for each its gradient, or this process's shard of it, ready for use; None where it is missing.
     """
 
     params: list[Tensor]
     lengths: list[int]
     shards: list[Tensor]
+    grads: list[Any]
 
     def group_index(self) -> list[int]:
         """For each parameter, the index of its group."""
         return list(chain.from_iterable(map(repeat, range(len(self.lengths)), self.lengths)))
 
-    def gradients(self) -> list[Any]:
-        """For each parameter its gradient, or this process's shard of it; None where it is missing."""
-        grads = list(map(_grad_of, self.params))
-        return grads if self.shards is self.params else locals_of(grads)
 
+class MemberReader:
+    """Reads the members of an optimizer from its groups. It keeps the types of parameters, and no parameter.
 
-def read_members(groups: Sequence[dict[str, Any]]) -> Members:
-    """Gather the parameters from the groups; nothing is kept from earlier steps."""
-    lists = list(map(_params_of, groups))
-    params = list(chain.from_iterable(lists))
-    are_distributed = any(map(is_distributed_type, set(map(type, params))))
-    return Members(params, list(map(len, lists)), locals_of(params) if are_distributed else params)
+    Attributes:
+        are_distributed: whether some parameter was distributed at the last reading.
+    """
+
+    def __init__(self) -> None:
+        self._types: list[type] = []
+        self._placements = GradientPlacements([])
+        self.are_distributed = False
+
+    def read(self, groups: Sequence[dict[str, Any]]) -> Members:
+        """Gather parameters and gradients.
+
+        Raises:
+            ValueError: for a gradient that is distributed otherwise than its parameter can be.
+        """
+        lists = list(map(_params_of, groups))
+        params = list(chain.from_iterable(lists))
+        types = list(map(type, params))
+        if types != self._types:
+            self._types, self._placements = types, GradientPlacements(params)
+            self.are_distributed = any(map(is_distributed_type, set(types)))
+        grads = list(self._placements.shards(params, list(map(_grad_of, params))))
+        return Members(params, list(map(len, lists)), locals_of(params) if self.are_distributed else params, grads)
 
 
 def has_own_memory(kind: type) -> bool:

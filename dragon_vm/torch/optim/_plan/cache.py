@@ -85,8 +85,9 @@ class PlanCache:
                     "take one before the capture, as PyTorch's notes on CUDA graphs do"
                 )
             indices = list(compress(members.group_index(), present))
+            among_all = list(compress(range(len(present)), present))
             plan, tensors = outside_inference_mode(
-                lambda: self._prepare(recipe, params, shards, grads, indices, zero_grad)
+                lambda: self._prepare(recipe, zero_grad, params, shards, grads, indices, among_all)
             )
         # The last one used stands at the end.
         self._latest.pop(key, None)
@@ -95,17 +96,9 @@ class PlanCache:
             self._latest.pop(next(iter(self._latest)))
         return Found(plan, params, tensors)
 
-    def _prepare(
-        self,
-        recipe: Recipe,
-        params: list[Tensor],
-        shards: list[Tensor],
-        grads: list[Tensor],
-        group_index: list[int],
-        zero_grad: bool,
-    ) -> tuple[StepPlan, Gathered]:
+    def _prepare(self, recipe: Recipe, zero_grad: bool, *tensors: Any) -> tuple[StepPlan, Gathered]:
         n_buffers = len(recipe.buffers)
-        prepared = prepare(recipe, params, shards, grads, group_index)
+        prepared = prepare(recipe, *tensors)
         if len(recipe.buffers) < n_buffers:
             # Joined parameters count as one: those that have parted count each for itself in all plans.
             self._latest.clear()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local, local_state
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
-from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, check_state, has_memory, label
+from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, check_state, has_memory, labels
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State, flatten_groups
 from dragon.vm.torch.optim._groups.layout import is_dense, same_walk
@@ -45,6 +45,7 @@ class Prepared(NamedTuple):
         flattened: entries that share a launch; positions from ``len(params)`` on are those of `joined`.
         joined: flat buffers.
         strays: positions of gradients that must be copied into their parameters' layout.
+        among_all: positions of the parameters among all of the optimizer.
         are_distributed: whether some parameter is distributed.
         are_opaque: whether some tensor has no memory of its own, so that nothing can be guarded.
     """
@@ -57,12 +58,18 @@ class Prepared(NamedTuple):
     flattened: list[FlattenedGroup]
     joined: list[Joined]
     strays: list[int]
+    among_all: list[int]
     are_distributed: bool
     are_opaque: bool
 
 
 def prepare(
-    recipe: Recipe, params: list[Tensor], shards: list[Tensor], grads: list[Tensor], group_index: list[int]
+    recipe: Recipe,
+    params: list[Tensor],
+    shards: list[Tensor],
+    grads: list[Tensor],
+    group_index: list[int],
+    among_all: list[int],
 ) -> Prepared:
     """Prepare a step.
 
@@ -72,13 +79,16 @@ def prepare(
         shards: for each the tensor that this process updates.
         grads: their gradients, likewise.
         group_index: index of each one's parameter group.
+        among_all: positions of the parameters among all of the optimizer.
 
     Raises:
         RuntimeError, ValueError: for gradients or parameters that cannot be updated. Nothing has changed then.
     """
     check_grads(shards, grads, recipe.owner)
     solid = [i for i, (shard, grad) in enumerate(zip(shards, grads, strict=True)) if _has_memory(shard, grad)]
-    check_memory([shards[i] for i in solid], lambda position: label(recipe.groups, params[solid[position]]))
+    check_memory(
+        [shards[i] for i in solid], lambda: [labels(recipe.groups)[among_all[position]] for position in solid]
+    )
     states, signatures = _with_states(recipe, params, shards, grads, group_index)
     joined, parted = _joined(recipe, params, shards, grads, group_index, states, signatures)
     inside = {position for member in joined for position in member.positions}
@@ -115,6 +125,7 @@ def prepare(
         flatten_groups(entries, chosen_signatures),
         joined,
         strays,
+        among_all,
         any(map(is_distributed, params)),
         len(solid) < len(params),
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._gradients.shared_norm import Reductions
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._options import Settings
 
@@ -24,6 +25,8 @@ class Recipe(NamedTuple):
         state: states by parameter.
         buffers: flat buffers; a plan takes out those whose parameters part for good.
         devices: by device, what kernels share from plan to plan.
+        reductions: sums over the processes that share the model; None if there are no others or nobody asks.
+        n_params: number of all parameters.
     """
 
     owner: str
@@ -33,6 +36,8 @@ class Recipe(NamedTuple):
     state: MutableMapping[Any, Any]
     buffers: list[FlatBuffer]
     devices: dict[torch.device, Any]
+    reductions: Reductions | None = None
+    n_params: int = 0
 
 
 class Outcome(NamedTuple):

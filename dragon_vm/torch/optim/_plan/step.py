@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from dragon.vm.torch.optim._backends.eager import EagerGroup
 from dragon.vm.torch.optim._backends.native import NativeGroup
 from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, TotalNorm, gradient_factors
+from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
 from dragon.vm.torch.optim._gradients.zeroing import apart, detach_all, zero_all
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
@@ -63,12 +63,16 @@ class StepPlan:
         on_devices = [group for group in flattened if group.signature.backend == "triton"]
         self._walked = [entry.position for group in (*hosts, *on_devices) for entry in group.entries]
         self._total_norm: TotalNorm | None = None
+        self._shared: SharedNorm | None = None
+        if recipe.reductions:
+            first_of = [*prepared.among_all, *(prepared.among_all[j.positions[0]] for j in prepared.joined)]
+            self._shared = SharedNorm(recipe.reductions, [first_of[i] for i in self._walked], recipe.n_params)
         self._guard: Guard | None = None
         if not prepared.are_opaque:
             states = self._states.read(recipe.state, prepared.params)
             assert states is not None
             # The last write makes the plan valid.
-            self._guard = Guard(prepared.grads, prepared.shards, *_guarded(states))
+            self._guard = Guard(prepared.grads, prepared.shards, states)
 
     def gather(
         self, state: Mapping[Any, Any], params: list[Tensor], shards: list[Tensor], grads: list[Any]
@@ -87,7 +91,7 @@ class StepPlan:
             states = self._states.read(state, params)
             if states is None:
                 return None
-            addresses = self._guard.check(grads, shards, *_guarded(states))
+            addresses = self._guard.check(grads, shards, states)
         except (KeyError, TypeError, AttributeError, IndexError):
             # Something is no tensor any more, or is not there.
             return None
@@ -131,7 +135,8 @@ class StepPlan:
             are_zero &= not outcome.n_skipped
         else:
             for device in self._devices:
-                device.update(ready.addresses, recipe.groups, recipe.algorithm, version, settings, scaling)
+                values = recipe.groups, recipe.algorithm, version
+                device.update(ready.addresses, *values, settings, scaling, self._shared)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(params)
@@ -215,7 +220,7 @@ class StepPlan:
                     self._total_norm = TotalNorm(walked, indices)
                 return self._total_norm.measure(walked, groups, settings.norm_type)
 
-            factors = gradient_factors(walked, indices, groups, settings, scaling, measure)
+            factors = gradient_factors(walked, indices, groups, settings, scaling, measure, self._shared)
             if factors.each:
                 each = [1.0] * len(index_of)
                 for position, factor in zip(self._walked, factors.each, strict=True):
@@ -236,12 +241,6 @@ class StepPlan:
             without = settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
             device.update(tensors.addresses, groups, recipe.algorithm, version, without, decided)
         return Outcome(factors.norm)
-
-
-def _guarded(states: Mapping[str, list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """All state tensors, and the step counters apart."""
-    columns = (column for key, column in states.items() if key != "step")
-    return list(chain.from_iterable(columns)), states.get("step", [])
 
 
 def _divisor(factor: float) -> Tensor:

@@ -1,0 +1,102 @@
+"""Sharding that a tensor does not show: parameters that look whole, but of which others hold other parts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dragon.vm.torch.optim._distributed.owners import instances
+from dragon.vm.torch.optim._distributed.shards import is_distributed
+
+_REMEDY = "give process_group"
+
+
+def hidden_sharding(params: Sequence[Tensor]) -> str | None:
+    """Tell whether plain parameters are known to be parts of a model that other processes hold the rest of.
+
+    It is asked while the optimizer is constructed: ZeroRedundancyOptimizer is found on the call stack. Sharding by
+    hand, tensor parallelism with plain tensors and pipeline stages cannot be seen.
+
+    Args:
+        params: the parameters of the optimizer.
+
+    Returns:
+        The reason and the remedy, in the form of the end of an error text; None if nothing was found.
+    """
+    if any(split_by_fsdp1(params)):
+        return (
+            "FullyShardedDataParallel splits the parameters, and this process sees its own part alone: "
+            f"{_REMEDY}=model.process_group, or use clip_grad_norm_ of the model"
+        )
+    if _is_built_by_zero():
+        return (
+            "ZeroRedundancyOptimizer gives each process some of the parameters: "
+            f"{_REMEDY} by optimizer_class=functools.partial(AdamW, process_group=...), "
+            "or use torch.nn.utils.clip_grad_norm_ before the step"
+        )
+    return None
+
+
+def check_norms(
+    params: Sequence[Tensor], process_group: Any, *, total: str | None, per_tensor: str | None
+) -> None:
+    """Check at construction that norms are those of whole gradients.
+
+    Args:
+        params: the parameters of the optimizer.
+        process_group: as the user gave it.
+        total: the option that needs all gradients and its value, as "max_grad_norm=1.0"; None if there is none.
+        per_tensor: the option that needs each gradient whole and its value; None if there is none.
+
+    Raises:
+        ValueError: for sharding that was found and no `process_group`. With a group and `per_tensor`, for plain
+            parameters of which nobody knows whether they are parts.
+    """
+    reason = hidden_sharding(params) if process_group is None and (total or per_tensor) else None
+    if total and reason:
+        raise ValueError(f"{total} needs whole gradients, but {reason}")
+    split = split_by_fsdp1(params) if per_tensor else []
+    if process_group is None and any(split):
+        raise ValueError(f"{per_tensor} needs whole gradients, but {reason}")
+    if per_tensor and process_group is not None and process_group.size() > 1:
+        unknown = [
+            p for p, is_split in zip(params, split, strict=True) if is_split is None and not is_distributed(p)
+        ]
+        if unknown:
+            raise ValueError(
+                f"{per_tensor} with process_group needs DTensor or FSDP1 parameters, but got a plain one of shape "
+                f"{tuple(unknown[0].shape)}: leave process_group out if each process has whole tensors"
+            )
+
+
+def split_by_fsdp1(params: Sequence[Tensor]) -> list[bool | None]:
+    """Tell for each parameter whether FSDP1 keeps other parts of it on other processes.
+
+    With one process or NO_SHARD it does not. None stands for a parameter that FSDP1 does not manage.
+    """
+    flattened = [bool(getattr(param, "_fsdp_flattened", False)) for param in params]
+    if not any(flattened):
+        return [None] * len(params)
+    sharded: dict[int, bool] = {}
+    for handle in instances("torch.distributed.fsdp._flat_param", "FlatParamHandle"):
+        flat = handle.flat_param
+        for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
+            sharded[id(param)] = handle.uses_sharded_strategy
+    # A flattened parameter without a handle belongs to a model that is gone: it may well be a part.
+    return [sharded.get(id(param), True) if flag else None for flag, param in zip(flattened, params, strict=True)]
+
+
+def _is_built_by_zero() -> bool:
+    """Whether ZeroRedundancyOptimizer is constructing an optimizer on this thread."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe() if module is not None else None
+    while frame is not None and module is not None:
+        if frame.f_code.co_name == "_init_local_optimizer":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, module.ZeroRedundancyOptimizer):
+                return bool(owner.process_group.size() > 1)
+        frame = frame.f_back
+    return False

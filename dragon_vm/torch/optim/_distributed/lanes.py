@@ -1,0 +1,132 @@
+"""Which process groups a parameter's squares are summed over, and how often they are counted there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dragon.vm.torch.optim._distributed.hidden import split_by_fsdp1
+from dragon.vm.torch.optim._distributed.shards import is_distributed
+
+
+class Lane(NamedTuple):
+    """A sum over the processes of one mesh or process group.
+
+    Attributes:
+        groups: sum over each of them in turn; together they cover the processes.
+        share: part of this sum that each process adds to the sum over `process_group`.
+        takes_all: whether this is the sum over `process_group`, to which the others are added.
+    """
+
+    groups: tuple[Any, ...]
+    share: float = 1.0
+    takes_all: bool = False
+
+
+class Lanes(NamedTuple):
+    """The sums of a set of parameters.
+
+    Attributes:
+        lanes: in an order that all processes share, those over `process_group` last.
+        lane_index: for each parameter, its position in `lanes`; -1 for a sum that is this process's alone.
+        weights: for each parameter, one over the number of processes of its lane that count the same elements.
+    """
+
+    lanes: tuple[Lane, ...]
+    lane_index: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -> Lanes:
+    """Arrange parameters by the processes that share them.
+
+    Elements are counted once. A `DTensor` is replicated where its placements say so. A plain parameter is
+    replicated within the largest mesh. Within `process_group` a plain parameter is distinct on each process.
+    Where FSDP1 manages some parameters, those that it does not split are replicated there.
+
+    Args:
+        params: all parameters of the optimizer, with a gradient or not.
+        process_group: processes that hold distinct parts of the model beyond what meshes say, or None.
+        per_tensor: for the sum of each tensor alone. `process_group` then counts for tensors that FSDP1 splits.
+
+    Raises:
+        ValueError: for a parameter that is `Partial`, and for a process that is not in `process_group`.
+    """
+    members = _ranks_of_group(process_group)
+    found: dict[tuple[int, ...], Any] = {}
+    keys: list[tuple[int, ...]] = []
+    weights: list[float] = []
+    split = split_by_fsdp1(params) if members else [None] * len(params)
+    has_fsdp1 = any(is_split is not None for is_split in split)
+    for param, is_split in zip(params, split, strict=True):
+        ranks = _ranks_of_mesh(param)
+        weight = 1.0 / _replication(param)
+        if not ranks and members and (is_split or not per_tensor):
+            ranks, weight = members, 1.0 / len(members) if has_fsdp1 and not is_split else 1.0
+        elif ranks and members and not per_tensor and set(ranks) <= set(members):
+            ranks = members
+        if ranks and ranks != members:
+            found.setdefault(ranks, param)
+        keys.append(ranks)
+        weights.append(weight)
+    lanes = [_mesh_lane(param, members) for param in found.values()]
+    order = list(found)
+    if members:
+        lanes.append(Lane((process_group,), takes_all=not per_tensor))
+        order.append(members)
+    elif order and not per_tensor:
+        keys, weights = _joined(keys, weights, max(order, key=len))
+    index = {ranks: position for position, ranks in enumerate(order)}
+    return Lanes(tuple(lanes), tuple(index.get(key, -1) for key in keys), tuple(weights))
+
+
+def _joined(
+    keys: list[tuple[int, ...]], weights: list[float], largest: tuple[int, ...]
+) -> tuple[list[tuple[int, ...]], list[float]]:
+    """Count plain parameters within the largest mesh, so that all its processes agree."""
+    shared = [weight if key else 1.0 / len(largest) for key, weight in zip(keys, weights, strict=True)]
+    return [key or largest for key in keys], shared
+
+
+def _mesh_lane(param: Any, members: tuple[int, ...]) -> Lane:
+    mesh = param.device_mesh
+    n_shared = len(set(members).intersection(_ranks_of_mesh(param)))
+    share = 1.0 / max(1, n_shared)
+    world: Any = dist.group.WORLD
+    is_world = mesh.ndim > 1 and mesh.size() == dist.get_world_size()
+    if is_world and mesh.device_type in {device.type for device in world._device_types}:
+        return Lane((world,), share)
+    return Lane(tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1), share)
+
+
+def _ranks_of_mesh(param: Any) -> tuple[int, ...]:
+    """The ranks of a parameter's mesh; none for a plain parameter and a mesh of one process."""
+    if not is_distributed(param) or param.device_mesh.size() == 1:
+        return ()
+    return tuple(sorted(param.device_mesh.mesh.flatten().tolist()))
+
+
+def _ranks_of_group(group: Any) -> tuple[int, ...]:
+    """The ranks of a process group; none for None and a group of one process."""
+    if group is None:
+        return ()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group must contain this process, but it got a group of others")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, but got {group!r}")
+    ranks = dist.get_process_group_ranks(group)
+    return tuple(sorted(ranks)) if len(ranks) > 1 else ()
+
+
+def _replication(param: Any) -> int:
+    """How many processes of a parameter's mesh hold the same elements."""
+    if not is_distributed(param):
+        return 1
+    if any(placement.is_partial() for placement in param.placements):
+        raise ValueError(f"a parameter must be sharded or replicated, but its placements are {param.placements}")
+    mesh = param.device_mesh
+    return prod(mesh.size(dim) for dim, placement in enumerate(param.placements) if placement.is_replicate())

@@ -1,0 +1,165 @@
+"""Gradients and states in the placement of their parameters.
+
+A gradient that is `Partial` is a summand of the gradient. A pending one may not have been written yet. Both are
+made whole here, before anything reads them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import compress, repeat
+from operator import attrgetter, is_, is_not
+from typing import Any
+
+from torch import Tensor
+
+from dragon.vm.torch.optim._distributed.shards import Shards, is_distributed, is_pending, local, ready
+
+_SPEC = attrgetter("_spec")
+_LOCAL = attrgetter("_local_tensor")
+
+
+def ready_grad(param: Any, grad: Any) -> Any:
+    """A gradient that lies as its parameter does, ready for use; the very gradient if it does already.
+
+    A gradient with other placements is redistributed: all processes of its mesh must come here together.
+
+    Raises:
+        ValueError: for a distributed gradient of a plain parameter or the reverse, and for one on another mesh.
+    """
+    if is_distributed(param) != is_distributed(grad):
+        raise ValueError(
+            f"a parameter is {_described(param)}, but its gradient is {_described(grad)}: "
+            "both must be DTensors or neither"
+        )
+    if not is_distributed(param):
+        return ready(grad)
+    if grad.device_mesh != param.device_mesh:
+        raise ValueError(f"a parameter is on {param.device_mesh}, but its gradient on {grad.device_mesh}")
+    if grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return _with_ready_shard(grad)
+
+
+def placed_like(target: Any, value: Any) -> Any:
+    """A value in the placement of a target: cut into shards, made whole, or redistributed.
+
+    All processes of the meshes must come here together. A value that is whole must be equal on all of them.
+
+    Args:
+        target: a state or parameter.
+        value: a tensor of the same global shape.
+
+    Returns:
+        The very value if it lies as the target does.
+    """
+    value = _with_ready_shard(value)
+    if not is_distributed(target):
+        return ready(value.full_tensor()) if is_distributed(value) else value
+    if is_distributed(value):
+        if value.device_mesh == target.device_mesh:
+            if value.placements == target.placements:
+                return value
+            return _with_ready_shard(value.redistribute(placements=target.placements))
+        value = ready(value.full_tensor())
+    module: Any = sys.modules["torch.distributed.tensor"]
+    # Every process cuts its shard out of its own copy: nothing is sent.
+    placed = module.distribute_tensor(
+        value.to(target.device_mesh.device_type), target.device_mesh, target.placements, src_data_rank=None
+    )
+    return placed.to(target.device)
+
+
+class GradientPlacements:
+    """Returns the shards of gradients, in the placements of certain parameters.
+
+    In the steady state gradients come with the specs of the last step, the very objects. Each pass over the
+    gradients is then in C: one for types, one for specs, one for shards and one for the types of shards. A process
+    that has not imported `DTensor` pays for none.
+
+    Args:
+        params: parameters, in the order in which the gradients come later. None of them is kept.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._shards = Shards(params)
+        # Specs hold meshes and placements, not tensors.
+        self._specs = list(map(_SPEC, self._shards.distributed(params)))
+        # Those with gradients at the last step at which some had none, and their placements.
+        self._part: tuple[bytes, GradientPlacements] | None = None
+
+    def shards(self, params: Sequence[Tensor], grads: Sequence[Any]) -> Sequence[Any]:
+        """The shard of each gradient, ready for use; the very sequence if all are plain and ready.
+
+        Args:
+            params: the parameters of the construction.
+            grads: a gradient or None for each. One that lies otherwise is redistributed into a new tensor.
+
+        Raises:
+            ValueError: as `ready_grad`.
+        """
+        present = bytes(map(is_not, grads, repeat(None)))
+        if not all(present):
+            return self._some(params, grads, present)
+        if self._are_expected(grads):
+            return self._shards.of(grads)
+        prepared = [ready_grad(param, grad) for param, grad in zip(params, grads, strict=True)]
+        if all(map(is_, prepared, grads)):
+            self._specs = list(map(_SPEC, self._shards.distributed(grads)))
+        return self._shards.of(prepared)
+
+    def _some(self, params: Sequence[Tensor], grads: Sequence[Any], present: bytes) -> list[Any]:
+        chosen = list(compress(params, present))
+        if self._part is None or self._part[0] != present:
+            self._part = present, GradientPlacements(chosen)
+        found = self._part[1].shards(chosen, list(compress(grads, present)))
+        shards: list[Any] = [None] * len(grads)
+        for position, shard in zip(compress(range(len(grads)), present), found, strict=True):
+            shards[position] = shard
+        return shards
+
+    def _are_expected(self, grads: Sequence[Any]) -> bool:
+        """Whether nothing is pending, and gradients are distributed as they were at the last step."""
+        wrappers = _wrappers()
+        if not wrappers:
+            return True
+        if not wrappers.isdisjoint(map(type, self._shards.plain(grads))):
+            return False
+        if not self._shards:
+            return True
+        distributed = self._shards.distributed(grads)
+        try:
+            specs = list(map(_SPEC, distributed))
+            pending = not wrappers.isdisjoint(map(type, map(_LOCAL, distributed)))
+        except AttributeError:  # a plain gradient
+            return False
+        # Lists of the same objects are compared in C; equal objects by Python calls, this once.
+        if pending or specs != self._specs:
+            return False
+        self._specs = specs
+        return True
+
+
+def _wrappers() -> set[type]:
+    """The types of distributed and of pending tensors, as far as they are imported."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    collectives = sys.modules.get("torch.distributed._functional_collectives")
+    found = getattr(tensors, "DTensor", None), getattr(collectives, "AsyncCollectiveTensor", None)
+    return set(filter(None, found))
+
+
+def _with_ready_shard(tensor: Any) -> Any:
+    """A tensor whose shard no collective still fills; the very tensor if that holds."""
+    if not is_distributed(tensor):
+        return ready(tensor)
+    if not is_pending(tensor._local_tensor):
+        return tensor
+    module: Any = sys.modules["torch.distributed.tensor"]
+    return module.DTensor(local(tensor), tensor._spec, requires_grad=False)
+
+
+def _described(tensor: Any) -> str:
+    if is_distributed(tensor):
+        return f"a DTensor with placements {tuple(tensor.placements)}"
+    return f"a plain tensor of shape {tuple(tensor.shape)}"

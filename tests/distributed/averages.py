@@ -1,0 +1,48 @@
+"""Scenarios: parameters exchanged with their exponential moving averages under a wrapper."""
+
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.func import functional_call
+
+from .factories import make, params_of, whole
+from .training import EVEN, names
+from .wrappers import WRAPPERS, EvenNet, Net, backward, batch
+
+TOLERANCE = 1e-5
+
+
+def swapped(kind: str, name: str) -> None:
+    """An evaluation inside sees the averages, one outside and the next step the weights."""
+    wrapped = WRAPPERS[kind]()
+    optimizer = make(name, wrapped.groups, ema_decay=0.5)
+    alone = EvenNet() if kind in EVEN else Net()
+    x = batch(99)
+
+    def check(values: dict[str, Any]) -> None:
+        with torch.no_grad():
+            found = wrapped.model(x)
+        expected = functional_call(alone, values, (x,))
+        assert torch.allclose(found, expected, atol=TOLERANCE), float((found - expected).abs().max())
+
+    for step in range(3):
+        backward(wrapped, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        weights = dict(zip(names(wrapped), map(whole, params_of(optimizer)), strict=True))
+        averages = {
+            key: whole(optimizer.state[p]["ema"]) for key, p in zip(weights, params_of(optimizer), strict=True)
+        }
+        if step:
+            assert max(float((weights[key] - averages[key]).abs().max()) for key in weights) > 100 * TOLERANCE
+        # FSDP2 keeps the parameters of its root whole after this.
+        check(weights)
+        with optimizer.swap_ema():
+            check(averages)
+            full = get_model_state_dict(wrapped.model, options=StateDictOptions(full_state_dict=True))
+            for key, value in full.items():
+                assert torch.equal(value, averages[key]), key
+        check(weights)
+        after = dict(zip(weights, map(whole, params_of(optimizer)), strict=True))
+        assert all(torch.equal(weights[key], after[key]) for key in weights)

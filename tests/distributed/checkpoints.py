@@ -1,0 +1,161 @@
+"""Scenarios: states that are saved, copied, resharded, and passed on to PyTorch's optimizer and back."""
+
+import copy
+import io
+import os
+import signal
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from .factories import largest_difference, make, params_of, whole
+from .wrappers import WRAPPERS, Wrapped, backward
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def built(kind: str, name: str, **options: Any) -> tuple[Wrapped, Any]:
+    wrapped = WRAPPERS[kind]()
+    return wrapped, make(name, wrapped.groups, **options)
+
+
+def train(wrapped: Wrapped, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        # All processes have the same batch, so that their number does not change the run.
+        backward(wrapped._replace(replica=0), step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def weights(wrapped: Wrapped) -> list[torch.Tensor]:
+    return [whole(param) for param in wrapped.model.parameters()]
+
+
+def saved_and_copied(kind: str, name: str) -> list[float]:
+    """How far runs are from the uninterrupted one that go on from a saved dict, and from a deep copy."""
+    wrapped, optimizer = built(kind, name)
+    train(wrapped, optimizer, range(2))
+    copied = copy.deepcopy(optimizer)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    before = [param.detach().clone() for param in params_of(optimizer)]
+    train(wrapped, optimizer, range(2, 4))
+    expected = weights(wrapped)
+    file.seek(0)
+    resumed = make(name, wrapped.groups)
+    resumed.load_state_dict(torch.load(file, weights_only=False))
+    found = []
+    for each in (resumed, copied):
+        with torch.no_grad():
+            for param, value, mine in zip(params_of(optimizer), before, params_of(each), strict=True):
+                param.copy_(value)
+                if mine is not param:
+                    assert torch.equal(whole(mine), whole(value))
+        if each is resumed:
+            train(wrapped, each, range(2, 4))
+            found.append(largest_difference(weights(wrapped), expected))
+    states = [[whole(value) for value in state.values()] for state in copied.state.values()]
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=False)["state"].values()
+    found.append(
+        max(largest_difference(a, [whole(v) for v in b.values()]) for a, b in zip(states, saved, strict=True))
+    )
+    return found
+
+
+def dicts(wrapped: Wrapped, optimizer: Any, is_flat: bool) -> dict[str, Any]:
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    return {
+        "model": get_model_state_dict(wrapped.model),
+        "optim": get_optimizer_state_dict(wrapped.model, optimizer, options=options),
+    }
+
+
+def save(kind: str, name: str, folder: str, is_flat: bool = False, is_async: bool = False) -> None:
+    """Train two steps and save with DCP's default planner."""
+    wrapped, optimizer = built(kind, name)
+    train(wrapped, optimizer, range(2))
+    state = dicts(wrapped, optimizer, is_flat)
+    if is_async:
+        dcp.async_save(state, checkpoint_id=folder).result()
+    else:
+        dcp.save(state, checkpoint_id=folder)
+
+
+def resume(kind: str, name: str, folder: str, is_flat: bool = False, n_steps: int = 2) -> list[list[float]]:
+    """Load into a fresh optimizer, go on, and return the parameters."""
+    wrapped, optimizer = built(kind, name)
+    state = dicts(wrapped, optimizer, is_flat)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(wrapped.model, state["model"])
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    set_optimizer_state_dict(wrapped.model, optimizer, state["optim"], options=options)
+    train(wrapped, optimizer, range(2, 2 + n_steps))
+    return [value.flatten().tolist() for value in weights(wrapped)]
+
+
+def uninterrupted(kind: str, name: str) -> list[list[float]]:
+    wrapped, optimizer = built(kind, name)
+    train(wrapped, optimizer, range(4))
+    return [value.flatten().tolist() for value in weights(wrapped)]
+
+
+def full_dicts(kind: str, name: str) -> float:
+    """A full state dict, offloaded to the CPU of the first process, and broadcast from it."""
+    wrapped, optimizer = built(kind, name)
+    train(wrapped, optimizer, range(2))
+    model, state = (
+        get_model_state_dict(wrapped.model, options=FULL),
+        get_optimizer_state_dict(wrapped.model, optimizer, options=FULL),
+    )
+    assert bool(state.get("state")) == (dist.get_rank() == 0)
+    # PyTorch's own load would share the step counters of the running optimizer.
+    model, state = copy.deepcopy((model, state))
+    fresh, resumed = built(kind, name)
+    set_model_state_dict(fresh.model, model, options=FROM_FIRST)
+    set_optimizer_state_dict(fresh.model, resumed, state, options=FROM_FIRST)
+    train(wrapped, optimizer, range(2, 4))
+    train(fresh, resumed, range(2, 4))
+    return largest_difference(weights(fresh), weights(wrapped))
+
+
+def pending_sums(name: str) -> tuple[float, bool]:
+    """Sums of gradients go through a pickle, and a state dict of a fresh optimizer consumes none."""
+    wrapped, optimizer = built("fsdp2", name)
+    backward(wrapped, 0)
+    optimizer.sum_grad()
+    get_optimizer_state_dict(wrapped.model, optimizer)
+    copied = copy.deepcopy(optimizer)
+    for each in (optimizer, copied):
+        each.step()
+    expected = [whole(param) for param in params_of(optimizer)]
+    other = WRAPPERS["fsdp2"]()
+    is_trained = largest_difference(expected, [whole(param) for param in other.model.parameters()]) > 0.01
+    return largest_difference([whole(param) for param in params_of(copied)], expected), is_trained
+
+
+def die_while_saving(kind: str, name: str, folder: str) -> None:
+    """Save, train on, and lose the last process while it writes the next checkpoint."""
+    wrapped, optimizer = built(kind, name)
+    train(wrapped, optimizer, range(2))
+    dcp.save(dicts(wrapped, optimizer, False), checkpoint_id=f"{folder}/good")
+    train(wrapped, optimizer, range(2, 3))
+    writer = dcp.FileSystemWriter(f"{folder}/bad")
+    if dist.get_rank() == dist.get_world_size() - 1:
+        write = writer.write_data
+
+        def killed(*args: Any) -> Any:
+            write(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        writer.write_data = killed
+    dcp.save(dicts(wrapped, optimizer, False), storage_writer=writer)

@@ -1,0 +1,118 @@
+"""Scenarios: what is refused at construction, and what looks alike and is not."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import ShardingStrategy
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from dragon.vm.torch.optim._distributed.hidden import check_norms, hidden_sharding
+
+from .factories import make
+from .wrappers import WRAPPERS
+
+KINDS = ("fsdp1", "fsdp1 original parameters", "fsdp1 whole", "fsdp2", "tp")
+NORMS: dict[str, dict[str, Any]] = {
+    "max_grad_norm": {"max_grad_norm": 1.0},
+    "skip_nonfinite": {"skip_nonfinite": True},
+    "clip_norm": {"clip_norm": 1.0},
+}
+
+
+def outcome(build: Callable[[], Any]) -> str:
+    try:
+        build()
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def zero(name: str, **options: Any) -> Any:
+    params = WRAPPERS["ddp"]().model.parameters()
+    return ZeroRedundancyOptimizer(params, partial(_built, name, **options))
+
+
+def _built(name: str, params: Any, **options: Any) -> Any:
+    return make(name, params, **options)
+
+
+def fsdp1_one_layer(**options: Any) -> list[nn.Parameter]:
+    return list(FSDP1(nn.Linear(8, 8), device_id=torch.device("cpu"), **options).parameters())
+
+
+def constructions(name: str) -> dict[str, str]:
+    """The text of the error, or "accepted", of each construction."""
+    world = dist.group.WORLD
+    found = {
+        "flatten " + kind: outcome(partial(flattened, kind, name)) for kind in ("ddp", "fsdp2", "tp", "fsdp1")
+    }
+    for option, norm in NORMS.items():
+        for kind in ("fsdp1", "fsdp1 original parameters", "fsdp1 whole", "fsdp2", "tp", "ddp"):
+            found[f"{option} {kind}"] = outcome(
+                lambda kind=kind, norm=norm: make(name, WRAPPERS[kind]().groups, **norm)
+            )
+        for kind in ("fsdp1", "fsdp1 original parameters"):
+            found[f"{option} {kind} group"] = outcome(
+                lambda kind=kind, norm=norm: make(name, WRAPPERS[kind]().groups, process_group=world, **norm)
+            )
+        found[f"{option} zero"] = outcome(lambda norm=norm: zero(name, **norm))
+        found[f"{option} zero group"] = outcome(lambda norm=norm: zero(name, process_group=world, **norm))
+    return found
+
+
+def flattened(kind: str, name: str) -> Any:
+    return make(name, WRAPPERS[kind]().groups, flatten=True)
+
+
+def averages_of_fsdp1(name: str) -> str:
+    wrapped = WRAPPERS["fsdp1 original parameters"]()
+    optimizer = make(name, wrapped.groups, ema_decay=0.5)
+    wrapped.model(torch.ones(12, 7)).sum().backward()
+    optimizer.step()
+    try:
+        with optimizer.swap_ema():
+            return "accepted"
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+
+
+def detected() -> dict[str, str | None]:
+    """What `hidden_sharding` says of parameters under each wrapper."""
+    found: dict[str, str | None] = {}
+    for kind in WRAPPERS:
+        groups = WRAPPERS[kind]().groups
+        found[kind] = hidden_sharding([param for group in groups for param in group["params"]])
+    found["fsdp1 one layer"] = hidden_sharding(fsdp1_one_layer(use_orig_params=True))
+    whole = ShardingStrategy.NO_SHARD
+    found["fsdp1 one layer whole"] = hidden_sharding(
+        fsdp1_one_layer(use_orig_params=True, sharding_strategy=whole)
+    )
+    seen: list[str | None] = []
+
+    def build(params: Any, **options: Any) -> Any:
+        params = list(params)
+        seen.append(hidden_sharding([param for group in params for param in group["params"]]))
+        return torch.optim.AdamW(params, **options)
+
+    ZeroRedundancyOptimizer(WRAPPERS["ddp"]().model.parameters(), build)
+    (found["zero"],) = seen
+    return found
+
+
+def checked() -> dict[str, str]:
+    """The outcome of `check_norms` for each kind of norm, without and with a group."""
+    found = {}
+    for kind in ("ddp", *KINDS):
+        params = [param for group in WRAPPERS[kind]().groups for param in group["params"]]
+        for norm in ("total", "per_tensor"):
+            options: dict[str, Any] = {"total": None, "per_tensor": None, norm: "limit=1.0"}
+            found[f"{kind} {norm}"] = outcome(lambda o=options, p=params: check_norms(p, None, **o))
+            found[f"{kind} {norm} group"] = outcome(
+                lambda o=options, p=params: check_norms(p, dist.group.WORLD, **o)
+            )
+    return found

@@ -1,0 +1,179 @@
+"""Scenarios: steps with norms, skipped steps and scalers."""
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from .factories import largest_difference, make, params_of, whole
+from .training import DAMPED, EVEN, N_STEPS, names
+from .watching import Watch
+from .wrappers import WRAPPERS, EvenNet, Net, Wrapped, backward, backward_alone, world_mesh
+
+MAX_NORM = 1.0
+# Norms above the bound and below it, by turns.
+SCALES = (1.0, 1e-3)
+
+
+def group_options(wrapped: Wrapped) -> dict[str, Any]:
+    """The process group that FSDP1 needs, for its parameters do not show that they are split."""
+    model = wrapped.model
+    return {"process_group": model.process_group} if hasattr(model, "clip_grad_norm_") else {}
+
+
+def clipped_as_with_torch(kind: str, name: str) -> tuple[float, list[float]]:
+    """How far parameters are from those of `clip_grad_norm_` and PyTorch's step, and the norms."""
+    theirs, ours = WRAPPERS[kind](), WRAPPERS[kind]()
+    expected = make("torch", theirs.groups)
+    optimizer = make(name, ours.groups, max_grad_norm=MAX_NORM, **group_options(ours))
+    norms = []
+    for step in range(N_STEPS):
+        for wrapped in (theirs, ours):
+            backward(wrapped, step, scale=SCALES[step % 2])
+        clip = getattr(theirs.model, "clip_grad_norm_", None)
+        found = clip(MAX_NORM) if clip else nn.utils.clip_grad_norm_(params_of(expected), MAX_NORM)
+        for each in (expected, optimizer):
+            each.step()
+            each.zero_grad()
+        norms.append(float(optimizer.grad_norm))
+        assert abs(norms[-1] - float(whole(found))) <= 1e-5 * norms[-1]
+    assert max(norms) > MAX_NORM > min(norms)
+    return largest_difference(*([whole(p) for p in params_of(each)] for each in (optimizer, expected))), norms
+
+
+def clipped_as_alone(kind: str, name: str, norm_type: float = 2.0) -> tuple[float, list[float]]:
+    """How far parameters are from those of one process that clips whole gradients, and the norms."""
+    wrapped, model = WRAPPERS[kind](), EvenNet() if kind in EVEN else Net()
+    options: dict[str, Any] = {"max_grad_norm": MAX_NORM, "norm_type": norm_type, **DAMPED}
+    optimizer = make(name, wrapped.groups, **options, **group_options(wrapped))
+    expected = make("clipping", model.parameters(), **options)
+    norms = []
+    for step in range(N_STEPS):
+        backward(wrapped, step, scale=SCALES[step % 2])
+        backward_alone(model, wrapped.n_replicas, step, scale=SCALES[step % 2])
+        for each in (optimizer, expected):
+            each.step()
+            each.zero_grad()
+        norms.append(float(optimizer.grad_norm))
+        assert abs(norms[-1] - float(expected.grad_norm)) <= 1e-5 * norms[-1]
+    found = dict(zip(names(wrapped), map(whole, params_of(optimizer)), strict=True))
+    pairs = [(found[key], value.detach()) for key, value in model.named_parameters()]
+    return largest_difference(*map(list, zip(*pairs, strict=True))), norms
+
+
+def clipped_by_tensor_as_alone(kind: str, name: str) -> float:
+    """The same with a bound on the norm of each tensor."""
+    wrapped, model = WRAPPERS[kind](), EvenNet() if kind in EVEN else Net()
+    optimizer = make(name, wrapped.groups, clip_norm=0.1, **DAMPED)
+    expected = make("torch", model.parameters(), **DAMPED)
+    for step in range(N_STEPS):
+        backward(wrapped, step, scale=SCALES[step % 2])
+        backward_alone(model, wrapped.n_replicas, step, scale=SCALES[step % 2])
+        for param in model.parameters():
+            nn.utils.clip_grad_norm_([param], 0.1)
+        for each in (optimizer, expected):
+            each.step()
+            each.zero_grad()
+    found = dict(zip(names(wrapped), map(whole, params_of(optimizer)), strict=True))
+    return max(float((found[key] - value).abs().max()) for key, value in model.named_parameters())
+
+
+def poison(optimizer: Any) -> None:
+    """Make one element of one process's shard infinite."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        grads = [param.grad for param in params_of(optimizer) if param.grad is not None]
+        shards = [getattr(grad, "_local_tensor", grad) for grad in grads]
+        next(shard for shard in shards if shard.numel()).view(-1)[0] = torch.inf
+
+
+def skipped(kind: str, name: str) -> list[int]:
+    """The steps that were skipped; a skipped one changes no parameter."""
+    wrapped = WRAPPERS[kind]()
+    optimizer = make(name, wrapped.groups, skip_nonfinite=True, **group_options(wrapped))
+    counts = []
+    for step in range(N_STEPS):
+        backward(wrapped, step)
+        if step % 2:
+            poison(optimizer)
+        before = [whole(param) for param in params_of(optimizer)]
+        optimizer.step()
+        optimizer.zero_grad()
+        difference = largest_difference([whole(param) for param in params_of(optimizer)], before)
+        assert (difference == 0) == bool(step % 2), difference
+        counts.append(int(optimizer.n_skipped_steps))
+    return counts
+
+
+def scaled(kind: str, name: str, **options: Any) -> tuple[float, float]:
+    """How far parameters are from PyTorch's with a scaler that sees an infinity, and the scale."""
+    runs = []
+    for each in ("torch", name):
+        wrapped = WRAPPERS[kind]()
+        optimizer = make(each, wrapped.groups, **(options if each == name else {}))
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
+        for step in range(N_STEPS):
+            backward(wrapped, step, scale=float(scaler.scale(torch.ones(()))))
+            if step == 1:
+                poison(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        runs.append(([whole(param) for param in params_of(optimizer)], scaler.get_scale()))
+    assert runs[0][1] == runs[1][1]
+    return largest_difference(runs[1][0], runs[0][0]), runs[1][1]
+
+
+def counted(kind: str, name: str, **options: Any) -> tuple[list[tuple[str, int]], list[str], int]:
+    """The collectives of a step, what it read on the host, and the number of parameters."""
+    wrapped = WRAPPERS[kind]()
+    optimizer = make(name, wrapped.groups, **options, **(group_options(wrapped) if options else {}))
+    for step in range(3):
+        backward(wrapped, step)
+        with Watch() as watch:
+            optimizer.step()
+        optimizer.zero_grad()
+    return watch.collectives, watch.waits, len(params_of(optimizer))
+
+
+def without_gradients(name: str) -> list[float]:
+    """The first process has no gradients, and the norm is that of the others."""
+    param = nn.Parameter(torch.zeros(4))
+    optimizer = make(name, [param], max_grad_norm=MAX_NORM, process_group=dist.group.WORLD)
+    for _ in range(2):
+        param.grad = torch.full((4,), 3.0) if dist.get_rank() else None
+        optimizer.step()
+    assert bool(param.any()) == (dist.get_rank() > 0)
+    return [float(optimizer.grad_norm), param.tolist()[0]]
+
+
+def calls_of_a_step(name: str, n_params: int, is_distributed: bool) -> int:
+    """Calls of Python functions, and of C functions from Python, in a step like the one before."""
+    mesh = world_mesh()
+    tensors = [torch.ones(4, 2) for _ in range(n_params)]
+    if is_distributed:
+        tensors = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in tensors]
+    params = [nn.Parameter(tensor) for tensor in tensors]
+    optimizer = make(name, params)
+    n_calls = 0
+
+    def count(*event: Any) -> None:
+        nonlocal n_calls
+        n_calls += event[1] in ("call", "c_call")
+
+    for _ in range(4):
+        for param, tensor in zip(params, tensors, strict=True):
+            # As FSDP2 does, which gives gradients the specs of their parameters.
+            spec = getattr(tensor, "_spec", None)
+            param.grad = (
+                torch.ones(4, 2) if spec is None else DTensor(tensor._local_tensor + 1, spec, requires_grad=False)
+            )
+        n_calls = 0
+        sys.setprofile(count)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+    return n_calls

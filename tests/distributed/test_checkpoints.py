@@ -1,0 +1,65 @@
+"""States under FSDP2 and tensor parallelism are saved, copied, resharded and exchanged with PyTorch."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from .cluster import Cluster, ScenarioFailed
+
+OPT = os.environ.get("OPT", "native")
+TOLERANCE = 2e-6
+
+
+def difference(found: list[list[float]], expected: list[list[float]]) -> float:
+    return max(abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tp", "sp", "fsdp2 and tp"])
+def test_a_run_goes_on_bit_by_bit_from_a_file_and_a_copy(cluster: Cluster, kind: str, n_processes: int) -> None:
+    assert cluster.run(n_processes, "checkpoints:saved_and_copied", kind=kind, name=OPT) == [[0, 0]] * n_processes
+
+
+@pytest.mark.parametrize("n_loaders", [1, 2, 3, 4])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_checkpoint_of_two_processes_loads_on_any_number(
+    cluster: Cluster, tmp_path: Path, n_loaders: int, is_async: bool
+) -> None:
+    folder = str(tmp_path)
+    cluster.run(2, "checkpoints:save", kind="fsdp2", name=OPT, folder=folder, is_async=is_async)
+    (expected, *_) = cluster.run(2, "checkpoints:uninterrupted", kind="fsdp2", name=OPT)
+    for found in cluster.run(n_loaders, "checkpoints:resume", kind="fsdp2", name=OPT, folder=folder):
+        assert difference(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+@pytest.mark.parametrize(("saver", "loader"), [("torch", OPT), (OPT, "torch")])
+@pytest.mark.parametrize("kind", ["fsdp2", "sp"])
+def test_dcp_passes_states_on_to_torch_and_back(
+    cluster: Cluster, tmp_path: Path, kind: str, saver: str, loader: str, is_flat: bool
+) -> None:
+    arguments = {"kind": kind, "folder": str(tmp_path), "is_flat": is_flat}
+    cluster.run(2, "checkpoints:save", name=saver, **arguments)
+    (expected, *_) = cluster.run(2, "checkpoints:uninterrupted", kind=kind, name="torch")
+    for found in cluster.run(2, "checkpoints:resume", name=loader, **arguments):
+        assert difference(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2 and tp"])
+def test_full_state_dicts_are_offloaded_and_broadcast(cluster: Cluster, kind: str, n_processes: int) -> None:
+    assert cluster.run(n_processes, "checkpoints:full_dicts", kind=kind, name=OPT) == [0] * n_processes
+
+
+def test_pending_sums_are_kept_and_saved(cluster: Cluster) -> None:
+    assert cluster.run(2, "checkpoints:pending_sums", name=OPT) == [(0.0, True)] * 2
+
+
+def test_the_last_good_checkpoint_resumes_after_a_process_was_killed(cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(ScenarioFailed, match="died with exit code -9"):
+        cluster.run(2, "checkpoints:die_while_saving", kind="fsdp2", name=OPT, folder=str(tmp_path))
+    assert not (tmp_path / "bad" / ".metadata").exists()
+    (expected, *_) = cluster.run(2, "checkpoints:uninterrupted", kind="fsdp2", name=OPT)
+    for found in cluster.run(2, "checkpoints:resume", kind="fsdp2", name=OPT, folder=str(tmp_path / "good")):
+        assert found == expected

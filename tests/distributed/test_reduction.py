@@ -1,0 +1,73 @@
+"""Sums over processes are those of one process, agree on all ranks, and cost one small collective."""
+
+import math
+from itertools import product
+
+import pytest
+
+from .cluster import Cluster
+from .wrappers import WRAPPERS
+
+N_PROCESSES = [2, 3, 4]
+# Of two dimensions, which 4 processes fill.
+SQUARE = ["fsdp2 hsdp", "fsdp2 and tp"]
+SHARDED = ["fsdp1", "fsdp2", "fsdp2 ignored", "sp"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_processes"), [*product(WRAPPERS, [2, 3]), *product(SQUARE, [4])], ids=lambda value: str(value)
+)
+def test_norms_of_all_kinds_are_those_of_whole_gradients(cluster: Cluster, kind: str, n_processes: int) -> None:
+    results = cluster.run(n_processes, "reductions:sums", kind=kind)
+    assert all(result == results[0] for result in results), results
+
+
+@pytest.mark.parametrize(("kind", "n_processes"), [*product(SHARDED, [2, 3]), *product(SQUARE, [4])])
+def test_all_processes_see_what_one_found(cluster: Cluster, kind: str, n_processes: int) -> None:
+    for result in cluster.run(n_processes, "reductions:findings", kind=kind):
+        assert result[:2] == [(1.0, math.inf)] * 2
+        flag, value = result[2]
+        assert flag == 1.0
+        assert math.isnan(value)
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_one_process_reduces_nothing(cluster: Cluster, kind: str) -> None:
+    assert cluster.run(1, "reductions:bits", kind=kind) == [True]
+
+
+@pytest.mark.parametrize("n_processes", N_PROCESSES)
+def test_a_process_without_gradients_takes_part(cluster: Cluster, n_processes: int) -> None:
+    assert cluster.run(n_processes, "reductions:without_gradients") == [4.0 * (n_processes - 1)] * n_processes
+
+
+@pytest.mark.parametrize("n_processes", N_PROCESSES)
+def test_meshes_and_plain_parameters_mix(cluster: Cluster, n_processes: int) -> None:
+    results = cluster.run(n_processes, "reductions:mixed")
+    for found, expected in results:
+        assert math.isclose(found, expected, rel_tol=1e-14)
+        assert found == results[0][0]
+
+
+@pytest.mark.parametrize("n_processes", [2, 4])
+def test_a_group_joins_meshes_of_pipeline_stages(cluster: Cluster, n_processes: int) -> None:
+    results = cluster.run(n_processes, "reductions:stages")
+    for found, expected in results:
+        assert math.isclose(found, expected, rel_tol=1e-14)
+        assert found == results[0][0]
+
+
+def test_a_group_within_a_mesh_adds_nothing(cluster: Cluster) -> None:
+    assert all(found == expected for found, expected in cluster.run(4, "reductions:overlapping"))
+
+
+def test_a_group_joins_partitions_of_whole_tensors(cluster: Cluster) -> None:
+    expected = float(sum(2 + i for rank in range(3) for i in range(1 + rank)))
+    assert cluster.run(3, "reductions:zero_partitions") == [expected] * 3
+
+
+def test_groups_and_parameters_that_cannot_be_summed_are_refused(cluster: Cluster) -> None:
+    _, texts = cluster.run(2, "reductions:refusals")
+    assert "placements are (Partial(sum),)" in texts["partial"]
+    assert "got 'world'" in texts["no group"]
+    assert "must contain this process" in texts["others"]

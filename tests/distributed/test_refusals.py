@@ -1,0 +1,62 @@
+"""What cannot be right is refused at construction, with reason and remedy; what can be right is not."""
+
+import os
+
+import pytest
+
+from .cluster import Cluster
+from .wrappers import WRAPPERS
+
+OPT = os.environ.get("OPT", "native")
+NORMS = ("max_grad_norm", "skip_nonfinite", "clip_norm")
+FSDP1 = ("fsdp1", "fsdp1 original parameters")
+
+
+def test_several_processes_refuse_what_needs_other_processes(cluster: Cluster) -> None:
+    _, found = cluster.run(2, "refusals:constructions", name=OPT)
+    for kind in ("fsdp2", "tp", "fsdp1"):
+        assert "flatten" in found.pop(f"flatten {kind}")
+    for norm in NORMS:
+        for kind in FSDP1:
+            text = found.pop(f"{norm} {kind}")
+            assert norm in text
+            assert "process_group" in text
+    for norm in ("max_grad_norm", "skip_nonfinite"):
+        text = found.pop(f"{norm} zero")
+        assert norm in text
+        assert "process_group" in text
+    # A whole tensor's norm needs no other process; who joins it with a group does not know what he asks.
+    assert "clip_norm" in found.pop("clip_norm zero group")
+    assert set(found.values()) == {"accepted"}, found
+
+
+def test_one_process_refuses_nothing(cluster: Cluster) -> None:
+    (found,) = cluster.run(1, "refusals:constructions", name=OPT)
+    # The wrapper has memory of its own with one process too.
+    flattened = {f"flatten {kind}" for kind in ("fsdp1", "fsdp2", "tp")}
+    assert {kind for kind, text in found.items() if text != "accepted"} <= flattened, found
+
+
+@pytest.mark.parametrize("n_processes", [2, 3])
+def test_swapping_the_averages_of_fsdp1_is_refused(cluster: Cluster, n_processes: int) -> None:
+    for text in cluster.run(n_processes, "refusals:averages_of_fsdp1", name=OPT):
+        assert "FullyShardedDataParallel" in text
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+def test_hidden_sharding_is_detected_and_nothing_else(cluster: Cluster, n_processes: int) -> None:
+    hidden = {*FSDP1, "fsdp1 one layer", "zero"} if n_processes > 1 else set()
+    for found in cluster.run(n_processes, "refusals:detected"):
+        assert {kind for kind, reason in found.items() if reason} == hidden
+        assert len(found) == len(WRAPPERS) + 3
+        assert all("process_group" in found[kind] for kind in hidden)
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_norms_are_checked_against_what_is_known(cluster: Cluster, n_processes: int) -> None:
+    for found in cluster.run(n_processes, "refusals:checked"):
+        refused = {key: text for key, text in found.items() if text != "accepted"}
+        assert all(text.startswith("limit=1.0") and "process_group" in text for text in refused.values())
+        needs_group = {f"{kind} {norm}" for kind in FSDP1 for norm in ("total", "per_tensor")}
+        is_unknown = {"ddp per_tensor group", "tp per_tensor group"}
+        assert set(refused) == (needs_group | is_unknown if n_processes > 1 else set())

@@ -1,0 +1,115 @@
+"""Norms, skipped steps and scalers hold for all processes that share a model."""
+
+import math
+import os
+from itertools import product
+
+import pytest
+
+from .cluster import Cluster
+from .wrappers import WRAPPERS
+
+# 4 steps of lr 0.02, each within a few eps of PyTorch's: eps(float32) is 1.2e-7.
+TOLERANCE = 2e-6
+# PyTorch rounds the norm of bf16 gradients to bf16.
+ROUNDED = ["fsdp2 bf16"]
+# PyTorch's clip_grad_norm_ cannot mix meshes with plain parameters.
+MIXED = ["fsdp2 ignored", "tp"]
+SQUARE = ["fsdp2 hsdp", "fsdp2 and tp"]
+SHARDED = ["fsdp1", "fsdp2", "fsdp2 ignored", "sp"]
+CLIPPED = [*product(set(WRAPPERS) - {*MIXED, *ROUNDED, "sp"}, [1, 2, 3]), *product(SQUARE, [4])]
+
+
+@pytest.fixture(params=[os.environ.get("OPT", "native")])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize(("kind", "n_processes"), sorted(CLIPPED))
+def test_clipping_is_that_of_torch(cluster: Cluster, name: str, kind: str, n_processes: int) -> None:
+    results = cluster.run(n_processes, "steps:clipped_as_with_torch", kind=kind, name=name)
+    assert max(difference for difference, _ in results) <= TOLERANCE
+    assert all(norms == results[0][1] for _, norms in results)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+@pytest.mark.parametrize(
+    ("kind", "n_processes"), [*product(["ddp", "fsdp2", "sp", *MIXED], [2, 3]), *product(SQUARE, [4])]
+)
+def test_clipping_is_that_of_one_process(
+    cluster: Cluster, name: str, kind: str, n_processes: int, norm_type: float
+) -> None:
+    results = cluster.run(n_processes, "steps:clipped_as_alone", kind=kind, name=name, norm_type=norm_type)
+    assert max(difference for difference, _ in results) <= TOLERANCE
+    assert all(norms == results[0][1] for _, norms in results)
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_processes"), [*product(["fsdp2", "sp", *MIXED], [2, 3]), *product(SQUARE, [4])]
+)
+def test_each_tensors_norm_is_that_of_one_process(
+    cluster: Cluster, name: str, kind: str, n_processes: int
+) -> None:
+    differences = cluster.run(n_processes, "steps:clipped_by_tensor_as_alone", kind=kind, name=name)
+    assert max(differences) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_processes"), [*product(["fsdp1", "fsdp2", *MIXED], [2, 3]), *product(SQUARE, [4])]
+)
+def test_all_processes_skip_a_step_in_which_one_has_an_infinity(
+    cluster: Cluster, name: str, kind: str, n_processes: int
+) -> None:
+    assert cluster.run(n_processes, "steps:skipped", kind=kind, name=name) == [[0, 1, 1, 2]] * n_processes
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1e9}, {"skip_nonfinite": True}], ids=str)
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2 hsdp"])
+def test_a_scaler_skips_on_all_processes(
+    cluster: Cluster, name: str, kind: str, options: dict[str, float]
+) -> None:
+    results = cluster.run(2, "steps:scaled", kind=kind, name=name, **options)
+    assert max(difference for difference, _ in results) <= TOLERANCE
+    assert len({scale for _, scale in results}) == 1
+
+
+NORMS = [{"max_grad_norm": 1.0}, {"max_grad_norm": 1.0, "norm_type": math.inf}, {"skip_nonfinite": True}]
+
+
+@pytest.mark.parametrize("options", [{}, *NORMS, {"clip_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("kind", ["ddp", *SHARDED])
+def test_a_step_costs_one_small_collective_and_only_for_a_norm(
+    cluster: Cluster, name: str, kind: str, options: dict[str, float]
+) -> None:
+    for collectives, _, n_params in cluster.run(2, "steps:counted", kind=kind, name=name, **options):
+        # The gradient of a norm layer under sequence parallelism is a summand: each is summed first.
+        sums = [nbytes for operation, nbytes in collectives if operation == "allreduce_"]
+        assert len(sums) == (bool(options) and kind != "ddp")
+        assert max(sums, default=0) <= (8 * (1 + n_params) if "clip_norm" in options else 64)
+        assert len(collectives) - len(sums) == 2 * (kind == "sp")
+
+
+@pytest.mark.parametrize("options", [{}, *NORMS, {"clip_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("kind", ["fsdp2", "tp"])
+def test_no_step_waits_for_the_device(cluster: Cluster, kind: str, options: dict[str, float]) -> None:
+    for _, waits, _ in cluster.run(2, "steps:counted", kind=kind, name="eager", **options):
+        assert waits == []
+
+
+@pytest.mark.parametrize("n_processes", [2, 3])
+def test_a_process_without_gradients_takes_part(cluster: Cluster, name: str, n_processes: int) -> None:
+    results = cluster.run(n_processes, "steps:without_gradients", name=name)
+    assert [norm for norm, _ in results] == [6.0 * math.sqrt(n_processes - 1)] * n_processes
+
+
+def test_a_distributed_parameter_costs_no_more_calls_than_a_plain_one(cluster: Cluster, name: str) -> None:
+    counts = {
+        (is_distributed, n_params): cluster.run(
+            2, "steps:calls_of_a_step", name=name, n_params=n_params, is_distributed=is_distributed
+        )[0]
+        for is_distributed in (False, True)
+        for n_params in (50, 400)
+    }
+    # Once more for shards, whatever their number.
+    assert counts[True, 400] <= counts[False, 400] + 100, counts
+    assert counts[True, 400] <= counts[True, 50] + 100, counts
