@@ -39,7 +39,7 @@ FOLDERS_OF_OPTIM = {
 # a function.
 TRITON_SIDE = {
     f"{OPTIM}._backends.triton", f"{OPTIM}._backends.context", f"{OPTIM}._backends.configs",
-    f"{OPTIM}._table.rows", f"{OPTIM}._groups.eligibility",
+    f"{OPTIM}._backends.process_sums", f"{OPTIM}._table.rows", f"{OPTIM}._groups.eligibility",
 }  # fmt: skip
 
 # What these modules must not reach, through any chain of imports.
