@@ -11,20 +11,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := .ci/constraints.txt
 TYPES := build/types/dragon
-SOURCES := dragon_vm kernels tests benchmarks
+SOURCES := dragon_vm kernels tests benchmarks examples docs
 
 # Two test processes with one thread each: torch would start a thread a core in both of them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test lint format types bench soak gpu docs clean
+.PHONY: help demo test lint format types bench soak gpu docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # One thread: the network is small, and threads that wait for each other on a busy machine take minutes.
 demo: $(VENV)/.dev ## train on handwritten digits with torch's Adam and ours; writes build/demo/
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.demo
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m examples.digits
 
 test: lint types ## everything a change must pass; the same examples on each run
 	@HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(PYTEST)
@@ -51,7 +51,8 @@ soak: $(VENV)/.dev ## the property tests with 5,000 fresh examples each
 	@HYPOTHESIS_PROFILE=soak $(PYTEST) -m hypothesis
 
 bench: $(VENV)/.bench ## the quick set of benchmarks, in under three minutes
-	@$(BIN)/python -m benchmarks --turns 1 --budget 130
+	@$(BIN)/python -m benchmarks --turns 0.8 --budget 110
+	@$(BIN)/python -m benchmarks host
 
 # A GPU machine's own torch and triton match its driver and may be all it has: nothing is downloaded.
 gpu: ## the tests that need a GPU, with this machine's own packages and no network
@@ -59,11 +60,14 @@ gpu: ## the tests that need a GPU, with this machine's own packages and no netwo
 	@$(VENV)-gpu/bin/python -m pip --quiet install --no-build-isolation --no-deps --no-index --editable .
 	@$(VENV)-gpu/bin/python -m pytest -m gpu
 
-docs: $(VENV)/.docs ## the documentation's site, under build/site/
-	@$(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
+docs: $(VENV)/.dev $(TYPES) ## the documentation's site, under build/site/
+	@$(BIN)/python -m zensical build --clean --strict
+
+docs-serve: $(VENV)/.dev $(TYPES) ## the same, shown on localhost:8000 and built again after each change
+	@$(BIN)/python -m zensical serve
 
 clean: ## remove what the other targets made, .venv included
-	rm -rf $(VENV) $(VENV)-gpu build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV)-gpu build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's Python comes without ensurepip: there the outer pip installs the first one inside.
@@ -81,6 +85,6 @@ $(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-$(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: $(VENV)/.dev
-	@$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[$*]'
+$(VENV)/.bench: $(VENV)/.dev
+	@$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[bench]'
 	@touch $@

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dragon.kernels.archs import arch_name
+from dragon.kernels.constant import Constant
+
 
 @dataclass(frozen=True)
-class LaunchConfig:
-    """The tuning of one kernel variant.
+class LaunchConfig(Constant):
+    """The tuning of an update kernel, compiled into it.
 
     Attributes:
         chunk: elements that a program takes at a time, a power of two of at least 32 times `n_warps`.
@@ -24,15 +27,14 @@ class LaunchConfig:
     programs_per_processor: int = 0
 
 
-# 1024 elements on 4 warps are 8 a thread: one 16-byte access of bf16, two of fp32, and 70 registers on sm_90,
-# where 2048 take 128 (triton 3.7.1).
+# 1024 elements on 4 warps are 8 a thread: one 16-byte access of bf16, two of fp32, and 56 registers on sm_90,
+# where 2048 take 96 (triton 3.7.1).
 DEFAULT_CONFIG = LaunchConfig()
 
-# By architecture, as `triton` names it: the number for CUDA, the name for ROCm. A warp of CDNA has 64 threads:
-# 1024 elements would leave 4 of them a thread, an access of 8 bytes for bf16.
+# A warp of CDNA has 64 threads: 1024 elements would leave 4 of them a thread, an access of 8 bytes for bf16.
 DEFAULT_CONFIGS: dict[str, LaunchConfig] = {"gfx942": LaunchConfig(chunk=2048)}
 
 
 def default_config(arch: str) -> LaunchConfig:
-    """The configuration of an architecture that nothing is measured for, such as "90" or "gfx942"."""
-    return DEFAULT_CONFIGS.get(arch, DEFAULT_CONFIG)
+    """The configuration of an architecture that nothing is measured for, such as "sm_90", "90" or "gfx942"."""
+    return DEFAULT_CONFIGS.get(arch_name(arch), DEFAULT_CONFIG)

@@ -1,4 +1,8 @@
-"""Norms of the gradients: a first level of partial results, and how they combine. Always the same bits."""
+"""Norms of the gradients: a first level of partial results, and how they combine. Always the same bits.
+
+Squares are summed in float64. No finite gradient of 32 bits or fewer over- or underflows there. The L2 norm of
+float64 gradients overflows for elements above 1.3e154 and loses those below 1e-154, as PyTorch's does.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,16 @@ import triton
 import triton.language as tl
 
 from dragon.kernels import table
-from dragon.kernels.pointwise import VECTOR_NUMEL, address
+from dragon.kernels.formats import dtype_of
+from dragon.kernels.tile import VECTOR_NUMEL, no_tiles
 
 # Elements of a gradient that make one partial result, and of a tile on the way. They set the order of the
 # additions and with it the last bits of a norm, so they are no subject of tuning.
 SPAN = tl.constexpr(32768)
 TILE = tl.constexpr(1024)
+
+# Tiles whose loads are issued together: 128 bytes of fp32 a thread, as many as an update has in flight.
+TILES_IN_FLIGHT = tl.constexpr(4)
 
 # How `norm_kernel`'s partial results combine. NO_NORM: there are none.
 NO_NORM = tl.constexpr(0)
@@ -19,67 +27,98 @@ L2_NORM = tl.constexpr(1)
 INF_NORM = tl.constexpr(2)
 
 
+@triton.constexpr_function
+def bits_dtype(name, norm):
+    """The dtype in which a tile of gradients is reduced.
+
+    Absolute values are compared as integers: their bits have the same order, with NaN above infinity.
+    """
+    if norm == L2_NORM.value:
+        return tl.float64
+    return tl.int64 if name == "float64" else tl.int32
+
+
 @triton.jit
 def largest(tile, AXIS: tl.constexpr):
     """Largest of float64 values that are not negative, along an axis; NaN if one of them is.
 
-    `tl.max` loses a NaN. The bits of such values are in the same order as integers, with NaN above infinity.
+    `tl.max` loses a NaN, and the bits of such values are in the order of integers.
     """
     bits = tl.abs(tile).to(tl.int64, bitcast=True)
     return tl.max(bits, AXIS).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def accumulate(total, grad, NORM: tl.constexpr):
-    """Take a tile of gradients into a tile of float64 partial results.
-
-    Squares are taken in float64, where no finite fp32 value over- or underflows.
-    """
-    grad = grad.to(tl.float64)
+def accumulate(total, grad, GRAD_DTYPE: tl.constexpr, NORM: tl.constexpr):
+    """Take a tile of gradients into a tile of partial results."""
     if NORM == INF_NORM:
-        return tl.maximum(total, tl.abs(grad), tl.PropagateNan.ALL)
-    return total + grad * grad
+        if GRAD_DTYPE == "float64":
+            return tl.maximum(total, grad.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF)
+        else:
+            return tl.maximum(total, grad.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    else:
+        grad = grad.to(tl.float64)
+        if GRAD_DTYPE == "float64":
+            return total + grad * grad
+        else:
+            # The square is exact, so that one rounding is the same as two.
+            return tl.fma(grad, grad, total)
+
+
+@triton.jit
+def take_tiles(total, grad_ptr, offsets, end, N_TILES: tl.constexpr, GRAD_DTYPE: tl.constexpr, NORM: tl.constexpr):
+    """Take neighbouring tiles into a tile of partial results, in their order; what is past `end` counts as 0."""
+    tiles = no_tiles()
+    for i in tl.static_range(N_TILES):
+        tiles += (tl.load(grad_ptr + (offsets + i * TILE), mask=offsets + i * TILE < end, other=0.0),)
+    for i in tl.static_range(N_TILES):
+        total = accumulate(total, tiles[i], GRAD_DTYPE, NORM)
+    return total
 
 
 @triton.jit
 def norm_kernel(
-    spans_ptr,  # int32 [n_partials, 2], tensor row and span index within the tensor
+    spans_ptr,  # int32 [n_spans, 2], tensor row and span index within the tensor
     tensors_ptr,  # int64 [n_tensors, TENSOR_COLUMNS]
+    grads_ptr,  # int64 [n_tensors]
     groups_ptr,  # float64 [n_groups, GROUP_COLUMNS]
     partials_ptr,  # float64 [n_partials of the device], each row's from its FIRST_PARTIAL on are written
     GRAD_DTYPE: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Reduce one span of one gradient, times its group's factor; the grid is ``(n_partials,)``."""
+    """Reduce one span of one gradient, times its group's factor; the grid is ``(n_spans,)``."""
     span_ptr = spans_ptr + 2 * tl.program_id(0).to(tl.int64)
     row = tl.load(span_ptr).to(tl.int64)
     span = tl.load(span_ptr + 1).to(tl.int64)
-    first = span * SPAN
     row_ptr = tensors_ptr + row * table.TENSOR_COLUMNS
-    numel = tl.load(row_ptr + table.NUMEL)
-    end = tl.minimum(first + SPAN, numel)
+    address = tl.load(grads_ptr + row)
+    first = span * SPAN
+    end = tl.minimum(first + SPAN, tl.load(row_ptr + table.NUMEL))
     lanes = tl.arange(0, TILE)
-    total = tl.zeros((TILE,), tl.float64)
-    if tl.load(row_ptr + table.VECTOR) != 0:
-        grad_ptr = address(row_ptr, table.GRAD, GRAD_DTYPE, 16)
+    total = tl.zeros((TILE,), bits_dtype(GRAD_DTYPE, NORM))
+    if (address & 15) == 0:
+        grad_ptr = tl.multiple_of(address.to(tl.pointer_type(dtype_of(GRAD_DTYPE))), 16)
+        # Only whole vectors in the loop, so that the mask is constant over a vector and the accesses stay wide.
         whole = tl.multiple_of(end // VECTOR_NUMEL * VECTOR_NUMEL, VECTOR_NUMEL)
-        for start in range(0, SPAN, TILE):
-            offsets = first + start + lanes
-            if first + start < end:
-                total = accumulate(total, tl.load(grad_ptr + offsets, mask=offsets < whole, other=0.0), NORM)
-                rest = (offsets >= whole) & (offsets < end)
-                total = accumulate(total, tl.load(grad_ptr + offsets, mask=rest, other=0.0), NORM)
+        while first < whole:
+            total = take_tiles(total, grad_ptr, first + lanes, whole, TILES_IN_FLIGHT, GRAD_DTYPE, NORM)
+            first += TILES_IN_FLIGHT * TILE
+        if whole < end:
+            # The rest keeps the lanes that it would have had in the loop, and with them the order of additions.
+            rest = whole // TILE * TILE + lanes
+            rest = tl.where(rest < whole, end, rest)
+            total = take_tiles(total, grad_ptr, rest, end, 1, GRAD_DTYPE, NORM)
     else:
-        grad_ptr = address(row_ptr, table.GRAD, GRAD_DTYPE, 1)
-        for start in range(0, SPAN, TILE):
-            offsets = first + start + lanes
-            if first + start < end:
-                total = accumulate(total, tl.load(grad_ptr + offsets, mask=offsets < end, other=0.0), NORM)
+        grad_ptr = address.to(tl.pointer_type(dtype_of(GRAD_DTYPE)))
+        while first < end:
+            total = take_tiles(total, grad_ptr, first + lanes, end, 1, GRAD_DTYPE, NORM)
+            first += TILE
     group = tl.load(row_ptr + table.GROUP)
     factor = tl.abs(tl.load(groups_ptr + group * table.GROUP_COLUMNS + table.GRAD_FACTOR))
     partial_ptr = partials_ptr + tl.load(row_ptr + table.FIRST_PARTIAL) + span
     if NORM == INF_NORM:
-        tl.store(partial_ptr, largest(total, 0) * factor)
+        peak = tl.max(total, 0).to(dtype_of("float64" if GRAD_DTYPE == "float64" else "float32"), bitcast=True)
+        tl.store(partial_ptr, peak.to(tl.float64) * factor)
     else:
         tl.store(partial_ptr, tl.sum(total, 0) * factor * factor)
 

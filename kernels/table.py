@@ -1,43 +1,46 @@
 """Columns of the device tables: the one place where host and kernels agree on a layout.
 
-Everything a launch needs travels in these tables, so that a kernel takes nothing but pointers and
-compile-time constants:
+A kernel takes nothing but pointers to tables and compile-time constants. A device has one set of tables:
 
-* the tensor table, int64 ``[n_tensors, TENSOR_COLUMNS]``: addresses, element count and group row;
-* the hyperparameter table, float64 ``[n_groups, GROUP_COLUMNS]``: one row a parameter group;
-* the source table, int64 ``[n_groups, SOURCE_COLUMNS]``: addresses of hyperparameters that are device tensors;
-* the counts, int64 ``[COUNTS]``: sizes that a launch reads instead of taking integers as arguments;
-* the scalar table, float64 ``[n_tensors, SCALAR_COLUMNS]``: what `advance_kernel` derives for each tensor.
+* tensors, int64 ``[n_tensors, TENSOR_COLUMNS]``: addresses, element count and group of each tensor;
+* grads, int64 ``[n_tensors]``: the address of each gradient, apart so that a graph replay copies nothing else;
+* groups, float64 ``[n_groups, GROUP_COLUMNS]``: the hyperparameters of each parameter group;
+* sources, int64 ``[n_groups, SOURCE_COLUMNS]``: addresses of hyperparameters that are device tensors;
+* counts, int64 ``[COUNTS]``: sizes that `advance_kernel` reads instead of taking integers as arguments;
+* chunks, int32 ``[1 + n_chunks, 2]``, one table a `Spec`: ``(n_chunks, 0)``, then tensor row and chunk index of
+  each chunk;
+* spans, int32 ``[n_spans, 2]``, one table a gradient dtype: tensor row and span index of each span;
+* scalars, ``[n_tensors, SCALAR_COLUMNS]``: what `advance_kernel` derives for each tensor. Each row takes
+  ``SCALAR_COLUMNS`` float64 words: float64 values where WIDE is set, else float32 values in the first half.
+
+The kernels load neighbouring columns together: 2 of the tensors, 4 of the scalars, 16 bytes of float32. Each table
+starts at a multiple of 16 bytes, and the numbers of columns keep each row at one.
 """
 
 from __future__ import annotations
 
 import triton.language as tl
 
-# Tensor table. Addresses are bytes; 0 stands for "no such tensor". STEP is the address of an fp32 counter.
+# Tensors. Addresses are bytes; 0 stands for "no such tensor". Columns stand in pairs that are loaded together.
 PARAM = tl.constexpr(0)
-GRAD = tl.constexpr(1)
+NUMEL = tl.constexpr(1)
 STATE_0 = tl.constexpr(2)
 STATE_1 = tl.constexpr(3)
 STATE_2 = tl.constexpr(4)
 EMA = tl.constexpr(5)
-STEP = tl.constexpr(6)
-NUMEL = tl.constexpr(7)
-GROUP = tl.constexpr(8)
-# 1 if every address of the row is a multiple of 16 bytes, so that its chunks take the vector path.
-VECTOR = tl.constexpr(9)
-# The row's partial norms: [FIRST_PARTIAL, END_PARTIAL) in the partials that `norm_kernel` writes.
-FIRST_PARTIAL = tl.constexpr(10)
-END_PARTIAL = tl.constexpr(11)
+# Index of the parameter group.
+GROUP = tl.constexpr(6)
+# Address of a float32 counter; 0 for a tensor that is always at its first step.
+STEP = tl.constexpr(7)
+# 1 if the tensor's update computes in float64, which decides the dtype of its scalars.
+WIDE = tl.constexpr(8)
+# The tensor's partial norms: [FIRST_PARTIAL, END_PARTIAL) in the partials that `norm_kernel` writes.
+FIRST_PARTIAL = tl.constexpr(9)
+END_PARTIAL = tl.constexpr(10)
+# One more than there are, so that each pair is a multiple of 16 bytes.
 TENSOR_COLUMNS = tl.constexpr(12)
 
-# What the state columns hold, by algorithm.
-EXP_AVG = STATE_0
-EXP_AVG_SQ = STATE_1
-MAX_EXP_AVG_SQ = STATE_2
-MOMENTUM_BUFFER = STATE_0
-
-# Hyperparameter table.
+# Groups.
 LR = tl.constexpr(0)
 WEIGHT_DECAY = tl.constexpr(1)
 DECOUPLED = tl.constexpr(2)
@@ -48,18 +51,18 @@ CLIP_VALUE = tl.constexpr(4)
 CLIP_NORM = tl.constexpr(5)
 MAX_GRAD_NORM = tl.constexpr(6)
 EMA_DECAY = tl.constexpr(7)
-BETA1 = tl.constexpr(8)
-BETA2 = tl.constexpr(9)
-EPS = tl.constexpr(10)
-EPSILON_HAT = tl.constexpr(11)
-MOMENTUM = tl.constexpr(8)
-DAMPENING = tl.constexpr(9)
-NESTEROV = tl.constexpr(10)
-SKIP_NONFINITE = tl.constexpr(12)
-GROUP_COLUMNS = tl.constexpr(13)
+SKIP_NONFINITE = tl.constexpr(8)
+BETA1 = tl.constexpr(9)
+BETA2 = tl.constexpr(10)
+EPS = tl.constexpr(11)
+EPSILON_HAT = tl.constexpr(12)
+MOMENTUM = tl.constexpr(13)
+DAMPENING = tl.constexpr(14)
+NESTEROV = tl.constexpr(15)
+GROUP_COLUMNS = tl.constexpr(16)
 
-# Source table: 0, or the address of a device tensor to read instead of the column of the hyperparameter table.
-# An fp32 address is a multiple of 4; the lowest bit set marks a float64 tensor.
+# Sources: 0, or the address of a device tensor to read instead of the group's column.
+# A float32 address is a multiple of 4; the lowest bit set marks a float64 tensor.
 LR_SOURCE = tl.constexpr(0)
 BETA1_SOURCE = tl.constexpr(1)
 BETA2_SOURCE = tl.constexpr(2)
@@ -67,11 +70,11 @@ SOURCE_COLUMNS = tl.constexpr(3)
 
 # Counts.
 N_TENSORS = tl.constexpr(0)
-N_CHUNKS = tl.constexpr(1)
-N_PARTIALS = tl.constexpr(2)
-COUNTS = tl.constexpr(3)
+N_PARTIALS = tl.constexpr(1)
+COUNTS = tl.constexpr(2)
 
-# Scalar table, written on the device.
+# Scalars, written on the device. Columns stand in fours that are loaded together.
+# 0 where the step is skipped: the update leaves the tensor alone.
 ACTIVE = tl.constexpr(0)
 GRAD_SCALE = tl.constexpr(1)
 CLIP = tl.constexpr(2)
@@ -79,15 +82,16 @@ L2 = tl.constexpr(3)
 DECAY = tl.constexpr(4)
 ONE_MINUS_EMA_DECAY = tl.constexpr(5)
 STEP_SIZE = tl.constexpr(6)
-ONE_MINUS_BETA1 = tl.constexpr(7)
-BETA2_FACTOR = tl.constexpr(8)
-ONE_MINUS_BETA2 = tl.constexpr(9)
-DENOM_EPS = tl.constexpr(10)
-BETA1_FACTOR = tl.constexpr(11)
-MOMENTUM_DECAY = tl.constexpr(7)
-MOMENTUM_GAIN = tl.constexpr(8)
-NESTEROV_FLAG = tl.constexpr(9)
-SCALAR_COLUMNS = tl.constexpr(12)
+DENOM_EPS = tl.constexpr(7)
+BETA1_FACTOR = tl.constexpr(8)
+ONE_MINUS_BETA1 = tl.constexpr(9)
+BETA2_FACTOR = tl.constexpr(10)
+ONE_MINUS_BETA2 = tl.constexpr(11)
+MOMENTUM_DECAY = tl.constexpr(12)
+MOMENTUM_GAIN = tl.constexpr(13)
+NESTEROV_FLAG = tl.constexpr(14)
+# One more than there are, to fill the last four.
+SCALAR_COLUMNS = tl.constexpr(16)
 
 # Status, float64 [STATUS_COLUMNS], written on the device and read only on request.
 N_SKIPPED = tl.constexpr(0)

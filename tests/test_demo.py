@@ -8,9 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.demo import __main__ as demo
-from benchmarks.demo import report
-from benchmarks.demo.training import Digits, Run, load, n_steps, train
+from examples.digits import __main__ as demo
+from examples.digits import report
+from examples.digits.training import Digits, Run, load, n_steps, train
 
 CPU = torch.device("cpu")
 

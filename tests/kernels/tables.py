@@ -11,13 +11,14 @@ from torch import Tensor
 from dragon.kernels import launch, table
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.norm import NO_NORM, SPAN
+from dragon.kernels.spec import Spec
 
 SMALL = LaunchConfig(chunk=128)
 
 
 @dataclass
 class Row:
-    """Tensors of one row of the tensor table; any may be absent, and `vector` is worked out unless given."""
+    """Tensors of one row of the tensor table; any may be absent, and `wide` is worked out unless given."""
 
     param: Tensor | None = None
     grad: Tensor | None = None
@@ -26,14 +27,13 @@ class Row:
     step: Tensor | None = None
     group: int = 0
     numel: int | None = None
-    vector: bool | None = None
+    wide: bool | None = None
 
     def __post_init__(self) -> None:
-        walked = [t for t in (self.param, self.grad, *self.states, self.ema) if t is not None]
         if self.numel is None:
-            self.numel = walked[0].numel()
-        if self.vector is None:
-            self.vector = all(t.data_ptr() % 16 == 0 for t in walked)
+            self.numel = next(t.numel() for t in (self.param, self.grad) if t is not None)
+        if self.wide is None:
+            self.wide = self.param is not None and self.param.dtype == torch.float64
 
 
 @dataclass
@@ -74,11 +74,13 @@ class Tables:
         sources = torch.zeros(len(self.groups), table.SOURCE_COLUMNS.value, dtype=torch.int64)
         for (group_index, column), tensor in self.sources.items():
             sources[group_index, column.value] = tensor.data_ptr() + (tensor.dtype == torch.float64)
-        counts = torch.tensor([n, len(self.chunks), len(self.spans)])
+        counts = torch.tensor([n, len(self.spans)])
+        grads = torch.tensor([0 if row.grad is None else row.grad.data_ptr() for row in self.rows])
 
         self.tensors, self.hyper, self.source_table = (t.to(self.device) for t in (self.table, hyper, sources))
-        self.counts = counts.to(self.device)
-        self.chunk_table = torch.tensor(self.chunks, dtype=torch.int32, device=self.device).view(-1, 2)
+        self.counts, self.grads = counts.to(self.device), grads.to(self.device)
+        header = (len(self.chunks), 0)
+        self.chunk_table = torch.tensor([header, *self.chunks], dtype=torch.int32, device=self.device)
         self.span_table = torch.tensor(self.spans, dtype=torch.int32, device=self.device).view(-1, 2)
         # What a kernel must write before it is read is NaN until then.
         self.scalars = self._full((n, table.SCALAR_COLUMNS.value), float("nan"))
@@ -96,23 +98,32 @@ class Tables:
     @staticmethod
     def _fill(line: Tensor, row: Row) -> None:
         states = (table.STATE_0, table.STATE_1, table.STATE_2)
-        tensors = {table.PARAM: row.param, table.GRAD: row.grad, table.EMA: row.ema, table.STEP: row.step}
+        tensors = {table.PARAM: row.param, table.EMA: row.ema, table.STEP: row.step}
         tensors |= dict(zip(states, row.states, strict=False))
         for column, tensor in tensors.items():
             line[column.value] = 0 if tensor is None else tensor.data_ptr()
         line[table.NUMEL.value] = row.numel
         line[table.GROUP.value] = row.group
-        line[table.VECTOR.value] = row.vector
+        line[table.WIDE.value] = row.wide
+
+    def scalar_row(self, row: int) -> Tensor:
+        """A view of a tensor's scalars in the dtype of its maths."""
+        return self.scalars[row] if self.rows[row].wide else self.scalars[row].view(torch.float32)
 
     def scalar(self, row: int, column: object) -> float:
         """A scalar that `advance_kernel` derived."""
-        return self.scalars[row, column.value].item()
+        return self.scalar_row(row)[column.value].item()
+
+    def column(self, column: object) -> list[float]:
+        """A scalar of every tensor."""
+        return [self.scalar(i, column) for i in range(len(self.rows))]
 
     def set_scalars(self, **columns: float) -> Tables:
         """Fill columns of the scalar table for every tensor, the others with what leaves an update as it is."""
         neutral = {"ACTIVE": 1.0, "GRAD_SCALE": 1.0, "CLIP": float("inf"), "L2": 0.0, "DECAY": 1.0}
         for name, value in {**neutral, **columns}.items():
-            self.scalars[:, getattr(table, name).value] = value
+            for i in range(len(self.rows)):
+                self.scalar_row(i)[getattr(table, name).value] = value
         return self
 
     def advance(self, algorithm: str = "adam", norm: int = NO_NORM.value, clip_each: bool = False) -> None:
@@ -122,33 +133,33 @@ class Tables:
             self.scalars, self.partials, self.grad_scale, self.found_inf, self.status,
         )  # fmt: skip
 
-    def update(self, variant: launch.Variant, config: LaunchConfig = SMALL, n_processors: int = 1) -> None:
-        """Launch an update kernel."""
+    def update(self, spec: Spec, config: LaunchConfig = SMALL, n_processors: int = 1) -> None:
+        """Launch `update_kernel`."""
         assert config.chunk == self.chunk, "the chunks were cut for another configuration"
         if self.chunks:
             launch.launch_update(
-                variant, config, len(self.chunks), n_processors, 32,
-                self.counts, self.chunk_table, self.tensors, self.scalars,
+                spec, config, len(self.chunks), n_processors, 32,
+                self.chunk_table, self.tensors, self.grads, self.scalars,
             )  # fmt: skip
 
     def reduce(self, norm: int, dtype: str = "float32") -> None:
         """Launch `norm_kernel`."""
         if self.spans:
             launch.launch_norm(
-                dtype, norm, len(self.spans), self.span_table, self.tensors, self.hyper, self.partials
+                dtype, norm, len(self.spans), self.span_table, self.tensors, self.grads, self.hyper, self.partials
             )
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """A dtype's name in a `Variant`."""
+    """A dtype's name in a `Spec`."""
     return str(dtype).removeprefix("torch.")
 
 
-def variant(algorithm: str, row: Row, **flags: bool) -> launch.Variant:
-    """The kernel variant for a row's tensors."""
-    state = row.states[0] if row.states else row.param
-    dtypes = (name_of(tensor.dtype) for tensor in (row.param, row.grad, state))
-    return launch.Variant(algorithm, len(row.states), *dtypes, **flags)
+def spec_of(algorithm: str, row: Row, zero_grad: bool = False) -> Spec:
+    """The spec for a row's tensors."""
+    param, grad, *states = (name_of(tensor.dtype) for tensor in (row.param, row.grad, *row.states))
+    average = None if row.ema is None else name_of(row.ema.dtype)
+    return Spec(algorithm, param, grad, tuple(states), average, zero_grad)
 
 
 def place(values: Tensor, offset: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dragon.kernels import table
 
 from .exact import AdamSettings, adam
-from .tables import Row, Tables, name_of, place, variant
+from .tables import Row, Tables, name_of, place, spec_of
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -58,7 +58,7 @@ def check_step(row: Row, settings: AdamSettings) -> None:
     expected = adam(*tensors, settings)
     tables = Tables([row], [group_of(settings)], device=row.param.device)
     tables.advance()
-    tables.update(variant("adam", row))
+    tables.update(spec_of("adam", row))
     assert row.step.item() == settings.steps_before + 1
     names = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     for name, right, actual in zip(names, expected, (row.param, *row.states), strict=False):
@@ -121,7 +121,7 @@ def test_one_launch_serves_groups_of_different_hyperparameters_and_counts(device
     expected = [adam(row.param, row.grad, row.states, s) for row, s in zip(rows, all_settings, strict=True)]
     tables = Tables(rows[::-1], [group_of(settings) for settings in all_settings], device=device)
     tables.advance()
-    tables.update(variant("adam", rows[0]))
+    tables.update(spec_of("adam", rows[0]))
     for row, right in zip(rows, expected, strict=True):
         for one, actual in zip(right, (row.param, *row.states), strict=True):
             one.check(actual, f"group {row.group}")
@@ -133,7 +133,7 @@ def test_a_gradient_of_zero_from_the_start_moves_nothing_but_the_count(device):
     before = row.param.clone()
     tables = Tables([row], [group_of(AdamSettings())], device=device)
     tables.advance()
-    tables.update(variant("adam", row))
+    tables.update(spec_of("adam", row))
     assert torch.equal(row.param, before)
     assert row.step == 1
 
@@ -144,7 +144,7 @@ def test_a_nan_gradient_reaches_the_parameter_and_every_state(device, n_states):
     row.grad[3] = float("nan")
     tables = Tables([row], [group_of(AdamSettings())], device=device)
     tables.advance()
-    tables.update(variant("adam", row))
+    tables.update(spec_of("adam", row))
     for tensor in (row.param, *row.states):
         assert tensor.isnan().nonzero().tolist() == [[3]]
 
@@ -155,7 +155,7 @@ def test_the_largest_second_moment_is_kept(device):
     row.grad[0] = 1e4
     tables = Tables([row], [group_of(AdamSettings())], device=device)
     tables.advance()
-    tables.update(variant("adam", row))
+    tables.update(spec_of("adam", row))
     assert row.states[2][0] == row.states[1][0] > 100
     assert (row.states[2][1:] == 100).all()
 
@@ -168,6 +168,6 @@ def test_bf16_is_rounded_to_nearest(device):
     for row in (low, full):
         tables = Tables([row], [group_of(AdamSettings(lr=0.1))], device=device)
         tables.advance()
-        tables.update(variant("adam", row))
+        tables.update(spec_of("adam", row))
     for rounded, exact in zip((low.param, *low.states), (full.param, *full.states), strict=True):
         assert torch.equal(rounded, exact.bfloat16())

@@ -1,3 +1,5 @@
+import math
+import struct
 from decimal import Decimal, localcontext
 
 import pytest
@@ -16,10 +18,8 @@ ADAM = {table.LR: 1.0, table.BETA1: 0.9, table.BETA2: 0.999, table.EPS: 1e-8, ta
 
 
 def counters(device: torch.device, *steps: float, group: int = 0) -> list[Row]:
-    """Rows that are nothing but a step counter."""
-    return [
-        Row(step=torch.tensor(float(step), device=device), group=group, numel=1, vector=True) for step in steps
-    ]
+    """Rows that are nothing but a step counter, with scalars in float64."""
+    return [Row(step=torch.tensor(float(s), device=device), group=group, numel=1, wide=True) for s in steps]
 
 
 def one_minus_power(beta: float, step: int) -> Decimal:
@@ -67,6 +67,51 @@ def test_one_minus_beta_is_taken_in_float64(device):
     assert tables.scalar(0, table.BETA2_FACTOR) == 0.999
 
 
+def as_float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def row_in(wide: bool, group: int, device: torch.device) -> Row:
+    return Row(step=torch.tensor(4.0, device=device), group=group, numel=1, wide=wide)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "columns"),
+    [
+        ("adam", range(table.ONE_MINUS_BETA2.value + 1)),
+        (
+            "sgd",
+            [*range(table.STEP_SIZE.value + 1), *range(table.MOMENTUM_DECAY.value, table.NESTEROV_FLAG.value + 1)],
+        ),
+        ("accumulate", range(table.ONE_MINUS_EMA_DECAY.value + 1)),
+    ],
+)
+def test_one_launch_writes_float64_scalars_and_their_float32_roundings(device, algorithm, columns):
+    group = {
+        **ADAM, table.LR: 0.1, table.WEIGHT_DECAY: 0.01, table.CLIP_VALUE: 0.7, table.EMA_DECAY: 0.999,
+        table.MOMENTUM: 0.9, table.DAMPENING: 0.3, table.NESTEROV: 1.0, table.GRAD_FACTOR: 0.37,
+    }  # fmt: skip
+    groups = [group, {**group, table.DECOUPLED: 1.0, table.LR: 0.3, table.BETA1: 0.95}]
+    kinds = [(True, 0), (False, 0), (False, 1), (True, 1)] * 40
+    tables = Tables([row_in(*kind, device) for kind in kinds], groups, device=device)
+    tables.advance(algorithm)
+    for low, wide in ((1, 0), (2, 3)):
+        for column in columns:
+            for first in range(0, 160, 4):
+                exact = tables.scalar_row(first + wide)[column].item()
+                assert exact == tables.scalar_row(wide)[column].item()
+                assert tables.scalar_row(first + low)[column].item() == as_float32(exact), column
+    assert tables.scalar(0, table.GRAD_SCALE) == 0.37 != as_float32(0.37)
+
+
+def test_scalars_in_float32_leave_the_second_half_of_their_row_alone(device):
+    tables = Tables([row_in(False, 0, device), row_in(True, 0, device)], [ADAM], device=device)
+    tables.advance()
+    tables.advance("sgd")
+    assert tables.scalars[0, table.SCALAR_COLUMNS.value // 2 :].isnan().all()
+    assert not tables.scalars[1, : table.NESTEROV_FLAG.value + 1].isnan().any()
+
+
 def test_each_tensor_has_its_own_count(device):
     steps = [3.0 * i for i in range(300)]
     rows = counters(device, *steps)
@@ -74,11 +119,11 @@ def test_each_tensor_has_its_own_count(device):
     tables.advance()
     tables.advance()
     assert [row.step.item() for row in rows] == [step + 2 for step in steps]
-    assert not tables.scalars[:, table.STEP_SIZE.value].isnan().any()
+    assert not any(map(math.isnan, tables.column(table.STEP_SIZE)))
 
 
 def test_a_tensor_without_a_counter_is_at_its_first_step(device):
-    tables = Tables([Row(numel=1, vector=True)], [ADAM], device=device)
+    tables = Tables([Row(numel=1, wide=True)], [ADAM], device=device)
     tables.advance()
     assert tables.scalar(0, table.STEP_SIZE) == pytest.approx((1 - 0.999) ** 0.5 / (1 - 0.9), rel=1e-14)
 
@@ -141,18 +186,18 @@ def test_a_found_infinity_skips_the_step_and_is_counted_once(device, algorithm, 
     tables.found_inf.fill_(found_inf)
     tables.advance(algorithm)
     assert [row.step.item() for row in rows] == list(range(260))
-    assert not tables.scalars[:, table.ACTIVE.value].any()
+    assert not any(tables.column(table.ACTIVE))
     assert tables.status[table.N_SKIPPED.value] == 1
     tables.found_inf.zero_()
     tables.advance(algorithm)
     assert [row.step.item() for row in rows] == list(range(1, 261))
-    assert tables.scalars[:, table.ACTIVE.value].all()
+    assert all(tables.column(table.ACTIVE))
     assert tables.status[table.N_SKIPPED.value] == 1
 
 
 def clipping_tables(device: torch.device, grads: list[list[float]], group: dict[object, float]) -> Tables:
     rows = [
-        Row(grad=place(torch.tensor(values, device=device)), step=torch.zeros((), device=device))
+        Row(grad=place(torch.tensor(values, device=device)), step=torch.zeros((), device=device), wide=True)
         for values in grads
     ]
     return Tables(rows, [{**ADAM, **group}], device=device)
@@ -175,7 +220,7 @@ def test_the_norm_of_all_gradients_is_clipped_as_torch_clips_it(device, order, n
     tables.advance(norm=order)
     assert tables.status[table.GRAD_NORM.value] == norm
     factor = min(limit / (norm + 1e-6), 1.0) if limit else 1.0
-    assert tables.scalars[:, table.GRAD_SCALE.value].tolist() == pytest.approx([factor] * 3, rel=1e-15)
+    assert tables.column(table.GRAD_SCALE) == pytest.approx([factor] * 3, rel=1e-15)
 
 
 @pytest.mark.parametrize("order", [NO_NORM.value, L2])
@@ -183,7 +228,7 @@ def test_each_tensor_is_clipped_by_its_own_norm(device, order):
     tables = clipping_tables(device, [[3.0, 4.0], [], [0.5], [0.0, 0.0], [8.0]], {table.CLIP_NORM: 2.0})
     tables.reduce(L2)
     tables.advance(norm=order, clip_each=True)
-    assert tables.scalars[:, table.GRAD_SCALE.value].tolist() == pytest.approx([0.4, 1, 1, 1, 0.25], rel=1e-15)
+    assert tables.column(table.GRAD_SCALE) == pytest.approx([0.4, 1, 1, 1, 0.25], rel=1e-15)
 
 
 def test_a_tensor_of_many_partial_norms_is_clipped_by_all_of_them(device):
@@ -192,7 +237,7 @@ def test_a_tensor_of_many_partial_norms_is_clipped_by_all_of_them(device):
     tables.tensors[5, table.FIRST_PARTIAL.value] = 100
     tables.tensors[5, table.END_PARTIAL.value] = 676
     tables.advance(clip_each=True)
-    factors = tables.scalars[:, table.GRAD_SCALE.value].tolist()
+    factors = tables.column(table.GRAD_SCALE)
     assert factors[5] == pytest.approx(1 / 24, rel=1e-15)
     assert factors[:5] + factors[6:] == [1.0] * 19
 
@@ -204,7 +249,7 @@ def test_a_group_may_skip_steps_whose_norm_is_not_finite(device, bad, order):
     tables.reduce(order)
     tables.advance(norm=order)
     assert tables.status[table.N_SKIPPED.value] == 1
-    assert not tables.scalars[:, table.ACTIVE.value].any()
+    assert not any(tables.column(table.ACTIVE))
     assert [row.step.item() for row in tables.rows] == [0, 0]
 
 
@@ -213,6 +258,6 @@ def test_a_norm_that_is_not_finite_clips_as_torch_does_where_no_skip_is_asked_fo
         tables = clipping_tables(device, [[1.0], [bad]], {table.MAX_GRAD_NORM: 1.0})
         tables.reduce(L2)
         tables.advance(norm=L2)
-        assert tables.scalars[:, table.ACTIVE.value].all()
-        assert tables.scalars[:, table.GRAD_SCALE.value].tolist() == pytest.approx([factor] * 2, nan_ok=True)
+        assert all(tables.column(table.ACTIVE))
+        assert tables.column(table.GRAD_SCALE) == pytest.approx([factor] * 2, nan_ok=True)
         assert [row.step.item() for row in tables.rows] == [1, 1]

@@ -1,7 +1,7 @@
 import triton
 
-from dragon.kernels import pointwise
-from dragon.kernels._assembly import Accesses, Lines, accesses_by_path, calls_in, lines_of
+from dragon.kernels import norm, update
+from dragon.kernels.inspect.assembly import Accesses, Lines, accesses_by_path, calls_in, lines_of, loads_in
 
 PTX = """
 	.loc	1 10 5                          // walk.py:10:5 @[ kernel.py:3:1 ]
@@ -72,5 +72,12 @@ def test_calls_are_found_in_the_order_of_the_source() -> None:
     assert lines_of(caller).first == first.first - 2
 
 
-def test_the_walk_over_a_chunk_has_its_three_paths() -> None:
-    assert len(calls_in(pointwise._update_chunk, "_update_tile")) == 3
+def test_the_walk_over_a_chunk_and_the_norm_of_a_span_have_three_paths() -> None:
+    assert len(calls_in(update.update_chunk, "update_tile")) == 3
+    assert len(calls_in(norm.norm_kernel, "take_tiles")) == 3
+
+
+def test_loads_are_counted_where_they_stand() -> None:
+    assert loads_in(PTX, TABLES) == 1
+    assert loads_in(PTX, [Lines("walk.py", 10, 12)]) == 2
+    assert loads_in(PTX, [Lines("walk.py", 10, 20), *TABLES]) == 4

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from dragon.kernels import table
 
 from .exact import SGDSettings, sgd
-from .tables import Row, Tables, place, variant
+from .tables import Row, Tables, place, spec_of
 
 
 def group_of(s: SGDSettings) -> dict[object, float]:
@@ -33,7 +33,7 @@ def check_step(row: Row, settings: SGDSettings) -> None:
     expected = sgd(row.param, row.grad, row.states, settings)
     tables = Tables([row], [group_of(settings)], device=row.param.device)
     tables.advance("sgd")
-    tables.update(variant("sgd", row))
+    tables.update(spec_of("sgd", row))
     for name, right, actual in zip(("param", "buffer"), expected, (row.param, *row.states), strict=False):
         right.check(actual, name)
 
@@ -68,7 +68,7 @@ def test_without_momentum_no_counter_is_needed(device):
     row = Row(place(torch.ones(5, device=device)), place(torch.ones(5, device=device)))
     tables = Tables([row], [group_of(SGDSettings(lr=0.5))], device=device)
     tables.advance("sgd")
-    tables.update(variant("sgd", row))
+    tables.update(spec_of("sgd", row))
     assert row.param.tolist() == [0.5] * 5
 
 
@@ -79,6 +79,6 @@ def test_a_nan_gradient_reaches_the_parameter_and_the_buffer(device, nesterov):
     row.grad[3] = float("nan")
     tables = Tables([row], [group_of(settings)], device=device)
     tables.advance("sgd")
-    tables.update(variant("sgd", row))
+    tables.update(spec_of("sgd", row))
     for tensor in (row.param, *row.states):
         assert tensor.isnan().nonzero().tolist() == [[3]]

@@ -1,37 +1,59 @@
-"""States of a state dict: checked as a whole before anything changes, then copied into arenas of our own."""
+"""Checkpoints: state dicts are PyTorch's when saved, and checked and copied when loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from dragon.vm.torch.optim._backend import choose_backend, step_device
-from dragon.vm.torch.optim._flatten import State, complete_states
-from dragon.vm.torch.optim._local import local, placed_like
-from dragon.vm.torch.optim._owner import Owner
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._distributed.placement import placed_like
+from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
+from dragon.vm.torch.optim._groups.states import State, missing_states
+from dragon.vm.torch.optim._options import Settings, complete
 
 Group = dict[str, Any]
 
-# Counts of states that come without one. PyTorch's SGD does not count; its buffer is there after the first step.
-_UNTOLD_STEPS = {"sgd": 1.0}
-
 
 class CheckpointedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose state dicts are complete when saved, and checked and copied when loaded."""
+    """An optimizer whose state dicts are PyTorch's when saved, and checked and copied when loaded."""
 
+    _algorithm: Algorithm
+    _settings: Settings
     # Between the check of a state dict and the end of its loading.
     _restored: dict[Tensor, State] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state in PyTorch's format; complete for an AMSGrad switched on since the last step."""
-        complete_switched_on(cast(Owner, self))
-        return super().state_dict()
+        """Return the state in PyTorch's format.
+
+        Own keys of a group are there only where they differ from what PyTorch does. An AMSGrad that was
+        switched on since the last step has its maximum, zero.
+        """
+        self._complete_switched_on()
+        saved = super().state_dict()
+        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+            self._drop_defaults(group, packed)
+        if not self._algorithm.saves_steps:
+            saved["state"] = {key: _uncounted(entries) for key, entries in saved["state"].items()}
+        return saved
+
+    def _follows_dragon(self, group: Group) -> bool:
+        """Whether the parameters of a group are Dragon's own."""
+        raise NotImplementedError
+
+    def _drop_defaults(self, group: Group, packed: Group) -> None:
+        """Take own keys that mean what PyTorch does out of a group, or of what is saved of it."""
+        for name, meaning in self._algorithm.own_defaults.items():
+            # Dragon's formula is what Dragon's parameters ask for: a False must not be lost to it.
+            keeps = name == "epsilon_hat" and self._follows_dragon(group)
+            if name in packed and packed[name] == meaning and not keeps:
+                del packed[name]
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -51,6 +73,33 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             handle.remove()
             self._restored = None
 
+    @torch.no_grad()
+    def _complete_switched_on(self) -> None:
+        """Give parameters that have a state the maximum that AMSGrad wants since it was switched on, zero."""
+        for group in self.param_groups:
+            if "max_exp_avg_sq" not in self._algorithm.state_keys(group):
+                continue
+            for param in group["params"]:
+                state = self.state.get(param)
+                if state and "max_exp_avg_sq" not in state:
+                    dtype = state["exp_avg_sq"].dtype
+                    state.update(missing_states([param], [state], [("max_exp_avg_sq",)], [None], dtype)[0])
+
+
+def _uncounted(entries: Any) -> Any:
+    """A state without its step counter, which PyTorch's counterpart lacks; without a buffer before a first step.
+
+    Reading a counter waits for the device.
+    """
+    if not isinstance(entries, dict) or "step" not in entries:
+        return entries
+    is_first = float(entries["step"]) == 0
+    return {
+        name: None if is_first and name == "momentum_buffer" else value
+        for name, value in entries.items()
+        if name != "step"
+    }
+
 
 def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
     """A hook before loading: copy the states to `optimizer._restored`, and leave PyTorch the rest of the dict.
@@ -68,7 +117,7 @@ def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | 
 
 
 def restored_states(
-    optimizer: Owner, saved_groups: Sequence[Group], saved: Mapping[Any, State]
+    optimizer: CheckpointedOptimizer, saved_groups: Sequence[Group], saved: Mapping[Any, State]
 ) -> dict[Tensor, State]:
     """Copy saved states for an optimizer's parameters.
 
@@ -87,57 +136,47 @@ def restored_states(
         ValueError: for missing or misshapen state tensors and step counts, naming the parameter.
     """
     owners: list[tuple[Tensor, Group, State]] = []
-    labels = _labels(optimizer, saved_groups)
+    algorithm = optimizer._algorithm
+    labels = _labels(optimizer.param_groups, saved_groups)
     for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
-        merged = {**group, **saved_group}
+        merged = complete({**group, **saved_group}, algorithm.own_defaults)
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             label = next(labels)
             state = {name: value for name, value in saved.get(key, {}).items() if value is not None}
             if state:
-                required = _required_keys(optimizer, merged, saved_group)
-                owners.append((param, merged, _checked(optimizer, param, merged, state, required, label)))
-    return _copied(optimizer, owners)
+                # An average begins when it is asked for.
+                optional = {"ema", *algorithm.optional_keys(saved_group)}
+                required = [key for key in algorithm.all_state_keys(merged) if key not in optional]
+                owners.append((param, merged, _checked(algorithm, param, merged, state, required, label)))
+    return _copied(algorithm, optimizer._settings, owners)
 
 
-def _labels(optimizer: Owner, saved_groups: Sequence[Group]) -> chain[str]:
+def _labels(groups: Sequence[Group], saved_groups: Sequence[Group]) -> Iterator[str]:
     """What to call each parameter, in order: its index, and its name if it has one."""
-    n_params = sum(len(group["params"]) for group in saved_groups)
-    names = list(
-        chain.from_iterable(
-            group.get("param_names") or saved.get("param_names") or [None] * len(group["params"])
-            for group, saved in zip(optimizer.param_groups, saved_groups, strict=True)
-        )
+    names = chain.from_iterable(
+        group.get("param_names") or saved.get("param_names") or [None] * len(group["params"])
+        for group, saved in zip(groups, saved_groups, strict=True)
     )
-    return chain(f"parameter {i}" + (f" ({names[i]})" if names[i] else "") for i in range(n_params))
-
-
-def _required_keys(optimizer: Owner, group: Group, saved_group: Group) -> list[str]:
-    """State tensors that a saved group must have.
-
-    An average begins when it is asked for; so does AMSGrad's maximum where the dict knows nothing of AMSGrad.
-    """
-    optional = {"ema"} if "amsgrad" in saved_group else {"ema", "max_exp_avg_sq"}
-    return [key for key in optimizer._state_keys(group) if key not in optional]
+    return (f"parameter {index}" + (f" ({name})" if name else "") for index, name in enumerate(names))
 
 
 def _checked(
-    optimizer: Owner, param: Tensor, group: Group, state: State, required: Sequence[str], label: str
+    algorithm: Algorithm, param: Tensor, group: Group, state: State, required: Sequence[str], label: str
 ) -> State:
     """The state, with its step count as a 0-dim tensor if it counts; raises if it cannot be used."""
     for key in required:
-        value = state.get(key)
-        if not isinstance(value, Tensor):
+        if not isinstance(state.get(key), Tensor):
             raise ValueError(f"loaded state dict has no {key} for {label}: it has {', '.join(state) or 'nothing'}")
-    for key in optimizer._state_keys(group):
+    for key in algorithm.all_state_keys(group):
         value = state.get(key, param)
         if value.shape != param.shape or value.is_complex() != param.is_complex():
             raise ValueError(
                 f"loaded state dict has {key} of shape {tuple(value.shape)} and {value.dtype} for {label} "
                 f"of shape {tuple(param.shape)} and {param.dtype}"
             )
-    if not optimizer._counts_steps(group):
-        return state
-    step = state.get("step", _UNTOLD_STEPS.get(optimizer._algorithm))
+    if not algorithm.counts_steps(group):
+        return {name: value for name, value in state.items() if algorithm.saves_steps or name != "step"}
+    step = state.get("step", algorithm.uncounted_steps)
     if step is None:
         raise ValueError(f"loaded state dict has no step for {label}: it has {', '.join(state)}")
     if isinstance(step, Tensor) and step.numel() != 1:
@@ -147,30 +186,26 @@ def _checked(
 
 
 @torch.no_grad()
-def _copied(optimizer: Owner, owners: Sequence[tuple[Tensor, Group, State]]) -> dict[Tensor, State]:
-    """Copy the states, those of one dtype into arenas together."""
-    asked = optimizer._settings.state_dtype
-    copies: dict[Tensor, State] = {param: {} for param, _, _ in owners}
-    by_dtype: dict[torch.dtype, list[tuple[Tensor, Group, State, tuple[str, ...]]]] = {}
-    for param, group, state in owners:
-        names: dict[torch.dtype, list[str]] = {}
-        for key in optimizer._state_keys(group):
+def _copied(
+    algorithm: Algorithm, settings: Settings, owners: Sequence[tuple[Tensor, Group, State]]
+) -> dict[Tensor, State]:
+    """Copy the states."""
+    params = [param for param, _, _ in owners]
+    copies: list[State] = [{} for _ in owners]
+    devices: list[torch.device | None] = []
+    for (param, group, state), copy in zip(owners, copies, strict=True):
+        dtypes = {param.dtype}
+        for key in algorithm.all_state_keys(group):
             if key in state:
-                dtype = asked or torch.promote_types(state[key].dtype, param.dtype)
-                names.setdefault(dtype, []).append(key)
-        for dtype, keys in names.items() if names else [(param.dtype, [])]:
-            by_dtype.setdefault(dtype, []).append((param, group, state, tuple(keys)))
-    for dtype, entries in by_dtype.items():
-        complete_states(
-            [param for param, *_ in entries],
-            [copies[param] for param, *_ in entries],
-            [keys for *_, keys in entries],
-            [_counter_device(optimizer, param, group, dtype) for param, group, *_ in entries],
-            dtype,
-        )
-    for param, _, state in owners:
-        _fill(copies[param], state, param)
-    return copies
+                dtype = settings.state_dtype or torch.promote_types(state[key].dtype, param.dtype)
+                copy.update(missing_states([param], [{}], [(key,)], [None], dtype)[0])
+                dtypes.add(dtype)
+        devices.append(_counter_device(algorithm, settings, param, group, dtypes))
+    counters = missing_states(params, [{} for _ in owners], [() for _ in owners], devices, None)
+    for (param, _, state), copy, counter in zip(owners, copies, counters, strict=True):
+        copy.update(counter)
+        _fill(copy, state, param)
+    return dict(zip(params, copies, strict=True))
 
 
 def _fill(copy: State, state: State, param: Tensor) -> None:
@@ -184,28 +219,49 @@ def _fill(copy: State, state: State, param: Tensor) -> None:
 
 
 def _counter_device(
-    optimizer: Owner, param: Tensor, group: Group, state_dtype: torch.dtype
+    algorithm: Algorithm, settings: Settings, param: Tensor, group: Group, dtypes: set[torch.dtype]
 ) -> torch.device | None:
     """Where the step counter of a parameter will be wanted, should its gradient be of its own dtype."""
-    if not optimizer._counts_steps(group):
+    if not algorithm.counts_steps(group):
         return None
-    backend = optimizer._settings.backend
+    backend = settings.backend
     if backend is None:
-        backend = choose_backend(None, local(param), param.dtype, {state_dtype}, group["differentiable"])
+        backend = choose_backend(
+            None, local(param), param.dtype, dtypes - {param.dtype} or dtypes, group["differentiable"]
+        )
     return step_device(param, backend, group)
 
 
-@torch.no_grad()
-def complete_switched_on(optimizer: Owner) -> None:
-    """Give parameters that have a state the maximum that AMSGrad wants since it was switched on, zero."""
-    params: list[Tensor] = []
-    keys: list[tuple[str, ...]] = []
-    for group in optimizer.param_groups:
-        wanted = tuple(key for key in optimizer._state_keys(group) if key == "max_exp_avg_sq")
-        for param in group["params"] if wanted else ():
-            if optimizer.state.get(param) and wanted[0] not in optimizer.state[param]:
-                params.append(param)
-                keys.append(wanted)
-    for param, key in zip(params, keys, strict=True):
-        state = optimizer.state[param]
-        complete_states([param], [state], [key], [None], state["exp_avg_sq"].dtype)
+OptimizerT = TypeVar("OptimizerT", bound=CheckpointedOptimizer)
+
+
+def take_over(
+    make: Callable[..., OptimizerT],
+    original: torch.optim.Optimizer,
+    expected: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+) -> OptimizerT:
+    """Make an optimizer of the same parameters in the same state.
+
+    Hyperparameters that are tensors are the original's own, so that whoever holds them still changes them; state
+    tensors are copies.
+
+    Args:
+        make: called with groups and keyword arguments.
+        original: left as it is; it is not to be used on the same parameters any more.
+        expected: class of the original.
+        options: keyword arguments that go before the original's defaults.
+
+    Raises:
+        TypeError: for an original of another class, and for a default that `make` does not know.
+        ValueError: for a state that does not fit.
+    """
+    if not isinstance(original, expected):
+        raise TypeError(
+            f"from_torch takes a torch.optim.{expected.__name__}, but got {torch.typename(original)}: "
+            "another algorithm's state means something else"
+        )
+    groups = [{**group, "params": list(group["params"])} for group in original.param_groups]
+    optimizer = make(groups, **{**original.defaults, **options})
+    optimizer.state.update(restored_states(optimizer, original.param_groups, original.state))
+    return optimizer

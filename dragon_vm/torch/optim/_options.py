@@ -1,72 +1,20 @@
-"""The options of the optimizers: their types, their defaults, and the errors for values out of range."""
+"""The options of the optimizers: their defaults, and the errors for values out of range."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class CommonOptions(TypedDict, total=False):
-    """Keyword options of every optimizer here.
-
-    Attributes:
-        maximize: step along the gradient instead of against it.
-        foreach, fused: accepted as PyTorch's; the update is always fused.
-        capturable: let steps be captured in CUDA graphs, whose replays see changed hyperparameters.
-        differentiable: let autograd see the update; needs the eager backend.
-        grad_scale: positive factor of the gradients, per group.
-        clip_norm: largest L2 norm of each gradient after `grad_scale`, per group; 0 for no limit.
-        clip_value: largest magnitude of a gradient's elements, per group, if `clip_norm` is 0; 0 for no limit.
-        max_grad_norm: largest norm of all gradients together; 0 for no limit.
-        norm_type: 2 or infinity, the norm that `max_grad_norm` bounds.
-        skip_nonfinite: skip a step in which some gradient is infinite or NaN.
-        ema_decay: keep an exponential moving average of the parameters with this decay, per group; 0 for none.
-        state_dtype: dtype of the state tensors; None for the parameter's.
-        backend: "triton", "native", "eager", or None to choose.
-        flatten: move parameters and gradients into flat buffers.
-    """
-
-    maximize: bool
-    foreach: bool | None
-    fused: bool | None
-    capturable: bool
-    differentiable: bool
-    grad_scale: float
-    clip_norm: float
-    clip_value: float
-    max_grad_norm: float
-    norm_type: float
-    skip_nonfinite: bool
-    ema_decay: float
-    state_dtype: torch.dtype | None
-    backend: str | None
-    flatten: bool
-
-
-class AdamOptions(CommonOptions, total=False):
-    """Keyword options of Adam.
-
-    Attributes:
-        epsilon_hat: add `eps` to the square root of the uncorrected second moment, as the class says; False to
-            add it after the bias correction, as PyTorch does.
-        decoupled_weight_decay: decay the parameter itself, as AdamW does.
-    """
-
-    epsilon_hat: bool
-    decoupled_weight_decay: bool
-
-
-# Options that each parameter group may override; the others belong to the optimizer.
-GROUP_DEFAULTS: dict[str, Any] = {
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
+# Options that each parameter group may override, beside the hyperparameters of the formula; the others belong to
+# the optimizer. Those of PyTorch first.
+TORCH_GROUP_OPTIONS = ("maximize", "foreach", "capturable", "differentiable", "fused")
+# Those of our own, with the value that means what PyTorch does.
+OWN_GROUP_DEFAULTS: dict[str, Any] = {
+    "epsilon_hat": False,
     "grad_scale": 1.0,
     "clip_norm": 0.0,
     "clip_value": 0.0,
@@ -75,7 +23,7 @@ GROUP_DEFAULTS: dict[str, Any] = {
 
 
 class Settings(NamedTuple):
-    """Options of the optimizer as a whole."""
+    """Options of the optimizer as a whole; see `Adam`."""
 
     max_grad_norm: float = 0.0
     norm_type: float = 2.0
@@ -83,28 +31,21 @@ class Settings(NamedTuple):
     state_dtype: torch.dtype | None = None
     backend: str | None = None
     flatten: bool = False
+    process_group: Any = None
 
 
-def split_options(
-    owner: str, options: Mapping[str, Any], group_defaults: Mapping[str, Any]
-) -> tuple[dict[str, Any], Settings]:
-    """Divide keyword options into defaults of the groups and settings of the optimizer.
+def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among the local variables of a constructor at its beginning."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
+
+
+def read_settings(options: Mapping[str, Any]) -> Settings:
+    """Take the options of the optimizer as a whole out of all options.
 
     Raises:
-        TypeError: for unknown options, which it names.
         ValueError: for an option out of range.
     """
-    unknown = [name for name in options if name not in group_defaults and name not in Settings._fields]
-    if unknown:
-        raise TypeError(f"{owner}.__init__() got unexpected keyword arguments: {', '.join(map(repr, unknown))}")
-    settings = Settings(**{name: value for name, value in options.items() if name in Settings._fields})
-    _check_settings(settings)
-    defaults = {name: options.get(name, default) for name, default in group_defaults.items()}
-    check_common(defaults, settings)
-    return defaults, settings
-
-
-def _check_settings(settings: Settings) -> None:
+    settings = Settings(**{name: options[name] for name in Settings._fields})
     if settings.backend not in (None, "triton", "native", "eager"):
         raise ValueError(f"backend must be None, 'triton', 'native' or 'eager', but got {settings.backend!r}")
     if not settings.max_grad_norm >= 0:
@@ -114,6 +55,17 @@ def _check_settings(settings: Settings) -> None:
     dtype = settings.state_dtype
     if dtype is not None and dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"state_dtype must be a real floating point dtype or None, but got {dtype}")
+    return settings
+
+
+def complete(group: Mapping[str, Any], own_defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with all options: one of our own that it does not hold means what PyTorch does."""
+    return {**own_defaults, **group}
+
+
+def needs_norm(settings: Settings) -> bool:
+    """Whether the options ask for the norm of all gradients."""
+    return bool(settings.max_grad_norm) or settings.skip_nonfinite
 
 
 def check_common(group: Mapping[str, Any], settings: Settings) -> None:
@@ -169,7 +121,8 @@ def check_lr(group: Mapping[str, Any]) -> None:
     """
     lr, weight_decay = group["lr"], group["weight_decay"]
     if isinstance(lr, Tensor):
-        if group["foreach"] and not group["capturable"]:
+        # Of PyTorch's optimizers only those with betas refuse it.
+        if "betas" in group and group["foreach"] and not group["capturable"]:
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -213,3 +166,14 @@ def check_momentum(group: Mapping[str, Any]) -> None:
         raise ValueError(f"Invalid momentum value: {group['momentum']}")
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+
+def by_value(value: Any) -> Any:
+    """A hyperparameter in a form that tells whether it changed: a tensor's number, or its address on a device."""
+    if isinstance(value, Tensor):
+        on_host = value.device.type == "cpu" and value.numel() == 1
+        return float(value.detach()) if on_host else (value.data_ptr(), value.dtype, value.device)
+    if isinstance(value, tuple | list):
+        return tuple(map(by_value, value))
+    # An array without dimensions may change in place.
+    return value if isinstance(value, float | int | str) or not hasattr(value, "__float__") else float(value)

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Self
 
-from dragon.vm.torch.optim._options import GROUP_DEFAULTS, AdamOptions, check_betas, check_lr, split_options
-from dragon.vm.torch.optim._takeover import take_over
+from dragon.vm.torch.optim._algorithms.adam import ADAM
+from dragon.vm.torch.optim._checkpoint import take_over
+from dragon.vm.torch.optim._options import given
 from dragon.vm.torch.optim.optimizer import Optimizer
 
-_DEFAULTS = {**GROUP_DEFAULTS, "decoupled_weight_decay": False, "epsilon_hat": True}
 
-
-class Adam(Optimizer):
+class Adam(Optimizer, torch.optim.Adam):
     r"""The optimizer to apply Adam algorithm. `[Kingma & Ba, 2014] <https://arxiv.org/abs/1412.6980>`_.
 
     .. math::
         \text{Adam}(g) = \text{lr} \cdot \frac{\text{correction} \cdot m_t}{\sqrt{v_t} + \epsilon}, \quad
         \text{correction} = \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
 
-    It takes the place of `torch.optim.Adam`, from which it differs in this: `eps` is added to the square root of
-    the *uncorrected* second moment, the epsilon-hat of section 2 of the paper, unless ``epsilon_hat=False``; all
-    groups are updated by one launch; `zero_grad` zeroes by default.
+    It replaces `torch.optim.Adam`, is an instance of it, and does the same for PyTorch's parameters. Groups of
+    Dragon's own parameters follow Dragon: `eps` is added to the square root of the *uncorrected* second moment,
+    the epsilon-hat of section 2 of the paper, and `zero_grad` zeroes by default.
 
     Args:
         params: parameters, named parameters or groups.
@@ -34,84 +33,116 @@ class Adam(Optimizer):
         eps: added to the denominator.
         weight_decay: L2 penalty.
         amsgrad: use the AMSGrad variant.
-        **kwargs: see `AdamOptions`.
+        maximize: step along the gradient instead of against it.
+        foreach: accepted as PyTorch's; the update is always fused.
+        capturable: let steps be captured in CUDA graphs, whose replays see changed hyperparameters.
+        differentiable: let autograd see the update, with plain torch operations.
+        fused: True lets a `GradScaler` leave unscaling and skipping to the step, as with PyTorch.
+        decoupled_weight_decay: decay the parameter itself, as AdamW does.
+        epsilon_hat: add `eps` to the square root of the uncorrected second moment; None decides by the parameters
+            of each group.
+        grad_scale: positive factor of the gradients, per group.
+        clip_norm: largest L2 norm of each gradient after `grad_scale`, per group; 0 for no limit.
+        clip_value: largest magnitude of a gradient's elements, per group, if `clip_norm` is 0; 0 for no limit.
+        ema_decay: keep an exponential moving average of the parameters with this decay, per group; 0 for none.
+        max_grad_norm: largest norm of all gradients together; 0 for no limit.
+        norm_type: 2 or infinity, the norm that `max_grad_norm` bounds.
+        skip_nonfinite: skip a step in which some gradient is infinite or NaN.
+        state_dtype: dtype of the state tensors; None for the parameter's.
+        backend: "triton", "native", "eager", or None to choose.
+        flatten: move parameters, gradients and states into flat buffers.
+        process_group: processes that hold other parts of the model than meshes say, over which norms and decisions
+            to skip are summed; for FSDP1, ZeroRedundancyOptimizer, pipeline stages and tensor parallelism by hand.
 
     Raises:
         TypeError, ValueError, RuntimeError: as PyTorch; for an option out of range, one that names it.
     """
 
-    _algorithm = "adam"
+    _algorithm = ADAM
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float | Tensor = 0.001,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-08,
         weight_decay: float = 0,
         amsgrad: bool = False,
-        **kwargs: Unpack[AdamOptions],
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        epsilon_hat: bool | None = None,
+        grad_scale: float = 1.0,
+        clip_norm: float = 0.0,
+        clip_value: float = 0.0,
+        ema_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
+        state_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        flatten: bool = False,
+        process_group: Any = None,
     ) -> None:
-        options, settings = split_options(type(self).__name__, kwargs, _DEFAULTS)
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            **options,
-        }
-        check_lr(defaults)
-        check_betas(defaults)
-        super().__init__(params, defaults, settings)
+        Optimizer.__init__(self, params, given(locals()))
 
     @classmethod
-    def from_torch(cls, optimizer: torch.optim.Optimizer, **kwargs: Unpack[AdamOptions]) -> Self:
+    def from_torch(cls, optimizer: torch.optim.Optimizer, **options: Any) -> Self:
         """Take over a running `torch.optim.Adam` or `AdamW`: its groups, hyperparameters, state and epsilon.
 
         Args:
             optimizer: it keeps its state, but is not to update the same parameters any more.
-            **kwargs: see `AdamOptions`.
+            **options: as of the class.
 
         Raises:
             TypeError: for an optimizer of another algorithm.
             ValueError: for a state that does not fit, and for an `AdamW` of one whose decay is not decoupled.
         """
-        kwargs.setdefault("epsilon_hat", False)
-        return take_over(cls, optimizer, torch.optim.Adam, {**kwargs})
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_lr(group)
-        check_betas(group)
-
-    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-        return (*keys, "ema") if group["ema_decay"] else keys
-
-    def _counts_steps(self, group: dict[str, Any]) -> bool:
-        return True
+        options.setdefault("epsilon_hat", False)
+        return take_over(cls, optimizer, torch.optim.Adam, options)
 
 
-class AdamW(Adam):
+class AdamW(Adam, torch.optim.AdamW):
     """Adam with decoupled weight decay. `[Loshchilov & Hutter, 2019] <https://arxiv.org/abs/1711.05101>`_.
 
-    It takes the place of `torch.optim.AdamW`; see `Adam` for what differs.
+    It replaces `torch.optim.AdamW`; see `Adam` for what differs and for the arguments.
     """
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float | Tensor = 0.001,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-08,
         weight_decay: float = 0.01,
         amsgrad: bool = False,
-        **kwargs: Unpack[AdamOptions],
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
+        epsilon_hat: bool | None = None,
+        grad_scale: float = 1.0,
+        clip_norm: float = 0.0,
+        clip_value: float = 0.0,
+        ema_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
+        state_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        flatten: bool = False,
+        process_group: Any = None,
     ) -> None:
-        if not kwargs.setdefault("decoupled_weight_decay", True):
+        if not decoupled_weight_decay:
             raise ValueError("decoupled_weight_decay must be True for AdamW; Adam takes False")
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **kwargs)
+        Optimizer.__init__(self, params, given(locals()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As `Adam`; whatever was saved, decay stays decoupled."""

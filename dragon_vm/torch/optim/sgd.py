@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Self
 
-from dragon.vm.torch.optim._options import GROUP_DEFAULTS, CommonOptions, check_lr, check_momentum, split_options
-from dragon.vm.torch.optim._takeover import take_over
+from dragon.vm.torch.optim._algorithms.sgd import SGD as ALGORITHM
+from dragon.vm.torch.optim._checkpoint import take_over
+from dragon.vm.torch.optim._options import given
 from dragon.vm.torch.optim.optimizer import Optimizer
 
 
-class SGD(Optimizer):
+class SGD(Optimizer, torch.optim.SGD):
     """The optimizer to apply stochastic gradient descent, with PyTorch's form of momentum.
+
+    It replaces `torch.optim.SGD`, and is an instance of it.
 
     Args:
         params: parameters, named parameters or groups.
@@ -24,59 +27,54 @@ class SGD(Optimizer):
         dampening: by how much less than 1 a gradient counts in the buffer.
         weight_decay: L2 penalty.
         nesterov: use Nesterov's momentum.
-        **kwargs: see `CommonOptions`.
+        maximize, foreach, capturable, differentiable, fused: see `Adam`.
+        grad_scale, clip_norm, clip_value, ema_decay: see `Adam`.
+        max_grad_norm, norm_type, skip_nonfinite, state_dtype, backend, flatten, process_group: see `Adam`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as PyTorch; for an option out of range, one that names it.
     """
 
-    _algorithm = "sgd"
+    _algorithm = ALGORITHM
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float | Tensor = 0.001,
         momentum: float = 0,
         dampening: float = 0,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         nesterov: bool = False,
-        **kwargs: Unpack[CommonOptions],
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        grad_scale: float = 1.0,
+        clip_norm: float = 0.0,
+        clip_value: float = 0.0,
+        ema_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
+        state_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        flatten: bool = False,
+        process_group: Any = None,
     ) -> None:
-        options, settings = split_options(type(self).__name__, kwargs, GROUP_DEFAULTS)
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            **options,
-        }
-        check_lr(defaults)
-        check_momentum(defaults)
-        super().__init__(params, defaults, settings)
+        Optimizer.__init__(self, params, given(locals()))
 
     @classmethod
-    def from_torch(cls, optimizer: torch.optim.Optimizer, **kwargs: Unpack[CommonOptions]) -> Self:
+    def from_torch(cls, optimizer: torch.optim.Optimizer, **options: Any) -> Self:
         """Take over a running `torch.optim.SGD`: groups, hyperparameters and state.
 
         Args:
             optimizer: it keeps its state, but is not to update the same parameters any more.
-            **kwargs: see `CommonOptions`.
+            **options: as of the class.
 
         Raises:
             TypeError: for an optimizer of another algorithm.
             ValueError: for a state that does not fit.
         """
-        return take_over(cls, optimizer, torch.optim.SGD, {**kwargs})
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_lr(group)
-        check_momentum(group)
-
-    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        keys = ("momentum_buffer",) if group["momentum"] else ()
-        return (*keys, "ema") if group["ema_decay"] else keys
-
-    def _counts_steps(self, group: dict[str, Any]) -> bool:
-        return bool(group["momentum"])
+        return take_over(cls, optimizer, torch.optim.SGD, options)

@@ -9,8 +9,6 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from dragon.vm.torch.optim import _containers
-
 _plain_convert = interpreter._convert_float
 
 
@@ -22,14 +20,6 @@ def _convert_float(data: Any, source: Any, target: Any, rounding_mode: Any) -> A
     if (source, target) == (tl.bfloat16, tl.float32):
         return np.left_shift(data.astype(np.uint32), 16)
     return _plain_convert(data, source, target, rounding_mode)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_containers_as_many() -> Iterator[None]:
-    """Read where Python counts changes, however few dicts there are: what takes the shortcut is what is tested."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_containers, "FEW", 0)
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from dragon.kernels import launch
-from dragon.vm.torch.optim import _triton
 from dragon.vm.torch.optim import optimizer as optimizer_module
-from dragon.vm.torch.optim._table import DeviceTable
+from dragon.vm.torch.optim._table.table import DeviceTable
 
 RECORDED = [(launch, name) for name in ("launch_norm", "launch_advance", "launch_update")]
-RECORDED.append((_triton, "follow_leaders"))
 
 
 class RecordedGraph:
@@ -28,7 +26,7 @@ class RecordedGraph:
             patch.setattr(torch.cuda, "is_initialized", lambda: True)
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             patch.setattr(optimizer_module, "check_capture", lambda *_: None)
-            patch.setattr(DeviceTable, "upload", lambda table: self._record_upload(table))
+            patch.setattr(DeviceTable, "captured_copy", self._record_copy)
             for module, name in RECORDED:
                 patch.setattr(module, name, self._recorder(name, getattr(module, name)))
             step()
@@ -45,10 +43,9 @@ class RecordedGraph:
 
         return record
 
-    def _record_upload(self, table: Any) -> None:
-        first, end = table._changed
-        words, target = table._words[first:end].clone(), table._buffer[first:end]
-        table._changed = (0, 0)
-        if len(words):
-            self.names.append("upload")
-            self._calls.append(lambda: target.copy_(words))
+    def _record_copy(self, table: DeviceTable, name: str, words: Any) -> torch.Tensor:
+        source = torch.frombuffer(words, dtype=torch.int64).clone()
+        target = torch.zeros_like(table.section(name))
+        self.names.append("upload")
+        self._calls.append(lambda: target[: len(source)].copy_(source))
+        return target

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam, AdamW
-from dragon.vm.torch.optim._checks import check_grads
+from dragon.vm.torch.optim._groups.checks import check_grads
 
 from .support import BACKENDS, everything, give_gradients, home, parameters, twin
 

@@ -1,0 +1,124 @@
+"""Adam, AdamW and AMSGrad in torch operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._algorithms.algorithm import (
+    Algorithm,
+    FusedOptions,
+    Group,
+    decayed,
+    for_maths,
+    host_number,
+)
+from dragon.vm.torch.optim._algorithms.scalars import one_minus_power
+from dragon.vm.torch.optim._options import check_betas, check_lr
+
+
+def _state_keys(group: Group) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+
+
+def _check(group: Group) -> None:
+    check_lr(group)
+    check_betas(group)
+
+
+def _columns(group: Group) -> dict[str, float]:
+    beta1, beta2 = map(host_number, group["betas"])
+    return {
+        "BETA1": beta1,
+        "BETA2": beta2,
+        "EPS": float(group["eps"]),
+        "EPSILON_HAT": float(group["epsilon_hat"]),
+        "DECOUPLED": float(group["decoupled_weight_decay"]),
+    }
+
+
+def _complement_power(beta: float | Tensor, step: Tensor) -> float | Tensor:
+    """1 - beta**step; a tensor if autograd must see it."""
+    if isinstance(beta, Tensor) and beta.requires_grad:
+        return 1 - beta ** step.to(beta.device)
+    return one_minus_power(float(beta), float(step))
+
+
+def adam_update(
+    param: Tensor, grad: Tensor, states: Sequence[Tensor], step: Tensor | None, group: Group
+) -> tuple[Tensor, list[Tensor]]:
+    """One step of Adam; see `dragon.kernels.adam.adam_update` for the formula and its sources.
+
+    Args:
+        param: real, fp32 or fp64.
+        grad: of the parameter's shape and dtype, already scaled and clipped.
+        states: exp_avg, exp_avg_sq and, for AMSGrad, max_exp_avg_sq, likewise.
+        step: the count of this step, from 1.
+        group: the parameter group's hyperparameters.
+
+    Returns:
+        The new parameter and states.
+    """
+    assert step is not None
+    lr, beta1, beta2 = (for_maths(param, value) for value in (group["lr"], *group["betas"]))
+    correction1 = _complement_power(beta1, step)
+    correction2 = _complement_power(beta2, step) ** 0.5
+    param, grad = decayed(param, grad, group, lr, group["decoupled_weight_decay"])
+    exp_avg = beta1 * states[0] + (1 - beta1) * grad
+    exp_avg_sq = beta2 * states[1] + (1 - beta2) * grad * grad
+    new_states = [exp_avg, exp_avg_sq]
+    largest = exp_avg_sq
+    if group["amsgrad"]:
+        largest = torch.maximum(states[2], exp_avg_sq)
+        new_states.append(largest)
+    eps = group["eps"] if group["epsilon_hat"] else group["eps"] * correction2
+    denom = largest.sqrt() + eps
+    return param - (lr * correction2 / correction1) * (exp_avg / denom), new_states
+
+
+def _fused(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[list[Tensor]],
+    steps: list[Tensor],
+    options: FusedOptions,
+    step: float,
+) -> None:
+    group = options.group
+    beta1, beta2 = map(float, group["betas"])
+    eps = float(group["eps"])
+    if group["epsilon_hat"] and eps:
+        # The operation divides sqrt(v) by the correction before it adds its epsilon.
+        eps /= math.sqrt(one_minus_power(beta2, step))
+    operation = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    operation(
+        params,
+        grads,
+        states[0],
+        states[1],
+        states[2] if len(states) > 2 else [],
+        steps,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        amsgrad=bool(group["amsgrad"]),
+        **options.numbers,
+    )
+
+
+ADAM = Algorithm(
+    name="adam",
+    state_keys=_state_keys,
+    counts_steps=lambda group: True,
+    check=_check,
+    columns=_columns,
+    update=adam_update,
+    fused=_fused,
+    fused_names=("lr", "betas", "eps", "weight_decay", "amsgrad", "epsilon_hat", "decoupled_weight_decay"),
+    depends_on_step=lambda group: bool(group["epsilon_hat"] and group["eps"]),
+    # Nor has a saved group that knows nothing of AMSGrad its maximum.
+    optional_keys=lambda saved_group: frozenset() if "amsgrad" in saved_group else frozenset({"max_exp_avg_sq"}),
+)

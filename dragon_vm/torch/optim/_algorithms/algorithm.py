@@ -1,0 +1,96 @@
+"""`Algorithm`: all that differs between Adam and SGD, in one record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dragon.vm.torch.optim._options import OWN_GROUP_DEFAULTS
+
+Group = Mapping[str, Any]
+
+
+class FusedOptions(NamedTuple):
+    """What one call of torch's fused CPU operation is told, whatever the algorithm.
+
+    Attributes:
+        numbers: keywords of the operation, as they are at every step.
+        group: hyperparameters of the tensors.
+    """
+
+    numbers: dict[str, Any]
+    group: Group
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What an optimizer computes. All functions take a parameter group, a mapping of hyperparameters.
+
+    Attributes:
+        name: as the kernels know it.
+        state_keys: names of a parameter's state tensors, in the order in which the update walks them.
+        counts_steps: whether the update needs a step counter.
+        check: raises `ValueError` for hyperparameters out of range, with PyTorch's texts.
+        columns: hyperparameters by the name of their column in the kernels' table.
+        update: maps a tensor, its gradient, its states, its step count and the group to the new tensor and states.
+            All tensors are real and wide enough for the maths; none is written.
+        fused: updates lists of CPU tensors in place by one fused operation of torch.
+        fused_names: the hyperparameters that tensors of one fused call must share.
+        depends_on_step: whether what a fused call does depends on the step count.
+        optional_keys: states that a saved group may lack, which then start anew.
+        uncounted_steps: the count of a state that comes without one; None if it must have one.
+        saves_steps: whether PyTorch's counterpart has step counters in its state dicts.
+        own_group_defaults: further options that this counterpart lacks, with the value that means the same.
+    """
+
+    name: str
+    state_keys: Callable[[Group], tuple[str, ...]]
+    counts_steps: Callable[[Group], bool]
+    check: Callable[[Group], None]
+    columns: Callable[[Group], dict[str, float]]
+    update: Callable[[Tensor, Tensor, Sequence[Tensor], Tensor | None, Group], tuple[Tensor, list[Tensor]]]
+    fused: Callable[[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor], FusedOptions, float], None]
+    fused_names: tuple[str, ...]
+    depends_on_step: Callable[[Group], bool]
+    optional_keys: Callable[[Group], frozenset[str]] = lambda saved_group: frozenset()
+    uncounted_steps: float | None = None
+    saves_steps: bool = True
+    own_group_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def own_defaults(self) -> dict[str, Any]:
+        """Options of groups that PyTorch's counterpart lacks, with the value that means the same."""
+        return {**OWN_GROUP_DEFAULTS, **self.own_group_defaults}
+
+    def all_state_keys(self, group: Group) -> tuple[str, ...]:
+        """`state_keys`, and "ema" if the group keeps an average."""
+        keys = self.state_keys(group)
+        return (*keys, "ema") if group["ema_decay"] else keys
+
+
+def host_number(value: Any) -> float:
+    """A hyperparameter as a float; 0 for a tensor on a device, which kernels read where it is."""
+    return 0.0 if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
+
+
+def decayed(
+    param: Tensor, grad: Tensor, group: Group, lr: float | Tensor, decoupled: bool
+) -> tuple[Tensor, Tensor]:
+    """Parameter and gradient after weight decay, out of place."""
+    weight_decay = for_maths(param, group["weight_decay"])
+    if isinstance(weight_decay, Tensor) or weight_decay != 0:
+        if decoupled:
+            param = param * (1 - lr * weight_decay)
+        else:
+            grad = grad + weight_decay * param
+    return param, grad
+
+
+def for_maths(param: Tensor, value: float | Tensor) -> float | Tensor:
+    """A hyperparameter for use with a tensor: a float, unless autograd must see it."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        return value.reshape(()).to(param.device)
+    return float(value)

@@ -1,0 +1,99 @@
+"""SGD with PyTorch's form of momentum, in torch operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, FusedOptions, Group, decayed, for_maths
+from dragon.vm.torch.optim._options import check_lr, check_momentum
+
+
+def _state_keys(group: Group) -> tuple[str, ...]:
+    return ("momentum_buffer",) if group["momentum"] else ()
+
+
+def _counts_steps(group: Group) -> bool:
+    """The first gradient enters the buffer undamped: only with dampening does the count matter."""
+    return bool(group["momentum"] and group["dampening"])
+
+
+def _check(group: Group) -> None:
+    check_lr(group)
+    check_momentum(group)
+
+
+def _columns(group: Group) -> dict[str, float]:
+    return {
+        "MOMENTUM": float(group["momentum"]),
+        "DAMPENING": float(group["dampening"]),
+        "NESTEROV": float(group["nesterov"]),
+    }
+
+
+def sgd_update(
+    param: Tensor, grad: Tensor, states: Sequence[Tensor], step: Tensor | None, group: Group
+) -> tuple[Tensor, list[Tensor]]:
+    """One step of SGD; see `dragon.kernels.sgd.sgd_update` for the formula.
+
+    Args:
+        param: real, fp32 or fp64.
+        grad: of the parameter's shape and dtype, already scaled and clipped.
+        states: with momentum, the momentum buffer.
+        step: the count of this step, from 1; None without dampening.
+        group: the parameter group's hyperparameters.
+
+    Returns:
+        The new parameter and states.
+    """
+    lr, momentum = for_maths(param, group["lr"]), group["momentum"]
+    param, grad = decayed(param, grad, group, lr, False)
+    if momentum == 0:
+        return param - lr * grad, []
+    gain = 1.0 if step is None or step <= 1 else 1 - group["dampening"]
+    buffer = momentum * states[0] + gain * grad
+    direction = grad + momentum * buffer if group["nesterov"] else buffer
+    return param - lr * direction, [buffer]
+
+
+def _fused(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[list[Tensor]],
+    steps: list[Tensor],
+    options: FusedOptions,
+    step: float,
+) -> None:
+    group, buffers = options.group, states[0] if states else []
+    # The fused operation is wrong by whole gradients for half precision of 15 elements and more (torch 2.13).
+    half = params[0].dtype in (torch.float16, torch.bfloat16)
+    wide = [[t.float() for t in tensors] if half else tensors for tensors in (params, grads, buffers)]
+    torch._fused_sgd_(
+        *wide,
+        momentum=float(group["momentum"]),
+        dampening=float(group["dampening"]),
+        nesterov=group["nesterov"],
+        is_first_step=step == 1,
+        **options.numbers,
+    )
+    if half:
+        torch._foreach_copy_([*params, *buffers], [*wide[0], *wide[2]])
+
+
+SGD = Algorithm(
+    name="sgd",
+    state_keys=_state_keys,
+    counts_steps=_counts_steps,
+    check=_check,
+    columns=_columns,
+    update=sgd_update,
+    fused=_fused,
+    fused_names=("lr", "momentum", "dampening", "nesterov", "weight_decay"),
+    depends_on_step=_counts_steps,
+    # PyTorch's SGD does not count; its buffer is there after the first step.
+    uncounted_steps=1.0,
+    saves_steps=False,
+    own_group_defaults={"capturable": False},
+)

@@ -1,0 +1,1 @@
+"""Who executes a plan: kernels, fused operations of torch, or plain torch operations."""

@@ -1,0 +1,199 @@
+"""Measured launch configurations: JSON files that ``dragon-vm tune`` writes and that the optimizer reads.
+
+A file is data: it is parsed as JSON, its configuration is checked, and nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dragon.kernels.archs import arch_name, warp_size
+from dragon.kernels.config import LaunchConfig, default_config
+
+if TYPE_CHECKING:
+    from dragon.kernels.spec import Spec
+
+FOLDER_VARIABLE = "DRAGON_VM_TUNING_DIR"
+SCHEMA = 2
+
+# Mean elements of a tensor that separate the size classes. Below the first, a tensor is a handful of chunks and a
+# launch is about tables; from the second, bandwidth is all that counts.
+SMALL, TRANSFORMER, LARGE = "small", "transformer", "large"
+SMALL_BELOW = 2**14
+LARGE_FROM = 2**23
+
+EVICTIONS = ("", "evict_first", "evict_last")
+
+# Characters of a part of a path; file systems end at 255 bytes.
+LONGEST_NAME = 120
+
+
+class TuningWarning(UserWarning):
+    """A tuning file is ignored."""
+
+
+def config_for(spec: Spec, arch: str, device_name: str, numels: Sequence[int]) -> LaunchConfig:
+    """The configuration to launch a kernel with: measured if there is a usable result, else the default.
+
+    Files are read once for each distinct question. An unusable file is ignored with one warning.
+
+    Args:
+        spec: which kernel.
+        arch: as triton names it, "90" or "gfx942".
+        device_name: the GPU's name.
+        numels: elements of the tensors that share the launch.
+    """
+    return _find(tuning_dir(), spec, arch_name(arch), device_name, size_class(numels))
+
+
+def forget() -> None:
+    """Read the files again at the next question."""
+    _find.cache_clear()
+
+
+@lru_cache(maxsize=4096)
+def _find(folder: Path, spec: Spec, arch: str, device_name: str, size: str) -> LaunchConfig:
+    path = path_of(spec_fields(spec), arch, device_name, size, folder)
+    try:
+        return check_result(read_json(path), path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        warnings.warn(f"tuning file {path} is ignored: {error}", TuningWarning, stacklevel=3)
+    return default_config(arch)
+
+
+def tuning_dir() -> Path:
+    """The folder of results: DRAGON_VM_TUNING_DIR, or a folder in the user's cache."""
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        return Path(folder)
+    cache_home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache_home):
+        cache_home = os.path.expanduser("~/.cache")
+    return Path(cache_home, "dragon-vm", "tuning")
+
+
+def size_class(numels: Sequence[int]) -> str:
+    """The class of tensors with these element counts, by their mean."""
+    mean = sum(numels) / max(len(numels), 1)
+    if mean < SMALL_BELOW:
+        return SMALL
+    return TRANSFORMER if mean < LARGE_FROM else LARGE
+
+
+def spec_fields(spec: Spec) -> dict[str, Any]:
+    """The fields of a spec as JSON gives them back."""
+    return {**asdict(spec), "states": list(spec.states)}
+
+
+def path_of(spec: dict[str, Any], arch: str, device_name: str, size: str, folder: Path | None = None) -> Path:
+    """The one file that can hold the result of a kernel, device and size.
+
+    Args:
+        spec: its fields, as of `spec_fields`.
+        arch: as in "sm_90".
+        device_name: the GPU's name.
+        size: a size class.
+        folder: of results; by default `tuning_dir`.
+    """
+    formats = [spec["param"], spec["grad"], *spec["states"]]
+    average = [f"average {spec['average']}"] if spec["average"] else []
+    zero_grad = ["zero_grad"] if spec["zero_grad"] else []
+    name = file_name(" ".join(map(str, (spec["algorithm"], *formats, *average, *zero_grad, size))))
+    return (folder or tuning_dir()) / file_name(arch) / file_name(device_name) / f"{name}.json"
+
+
+def file_name(text: str) -> str:
+    """The text as a short file name on any system."""
+    name = re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")
+    if name and len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{name[: LONGEST_NAME - 17]}-{digest}".lstrip("-")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def check_result(data: Any, path: Path | None = None) -> LaunchConfig:
+    """The configuration of a result that is usable with the kernels of this release.
+
+    Args:
+        data: what was read.
+        path: of the file, which must be the one for what the result is of; None for data of another origin.
+
+    Raises:
+        ValueError: says why it is not usable.
+    """
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        schema = data.get("schema") if isinstance(data, dict) else None
+        raise ValueError(f"it is no result of schema {SCHEMA}: its schema is {schema!r:.40}")
+    if data.get("kernel_hash") != kernel_hash():
+        raise ValueError("stale: the source of the kernels has changed since")
+    try:
+        arch, device_name, size = data["arch"], data["device"], data["size"]
+        expected = path_of(data["spec"], arch, device_name, size, path.parents[2] if path else None)
+        config = LaunchConfig(**data["config"])
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"incomplete: {type(error).__name__}: {error}") from None
+    if path is not None and path != expected:
+        raise ValueError("foreign: it is the result of something else than its name and folder say")
+    if not is_launchable(config, warp_size(arch)):
+        raise ValueError(f"no kernel can be launched with {data['config']!r:.200}")
+    return config
+
+
+def is_launchable(config: LaunchConfig, n_lanes: int) -> bool:
+    """Whether a configuration can be slow, but not wrong, where a warp has `n_lanes` threads."""
+
+    def is_in(value: object, low: int, high: int, power_of_two: bool = False) -> bool:
+        # A bool is an int to Python.
+        if type(value) is not int or not low <= value <= high:
+            return False
+        return not (power_of_two and value & (value - 1))
+
+    return (
+        is_in(config.n_warps, 1, 32, power_of_two=True)
+        # The misaligned path takes an element a thread: more threads than elements would reach the next chunk.
+        and is_in(config.chunk, max(128, n_lanes * config.n_warps), 2**16, power_of_two=True)
+        and is_in(config.n_stages, 1, 8)
+        and is_in(config.programs_per_processor, 0, 64)
+        and config.eviction in EVICTIONS
+    )
+
+
+@cache
+def kernel_hash() -> str:
+    """A hash of the source of all kernels; neither triton nor the kernels are imported.
+
+    Default configurations are no part of it: a change of them leaves measurements valid.
+    """
+    found = importlib.util.find_spec("dragon.kernels")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("dragon.kernels is not installed beside dragon.vm")
+    digest = hashlib.sha256()
+    for path in sorted(Path(found.origin).parent.glob("*.py")):
+        if path.name != "config.py":
+            # In universal newlines, so that a checkout on another system has the same hash.
+            digest.update(f"{path.name}\0{path.read_text(encoding='utf-8')}\0".encode())
+    return digest.hexdigest()

@@ -1,0 +1,104 @@
+"""What the triton backend knows and keeps of one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dragon.kernels import table
+
+
+class DeviceContext:
+    """What all plans of one optimizer on one device share.
+
+    Attributes:
+        status: float64 [STATUS_COLUMNS], written by the kernels and read only on request.
+        one, zero: fp32 [1], the grad_scale and found_inf of a step without a scaler.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.status = torch.zeros(int(table.STATUS_COLUMNS), dtype=torch.float64, device=device)
+        self.spare_status = torch.zeros_like(self.status)
+        self.one = torch.ones(1, dtype=torch.float32, device=device)
+        self.zero = torch.zeros(1, dtype=torch.float32, device=device)
+        self.name, self.arch, self.n_processors, self.warp_size = _describe(device)
+        self._module: Any = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
+        self._last: torch.cuda.Event | None = None
+        self._stream = self.stream()
+        # Each with the stream on which it was allocated.
+        self._partials = [(torch.zeros(1, dtype=torch.float64, device=device), self._stream)]
+
+    def launch(self, run: Callable[[], None], *, in_order: bool) -> None:
+        """Call `run` with this device as the current one.
+
+        Args:
+            run: what launches.
+            in_order: enqueue behind all earlier launches of this kind, whichever streams those were on.
+        """
+        if self._module is None:
+            run()
+            return
+        current = self._module.current_device()
+        try:
+            try:
+                self._module.set_device(self.device)
+                self._run(run, in_order)
+            finally:
+                self._module.set_device(current)
+        finally:
+            # Once more: an interrupt may have hit the line above.
+            self._module.set_device(current)
+
+    def _run(self, run: Callable[[], None], in_order: bool) -> None:
+        if not in_order or self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            run()
+            return
+        if self._last is None:
+            self._last = torch.cuda.Event()
+        else:
+            torch.cuda.current_stream().wait_event(self._last)
+        run()
+        self._last.record()
+
+    def stream(self) -> Any:
+        """The stream on which memory is allocated and work enqueued now; None on a device without streams."""
+        return None if self.device.type != "cuda" else torch.cuda.current_stream(self.device)
+
+    def record(self, allocated_on: Any, tensors: Sequence[Tensor]) -> None:
+        """Tell the allocator that tensors and what this object keeps are used on the current stream.
+
+        Args:
+            allocated_on: the stream on which the tensors were allocated.
+            tensors: tensors that only this optimizer knows.
+        """
+        stream = self.stream()
+        if stream != allocated_on:
+            for tensor in tensors:
+                tensor.record_stream(stream)
+        if stream != self._stream:
+            for tensor in (self.status, self.spare_status, self.one, self.zero):
+                tensor.record_stream(stream)
+
+    def partials(self, n_partials: int) -> Tensor:
+        """Scratch memory for at least `n_partials` partial norms, float64."""
+        stream = self.stream()
+        if self._partials[-1][0].numel() < n_partials:
+            # Smaller ones stay: a captured graph may write to them at its replays.
+            self._partials.append((torch.zeros(n_partials, dtype=torch.float64, device=self.device), stream))
+        partials, allocated_on = self._partials[-1]
+        if stream != allocated_on:
+            partials.record_stream(stream)
+        return partials
+
+
+def _describe(device: torch.device) -> tuple[str, str, int, int]:
+    """Name, architecture as triton names it, multiprocessors, and threads of a warp."""
+    if device.type != "cuda":
+        return device.type, device.type, 1, 32
+    properties = torch.cuda.get_device_properties(device)
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"{properties.major}{properties.minor}"
+    return properties.name, arch, properties.multi_processor_count, properties.warp_size

@@ -1,0 +1,45 @@
+"""Run a fused CPU operation on the calling thread alone, unseen by other threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+try:
+    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+except ImportError:  # small tensors then take as long as with PyTorch
+    ThreadpoolController = None
+
+
+@cache
+def _openmp_pools() -> list[Any]:
+    """The OpenMP libraries of this process; how many threads one uses is a setting of the calling thread."""
+    if ThreadpoolController is None:
+        return []
+    controller: Any = ThreadpoolController()
+    return list(controller.select(user_api="openmp").lib_controllers)
+
+
+def on_one_thread(run: Callable[[], None]) -> None:
+    """Call `run` while operations that this thread starts use this thread only.
+
+    `torch.set_num_threads` would be seen by threads that start meanwhile, and stay with them.
+    """
+    pools = _openmp_pools()
+    limits = [pool.num_threads for pool in pools]
+    try:
+        try:
+            for pool in pools:
+                pool.set_num_threads(1)
+            run()
+        finally:
+            _restore(pools, limits)
+    finally:
+        # Once more: an interrupt may have hit the lines above.
+        _restore(pools, limits)
+
+
+def _restore(pools: list[Any], limits: list[int]) -> None:
+    for pool, limit in zip(pools, limits, strict=True):
+        pool.set_num_threads(limit)

@@ -1,0 +1,164 @@
+"""What happens to the gradients before an update, in torch operations: unscale, clip, check.
+
+The triton backend does the same inside its kernels; see `dragon.kernels.norm` and `dragon.kernels.advance`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._gradients.norms import SquareSum, inf_norms, l2_norms
+from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
+from dragon.vm.torch.optim._options import Settings, needs_norm
+
+# `torch.nn.utils.clip_grad_norm_` divides by the norm plus this.
+CLIP_EPS = 1e-6
+
+
+class Scaling(NamedTuple):
+    """What a `GradScaler` hands to an optimizer.
+
+    Attributes:
+        grad_scale: fp32 [1], gradients are divided by it; None for 1.
+        found_inf: fp32 [1], positive if the step is to be skipped; None for 0.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+class Factors(NamedTuple):
+    """What to do with the gradients of one step.
+
+    Attributes:
+        skip: leave parameters, states and counters alone.
+        common: what all gradients are multiplied by, beside their groups' own factors.
+        each: what each gradient is multiplied by in addition; empty for 1.
+        norm: the norm of all gradients together, float64 0-dim; None if nothing asked for it.
+    """
+
+    skip: bool = False
+    common: float = 1.0
+    each: Sequence[float] = ()
+    norm: Tensor | None = None
+
+    def of(self, index: int, group: dict[str, Any]) -> float:
+        """The factor of a gradient by its position and group; negative to maximise."""
+        factor = group_factor(group) * self.common
+        return factor * self.each[index] if self.each else factor
+
+
+def group_factor(group: dict[str, Any]) -> float:
+    """The factor of a group's gradients: its `grad_scale`, negative to maximise."""
+    scale = float(group["grad_scale"])
+    return -scale if group["maximize"] else scale
+
+
+def gradient_factors(
+    grads: Sequence[Tensor],
+    group_index: Sequence[int],
+    groups: Sequence[dict[str, Any]],
+    settings: Settings,
+    scaling: Scaling,
+    measure: Callable[[], float],
+    shared: SharedNorm | None = None,
+) -> Factors:
+    """Decide by what each gradient is multiplied, and whether the step is skipped.
+
+    Args:
+        grads: gradients.
+        group_index: index of each one's parameter group.
+        groups: parameter groups.
+        settings: the optimizer's.
+        scaling: a `GradScaler`'s; read here, which synchronises on an accelerator.
+        measure: returns the norm of all gradients together, see `TotalNorm`.
+        shared: sums over the processes that share the gradients; None if there are no others.
+    """
+    limits = [float(group["clip_norm"]) for group in groups]
+    skip = scaling.found_inf is not None and float(scaling.found_inf) > 0
+    scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
+    # A scale that underflowed to 0 leaves nothing finite, as a division by it would.
+    common = 1.0 / scale if scale else math.inf
+    norm, norms = None, None
+    if shared is not None:
+        norms, total, skip = _shared_norms(grads, group_index, groups, settings, scaling, shared)
+    elif needs_norm(settings) and not skip:
+        total = measure()
+    if needs_norm(settings) and not skip:
+        total *= common
+        norm = torch.tensor(total, dtype=torch.float64, device="cpu")
+        skip = settings.skip_nonfinite and not math.isfinite(total)
+        common *= _clip_factor(total, settings.max_grad_norm, CLIP_EPS)
+    each: list[float] = []
+    if any(limits) and not skip:
+        if norms is None:
+            norms = l2_norms(grads).tolist()
+        each = [
+            _clip_factor(norm_of * abs(group_factor(groups[index]) * common), limits[index], 0.0)
+            for norm_of, index in zip(norms, group_index, strict=True)
+        ]
+    return Factors(skip, common, each, norm)
+
+
+def _shared_norms(
+    grads: Sequence[Tensor],
+    group_index: Sequence[int],
+    groups: Sequence[dict[str, Any]],
+    settings: Settings,
+    scaling: Scaling,
+    shared: SharedNorm,
+) -> tuple[list[float] | None, float, bool]:
+    """Norms over all processes, of each gradient if some group clips them so and of all, and whether to skip."""
+    numbers = [abs(group_factor(groups[index])) for index in group_index]
+    factors = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    if any(group["clip_norm"] for group in groups):
+        squares = l2_norms(grads).square() if grads else factors
+        whole, flag = shared.each(squares, scaling.found_inf, skip_nonfinite=settings.skip_nonfinite)
+        norms = whole.sqrt()
+        return norms.tolist(), float(torch.linalg.vector_norm(norms * factors)), float(flag) > 0
+    largest = settings.norm_type == math.inf
+    measured = (inf_norms if largest else l2_norms)(grads) * factors if grads else factors
+    total, flag = shared.total(measured if largest else measured.square(), scaling.found_inf, largest=largest)
+    return None, float(total if largest else total.sqrt()), float(flag) > 0
+
+
+class TotalNorm:
+    """The norm of gradients together, each times its group's factor.
+
+    Args:
+        grads: gradients like those to measure: in number, shapes, dtypes and devices.
+        group_index: index of each one's parameter group.
+    """
+
+    def __init__(self, grads: Sequence[Tensor], group_index: Sequence[int]) -> None:
+        self._group_index, self._square_sum = group_index, SquareSum(grads)
+
+    def measure(self, grads: Sequence[Tensor], groups: Sequence[dict[str, Any]], norm_type: float) -> float:
+        """The norm, of type 2 or infinity."""
+        if norm_type == math.inf:
+            factors = [abs(group_factor(groups[index])) for index in self._group_index]
+            return float((inf_norms(grads) * torch.tensor(factors, dtype=torch.float64, device="cpu")).max())
+        squares = [group_factor(group) ** 2 for group in groups]
+        if len(set(squares)) == 1:
+            return math.sqrt(squares[0] * self._square_sum(grads))
+        members: dict[float, list[Tensor]] = {}
+        for grad, index in zip(grads, self._group_index, strict=True):
+            members.setdefault(squares[index], []).append(grad)
+        return math.sqrt(sum(square * SquareSum(chosen)(chosen) for square, chosen in members.items()))
+
+
+def _clip_factor(norm: float, limit: float, eps: float) -> float:
+    """Limit / (norm + eps), at most 1; 1 without a limit, NaN for a NaN norm."""
+    if not limit or norm + eps <= limit:
+        return 1.0
+    return limit / (norm + eps)
+
+
+def clip_value(group: dict[str, Any]) -> float:
+    """The bound of a group's gradient elements; 0 for none. `clip_norm` overrides it."""
+    return 0.0 if group["clip_norm"] else float(group["clip_value"])

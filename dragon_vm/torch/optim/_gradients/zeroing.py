@@ -1,0 +1,44 @@
+"""Gradients that are set to zero or cut from their graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+
+def detach_all(grads: Sequence[Tensor]) -> None:
+    """Detach gradients from any graph, in place, as PyTorch's `zero_grad` does."""
+    if not any(map(attrgetter("requires_grad"), grads)):
+        return
+    for grad in grads:
+        if grad.grad_fn is not None:
+            grad.detach_()
+        else:
+            grad.requires_grad_(False)
+
+
+def zero_all(grads: Sequence[Tensor]) -> None:
+    """Set gradients to zero, all strided ones in one operation, and detach them from any graph."""
+    detach_all(grads)
+    strided = []
+    for grad in grads:
+        if grad.layout == torch.strided and not grad.is_conj() and not grad.is_neg():
+            strided.append(grad)
+        else:
+            grad.zero_()
+    if strided:
+        torch._foreach_zero_(strided)
+
+
+def apart(grads: list[Tensor]) -> list[Tensor]:
+    """Gradients of which no two are the same memory, so that one may be written after it was read."""
+    seen: set[int] = set()
+    chosen = []
+    for grad in grads:
+        address = grad.data_ptr()
+        chosen.append(grad.clone() if address in seen and grad.numel() else grad)
+        seen.add(address)
+    return chosen

@@ -1,0 +1,1 @@
+"""CUDA graphs: what can be captured, and hyperparameters that replays see change."""

@@ -1,0 +1,1 @@
+"""From the optimizer to flattened groups: members, layouts, checks, backends, states and buffers."""

@@ -1,0 +1,114 @@
+"""Errors for parameters and gradients that no backend may touch, raised before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._groups.layout import overlapping_pair
+from dragon.vm.torch.optim._groups.members import has_own_memory
+
+Group = Mapping[str, Any]
+
+
+def label(groups: Sequence[Group], param: Tensor) -> str:
+    """What to call a parameter in an error: its position among all parameters, and its name if it has one."""
+    position = 0
+    for group in groups:
+        for index, member in enumerate(group["params"]):
+            if member is param:
+                names = group.get("param_names")
+                return f"parameter {position}" + (f" ({names[index]})" if names else "")
+            position += 1
+    return "a parameter"
+
+
+def check_param(param: Tensor) -> None:
+    """Check the dtype and layout of a parameter that trains.
+
+    Raises:
+        ValueError: for one that is neither real nor complex floating point, or not strided.
+    """
+    if not (param.is_floating_point() or param.is_complex()):
+        raise ValueError(f"params must be floating point or complex, but got one of {param.dtype}")
+    if param.layout != torch.strided:
+        raise ValueError(f"params must be strided, but got one of layout {param.layout}")
+
+
+def check_grads(params: Sequence[Tensor], grads: Sequence[Tensor], owner: str) -> None:
+    """Check that gradients can update parameters.
+
+    Raises:
+        RuntimeError: for a sparse gradient, as PyTorch.
+        ValueError: for a gradient of another device, shape or kind of number than its parameter.
+    """
+    for param, grad in zip(params, grads, strict=True):
+        check_param(param)
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"{owner} does not support sparse gradients, please consider SparseAdam instead")
+        if grad.device != param.device:
+            raise ValueError(f"a parameter is on {param.device}, but its gradient is on {grad.device}")
+        if grad.shape != param.shape:
+            raise ValueError(f"a parameter has shape {tuple(param.shape)}, but its gradient {tuple(grad.shape)}")
+        if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
+            raise ValueError(f"a parameter is of {param.dtype}, but its gradient is of {grad.dtype}")
+
+
+def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], counts_steps: bool) -> None:
+    """Check the state that a parameter has already, whoever put it there.
+
+    Args:
+        param: the parameter.
+        state: its state, complete or not.
+        keys: names of the state tensors that its update walks.
+        counts_steps: whether its update needs a step counter.
+
+    Raises:
+        ValueError: for a state tensor of another shape, and for a step that is not one number.
+    """
+    for key in keys:
+        value = state.get(key, param)
+        if not isinstance(value, Tensor) or value.shape != param.shape:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"a parameter has shape {tuple(param.shape)}, but its state {key!r} {found}")
+    step = state.get("step") if counts_steps else None
+    if step is not None and (step.numel() != 1 if isinstance(step, Tensor) else not hasattr(step, "__float__")):
+        raise ValueError(f"the state 'step' of a parameter must be one number, but got {step!r}")
+
+
+def check_memory(params: Sequence[Tensor], name: Callable[[int], str]) -> None:
+    """Check that no element of memory belongs to two parameters, or twice to one.
+
+    Args:
+        params: the tensors that are updated.
+        name: what to call one of them, by its position among `params`.
+
+    Raises:
+        ValueError: if one does.
+    """
+    pair = overlapping_pair(params)
+    if pair is None:
+        return
+    first, second = sorted(pair)
+    if first == second:
+        raise ValueError(
+            f"params must not share memory, but elements stand twice in {name(first)}, of shape "
+            f"{tuple(params[first].shape)} with strides {params[first].stride()}"
+        )
+    raise ValueError(
+        f"params must not share memory, but {name(first)} and {name(second)} do: their elements would be updated "
+        "twice a step. PyTorch only warns of it; give each parameter once"
+    )
+
+
+def has_memory(param: Tensor) -> bool:
+    """Whether a parameter is a strided tensor that has memory of its own by now."""
+    return (
+        has_own_memory(type(param))
+        and param.device.type != "meta"
+        and not torch.nn.parameter.is_lazy(param)
+        and param.layout == torch.strided
+    )

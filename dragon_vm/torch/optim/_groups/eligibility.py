@@ -1,0 +1,103 @@
+"""Which backend updates which tensor, and why another one cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._groups.checks import has_memory
+from dragon.vm.torch.optim._groups.layout import is_dense
+
+_TRITON_DEVICES = ("cuda", "xpu")
+_KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+
+
+@functools.cache
+def _interpreting() -> bool:
+    """Whether kernels run in triton's interpreter, on tensors of any device."""
+    from dragon.kernels import launch
+
+    return launch.INTERPRETED
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot update tensors of a device; None if it can."""
+    if backend == "eager":
+        return None
+    if backend == "native":
+        return (
+            None if device.type == "cpu" else f"it updates tensors on the CPU only, and a parameter is on {device}"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type in _TRITON_DEVICES or (device.type == "cpu" and _interpreting()):
+        return None
+    return (
+        f"it needs a CUDA, ROCm or XPU device, and a parameter is on {device}; "
+        "for tests on the CPU, set TRITON_INTERPRET=1 before triton is imported"
+    )
+
+
+def check_backend(backend: str | None, device: torch.device) -> None:
+    """Check an explicit choice.
+
+    Raises:
+        ValueError: if the backend cannot update tensors of the device, saying why.
+    """
+    reason = None if backend is None else why_not(backend, device)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} is impossible here: {reason}")
+
+
+def choose_backend(
+    backend: str | None,
+    param: Tensor,
+    grad_dtype: torch.dtype,
+    state_dtypes: set[torch.dtype],
+    differentiable: bool,
+) -> str:
+    """The backend that updates one parameter.
+
+    A parameter that is not dense, such as ``base[..., 0]``, or has no memory of its own, goes the eager way
+    whatever the choice. The native backend rounds a gradient of another dtype to its parameter's; it is not
+    chosen for one unasked.
+
+    Args:
+        backend: the explicit choice, or None.
+        param: the parameter.
+        grad_dtype: of its gradient.
+        state_dtypes: of its state tensors.
+        differentiable: whether autograd must see the update.
+
+    Raises:
+        ValueError: if an explicit choice cannot update the parameter, saying why.
+    """
+    if differentiable or not has_memory(param) or not is_dense(param):
+        return "eager"
+    check_backend(backend, param.device)
+    mixed = state_dtypes - {param.dtype}
+    unknown = [dtype for dtype in state_dtypes if dtype not in _KERNEL_DTYPES]
+    if backend == "native" and mixed:
+        raise ValueError(
+            "backend='native' is impossible here: torch's fused operation needs states of the "
+            f"parameter's dtype {param.dtype}, but got {', '.join(map(str, mixed))}"
+        )
+    if backend == "triton" and unknown:
+        raise ValueError(f"backend='triton' is impossible here: a parameter has states of {unknown}")
+    if backend is not None:
+        return backend
+    if param.device.type in _TRITON_DEVICES and why_not("triton", param.device) is None:
+        return "eager" if unknown else "triton"
+    if param.device.type == "cpu" and param.dtype in _KERNEL_DTYPES and not mixed and grad_dtype == param.dtype:
+        return "native"
+    return "eager"
+
+
+def step_device(param: Tensor, backend: str, group: dict[str, Any]) -> torch.device:
+    """Where a step counter lives: with its parameter for kernels, and where PyTorch's options say so."""
+    on_device = backend == "triton" or group["capturable"] or group["fused"]
+    return param.device if on_device else torch.device("cpu")

@@ -1,0 +1,88 @@
+"""The layouts in which an update may walk a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def walking_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of the dimensions that are walked: those longer than 1."""
+    return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, each once, in some order of the dimensions."""
+    expected = 1
+    if tensor.numel() == 0:
+        return True
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def same_walk(tensor: Tensor, other: Tensor) -> bool:
+    """Whether walking both memories in order meets the same elements; both dense and of one shape."""
+    return tensor.numel() == 0 or walking_strides(tensor) == walking_strides(other)
+
+
+def in_layout_of(param: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` itself if it lies in memory as the dense `param` does, else a copy that does."""
+    resolved = not tensor.is_conj() and not tensor.is_neg()
+    if resolved and tensor.shape == param.shape and same_walk(tensor, param) and is_dense(tensor):
+        return tensor
+    copy = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First byte and end of the memory that the elements span."""
+    first = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (last + 1) * tensor.element_size()
+
+
+def _piece_offsets(tensor: Tensor, base: int, nbytes: int) -> Tensor:
+    """Offset from the address `base` of every piece of `nbytes` of every element, int64 on the CPU, in bytes."""
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size, device="cpu") * stride
+    pieces = torch.arange(0, tensor.element_size(), nbytes, device="cpu")
+    return (offsets.reshape(-1, 1) * tensor.element_size() + pieces).flatten() + tensor.data_ptr() - base
+
+
+def overlapping_pair(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Find two tensors, or one, in which some element of memory stands twice.
+
+    Returns:
+        The positions of both tensors, equal for a tensor that overlaps itself; None if there are none.
+    """
+    spans = []
+    for index, tensor in enumerate(tensors):
+        if tensor.numel():
+            if not is_dense(tensor) and _overlaps(tensor):
+                return index, index
+            spans.append((str(tensor.device), *_extent(tensor), index))
+    spans.sort()
+    active: list[tuple[str, int, int, int]] = []
+    for span in spans:
+        device, first, _, index = span
+        active = [other for other in active if other[0] == device and first < other[2]]
+        for other in active:
+            if _overlaps(tensors[other[3]], tensors[index]):
+                return other[3], index
+        active.append(span)
+    return None
+
+
+def _overlaps(*tensors: Tensor) -> bool:
+    base = min(tensor.data_ptr() for tensor in tensors)
+    nbytes = min(tensor.element_size() for tensor in tensors)
+    offsets = torch.cat([_piece_offsets(tensor, base, nbytes) for tensor in tensors])
+    n_distinct = len(offsets.unique())
+    return n_distinct < len(offsets)

@@ -1,0 +1,76 @@
+"""The parameters of an optimizer, gathered anew at each step, and what this process updates of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, repeat
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dragon.vm.torch.optim._distributed.placement import GradientPlacements
+from dragon.vm.torch.optim._distributed.shards import is_distributed_type, locals_of
+
+_params_of = itemgetter("params")
+_grad_of = attrgetter("grad")
+
+# By type, whether tensors of it have memory of their own that kernels may write to.
+_has_own_memory: dict[type, bool] = {}
+
+
+class Members(NamedTuple):
+    """All parameters of an optimizer, and their gradients.
+
+    Attributes:
+        params: parameters in the order of the groups.
+        lengths: number of parameters of each group.
+        shards: for each parameter the tensor that this process updates; the very list if none is distributed.
+        grads: for each its gradient, or this process's shard of it, ready for use; None where it is missing.
+    """
+
+    params: list[Tensor]
+    lengths: list[int]
+    shards: list[Tensor]
+    grads: list[Any]
+
+    def group_index(self) -> list[int]:
+        """For each parameter, the index of its group."""
+        return list(chain.from_iterable(map(repeat, range(len(self.lengths)), self.lengths)))
+
+
+class MemberReader:
+    """Reads the members of an optimizer from its groups. It keeps the types of parameters, and no parameter.
+
+    Attributes:
+        are_distributed: whether some parameter was distributed at the last reading.
+    """
+
+    def __init__(self) -> None:
+        self._types: list[type] = []
+        self._placements = GradientPlacements([])
+        self.are_distributed = False
+
+    def read(self, groups: Sequence[dict[str, Any]]) -> Members:
+        """Gather parameters and gradients.
+
+        Raises:
+            ValueError: for a gradient that is distributed otherwise than its parameter can be.
+        """
+        lists = list(map(_params_of, groups))
+        params = list(chain.from_iterable(lists))
+        types = list(map(type, params))
+        if types != self._types:
+            self._types, self._placements = types, GradientPlacements(params)
+            self.are_distributed = any(map(is_distributed_type, set(types)))
+        grads = list(self._placements.shards(params, list(map(_grad_of, params))))
+        return Members(params, list(map(len, lists)), locals_of(params) if self.are_distributed else params, grads)
+
+
+def has_own_memory(kind: type) -> bool:
+    """Whether tensors of a type have memory of their own: not wrappers that dispatch to inner tensors."""
+    found = _has_own_memory.get(kind)
+    if found is None:
+        found = getattr(kind, "__torch_dispatch__", None) is Tensor.__torch_dispatch__
+        _has_own_memory[kind] = found
+    return found

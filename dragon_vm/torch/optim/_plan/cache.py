@@ -1,0 +1,133 @@
+"""The plans of one optimizer: the latest few, and those that graphs were captured of."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from itertools import compress, repeat
+from operator import is_not
+from typing import Any
+
+from torch import Tensor
+
+from dragon.vm.torch.optim._backends.selection import Gathered
+from dragon.vm.torch.optim._graphs.capture import check_live, is_capturing
+from dragon.vm.torch.optim._groups.members import Members
+from dragon.vm.torch.optim._options import Settings
+from dragon.vm.torch.optim._plan.preparation import outside_inference_mode, prepare
+from dragon.vm.torch.optim._plan.recipe import Recipe
+from dragon.vm.torch.optim._plan.step import StepPlan
+
+# Sets of parameters with a gradient whose plans are kept.
+_N_LATEST = 8
+
+
+class Found:
+    """A plan with the tensors of the step that it was found for."""
+
+    def __init__(self, plan: StepPlan, params: list[Tensor], tensors: Gathered) -> None:
+        self.plan, self.params, self.tensors = plan, params, tensors
+
+
+class PlanCache:
+    """Plans by what they were asked to do, and with which of the parameters."""
+
+    def __init__(self) -> None:
+        self._latest: dict[Hashable, StepPlan] = {}
+        # Their tables are read by graphs: they stay, whatever becomes of the latest.
+        self._captured: list[StepPlan] = []
+
+    def __len__(self) -> int:
+        return len(self._latest)
+
+    def latest(self) -> list[StepPlan]:
+        """The kept plans, the last one used at the end."""
+        return list(self._latest.values())
+
+    def forget(self) -> None:
+        """Prepare every step anew from here on."""
+        self._latest.clear()
+
+    def find(
+        self, recipe: Recipe, members: Members, grads: list[Any], key: tuple[Hashable, ...], zero_grad: bool
+    ) -> Found | None:
+        """The plan of a step, prepared if need be; None if no parameter has a gradient.
+
+        Args:
+            recipe: what the optimizer is.
+            members: its parameters.
+            grads: for each its gradient; None where it is missing.
+            key: what plans differ by, beside the parameters that have a gradient.
+            zero_grad: set the gradients to zero as well.
+
+        Raises:
+            RuntimeError: if a plan would have to be prepared within a capture, and as `prepare`.
+            ValueError: as `prepare`.
+        """
+        # The usual case first: all parameters have a gradient. One that is missing fails the guard.
+        params, shards = members.params, members.shards
+        plan = self._latest.get(key)
+        tensors = plan.gather(recipe.state, params, shards, grads) if plan else None
+        if plan and tensors:
+            return Found(plan, params, tensors)
+        present = bytes(map(is_not, grads, repeat(None)))
+        if not any(present):
+            return None
+        if not all(present):
+            key = (*key, present)
+            params, grads = list(compress(params, present)), list(compress(grads, present))
+            shards = params if shards is members.params else list(compress(shards, present))
+            plan = self._latest.get(key)
+            tensors = plan.gather(recipe.state, params, shards, grads) if plan else None
+        if plan is None or tensors is None:
+            if is_capturing():
+                raise RuntimeError(
+                    "a first step with these parameters, gradients, states and arguments cannot be captured: "
+                    "take one before the capture, as PyTorch's notes on CUDA graphs do"
+                )
+            indices = list(compress(members.group_index(), present))
+            among_all = list(compress(range(len(present)), present))
+            plan, tensors = outside_inference_mode(
+                lambda: self._prepare(recipe, zero_grad, params, shards, grads, indices, among_all)
+            )
+        # The last one used stands at the end.
+        self._latest.pop(key, None)
+        self._latest[key] = plan
+        while len(self._latest) > _N_LATEST:
+            self._latest.pop(next(iter(self._latest)))
+        return Found(plan, params, tensors)
+
+    def _prepare(self, recipe: Recipe, zero_grad: bool, *tensors: Any) -> tuple[StepPlan, Gathered]:
+        n_buffers = len(recipe.buffers)
+        prepared = prepare(recipe, *tensors)
+        if len(recipe.buffers) < n_buffers:
+            # Joined parameters count as one: those that have parted count each for itself in all plans.
+            self._latest.clear()
+        plan = StepPlan(recipe, prepared, zero_grad)
+        return plan, plan.gather_anew(recipe.state, prepared)
+
+    def capture(self, plan: StepPlan, settings: Settings) -> None:
+        """Keep a plan for the graph that is being captured of it.
+
+        Raises:
+            RuntimeError: as `StepPlan.check_capture`.
+        """
+        plan.check_capture(settings)
+        if plan not in self._captured:
+            self._captured.append(plan)
+
+    def publish(self, index: int, group: dict[str, Any], settings: Settings) -> None:
+        """Upload a group's hyperparameters to wherever kernels read them, in stream order.
+
+        Raises:
+            RuntimeError: within a capture, for a graph would repeat the upload; once there are graphs, for a
+                tensor that they would not see change.
+        """
+        plans = {id(plan): plan for plan in (*self._latest.values(), *self._captured)}
+        if plans and is_capturing():
+            raise RuntimeError(
+                "a hyperparameter cannot change within a capture: set it before, or between replays"
+            )
+        if self._captured:
+            check_live(group)
+        for plan in plans.values():
+            plan.publish(index, group, settings)

@@ -1,0 +1,100 @@
+"""Guards: what a plan was made for, compared before each step by calls that PyTorch offers.
+
+A guard holds no tensor. Another tensor at the same address in the same layout is as good as the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+_data_ptr = Tensor.data_ptr
+_LAYOUT: tuple[Callable[[Tensor], object], ...] = (
+    *(type, Tensor.stride, Tensor.is_conj, Tensor.is_neg),
+    attrgetter("shape", "dtype", "device", "layout"),
+)
+
+
+class LayoutGuard:
+    """Compares the types, dtypes, devices, shapes and strides of tensors with those of others.
+
+    Args:
+        tensors: strided tensors.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        # Sizes and strides that must be the same; None would stand for any.
+        sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+        strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        # PyTorch's check in C++ fails for any tensors under some dispatch modes: there public calls compare.
+        self._check = guards.check if guards.check(*tensors) else _Layouts(tensors).check
+
+    def check(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors, as many as those of the guard, are laid out like them."""
+        return bool(self._check(*tensors))
+
+
+class _Layouts:
+    """The same by public calls, several times slower."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._seen = _layouts(tensors)
+
+    def check(self, *tensors: Tensor) -> bool:
+        return _layouts(tensors) == self._seen
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[list[object]]:
+    return [list(map(read, tensors)) for read in _LAYOUT]
+
+
+class Guard:
+    """Compares the tensors of a step with those that a plan was made for: layouts, and addresses but of gradients.
+
+    The layouts of states are compared once their objects are others: nothing else changes what lies at an address.
+
+    Args:
+        grads: gradients, which may lie elsewhere at each step.
+        params: parameters.
+        states: state tensors, without step counters.
+        counters: step counters.
+    """
+
+    def __init__(
+        self,
+        grads: Sequence[Tensor],
+        params: Sequence[Tensor],
+        states: Sequence[Tensor],
+        counters: Sequence[Tensor],
+    ) -> None:
+        self._layouts, self._state_layouts = LayoutGuard([*grads, *params]), LayoutGuard(states)
+        self._n_grads = len(grads)
+        self._addresses = addresses_of([*params, *states, *counters])
+        self._state_ids = list(map(id, states))
+
+    def check(
+        self,
+        grads: Sequence[Tensor],
+        params: Sequence[Tensor],
+        states: Sequence[Tensor],
+        counters: Sequence[Tensor],
+    ) -> list[int] | None:
+        """The addresses of the gradients if all is as it was, else None. There are as many tensors as then."""
+        addresses = addresses_of([*grads, *params, *states, *counters])
+        if addresses[self._n_grads :] != self._addresses or not self._layouts.check([*grads, *params]):
+            return None
+        if (ids := list(map(id, states))) != self._state_ids:
+            if not self._state_layouts.check(states):
+                return None
+            self._state_ids = ids
+        return addresses[: self._n_grads]
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Addresses of tensors' memory; 0 for those without elements."""
+    return list(map(_data_ptr, tensors))

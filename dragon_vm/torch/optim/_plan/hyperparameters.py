@@ -1,0 +1,101 @@
+"""The hyperparameters of all groups: read once a step, and compared in this place only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
+from types import NoneType
+from typing import Any
+
+from torch import Tensor
+
+from dragon.vm.torch.optim._options import by_value, complete
+
+# Immutable: whoever holds one of these sees no change in it.
+_PLAIN_TYPES = {float, int, bool, NoneType}
+# Hyperparameters that kernels read where they are, if they are tensors on the device.
+_LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
+_NUMBERS = (
+    *("lr", "weight_decay", "eps", "momentum", "dampening"),
+    *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
+)
+
+
+class Hyperparameters:
+    """The hyperparameters of all groups at the last reading.
+
+    Args:
+        names: keys that every group has, "params" aside.
+        own: keys that a group may have, with the values of those that it has not.
+        structure_of: maps a group to what decides which tensors and kernels take part.
+
+    Attributes:
+        groups: the groups, with all options.
+        version: a number that is new after each change.
+        structure: likewise, of the structure of some group.
+    """
+
+    def __init__(
+        self, names: Sequence[str], own: Mapping[str, Any], structure_of: Callable[[Mapping[str, Any]], object]
+    ) -> None:
+        self._own = dict(own)
+        self._read_row = itemgetter(*(name for name in names if name != "betas"))
+        self._has_betas = "betas" in names
+        self._structure_of = structure_of
+        self._values: list[Any] = []
+        self._structures: list[object] = []
+        self.groups: list[dict[str, Any]] = []
+        self.version = self.structure = 0
+
+    def read(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Read all groups, and check what has changed.
+
+        Raises:
+            KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
+        """
+        values = list(map(self._read_row, groups))
+        values += [tuple(map(group.get, self._own)) for group in groups]
+        if self._has_betas:
+            values += [tuple(group["betas"]) for group in groups]
+        if not set(map(type, chain.from_iterable(values))) <= _PLAIN_TYPES:
+            values = list(map(by_value, values))
+        if values == self._values and len(groups) == len(self.groups):
+            return
+        complete_groups = [complete(group, self._own) for group in groups]
+        for group in complete_groups:
+            _check_numbers(group)
+        structures = list(map(self._structure_of, complete_groups))
+        if structures != self._structures:
+            self._structures = structures
+            self.structure += 1
+        self.version += 1
+        # The last write: an interrupt before it leaves the next step to read anew.
+        self.groups, self._values = complete_groups, values
+
+
+def _check_numbers(group: Mapping[str, Any]) -> None:
+    """Check that hyperparameters are numbers: anybody may have edited them since their ranges were checked.
+
+    Raises:
+        TypeError: for one that is no number, naming it.
+        ValueError: for a tensor of several, and for betas that are not two.
+    """
+    for name in _NUMBERS:
+        if type(value := group.get(name, 0)) is not float:
+            _check_number(name, value)
+    if "betas" in group:
+        if len(group["betas"]) != 2:
+            raise ValueError(f"betas must be two numbers, but got {group['betas']}")
+        for index, beta in enumerate(group["betas"]):
+            _check_number(f"betas[{index}]", beta)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
+        if value.device.type != "cpu" and name not in _LIVE_TENSORS:
+            raise ValueError(f"{name} must be a number or a tensor on the CPU, but got a tensor on {value.device}")
+    elif not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, but got {value!r}")

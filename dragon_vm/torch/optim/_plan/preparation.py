@@ -1,0 +1,248 @@
+"""Prepare a step: check everything, choose backends, complete the states. Checks come before changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._distributed.shards import is_distributed, local, local_state
+from dragon.vm.torch.optim._groups.buffers import FlatBuffer
+from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, check_state, has_memory, label
+from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
+from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State, flatten_groups
+from dragon.vm.torch.optim._groups.layout import is_dense, same_walk
+from dragon.vm.torch.optim._groups.members import has_own_memory
+from dragon.vm.torch.optim._groups.states import missing_states, settled_entries
+from dragon.vm.torch.optim._plan.recipe import Recipe
+
+
+class Joined(NamedTuple):
+    """The parameters of a flat buffer, which are updated as one entry.
+
+    Attributes:
+        buffer: the buffer.
+        positions: of its parameters among all gathered.
+        group_index: of the parameter group.
+    """
+
+    buffer: FlatBuffer
+    positions: list[int]
+    group_index: int
+
+
+class Prepared(NamedTuple):
+    """The tensors of a step. Lists have one element a parameter with a gradient.
+
+    Attributes:
+        params: parameters.
+        shards: for each the tensor that this process updates.
+        grads: their gradients, likewise.
+        group_index: index of each one's parameter group.
+        keys: names of each one's state entries that the step reads or writes.
+        flattened: entries that share a launch; positions from ``len(params)`` on are those of `joined`.
+        joined: flat buffers.
+        strays: positions of gradients that must be copied into their parameters' layout.
+        among_all: positions of the parameters among all of the optimizer.
+        are_distributed: whether some parameter is distributed.
+        are_opaque: whether some tensor has no memory of its own, so that nothing can be guarded.
+    """
+
+    params: list[Tensor]
+    shards: list[Tensor]
+    grads: list[Tensor]
+    group_index: list[int]
+    keys: list[tuple[str, ...]]
+    flattened: list[FlattenedGroup]
+    joined: list[Joined]
+    strays: list[int]
+    among_all: list[int]
+    are_distributed: bool
+    are_opaque: bool
+
+
+def prepare(
+    recipe: Recipe,
+    params: list[Tensor],
+    shards: list[Tensor],
+    grads: list[Tensor],
+    group_index: list[int],
+    among_all: list[int],
+) -> Prepared:
+    """Prepare a step.
+
+    Args:
+        recipe: what the optimizer is; missing states are added to it, buffers whose parameters part are taken out.
+        params: parameters with a gradient.
+        shards: for each the tensor that this process updates.
+        grads: their gradients, likewise.
+        group_index: index of each one's parameter group.
+        among_all: positions of the parameters among all of the optimizer.
+
+    Raises:
+        RuntimeError, ValueError: for gradients or parameters that cannot be updated. Nothing has changed then.
+    """
+    check_grads(shards, grads, recipe.owner)
+    solid = [i for i, (shard, grad) in enumerate(zip(shards, grads, strict=True)) if _has_memory(shard, grad)]
+    check_memory([shards[i] for i in solid], lambda position: label(recipe.groups, params[solid[position]]))
+    states, signatures = _with_states(recipe, params, shards, grads, group_index)
+    joined, parted = _joined(recipe, params, shards, grads, group_index, states, signatures)
+    inside = {position for member in joined for position in member.positions}
+    outside = [states[i] for i in range(len(params)) if i not in inside]
+    _part_counters(outside)
+    # Everything is checked: from here on things change.
+    for param, state in zip(params, states, strict=True):
+        if state:
+            recipe.state[param].update(state)
+    if parted:
+        together = {id(member.buffer.state.get("step")) for member in joined}
+        every = [state for state in recipe.state.values() if isinstance(state, dict)]
+        _part_counters([state for state in every if id(state.get("step")) not in together])
+        for param, state in zip(params, states, strict=True):
+            if state:
+                state.update(recipe.state[param])
+    for buffer in parted:
+        recipe.buffers.remove(buffer)
+    entries, chosen_signatures = [], []
+    for i in range(len(params)):
+        if i not in inside:
+            entries.append(Entry(shards[i], local_state(states[i]), group_index[i], i))
+            chosen_signatures.append(signatures[i])
+    for i, member in enumerate(joined):
+        entries.append(Entry(member.buffer.values, member.buffer.state, member.group_index, len(params) + i))
+        chosen_signatures.append(signatures[member.positions[0]])
+    strays = [i for i in solid if i not in inside and is_dense(shards[i]) and not _walks(shards[i], grads[i])]
+    return Prepared(
+        params,
+        shards,
+        grads,
+        group_index,
+        [signature.all_keys for signature in signatures],
+        flatten_groups(entries, chosen_signatures),
+        joined,
+        strays,
+        among_all,
+        any(map(is_distributed, params)),
+        len(solid) < len(params),
+    )
+
+
+def _has_memory(shard: Tensor, grad: Tensor) -> bool:
+    return has_memory(shard) and has_own_memory(type(grad))
+
+
+def _walks(param: Tensor, grad: Tensor) -> bool:
+    return is_dense(grad) and same_walk(grad, param) and not grad.is_conj() and not grad.is_neg()
+
+
+def _with_states(
+    recipe: Recipe,
+    params: Sequence[Tensor],
+    shards: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    group_index: Sequence[int],
+) -> tuple[list[State], list[Signature]]:
+    """For each parameter its state, complete and settled, and what it must have in common with others."""
+    algorithm, settings = recipe.algorithm, recipe.settings
+    groups = [recipe.groups[index] for index in group_index]
+    keys = [algorithm.all_state_keys(group) for group in groups]
+    held: list[State] = [recipe.state.get(param, {}) for param in params]
+    for param, state, names, group in zip(params, held, keys, groups, strict=True):
+        check_state(param, state, names, algorithm.counts_steps(group))
+    backends = []
+    for shard, grad, state, names, group in zip(shards, grads, held, keys, groups, strict=True):
+        new = shard.dtype if settings.state_dtype is None or shard.is_complex() else settings.state_dtype
+        dtypes = {state[name].dtype if name in state else new for name in names}
+        is_eager = group["differentiable"] or not has_own_memory(type(grad))
+        backends.append(choose_backend(settings.backend, shard, grad.dtype, dtypes, is_eager))
+    devices = [
+        step_device(param, backend, group) if algorithm.counts_steps(group) else None
+        for param, backend, group in zip(params, backends, groups, strict=True)
+    ]
+    added = missing_states(params, held, keys, devices, settings.state_dtype, algorithm.uncounted_steps)
+    states = [{**state, **new} for state, new in zip(held, added, strict=True)]
+    for param, state, names, device in zip(params, states, keys, devices, strict=True):
+        state.update(settled_entries(param, state, names, device))
+    signatures = [
+        Signature(
+            backend,
+            shard.device,
+            shard.dtype,
+            grad.dtype,
+            algorithm.state_keys(group),
+            tuple(local(state[key]).dtype for key in algorithm.state_keys(group)),
+            local(state["ema"]).dtype if group["ema_decay"] else None,
+            algorithm.counts_steps(group),
+        )
+        for backend, shard, grad, state, group in zip(backends, shards, grads, states, groups, strict=True)
+    ]
+    return states, signatures
+
+
+def _joined(
+    recipe: Recipe,
+    params: Sequence[Tensor],
+    shards: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    group_index: Sequence[int],
+    states: Sequence[State],
+    signatures: Sequence[Signature],
+) -> tuple[list[Joined], list[FlatBuffer]]:
+    """Buffers whose parameters step together, and buffers that part for good."""
+    joined: list[Joined] = []
+    parted: list[FlatBuffer] = []
+    addresses = [shard.data_ptr() for shard in shards] if recipe.buffers else []
+    for buffer in recipe.buffers:
+        positions = buffer.positions(addresses)
+        replaced = None
+        if positions is not None and _step_together(recipe, positions, grads, group_index, signatures):
+            signature = signatures[positions[0]]
+            keys = [key for key in signature.all_keys if key != "step"]
+            replaced = buffer.take_states([states[i] for i in positions], keys, signature.counts_steps)
+        if positions is None or replaced is None:
+            parted.append(buffer)
+            continue
+        for position, entries in zip(positions, replaced, strict=True):
+            states[position].update(entries)
+        joined.append(Joined(buffer, positions, group_index[positions[0]]))
+    return joined, parted
+
+
+def _step_together(
+    recipe: Recipe,
+    positions: Sequence[int],
+    grads: Sequence[Tensor],
+    group_index: Sequence[int],
+    signatures: Sequence[Signature],
+) -> bool:
+    chosen = [grads[i] for i in positions]
+    return (
+        len({group_index[i] for i in positions}) == 1
+        and len({signatures[i] for i in positions}) == 1
+        and signatures[positions[0]].backend != "eager"
+        and signatures[positions[0]].grad_dtype == signatures[positions[0]].param_dtype
+        # Each gradient is clipped on its own.
+        and not recipe.groups[group_index[positions[0]]]["clip_norm"]
+        and not any(grad.requires_grad for grad in chosen)
+    )
+
+
+def _part_counters(states: Sequence[State]) -> None:
+    """Give states that share a step counter one each."""
+    seen: set[int] = set()
+    for state in states:
+        counter = state.get("step")
+        if isinstance(counter, Tensor):
+            if id(counter) in seen:
+                state["step"] = counter.clone()
+            seen.add(id(counter))
+
+
+def outside_inference_mode(run: Callable[[], Any]) -> Any:
+    """Call `run` such that tensors it makes can be written to later, whatever mode that is in."""
+    if not torch.is_inference_mode_enabled():
+        return run()
+    with torch.inference_mode(False), torch.no_grad():
+        return run()

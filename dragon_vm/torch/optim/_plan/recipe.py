@@ -1,0 +1,52 @@
+"""What a plan is told, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._gradients.shared_norm import Reductions
+from dragon.vm.torch.optim._groups.buffers import FlatBuffer
+from dragon.vm.torch.optim._options import Settings
+
+
+class Recipe(NamedTuple):
+    """Everything that a plan may know.
+
+    Attributes:
+        owner: name of the optimizer's class, for errors.
+        algorithm: what is computed.
+        settings: options of the optimizer as a whole.
+        groups: parameter groups.
+        state: states by parameter.
+        buffers: flat buffers; a plan takes out those whose parameters part for good.
+        devices: by device, what kernels share from plan to plan.
+        reductions: sums over the processes that share the model; None if there are no others or nobody asks.
+        n_params: number of all parameters.
+    """
+
+    owner: str
+    algorithm: Algorithm
+    settings: Settings
+    groups: list[dict[str, Any]]
+    state: MutableMapping[Any, Any]
+    buffers: list[FlatBuffer]
+    devices: dict[torch.device, Any]
+    reductions: Reductions | None = None
+    n_params: int = 0
+
+
+class Outcome(NamedTuple):
+    """What a step decided on the host; what it decided on a device stays there until somebody asks.
+
+    Attributes:
+        grad_norm: norm of all gradients together, float64 0-dim; None if it is a device's or nobody asked.
+        n_skipped: 1 for a skipped step, else 0.
+    """
+
+    grad_norm: Tensor | None = None
+    n_skipped: int = 0

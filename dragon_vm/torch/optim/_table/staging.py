@@ -1,0 +1,62 @@
+"""Pinned host memory for copies to a device."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+# Words of the smallest buffer; the others are twice, four times, ... as long.
+_SMALLEST = 64
+
+
+class StagingRing:
+    """Pinned host buffers for copies to the device, each reused only once its last copy is done.
+
+    A busy buffer is never waited for: there will be more of them. A captured copy reads its buffer at every
+    replay, so it gets one that is never used again. It comes from a reserve, since not every PyTorch allocates
+    pinned memory within a capture.
+
+    Args:
+        length: words of the longest copy.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        # By their length, those in turn first that were used longest ago.
+        self._slots: dict[int, deque[tuple[Tensor, torch.cuda.Event]]] = {}
+        self._reserve: list[Tensor] = []
+        self._captured: list[Tensor] = []
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy int64 `source` on the CPU to `target` of the same length on a CUDA device, in stream order."""
+        staging, event = self._free_slot(min(_SMALLEST << (len(source) // _SMALLEST).bit_length(), self._length))
+        _copy_to_device(staging[: len(source)].copy_(source), target)
+        event.record()
+
+    def expect_capture(self, length: int) -> None:
+        """Keep a buffer of `length` words in reserve for a copy within a capture."""
+        if not self._reserve:
+            self._reserve.append(_new_buffer(length))
+
+    def copy_captured(self, source: Tensor, target: Tensor) -> None:
+        """`copy` within a capture: each replay copies what `source` holds now."""
+        self._captured.append(self._reserve.pop() if self._reserve else _new_buffer(len(source)))
+        _copy_to_device(self._captured[-1].copy_(source), target)
+
+    def _free_slot(self, length: int) -> tuple[Tensor, torch.cuda.Event]:
+        slots = self._slots.setdefault(length, deque())
+        if slots and slots[0][1].query():
+            slots.rotate(-1)
+        else:
+            slots.append((_new_buffer(length), torch.cuda.Event()))
+        return slots[-1]
+
+
+def _new_buffer(length: int) -> Tensor:
+    return torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=True)
+
+
+def _copy_to_device(staging: Tensor, target: Tensor) -> None:
+    target.copy_(staging, non_blocking=True)

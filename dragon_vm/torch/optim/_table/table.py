@@ -1,0 +1,98 @@
+"""The table of a device: one buffer with all that its launches read, uploaded in at most one copy a step."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._table.staging import StagingRing
+
+
+class DeviceTable:
+    """Sections of 64-bit words in one device buffer, with the host's copy of them.
+
+    Args:
+        sections: words of each section by name; those that change at a step stand side by side.
+        device: where the buffer lives.
+
+    Attributes:
+        n_uploads: host-to-device copies so far.
+    """
+
+    def __init__(self, sections: Mapping[str, array[int]], device: torch.device) -> None:
+        self._bounds: dict[str, tuple[int, int]] = {}
+        self._host = array("q")
+        for name, section in sections.items():
+            start = len(self._host)
+            self._host.extend(section)
+            # Kernels read sections as 16-byte aligned pointers.
+            if len(self._host) % 2:
+                self._host.append(0)
+            self._bounds[name] = start, len(self._host)
+        self._words = torch.frombuffer(self._host, dtype=torch.int64) if self._host else torch.empty(0)
+        self.buffer = torch.empty(len(self._host), dtype=torch.int64, device=device)
+        self._ring = StagingRing(len(self._host)) if device.type == "cuda" else None
+        self._changed = (0, len(self._host))
+        self.n_uploads = 0
+
+    def section(self, name: str, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The device's copy of a section, seen as another dtype."""
+        start, end = self._bounds[name]
+        return self.buffer[start:end].view(dtype)
+
+    def write(self, name: str, words: array[int]) -> None:
+        """Change the first words of a section on the host."""
+        low = self._bounds[name][0]
+        high = low + len(words)
+        first, end = self._changed
+        self._changed = (min(first, low), max(end, high)) if first < end else (low, high)
+        self._host[low:high] = words
+
+    def upload(self) -> None:
+        """Copy what changed since the last upload, in one copy, in stream order, without waiting."""
+        first, end = self._changed
+        if first >= end:
+            return
+        source, target = self._words[first:end], self.buffer[first:end]
+        if self._ring is not None:
+            self._ring.copy(source, target)
+        else:
+            target.copy_(source)
+        self._changed = (0, 0)
+        self.n_uploads += 1
+
+    @property
+    def is_uploaded(self) -> bool:
+        """Whether the device has all that the host has."""
+        return self._changed[0] >= self._changed[1]
+
+    def expect_capture(self, name: str) -> None:
+        """Prepare for `captured_copy` of a section."""
+        if self._ring is not None:
+            start, end = self._bounds[name]
+            self._ring.expect_capture(end - start)
+
+    def captured_copy(self, name: str, words: array[int]) -> Tensor:
+        """A copy of a section for the graph that is being captured: it holds these words at each replay."""
+        start, end = self._bounds[name]
+        source = torch.zeros(end - start, dtype=torch.int64, device="cpu")
+        source[: len(words)] = torch.frombuffer(words, dtype=torch.int64)
+        target = torch.empty_like(self.buffer[start:end])
+        if self._ring is not None:
+            self._ring.copy_captured(source, target)
+        else:
+            target.copy_(source)
+        return target
+
+
+def words_of(numbers: Sequence[float]) -> array[int]:
+    """Float64 numbers as 64-bit words."""
+    return array("q", array("d", numbers).tobytes())
+
+
+def packed(pairs: array[int]) -> array[int]:
+    """Pairs of 32-bit integers as 64-bit words."""
+    return array("q", pairs.tobytes())
