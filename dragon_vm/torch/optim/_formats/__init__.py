@@ -1,9 +1,10 @@
 """How a tensor is stored: plain, rounded, split from its master, or blockwise in 8 bits."""
 
+from dragon.vm.torch.optim._formats.bits import square_root
 from dragon.vm.torch.optim._formats.blockwise import SignedQ8, SquareQ8
 from dragon.vm.torch.optim._formats.bound import clamp_moment, moment_bound, rounded_bound
 from dragon.vm.torch.optim._formats.format import BLOCK, Format, Part, nbytes
-from dragon.vm.torch.optim._formats.philox import Rounding, random_bits
+from dragon.vm.torch.optim._formats.philox import Rounding, random_words
 from dragon.vm.torch.optim._formats.resolve import (
     Storage,
     StorageOptions,
@@ -36,7 +37,8 @@ __all__ = [
     "is_blockwise",
     "moment_bound",
     "nbytes",
-    "random_bits",
+    "random_words",
     "resolve",
     "rounded_bound",
+    "square_root",
 ]

@@ -3,8 +3,8 @@
     exp_avg     int8  c    m       = scale * sign(c) * (c / 127)^4
     exp_avg_sq  uint8 c    sqrt(v) = scale * (c / 255)^4
 
-Multiplication, addition, division and square root of fp32 are correctly rounded everywhere, and nothing else is used:
-every device makes the same codes. No product may be fused with a sum.
+Multiplication, addition and square root of fp32 are correctly rounded everywhere, and nothing else is used: every device
+makes the same codes. No product may be fused with a sum.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats.bits import INFINITY, magnitude_bits
-from dragon.vm.torch.optim._formats.format import BLOCK, Part, random_words
+from dragon.vm.torch.optim._formats.bits import INFINITY, magnitude_bits, square_root
+from dragon.vm.torch.optim._formats.format import BLOCK, Part, required
 
 _ONE = 0x3F800000
 
@@ -24,9 +24,12 @@ _ONE = 0x3F800000
 # E0 + E1 e + E2 e^2 - e^3 is e^(-3/4) up to a constant and a relative error of 1.4e-5, so that x y^3 times it is x^(1/4).
 _GUESS = 0x4F4FF800
 _E0, _E1, _E2 = 3.0351874828338623, -4.619477272033691, 3.471823215484619
-# The constant's fourth power, times C^4: what x is of a magnitude relative to the scale.
-_SIGNED_FACTOR = 418702464.0
-_SQUARE_FACTOR = 6805364224.0
+# The constant's fourth power, times C^4, is what a magnitude that equals the scale is to become; its inverse.
+_SIGNED_UNIT = 2.3883308769558e-09
+_SQUARE_UNIT = 1.4694291195e-10
+
+# z = INVERSE - bits(d) is 1 / d up to 5.1 %, and after two of Newton's steps up to 6.6e-6.
+_INVERSE = 0x7EF31000
 
 # The smallest scales but 0, 2^-96 and 2^-42: with them the code 1 stands for a normal fp32 first moment, and for an
 # fp32 second moment above 0. Below them a first moment has lost its second one to underflow.
@@ -37,13 +40,13 @@ _SQUARE_FLOOR = 0x2A800000
 _INTEGER = 12582912.0
 
 
-def _scales_and_steps(magnitude: Tensor, floor: int, factor: float) -> tuple[Tensor, Tensor]:
+def _scales_and_steps(magnitude: Tensor, floor: int, unit: float) -> tuple[Tensor, Tensor]:
     """Scales, and the magnitudes as numbers of steps.
 
     Args:
         magnitude: bits of fp32 without sign, int32 [blocks, `BLOCK`].
         floor: bits of the smallest scale.
-        factor: what the magnitude at the scale is multiplied to.
+        unit: what the scale is multiplied with, for the inverse.
 
     Returns:
         Scales, fp32 [blocks]: the blocks' maxima, 0 for zeros alone, NaN with a NaN or infinity. And
@@ -53,10 +56,16 @@ def _scales_and_steps(magnitude: Tensor, floor: int, factor: float) -> tuple[Ten
     broken = peak >= INFINITY
     divisor = torch.where(broken, _ONE, peak.clamp(min=floor)).view(torch.float32)
     scale = torch.where(broken, torch.nan, torch.where(peak == 0, 0.0, divisor))
-    # Not `factor / divisor`, which PyTorch computes as a product with the reciprocal.
-    inverse = torch.full_like(divisor, factor) / divisor
+    inverse = _inverse(divisor * unit)
     x = torch.where(broken[:, None], 0, magnitude).view(torch.float32) * inverse[:, None]
     return scale, _fourth_root(x)
+
+
+def _inverse(d: Tensor) -> Tensor:
+    """1 / d up to 6.6e-6, without a division."""
+    z = (_INVERSE - d.view(torch.int32)).view(torch.float32)
+    z = z * (2.0 - d * z)
+    return z * (2.0 - d * z)
 
 
 def _fourth_root(x: Tensor) -> Tensor:
@@ -96,7 +105,7 @@ class SignedQ8:
         """Divide each block by its maximum and round."""
         codes, scale = parts
         value = value.view(-1, BLOCK)
-        new_scale, steps = _scales_and_steps(magnitude_bits(value), _SIGNED_FLOOR, _SIGNED_FACTOR)
+        new_scale, steps = _scales_and_steps(magnitude_bits(value), _SIGNED_FLOOR, _SIGNED_UNIT)
         scale.view(-1).copy_(new_scale)
         codes.view(-1, BLOCK).copy_(torch.copysign(steps, value) + _INTEGER - _INTEGER)
 
@@ -126,21 +135,22 @@ class SquareQ8:
         """Divide the roots of each block by their maximum and round; a negative number makes its block NaN."""
         codes, scale = parts
         value = value.view(-1, BLOCK)
-        new_scale, steps = _scales_and_steps(magnitude_bits(value.sqrt()), _SQUARE_FLOOR, _SQUARE_FACTOR)
-        steps = steps + _INTEGER - _INTEGER
+        new_scale, steps = _scales_and_steps(magnitude_bits(square_root(value)), _SQUARE_FLOOR, _SQUARE_UNIT)
         if self.stochastic:
-            words = random_words(words, self.name).view(-1, BLOCK)
+            words = required(words, self.name).view(-1, BLOCK)
             steps = _step_stochastically(value, steps, new_scale, words)
-        steps = steps.clamp(max=255.0).maximum((value > 0).float())
+        steps = steps.maximum((value > 0).float())
         scale.view(-1).copy_(new_scale)
-        codes.view(-1, BLOCK).copy_(steps.to(torch.uint8))
+        codes.view(-1, BLOCK).copy_((steps + _INTEGER - _INTEGER).to(torch.uint8))
 
 
 def _step_stochastically(value: Tensor, steps: Tensor, scale: Tensor, words: Tensor) -> Tensor:
     """Move on to the step beyond the value with the probability that makes the mean exact.
 
-    Judged by the decoded second moments themselves: a value that has a code gets that code.
+    Judged by the decoded second moments themselves: a value that has a code gets that code. From the largest code no
+    value is far enough to move on: 2^-17 of a step is more than the root's rounding.
     """
+    steps = steps + _INTEGER - _INTEGER
     here = _square(steps, scale)
     beyond = steps + torch.where(value < here, -1.0, 1.0)
     distance = (_square(beyond, scale) - here).abs()

@@ -49,7 +49,7 @@ def clamp_moment(exp_avg: Tensor, root: Tensor, bound: float) -> Tensor:
     if math.isinf(bound):
         return exp_avg
     limit = root * rounded_bound(bound)
-    return torch.maximum(torch.minimum(exp_avg, limit), -limit)
+    return torch.copysign(torch.minimum(exp_avg.abs(), limit), exp_avg)
 
 
 def rounded_bound(bound: float) -> float:

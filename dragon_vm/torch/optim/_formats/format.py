@@ -75,7 +75,7 @@ def nbytes(stored: Format, numel: int) -> int:
     return sum(part.nbytes(numel) for part in stored.parts)
 
 
-def random_words(words: Tensor | None, name: str) -> Tensor:
+def required(words: Tensor | None, name: str) -> Tensor:
     """The words, which a stochastic format cannot do without.
 
     Raises:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 N_ROUNDS = 7
-# Elements that share a call of `philox_4x32` where one value, or two, are rounded.
-ELEMENTS_PER_CALL = {1: 8, 2: 4}
+# Elements that share a call of `philox_4x32`: each takes 16 of its 128 bits.
+ELEMENTS_PER_CALL = 8
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -26,14 +26,12 @@ class Rounding(NamedTuple):
         stream: ordinal of the parameter when its state was made, below 2^32.
         step: the parameter's own step counter, a number or a tensor of one.
         first: global index of the first element here, in walking order.
-        targets: values that are rounded stochastically, 1 or 2.
     """
 
     seed: int
     stream: int
     step: int | Tensor
     first: int
-    targets: int
 
 
 def philox_4x32(counter: Words, key: tuple[int, int], n_rounds: int = N_ROUNDS) -> Words:
@@ -73,27 +71,31 @@ def _calls(first: int, last: int, rounding: Rounding, device: torch.device) -> T
     return torch.stack(torch.broadcast_tensors(*philox_4x32(counter, key)), -1)
 
 
-def random_bits(rounding: Rounding, numel: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-    """Random numbers of 16 bits, one for each element and target.
+def random_words(rounding: Rounding, numel: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random words of 16 bits, two for each element: for the parameter, and for its second moment.
 
-    The counter is (E lo, E hi, step, stream). With two targets E is the global index of an element // 4, and word
-    index % 4 serves it: its lower half the first target, its upper half the second. With one target E is the
-    index // 8, and half index % 8 serves it, the lower half of a word first.
+    The counter is (E lo, E hi, step, stream), E the global index of an element // 8. Half index % 8 of the four words of
+    32 bits is the element's, the lower half of a word first. Its second word is that half of the same words
+    rotated left by a byte. A word decides by its upper byte, all but one time in 256, and no two of the four words that
+    a pair of elements gets have that byte in common: they are as good as independent, for half the calls.
 
     Args:
         rounding: the parameter and step.
         numel: elements from `rounding.first` on.
-        device: where the numbers are made.
+        device: where the words are made.
 
     Returns:
-        An int32 tensor [numel] of numbers in [0, 65536) for each target: parameter, then exp_avg_sq.
+        Two int32 tensors [numel] of numbers in [0, 65536).
     """
     if numel == 0:
-        return tuple(torch.empty(0, dtype=torch.int32, device=device) for _ in range(rounding.targets))
-    width = ELEMENTS_PER_CALL[rounding.targets]
-    call, skipped = divmod(rounding.first, width)
-    words = _calls(call, (rounding.first + numel - 1) // width, rounding, torch.device(device))
-    halves = (words & 0xFFFF).to(torch.int32), (words >> 16).to(torch.int32)
-    if rounding.targets == 1:
-        halves = (torch.stack(halves, -1),) * 2
-    return tuple(half.reshape(-1)[skipped : skipped + numel] for half in halves[: rounding.targets])
+        empty = torch.empty(0, dtype=torch.int32, device=device)
+        return empty, empty
+    call, skipped = divmod(rounding.first, ELEMENTS_PER_CALL)
+    words = _calls(call, (rounding.first + numel - 1) // ELEMENTS_PER_CALL, rounding, torch.device(device))
+    part = slice(skipped, skipped + numel)
+    return _halves(words)[part], _halves(words << 8 | words >> 24)[part]
+
+
+def _halves(words: Tensor) -> Tensor:
+    """The lower and the upper 16 of the last 32 bits of each word, in this order."""
+    return torch.stack((words & 0xFFFF, words >> 16 & 0xFFFF), -1).to(torch.int32).reshape(-1)

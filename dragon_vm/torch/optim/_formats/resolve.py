@@ -15,6 +15,7 @@ from dragon.vm.torch.optim._formats.split import Master, Split8, Split16
 
 EIGHT_BIT = "8bit"
 StateDtype = torch.dtype | str | None
+_NARROW = (torch.bfloat16, torch.float16, EIGHT_BIT)
 # Of the last state, the maximum of the second moments, there is no 8-bit form.
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # Smaller tensors gain little, and are the sensitive ones: norms and biases.
@@ -49,7 +50,8 @@ class Storage(NamedTuple):
         param: of the parameter.
         states: by the states' names.
         average: of the exponential moving average.
-        bounded: whether the first moment is clamped to what the second one allows.
+        bounded: whether the first moment is clamped to what the second one allows. Not where every state has a dtype
+            and is rounded to nearest: PyTorch does so too, and its bits are kept.
     """
 
     param: Format
@@ -58,9 +60,9 @@ class Storage(NamedTuple):
     bounded: bool
 
     @property
-    def targets(self) -> int:
-        """Values that are rounded stochastically; the parameter is the first of two."""
-        return self.param.stochastic + sum(form.stochastic for form in self.states.values())
+    def stochastic(self) -> bool:
+        """Whether a step needs random words: the first ones for the parameter, the second for exp_avg_sq."""
+        return self.param.stochastic or any(form.stochastic for form in self.states.values())
 
     def nbytes(self, numel: int) -> int:
         """Bytes of the parameter and its states, without gradient and average."""
@@ -82,7 +84,7 @@ def check_options(options: StorageOptions) -> None:
     asked = options.state_dtype
     for state, value in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
         if state and state not in (*STATES, "momentum_buffer"):
-            raise ValueError(f"state_dtype: expected states of {STATES}, got {state!r}")
+            raise ValueError(f"state_dtype: expected states among {STATES}, got {state!r}")
         _check_state_dtype(f"state_dtype[{state!r}]" if state else "state_dtype", value)
     if isinstance(asked, Mapping) and asked.get("max_exp_avg_sq") == EIGHT_BIT:
         raise ValueError('state_dtype["max_exp_avg_sq"]: the maximum has no 8-bit form, use bfloat16 or float32')
@@ -147,13 +149,11 @@ def _state_format(state: str, asked: StateDtype, usual: torch.dtype, shape: Size
     return Plain(asked if isinstance(asked, torch.dtype) else usual)
 
 
-def _maximum_format(square: Format, asked: StateDtype, usual: torch.dtype) -> Format:
-    """The format of the maximum: where its second moments are rounded by an option, bf16 that never shrinks."""
-    if isinstance(asked, torch.dtype) and asked != torch.bfloat16:
-        return Plain(asked)
-    if not isinstance(square, Plain):
-        return UpwardBfloat16()
-    return square if asked is not None else Plain(usual)
+def _maximum_format(square: Format, asked: StateDtype, stochastic: bool) -> Format:
+    """The format of the maximum: that of the second moments, or bf16 that never shrinks in place of a narrow one."""
+    if isinstance(asked, torch.dtype):
+        return UpwardBfloat16() if asked == torch.bfloat16 and stochastic else Plain(asked)
+    return square if isinstance(square, Plain) else UpwardBfloat16()
 
 
 def resolve(
@@ -178,22 +178,23 @@ def resolve(
     """
     param = _param_format(dtype, options)
     asked = [options.asked(state) for state in states]
-    if EIGHT_BIT in asked and (dtype == torch.float64 or dtype.is_complex or differentiable):
-        reason = "differentiable=True" if differentiable else str(dtype)
-        raise ValueError(f'state_dtype="8bit": expected real parameters of 4 bytes or less, got {reason}')
+    if EIGHT_BIT in asked and (dtype == torch.float64 or dtype.is_complex):
+        raise ValueError(f'state_dtype="8bit": expected real parameters of 4 bytes or less, got {dtype}')
+    if EIGHT_BIT in asked and differentiable:
+        raise ValueError('state_dtype="8bit": autograd cannot see through rounding, got differentiable=True')
     usual = dtype if options.master_weights is None else torch.float32
-    stochastic = options.stochastic_rounding is not False
+    single = dtype != torch.float64 and not dtype.is_complex and not differentiable
+    stochastic = options.stochastic_rounding is not False and single
     formats: dict[str, Format] = {}
     for state, wanted in zip(states, asked, strict=True):
         if state == "max_exp_avg_sq":
-            formats[state] = _maximum_format(formats["exp_avg_sq"], wanted, usual)
+            formats[state] = _maximum_format(formats["exp_avg_sq"], wanted, stochastic)
         else:
             formats[state] = _state_format(state, wanted, usual, shape, stochastic)
-    rounded = [form for form in formats.values() if not isinstance(form, Plain)]
-    narrow = not isinstance(param, Plain) or bool(rounded)
-    # Plain narrow states are PyTorch's own mode, whose bits they keep.
+    rounded = any(not isinstance(form, Plain) for form in formats.values())
+    narrow = not isinstance(param, Plain) or any(wanted in _NARROW for wanted in asked)
     average = Plain(torch.float32) if narrow else next(iter(formats.values()), Plain(usual))
-    return Storage(param, formats, average, bool(rounded) and "exp_avg" in formats)
+    return Storage(param, formats, average, rounded)
 
 
 def cannot_forget(storage: Storage, beta2: float) -> bool:

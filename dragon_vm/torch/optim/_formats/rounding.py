@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats.bits import MAX_BFLOAT16, bits_of, round_stochastically, round_up, upper_half
-from dragon.vm.torch.optim._formats.format import Part, random_words
+from dragon.vm.torch.optim._formats.bits import MAX_BFLOAT16, bits_of, round_by, round_up, upper_half
+from dragon.vm.torch.optim._formats.format import Part, required
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Plain:
         return (Part("", self.dtype),)
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """The value in the dtype of the maths."""
-        return parts[0] if parts[0].dtype == torch.float64 else parts[0].float()
+        """The value in the dtype of the maths: fp32 for a narrower one."""
+        return parts[0].float() if self.dtype.itemsize < 4 else parts[0]
 
     def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
         """Round to nearest."""
@@ -55,8 +55,8 @@ class StochasticBfloat16:
 
     def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
         """Round by 16 random bits an element."""
-        words = random_words(words, self.name)
-        parts[0].copy_(upper_half(round_stochastically(bits_of(value), words, 16, MAX_BFLOAT16)))
+        words = required(words, self.name)
+        parts[0].copy_(upper_half(round_by(bits_of(value), words, 16, MAX_BFLOAT16)))
 
 
 @dataclass(frozen=True)

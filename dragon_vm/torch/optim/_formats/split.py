@@ -12,11 +12,10 @@ from dragon.vm.torch.optim._formats.bits import (
     MAX_24_BIT,
     bits_of,
     from_upper_half,
-    round_stochastically,
-    round_to_nearest,
+    round_by,
     upper_half,
 )
-from dragon.vm.torch.optim._formats.format import Part, random_words
+from dragon.vm.torch.optim._formats.format import Part, required
 
 # Half a unit of the bf16 half. Ties go away from zero: to even, two masters would share their parts.
 _HALF = 0x8000
@@ -65,12 +64,10 @@ class Split8:
         return (from_upper_half(parts[0]) + (parts[1].to(torch.int32) << 8)).view(torch.float32)
 
     def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
-        """Round to 24 bits, by the lower 8 bits of the words if stochastic, and split them."""
+        """Round to 24 bits, by the upper 8 bits of the words if stochastic, and split them."""
         bits = bits_of(value)
-        if self.stochastic:
-            bits = round_stochastically(bits, random_words(words, self.name) & 0xFF, 8, MAX_24_BIT)
-        else:
-            bits = round_to_nearest(bits, 8, MAX_24_BIT)
+        carry = required(words, self.name) >> 8 if self.stochastic else torch.tensor(0x80, dtype=torch.int32)
+        bits = round_by(bits, carry, 8, MAX_24_BIT)
         parts[0].copy_(upper_half(bits + _HALF))
         parts[1].copy_((bits >> 8).to(torch.int8))
 
