@@ -43,6 +43,11 @@ def _pointer(tensors_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _wide(tile):
+    return rounding.wide_bfloat16(tile) if tile.dtype == tl.bfloat16 else tile
+
+
+@triton.jit
 def format_kernel(
     tensors_ptr,  # int64: param, remainder, grad, exp_avg, its scale, exp_avg_sq, its scale, first, seed, step, stream
     scalars_ptr,  # fp64 here for its type alone: read as fp32 beta1, 1 - beta1, beta2, 1 - beta2, step size, eps, bound
@@ -74,16 +79,16 @@ def format_kernel(
     elif PARAM == "split16":
         param = rounding.join_16(param, tl.load(remainder_ptr + offsets))
     else:
-        param = param.to(tl.float32)
-    grad = tl.load(grad_ptr + offsets).to(tl.float32)
+        param = _wide(param)
+    grad = _wide(tl.load(grad_ptr + offsets))
     exp_avg = tl.load(exp_avg_ptr + offsets)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets)
     if IS_Q8:
         exp_avg = blockwise.decode_signed(exp_avg, tl.load(exp_avg_scale_ptr + blocks))
         exp_avg_sq = blockwise.decode_square(exp_avg_sq, tl.load(exp_avg_sq_scale_ptr + blocks))
     else:
-        exp_avg = exp_avg.to(tl.float32)
-        exp_avg_sq = exp_avg_sq.to(tl.float32)
+        exp_avg = _wide(exp_avg)
+        exp_avg_sq = _wide(exp_avg_sq)
 
     exp_avg = tl.load(single_ptr) * exp_avg + tl.load(single_ptr + 1) * grad
     exp_avg_sq = tl.load(single_ptr + 2) * exp_avg_sq + tl.load(single_ptr + 3) * grad * grad
