@@ -13,6 +13,7 @@ from dragon.kernels.rounding import INFINITY, MAGNITUDE, NAN, SIGN
 
 BLOCK = tl.constexpr(64)
 _ONE = tl.constexpr(0x3F800000)
+_SMALLEST = tl.constexpr(0x00800000)
 _GUESS = tl.constexpr(0x4F4FF800)
 _E0 = tl.constexpr(3.0351874828338623)
 _E1 = tl.constexpr(-4.619477272033691)
@@ -36,11 +37,12 @@ def _scales_and_steps(magnitude, FLOOR: tl.constexpr, UNIT: tl.constexpr):
     # A maximum of integers: infinity and NaN are the largest, and no rule for NaN is needed.
     peak = tl.max(magnitude, 1)
     broken = peak >= INFINITY
+    empty = peak < _SMALLEST
     divisor = tl.where(broken, _ONE, tl.maximum(peak, FLOOR))
-    scale = tl.where(broken, NAN, tl.where(peak == 0, 0, divisor)).to(tl.float32, bitcast=True)
+    scale = tl.where(broken, NAN, tl.where(empty, 0, divisor)).to(tl.float32, bitcast=True)
     inverse = _inverse(divisor.to(tl.float32, bitcast=True) * UNIT)
     # A mask in place of a select: it clears a sign too.
-    whole = tl.where(broken, 0, MAGNITUDE)
+    whole = tl.where(broken | empty, 0, MAGNITUDE)
     x = (magnitude & whole[:, None]).to(tl.float32, bitcast=True) * inverse[:, None]
     return scale, _fourth_root(x)
 

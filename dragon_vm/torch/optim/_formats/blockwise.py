@@ -19,6 +19,8 @@ from dragon.vm.torch.optim._formats.bits import INFINITY, magnitude_bits, square
 from dragon.vm.torch.optim._formats.format import BLOCK, Part, required
 
 _ONE = 0x3F800000
+# The least normal number: a block of smaller ones is stored as zeros.
+_SMALLEST = 0x00800000
 
 # y = GUESS - bits(x) // 4 is x^(-1/4) up to a factor: x y^4 is within [0.7495, 0.9487]. There
 # E0 + E1 e + E2 e^2 - e^3 is e^(-3/4) up to a constant and a relative error of 1.4e-5, so that x y^3 times it is x^(1/4).
@@ -49,15 +51,15 @@ def _scales_and_steps(magnitude: Tensor, floor: int, unit: float) -> tuple[Tenso
         unit: what the scale is multiplied with, for the inverse.
 
     Returns:
-        Scales, fp32 [blocks]: the blocks' maxima, 0 for zeros alone, NaN with a NaN or infinity. And
+        Scales, fp32 [blocks]: the blocks' maxima, 0 for zeros, NaN with a NaN or infinity. And
         C (magnitude / scale)^(1/4), fp32 [blocks, `BLOCK`].
     """
     peak = magnitude.amax(1)
-    broken = peak >= INFINITY
+    broken, empty = peak >= INFINITY, peak < _SMALLEST
     divisor = torch.where(broken, _ONE, peak.clamp(min=floor)).view(torch.float32)
-    scale = torch.where(broken, torch.nan, torch.where(peak == 0, 0.0, divisor))
+    scale = torch.where(broken, torch.nan, torch.where(empty, 0.0, divisor))
     inverse = _inverse(divisor * unit)
-    x = torch.where(broken[:, None], 0, magnitude).view(torch.float32) * inverse[:, None]
+    x = torch.where((broken | empty)[:, None], 0, magnitude).view(torch.float32) * inverse[:, None]
     return scale, _fourth_root(x)
 
 

@@ -30,7 +30,8 @@ class StorageOptions(NamedTuple):
     Attributes:
         state_dtype: a dtype, "8bit", or one of both for each state by name; None for the dtype of the parameter, or
             fp32 beside a master.
-        stochastic_rounding: True also for bf16 parameters, False for nothing, None for what needs it.
+        stochastic_rounding: True also for bf16 parameters and second moments, False for nothing, None for the second
+            moments that `state_dtype` makes narrow and for "split8".
         master_weights: `torch.float32`, "split16", "split8" or None.
     """
 
@@ -129,13 +130,12 @@ def is_blockwise(shape: Size) -> bool:
     return len(shape) >= 2 and shape.numel() >= SMALLEST_Q8 and shape[1:].numel() % BLOCK == 0
 
 
-def _state_format(state: str, asked: StateDtype, usual: torch.dtype, shape: Size, stochastic: bool) -> Format:
+def _state_format(state: str, asked: StateDtype, shape: Size, stochastic: bool) -> Format:
     """The format of one state but the maximum.
 
     Args:
         state: its name.
-        asked: what the options say.
-        usual: its dtype if they say nothing.
+        asked: a dtype or "8bit".
         shape: of the parameter, global.
         stochastic: whether a narrow second moment is rounded stochastically.
     """
@@ -146,7 +146,7 @@ def _state_format(state: str, asked: StateDtype, usual: torch.dtype, shape: Size
         return SquareQ8(stochastic) if is_square else SignedQ8()
     if asked == torch.bfloat16 and is_square and stochastic:
         return StochasticBfloat16()
-    return Plain(asked if isinstance(asked, torch.dtype) else usual)
+    return Plain(asked)
 
 
 def _maximum_format(square: Format, asked: StateDtype, stochastic: bool) -> Format:
@@ -184,13 +184,15 @@ def resolve(
         raise ValueError('state_dtype="8bit": autograd cannot see through rounding, got differentiable=True')
     usual = dtype if options.master_weights is None else torch.float32
     single = dtype != torch.float64 and not dtype.is_complex and not differentiable
-    stochastic = options.stochastic_rounding is not False and single
     formats: dict[str, Format] = {}
     for state, wanted in zip(states, asked, strict=True):
+        # By default only what an option made narrow: a bf16 parameter alone means PyTorch's arithmetic.
+        default = wanted is not None or state == "max_exp_avg_sq"
+        stochastic = single and (default if options.stochastic_rounding is None else options.stochastic_rounding)
         if state == "max_exp_avg_sq":
             formats[state] = _maximum_format(formats["exp_avg_sq"], wanted, stochastic)
         else:
-            formats[state] = _state_format(state, wanted, usual, shape, stochastic)
+            formats[state] = _state_format(state, usual if wanted is None else wanted, shape, stochastic)
     rounded = any(not isinstance(form, Plain) for form in formats.values())
     narrow = not isinstance(param, Plain) or any(wanted in _NARROW for wanted in asked)
     average = Plain(torch.float32) if narrow else next(iter(formats.values()), Plain(usual))
