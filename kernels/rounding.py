@@ -49,7 +49,7 @@ def random_words(
     stream,  # int32 or int64
     NUMEL: tl.constexpr,
 ):
-    """Two random words of 16 bits for each of consecutive elements, int32 [NUMEL]. Eight share a call of Philox."""
+    """Two random words of 16 bits for each of consecutive elements, int32 [NUMEL]: a call of Philox for eight."""
     w0, w1, w2, w3 = _words((first >> 3) + tl.arange(0, NUMEL // 8), seed, step, stream)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (NUMEL // 2,))
     return _halves(words, NUMEL), _halves(_rotated(words), NUMEL)
@@ -86,7 +86,7 @@ def bits_of(tile):
 
 @triton.jit
 def round_by(tile, bits, carry, DROPPED: tl.constexpr, LARGEST: tl.constexpr):
-    """Add a carry to the bits of a tile and clear the last `DROPPED`; truncate infinity, NaN and beyond `LARGEST`."""
+    """Add a carry to the bits of a tile, if it is below `LARGEST` in magnitude, and clear the last `DROPPED`."""
     return (bits + tl.where(tl.abs(tile) < LARGEST, carry, 0)) & -(1 << DROPPED)
 
 
@@ -120,7 +120,7 @@ def nearest_bfloat16(tile):
 
 @triton.jit
 def stochastic_bfloat16(tile, words):
-    """bf16 of an fp32 tile with an exact mean over all words. A NaN is one that arithmetic made, thus a quiet one."""
+    """bf16 of an fp32 tile with an exact mean over all words. Its NaNs are those of arithmetic: quiet ones."""
     return upper_half(round_by(tile, tile.to(tl.int32, bitcast=True), words, 16, MAX_BFLOAT16))
 
 

@@ -49,8 +49,11 @@ def _wide(tile):
 
 @triton.jit
 def format_kernel(
-    tensors_ptr,  # int64: param, remainder, grad, exp_avg, its scale, exp_avg_sq, its scale, first, seed, step, stream
-    scalars_ptr,  # fp64 here for its type alone: read as fp32 beta1, 1 - beta1, beta2, 1 - beta2, step size, eps, bound
+    # int64: addresses of param, remainder, grad, exp_avg, its scale, exp_avg_sq, its scale; first, seed, step,
+    # stream
+    tensors_ptr,
+    # fp32, whatever its type: beta1, 1 - beta1, beta2, 1 - beta2, step size, eps, bound
+    scalars_ptr,
     PARAM: tl.constexpr,
     EXP_AVG: tl.constexpr,
     EXP_AVG_SQ: tl.constexpr,

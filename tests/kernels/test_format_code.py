@@ -11,8 +11,8 @@ import pytest
 
 ARCHS = ("sm_90", "sm_100")
 
-# Instructions an element of a whole Adam step, measured with triton 3.7.1, and at most 3 % more. "fast" divides and takes
-# roots by approximation, as the budgets of peers count: what is left is the formats' own.
+# Instructions an element of a whole Adam step: 3 % more than measured with triton 3.7.1. The update of "fast"
+# divides and takes roots by approximation: what is left is the formats' own.
 BUDGETS = {
     "sm_90": {
         "split16 fast": 39,

@@ -128,7 +128,19 @@ def random_patterns(seed: int) -> Tensor:
     pattern[::7] &= -256
     pattern[1::7] &= -65536
     pattern[2::7] = pattern[2::7] & -65536 | 0x8000
-    special = [0, -(2**31), 0x7F800000, -0x800000, 0x7F7FFFFF, 0x7F7F8000, 0x7F7FFF80, 0x7FFFFFFF, -1, 0x7F800001, 1]
+    special = [
+        0,
+        -(2**31),
+        0x7F800000,
+        -0x800000,
+        0x7F7FFFFF,
+        0x7F7F8000,
+        0x7F7FFF80,
+        0x7FFFFFFF,
+        -1,
+        0x7F800001,
+        1,
+    ]
     pattern[: len(special)] = torch.tensor(special)
     return pattern.to(torch.int32).view(torch.float32)
 
@@ -145,8 +157,8 @@ def test_rounding_of_any_bits_is_that_of_the_host(device: torch.device, stochast
         stochastically, upward, nearest, half_16, half_8 = halves
         with np.errstate(invalid="ignore"):  # of the interpreter, for a NaN
             rounding_kernel[(1,)](
-                value.to(device), words.to(device), stochastically, upward, nearest, half_16, remainders[0], half_8,
-                remainders[1], masters, N, stochastic, enable_fp_fusion=False,
+                value.to(device), words.to(device), stochastically, upward, nearest, half_16, remainders[0],
+                half_8, remainders[1], masters, N, stochastic, enable_fp_fusion=False,
             )  # fmt: skip
         expected = [torch.empty(N, dtype=torch.bfloat16) for _ in range(5)]
         expected_remainders = [torch.empty(N, dtype=dtype) for dtype in (torch.int16, torch.int8)]
@@ -191,8 +203,8 @@ def test_moments_in_8_bits_are_those_of_the_host(device: torch.device, stochasti
         ]
         decoded = torch.empty(3, N, device=device)
         blockwise_kernel[(1,)](
-            exp_avg.to(device), exp_avg_sq.to(device), words.to(device), *parts[0], *parts[1], decoded, N, stochastic,
-            formats.rounded_bound(0.5), enable_fp_fusion=False,
+            exp_avg.to(device), exp_avg_sq.to(device), words.to(device), *parts[0], *parts[1], decoded, N,
+            stochastic, formats.rounded_bound(0.5), enable_fp_fusion=False,
         )  # fmt: skip
         for row, (form, value) in enumerate(zip(forms, (exp_avg, exp_avg_sq), strict=True)):
             expected = [torch.empty(part.numel(N), dtype=part.dtype) for part in form.parts]

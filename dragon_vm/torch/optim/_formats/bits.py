@@ -26,8 +26,8 @@ def magnitude_bits(value: Tensor) -> Tensor:
 def square_root(value: Tensor) -> Tensor:
     """The correctly rounded square root of fp32.
 
-    PyTorch's own is that of MKL on most processors, wrong in the last bit for a sixth of all numbers. No root of an
-    fp32 number is as close to the middle of two as the error of a root in fp64.
+    PyTorch's own is MKL's on most processors, which is wrong in the last bit for a sixth of all numbers. The
+    root in fp64 is off by less than the distance of any exact root from the middle of two fp32 numbers.
     """
     return value.double().sqrt().float()
 
@@ -35,8 +35,8 @@ def square_root(value: Tensor) -> Tensor:
 def round_by(bits: Tensor, carry: Tensor, dropped: int, largest: int) -> Tensor:
     """Add a carry and clear the last `dropped` bits.
 
-    The mean over all carries in [0, 2^dropped) is the number itself; half of 2^dropped rounds to nearest, ties away from
-    zero. A number beyond `largest` is truncated: no finite number gets infinite.
+    The mean over all carries in [0, 2^dropped) is the number itself. Half of 2^dropped as carry rounds to nearest,
+    ties away from zero. A number beyond `largest` is truncated: no finite number gets infinite.
 
     Args:
         bits: of fp32, int32.

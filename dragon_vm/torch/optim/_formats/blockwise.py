@@ -3,8 +3,8 @@
     exp_avg     int8  c    m       = scale * sign(c) * (c / 127)^4
     exp_avg_sq  uint8 c    sqrt(v) = scale * (c / 255)^4
 
-Multiplication, addition and square root of fp32 are correctly rounded everywhere, and nothing else is used: every device
-makes the same codes. No product may be fused with a sum.
+Only multiplication, addition and square root of fp32 are used, which are correctly rounded everywhere: every
+device makes the same codes. No product may be fused with a sum.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ONE = 0x3F800000
 _SMALLEST = 0x00800000
 
 # y = GUESS - bits(x) // 4 is x^(-1/4) up to a factor: x y^4 is within [0.7495, 0.9487]. There
-# E0 + E1 e + E2 e^2 - e^3 is e^(-3/4) up to a constant and a relative error of 1.4e-5, so that x y^3 times it is x^(1/4).
+# E0 + E1 e + E2 e^2 - e^3 is e^(-3/4) up to a constant and a relative error of 1.4e-5. x y^3 times it is x^(1/4).
 _GUESS = 0x4F4FF800
 _E0, _E1, _E2 = 3.0351874828338623, -4.619477272033691, 3.471823215484619
 # The constant's fourth power, times C^4, is what a magnitude that equals the scale is to become; its inverse.
@@ -33,8 +33,8 @@ _SQUARE_UNIT = 1.4694291195e-10
 # z = INVERSE - bits(d) is 1 / d up to 5.1 %, and after two of Newton's steps up to 6.6e-6.
 _INVERSE = 0x7EF31000
 
-# The smallest scales but 0, 2^-96 and 2^-42: with them the code 1 stands for a normal fp32 first moment, and for an
-# fp32 second moment above 0. Below them a first moment has lost its second one to underflow.
+# The smallest scales but 0, 2^-96 and 2^-42. With them the code 1 stands for a normal fp32 first moment, and for a
+# second moment above 0 in fp32. A first moment below its scale has lost the second one to underflow.
 _SIGNED_FLOOR = 0x0F800000
 _SQUARE_FLOOR = 0x2A800000
 
@@ -149,8 +149,8 @@ class SquareQ8:
 def _step_stochastically(value: Tensor, steps: Tensor, scale: Tensor, words: Tensor) -> Tensor:
     """Move on to the step beyond the value with the probability that makes the mean exact.
 
-    Judged by the decoded second moments themselves: a value that has a code gets that code. From the largest code no
-    value is far enough to move on: 2^-17 of a step is more than the root's rounding.
+    The decoded second moments themselves decide: a value that has a code gets that code. No value moves on from
+    the largest code: the rounding of the root is less than 2^-17 of a step.
     """
     steps = steps + _INTEGER - _INTEGER
     here = _square(steps, scale)

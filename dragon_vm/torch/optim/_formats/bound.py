@@ -15,8 +15,8 @@ def moment_bound(beta1: float, beta2: float, step: float) -> float:
     """K such that |exp_avg| <= K sqrt(exp_avg_sq) after `step` steps of exact Adam.
 
     Cauchy-Schwarz on the sums that both moments are: K^2 = (1 - beta1)^2 / (1 - beta2) (1 + r + ... + r^(step-1))
-    with r = beta1^2 / beta2, in float64. It holds for betas that stay; where they change, the largest K that the betas
-    so far have had is a bound.
+    with r = beta1^2 / beta2, in float64. It holds for constant betas. Where they change, the largest K that the
+    betas have had so far is used.
 
     Returns:
         The bound, infinite where nothing bounds the moment.
@@ -38,8 +38,8 @@ def moment_bound(beta1: float, beta2: float, step: float) -> float:
 def clamp_moment(exp_avg: Tensor, root: Tensor, bound: float) -> Tensor:
     """The first moment within `bound` times the root of the second.
 
-    An exact first moment stays as it is. A stored one may exceed the bound: its update would explode where the second
-    moment was rounded to nearly 0.
+    An exact first moment stays as it is. A stored one may exceed the bound, and its update is then larger than
+    any of exact Adam.
 
     Args:
         exp_avg: fp32.

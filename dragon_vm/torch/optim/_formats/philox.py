@@ -74,10 +74,12 @@ def _calls(first: int, last: int, rounding: Rounding, device: torch.device) -> T
 def random_words(rounding: Rounding, numel: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Random words of 16 bits, two for each element: for the parameter, and for its second moment.
 
-    The counter is (E lo, E hi, step, stream), E the global index of an element // 8. Half index % 8 of the four words of
-    32 bits is the element's, the lower half of a word first. Its second word is that half of the same words
-    rotated left by a byte. A word decides by its upper byte, all but one time in 256, and no two of the four words that
-    a pair of elements gets have that byte in common: they are as good as independent, for half the calls.
+    The counter is (E lo, E hi, step, stream), where E is an element's global index // 8. The four words of 32
+    bits have eight halves, the lower one of a word first: half index % 8 is the element's first word. Its
+    second word is the same half after a rotation of the 32-bit words by a byte to the left.
+
+    A word decides by its upper byte, but for one time in 256. No two of the four words of a pair of elements share
+    their upper byte. So they are as good as independent, with half the calls.
 
     Args:
         rounding: the parameter and step.

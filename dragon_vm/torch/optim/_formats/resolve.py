@@ -28,10 +28,10 @@ class StorageOptions(NamedTuple):
     """How a group's parameters and states are to be stored.
 
     Attributes:
-        state_dtype: a dtype, "8bit", or one of both for each state by name; None for the dtype of the parameter, or
-            fp32 beside a master.
-        stochastic_rounding: True also for bf16 parameters and second moments, False for nothing, None for the second
-            moments that `state_dtype` makes narrow and for "split8".
+        state_dtype: a dtype, "8bit", or one of both for each state by name. None is the parameter's dtype, or fp32
+            beside a master.
+        stochastic_rounding: True also for bf16 parameters and second moments, False for nothing. None is for the
+            second moments that `state_dtype` makes narrow, and for "split8".
         master_weights: `torch.float32`, "split16", "split8" or None.
     """
 
@@ -51,8 +51,8 @@ class Storage(NamedTuple):
         param: of the parameter.
         states: by the states' names.
         average: of the exponential moving average.
-        bounded: whether the first moment is clamped to what the second one allows. Not where every state has a dtype
-            and is rounded to nearest: PyTorch does so too, and its bits are kept.
+        bounded: whether the first moment is clamped to what the second one allows. It is not where all states are
+            rounded to nearest in some dtype: PyTorch does so too, and its bits are kept.
     """
 
     param: Format
@@ -73,7 +73,9 @@ class Storage(NamedTuple):
 def _check_state_dtype(name: str, value: StateDtype) -> None:
     is_dtype = isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1
     if value is not None and value != EIGHT_BIT and not is_dtype:
-        raise ValueError(f'{name}: expected a floating point dtype of 2 bytes or more, "8bit" or None, got {value!r}')
+        raise ValueError(
+            f'{name}: expected a floating point dtype of 2 bytes or more, "8bit" or None, got {value!r}'
+        )
 
 
 def check_options(options: StorageOptions) -> None:
@@ -146,11 +148,11 @@ def _state_format(state: str, asked: StateDtype, shape: Size, stochastic: bool) 
         return SquareQ8(stochastic) if is_square else SignedQ8()
     if asked == torch.bfloat16 and is_square and stochastic:
         return StochasticBfloat16()
-    return Plain(asked)
+    return Plain(asked) if isinstance(asked, torch.dtype) else Plain(torch.float32)
 
 
 def _maximum_format(square: Format, asked: StateDtype, stochastic: bool) -> Format:
-    """The format of the maximum: that of the second moments, or bf16 that never shrinks in place of a narrow one."""
+    """The format of the maximum: that of the second moments, or bf16 rounded upwards if they are narrow."""
     if isinstance(asked, torch.dtype):
         return UpwardBfloat16() if asked == torch.bfloat16 and stochastic else Plain(asked)
     return square if isinstance(square, Plain) else UpwardBfloat16()

@@ -28,7 +28,9 @@ def test_no_gradients_exceed_it(beta1: float, beta2: float) -> None:
     generator = torch.Generator().manual_seed(0)
     exp_avg = exp_avg_sq = torch.zeros(300, dtype=torch.float64)
     for step in range(1, 201):
-        gradient = torch.randn(300, generator=generator).double() * 10 ** (4 * torch.randn(300, generator=generator))
+        gradient = torch.randn(300, generator=generator).double() * 10 ** (
+            4 * torch.randn(300, generator=generator)
+        )
         gradient[torch.rand(300, generator=generator) < 0.5] = 0
         exp_avg = beta1 * exp_avg + (1 - beta1) * gradient
         exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient**2

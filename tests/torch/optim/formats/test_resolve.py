@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch import Size
 
-from dragon.vm.torch.optim._formats import Storage, StorageOptions, cannot_forget, check_options, is_blockwise, resolve
+from dragon.vm.torch.optim._formats import (
+    Storage,
+    StorageOptions,
+    cannot_forget,
+    check_options,
+    is_blockwise,
+    resolve,
+)
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MATRIX, BIAS = Size((64, 64)), Size((64,))
@@ -94,8 +101,14 @@ def test_small_and_odd_tensors_keep_fp32_states() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "dtype", "average"),
-    [(options(BF16), FP32, FP32), (options(BF16, False), FP32, FP32), (options(FP32), BF16, FP32)]
-    + [(options("8bit"), BF16, FP32), (options(None, True), BF16, FP32), (options(None, None, "split8"), BF16, FP32)],
+    [
+        (options(BF16), FP32, FP32),
+        (options(BF16, False), FP32, FP32),
+        (options(FP32), BF16, FP32),
+        (options("8bit"), BF16, FP32),
+        (options(None, True), BF16, FP32),
+        (options(None, None, "split8"), BF16, FP32),
+    ],
 )
 def test_an_average_beside_something_narrow_is_fp32(
     asked: StorageOptions, dtype: torch.dtype, average: torch.dtype

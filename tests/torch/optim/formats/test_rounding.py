@@ -77,7 +77,9 @@ def test_upwards_is_the_least_number_that_is_not_below() -> None:
 
 
 def test_stochastic_formats_ask_for_words() -> None:
-    with pytest.raises(ValueError, match="'bfloat16_stochastic' rounds stochastically: expected random words, got None"):
+    with pytest.raises(
+        ValueError, match="'bfloat16_stochastic' rounds stochastically: expected random words, got None"
+    ):
         encoded(StochasticBfloat16(), torch.ones(3))
 
 
