@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim._formats import Rounding, random_words
-from dragon.vm.torch.optim._formats.philox import philox_4x32
+from dragon.vm.torch.optim._formats.philox import N_ROUNDS, philox_4x32
 
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
 ONES = 0xFFFFFFFF
@@ -26,6 +26,7 @@ def rounding(**changes: int) -> Rounding:
 def test_known_answers(n_rounds: int, counter: tuple, key: tuple[int, int], expected: tuple) -> None:
     words = philox_4x32(tuple(torch.tensor([word]) for word in counter), key, n_rounds)
     assert tuple(int(word) for word in words) == expected
+    assert N_ROUNDS == 7
 
 
 def test_each_element_takes_the_half_and_the_rotated_half_of_its_call_that_the_contract_names() -> None:
