@@ -1,7 +1,7 @@
 """Models of how peers store moments, in the terms of the formats here. None of their code is used.
 
 FlashOptim: linear codes of the softsign of exp_avg and of the root of exp_avg_sq, an fp16 scale for 32 elements.
-bitsandbytes and torchao: both moments by a table of 256 numbers over seven decades, an fp32 scale for 256 elements.
+bitsandbytes and torchao: both moments by a table of 256 numbers in seven decades, an fp32 scale for 256 elements.
 fp8: both moments as e4m3, an fp32 scale for 128 elements.
 """
 

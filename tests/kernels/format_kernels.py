@@ -48,9 +48,74 @@ def _wide(tile):
 
 
 @triton.jit
+def _load_param(param_ptr, remainder_ptr, PARAM: tl.constexpr):
+    param = tl.load(param_ptr)
+    if PARAM == "split8" or PARAM == "split8_stochastic":
+        param = rounding.join_8(param, tl.load(remainder_ptr))
+    elif PARAM == "split16":
+        param = rounding.join_16(param, tl.load(remainder_ptr))
+    else:
+        param = _wide(param)
+    return param
+
+
+@triton.jit
+def _store_param(param_ptr, remainder_ptr, param, words, PARAM: tl.constexpr):
+    if PARAM == "split8" or PARAM == "split8_stochastic":
+        half, remainder = rounding.split_8(param, words, PARAM == "split8_stochastic")
+        tl.store(param_ptr, half)
+        tl.store(remainder_ptr, remainder)
+    elif PARAM == "split16":
+        half, remainder = rounding.split_16(param)
+        tl.store(param_ptr, half)
+        tl.store(remainder_ptr, remainder)
+    elif PARAM == "bfloat16_stochastic":
+        tl.store(param_ptr, rounding.stochastic_bfloat16(param, words))
+    elif PARAM == "bfloat16":
+        tl.store(param_ptr, rounding.nearest_bfloat16(param))
+    else:
+        tl.store(param_ptr, param)
+
+
+@triton.jit
+def _store_states(
+    exp_avg_ptr, exp_avg_scale_ptr, exp_avg_sq_ptr, exp_avg_sq_scale_ptr, exp_avg, exp_avg_sq, root, words,
+    EXP_AVG_SQ: tl.constexpr,
+):  # fmt: skip
+    if EXP_AVG_SQ == "q8_square" or EXP_AVG_SQ == "q8_square_stochastic":
+        codes, scale = blockwise.encode_signed(exp_avg)
+        tl.store(exp_avg_ptr, codes)
+        tl.store(exp_avg_scale_ptr, scale)
+        codes, scale = blockwise.encode_square(exp_avg_sq, root, words, EXP_AVG_SQ == "q8_square_stochastic")
+        tl.store(exp_avg_sq_ptr, codes)
+        tl.store(exp_avg_sq_scale_ptr, scale)
+    elif EXP_AVG_SQ == "bfloat16_stochastic":
+        tl.store(exp_avg_ptr, rounding.nearest_bfloat16(exp_avg))
+        tl.store(exp_avg_sq_ptr, rounding.stochastic_bfloat16(exp_avg_sq, words))
+    elif EXP_AVG_SQ == "bfloat16":
+        tl.store(exp_avg_ptr, rounding.nearest_bfloat16(exp_avg))
+        tl.store(exp_avg_sq_ptr, rounding.nearest_bfloat16(exp_avg_sq))
+    else:
+        tl.store(exp_avg_ptr, exp_avg)
+        tl.store(exp_avg_sq_ptr, exp_avg_sq)
+
+
+@triton.jit
+def _adam(param, grad, exp_avg, exp_avg_sq, scalars_ptr, BOUNDED: tl.constexpr, FAST: tl.constexpr):
+    exp_avg = tl.load(scalars_ptr) * exp_avg + tl.load(scalars_ptr + 1) * grad
+    exp_avg_sq = tl.load(scalars_ptr + 2) * exp_avg_sq + tl.load(scalars_ptr + 3) * grad * grad
+    root = tl.sqrt(exp_avg_sq) if FAST else tl.sqrt_rn(exp_avg_sq)
+    if BOUNDED:
+        exp_avg = rounding.clamp_moment(exp_avg, root, tl.load(scalars_ptr + 6))
+    denom = root + tl.load(scalars_ptr + 5)
+    update = exp_avg / denom if FAST else tl.div_rn(exp_avg, denom)
+    return param - tl.load(scalars_ptr + 4) * update, exp_avg, exp_avg_sq, root
+
+
+@triton.jit
 def format_kernel(
-    # int64: addresses of param, remainder, grad, exp_avg, its scale, exp_avg_sq, its scale; first, seed, step,
-    # stream
+    # int64: addresses of param, remainder, grad, exp_avg, its scale, exp_avg_sq, its scale; then first element, seed,
+    # step, stream
     tensors_ptr,
     # fp32, whatever its type: beta1, 1 - beta1, beta2, 1 - beta2, step size, eps, bound
     scalars_ptr,
@@ -60,85 +125,43 @@ def format_kernel(
     FAST: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    IS_SPLIT8: tl.constexpr = PARAM == "split8" or PARAM == "split8_stochastic"
     IS_Q8: tl.constexpr = EXP_AVG == "q8_signed"
-    STOCHASTIC: tl.constexpr = EXP_AVG_SQ == "q8_square_stochastic" or EXP_AVG_SQ == "bfloat16_stochastic"
+    STATE: tl.constexpr = tl.float32 if EXP_AVG == "float32" else tl.bfloat16
+    REMAINDER: tl.constexpr = tl.int16 if PARAM == "split16" else tl.int8
+    PARAM_DTYPE: tl.constexpr = tl.float32 if PARAM == "float32" else tl.bfloat16
     start = tl.program_id(0).to(tl.int64) * CHUNK
     offsets = start + tl.arange(0, CHUNK)
     blocks = start // 64 + tl.arange(0, CHUNK // 64)
-    param_ptr = _pointer(tensors_ptr, 0, tl.float32 if PARAM == "float32" else tl.bfloat16)
-    remainder_ptr = _pointer(tensors_ptr, 1, tl.int8 if IS_SPLIT8 else tl.int16)
-    grad_ptr = _pointer(tensors_ptr, 2, tl.float32 if PARAM == "float32" else tl.bfloat16)
-    STATE: tl.constexpr = tl.float32 if EXP_AVG == "float32" else tl.bfloat16
-    exp_avg_ptr = _pointer(tensors_ptr, 3, tl.int8 if IS_Q8 else STATE)
-    exp_avg_scale_ptr = _pointer(tensors_ptr, 4, tl.float32)
-    exp_avg_sq_ptr = _pointer(tensors_ptr, 5, tl.uint8 if IS_Q8 else STATE)
-    exp_avg_sq_scale_ptr = _pointer(tensors_ptr, 6, tl.float32)
-    single_ptr = scalars_ptr.to(tl.pointer_type(tl.float32))
+    param_ptr = _pointer(tensors_ptr, 0, PARAM_DTYPE) + offsets
+    remainder_ptr = _pointer(tensors_ptr, 1, REMAINDER) + offsets
+    exp_avg_ptr = _pointer(tensors_ptr, 3, tl.int8 if IS_Q8 else STATE) + offsets
+    exp_avg_scale_ptr = _pointer(tensors_ptr, 4, tl.float32) + blocks
+    exp_avg_sq_ptr = _pointer(tensors_ptr, 5, tl.uint8 if IS_Q8 else STATE) + offsets
+    exp_avg_sq_scale_ptr = _pointer(tensors_ptr, 6, tl.float32) + blocks
 
-    param = tl.load(param_ptr + offsets)
-    if IS_SPLIT8:
-        param = rounding.join_8(param, tl.load(remainder_ptr + offsets))
-    elif PARAM == "split16":
-        param = rounding.join_16(param, tl.load(remainder_ptr + offsets))
-    else:
-        param = _wide(param)
-    grad = _wide(tl.load(grad_ptr + offsets))
-    exp_avg = tl.load(exp_avg_ptr + offsets)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets)
+    param = _load_param(param_ptr, remainder_ptr, PARAM)
+    grad = _wide(tl.load(_pointer(tensors_ptr, 2, PARAM_DTYPE) + offsets))
+    exp_avg = tl.load(exp_avg_ptr)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr)
     if IS_Q8:
-        exp_avg = blockwise.decode_signed(exp_avg, tl.load(exp_avg_scale_ptr + blocks))
-        exp_avg_sq = blockwise.decode_square(exp_avg_sq, tl.load(exp_avg_sq_scale_ptr + blocks))
+        exp_avg = blockwise.decode_signed(exp_avg, tl.load(exp_avg_scale_ptr))
+        exp_avg_sq = blockwise.decode_square(exp_avg_sq, tl.load(exp_avg_sq_scale_ptr))
     else:
         exp_avg = _wide(exp_avg)
         exp_avg_sq = _wide(exp_avg_sq)
-
-    exp_avg = tl.load(single_ptr) * exp_avg + tl.load(single_ptr + 1) * grad
-    exp_avg_sq = tl.load(single_ptr + 2) * exp_avg_sq + tl.load(single_ptr + 3) * grad * grad
-    root = tl.sqrt(exp_avg_sq) if FAST else tl.sqrt_rn(exp_avg_sq)
-    if EXP_AVG_SQ != "float32":
-        exp_avg = rounding.clamp_moment(exp_avg, root, tl.load(single_ptr + 6))
-    denom = root + tl.load(single_ptr + 5)
-    update = exp_avg / denom if FAST else tl.div_rn(exp_avg, denom)
-    param -= tl.load(single_ptr + 4) * update
-
-    words = tl.full((CHUNK,), 0, tl.int32)
-    upper = words
-    if STOCHASTIC:
-        first = tl.multiple_of(tl.load(tensors_ptr + 7), 8) + start
-        words, upper = rounding.random_words(
-            first, tl.load(tensors_ptr + 8), tl.load(tensors_ptr + 9), tl.load(tensors_ptr + 10), CHUNK
-        )
-    if IS_SPLIT8:
-        half, remainder = rounding.split_8(param, words, STOCHASTIC)
-        tl.store(param_ptr + offsets, half)
-        tl.store(remainder_ptr + offsets, remainder)
-    elif PARAM == "split16":
-        half, remainder = rounding.split_16(param)
-        tl.store(param_ptr + offsets, half)
-        tl.store(remainder_ptr + offsets, remainder)
-    elif PARAM == "bfloat16_stochastic":
-        tl.store(param_ptr + offsets, rounding.stochastic_bfloat16(param, words))
-    elif PARAM == "bfloat16":
-        tl.store(param_ptr + offsets, rounding.nearest_bfloat16(param))
-    else:
-        tl.store(param_ptr + offsets, param)
-    if IS_Q8:
-        codes, scale = blockwise.encode_signed(exp_avg)
-        tl.store(exp_avg_ptr + offsets, codes)
-        tl.store(exp_avg_scale_ptr + blocks, scale)
-        codes, scale = blockwise.encode_square(exp_avg_sq, root, upper, STOCHASTIC)
-        tl.store(exp_avg_sq_ptr + offsets, codes)
-        tl.store(exp_avg_sq_scale_ptr + blocks, scale)
-    elif EXP_AVG == "bfloat16":
-        tl.store(exp_avg_ptr + offsets, rounding.nearest_bfloat16(exp_avg))
-        if STOCHASTIC:
-            tl.store(exp_avg_sq_ptr + offsets, rounding.stochastic_bfloat16(exp_avg_sq, upper))
-        else:
-            tl.store(exp_avg_sq_ptr + offsets, rounding.nearest_bfloat16(exp_avg_sq))
-    else:
-        tl.store(exp_avg_ptr + offsets, exp_avg)
-        tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq)
+    param, exp_avg, exp_avg_sq, root = _adam(
+        param, grad, exp_avg, exp_avg_sq, scalars_ptr.to(tl.pointer_type(tl.float32)), EXP_AVG != "float32", FAST
+    )
+    # Words that no format takes are not computed.
+    first = tl.multiple_of(tl.load(tensors_ptr + 7), 8) + start
+    words, others = rounding.random_words(
+        first, tl.load(tensors_ptr + 8), tl.load(tensors_ptr + 9), tl.load(tensors_ptr + 10), CHUNK
+    )
+    _store_param(param_ptr, remainder_ptr, param, words, PARAM)
+    _store_states(
+        exp_avg_ptr, exp_avg_scale_ptr, exp_avg_sq_ptr, exp_avg_sq_scale_ptr, exp_avg, exp_avg_sq, root, others,
+        EXP_AVG_SQ,
+    )  # fmt: skip
 
 
 def machine_code(cubin: bytes) -> list[str]:

@@ -192,29 +192,50 @@ def moments(seed: int) -> tuple[Tensor, Tensor]:
     return exp_avg.reshape(-1), exp_avg_sq.reshape(-1)
 
 
+def check_moments(
+    device: torch.device, exp_avg: Tensor, exp_avg_sq: Tensor, words: Tensor, stochastic: bool
+) -> Tensor:
+    """Compare codes, scales and decoded moments with the host's; the first moment clamped to half the root."""
+    forms = (formats.SignedQ8(), formats.SquareQ8(stochastic))
+    parts = [
+        [torch.empty(part.numel(N), dtype=part.dtype, device=device) for part in form.parts] for form in forms
+    ]
+    decoded = torch.empty(3, N, device=device)
+    blockwise_kernel[(1,)](
+        exp_avg.to(device), exp_avg_sq.to(device), words.to(device), *parts[0], *parts[1], decoded, N, stochastic,
+        formats.rounded_bound(0.5), enable_fp_fusion=False,
+    )  # fmt: skip
+    for row, (form, value) in enumerate(zip(forms, (exp_avg, exp_avg_sq), strict=True)):
+        expected = [torch.empty(part.numel(N), dtype=part.dtype) for part in form.parts]
+        form.encode(value, expected, words)
+        for got, wanted in zip(parts[row], expected, strict=True):
+            assert torch.equal(bits(got), bits(wanted)), form.name
+        assert torch.equal(bits(decoded[row]), bits(form.decode(expected)))
+    return decoded[2]
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_moments_in_8_bits_are_those_of_the_host(device: torch.device, stochastic: bool) -> None:
-    forms = (formats.SignedQ8(), formats.SquareQ8(stochastic))
     for seed in range(64):
         exp_avg, exp_avg_sq = moments(seed)
         words = torch.randint(0, 65536, (N,), dtype=torch.int32)
-        parts = [
-            [torch.empty(part.numel(N), dtype=part.dtype, device=device) for part in form.parts] for form in forms
-        ]
-        decoded = torch.empty(3, N, device=device)
-        blockwise_kernel[(1,)](
-            exp_avg.to(device), exp_avg_sq.to(device), words.to(device), *parts[0], *parts[1], decoded, N,
-            stochastic, formats.rounded_bound(0.5), enable_fp_fusion=False,
-        )  # fmt: skip
-        for row, (form, value) in enumerate(zip(forms, (exp_avg, exp_avg_sq), strict=True)):
-            expected = [torch.empty(part.numel(N), dtype=part.dtype) for part in form.parts]
-            form.encode(value, expected, words)
-            for got, wanted in zip(parts[row], expected, strict=True):
-                assert torch.equal(bits(got), bits(wanted)), (form.name, seed)
-            assert torch.equal(bits(decoded[row]), bits(form.decode(expected)))
+        bounded = check_moments(device, exp_avg, exp_avg_sq, words, stochastic)
         clamped = formats.clamp_moment(exp_avg, square_root(exp_avg_sq), 0.5)
         assert not torch.equal(bits(clamped), bits(exp_avg))
-        assert torch.equal(bits(decoded[2]), bits(clamped))
+        assert torch.equal(bits(bounded), bits(clamped))
+
+
+@pytest.mark.parametrize("word", [0, 65535])
+def test_the_extreme_words_round_as_on_the_host(device: torch.device, word: int) -> None:
+    """Close to a code, where half a word decides."""
+    codes = torch.arange(N).remainder(256).to(torch.uint8)
+    scale = torch.linspace(1, 2, N // 64)
+    codes[63::64] = 255
+    exact = formats.SquareQ8(True).decode((codes, scale))
+    words = torch.full((N,), word, dtype=torch.int32)
+    for direction in (0.0, torch.inf):
+        near = torch.nextafter(exact, torch.tensor(direction))
+        check_moments(device, torch.zeros(N), near, words, True)
 
 
 @pytest.mark.parametrize("first", [0, 8 * 12345, 2**36 - 512])
