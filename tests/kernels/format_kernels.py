@@ -114,8 +114,8 @@ def _adam(param, grad, exp_avg, exp_avg_sq, scalars_ptr, BOUNDED: tl.constexpr, 
 
 @triton.jit
 def format_kernel(
-    # int64: addresses of param, remainder, grad, exp_avg, its scale, exp_avg_sq, its scale; then first element, seed,
-    # step, stream
+    # int64: addresses of param, remainder, grad, exp_avg, its scale, exp_avg_sq, its scale; then first element,
+    # seed, step, stream
     tensors_ptr,
     # fp32, whatever its type: beta1, 1 - beta1, beta2, 1 - beta2, step size, eps, bound
     scalars_ptr,
