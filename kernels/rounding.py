@@ -165,3 +165,28 @@ def clamp_moment(exp_avg, root, bound):
     magnitude = tl.minimum(tl.abs(exp_avg), root * bound, tl.PropagateNan.ALL)
     sign = exp_avg.to(tl.int32, bitcast=True) & ~MAGNITUDE
     return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def moment_bound(
+    beta1,  # fp64 [n]
+    beta2,  # fp64 [n]
+    step,  # fp64 [n], at least 1
+):
+    """The largest |exp_avg| / sqrt(exp_avg_sq) of exact Adam after `step` steps, a little more, in float64.
+
+    Round it to fp32 for `clamp_moment`. Infinite where nothing bounds the moment.
+    """
+    ratio = beta1 * beta1 / tl.where(beta2 > 0, beta2, 1.0)
+    is_plain = (ratio > 0) & (ratio != 1) & (beta2 > 0)
+    ratio = tl.where(is_plain, ratio, 0.5)
+    exponent = step * tl.log(ratio)
+    # expm1 as in `one_minus_power`.
+    x = tl.minimum(tl.maximum(exponent, -700.0), 128.0)
+    power = tl.exp(x)
+    grown = tl.where(power == 1, x, (power - 1) * x / tl.log(tl.where(power == 1, 2.0, power)))
+    terms = tl.where(exponent < 128, grown / (ratio - 1), float("inf"))
+    endless = tl.where((step > 1) & (beta1 > 0), float("inf"), 1.0)
+    special = tl.where(beta2 > 0, tl.where(beta1 > 0, step, 1.0), endless)
+    terms = tl.where(is_plain, terms, special)
+    return (1 - beta1) * tl.sqrt(terms / (1 - beta2)) * (1 + 1 / 262144)

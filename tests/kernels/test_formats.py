@@ -113,6 +113,19 @@ def words_each_kernel(
     tl.store(each_ptr + N + i, others)
 
 
+@triton.jit
+def bound_kernel(
+    inputs_ptr,  # fp64 [3, N]: beta1, beta2, step
+    bound_ptr,  # fp32 [N]
+    N: tl.constexpr,
+):
+    i = tl.arange(0, N)
+    bound = rounding.moment_bound(
+        tl.load(inputs_ptr + i), tl.load(inputs_ptr + N + i), tl.load(inputs_ptr + 2 * N + i)
+    )
+    tl.store(bound_ptr + i, bound.to(tl.float32))
+
+
 def bits(tensor: Tensor) -> Tensor:
     """The bits of a tensor; every NaN has the same ones."""
     tensor = tensor.cpu()
@@ -254,3 +267,16 @@ def test_words_of_a_shard_that_starts_within_a_call(device: torch.device) -> Non
     words_each_kernel[(1,)](origin, each, N)
     expected = formats.random_words(formats.Rounding(2**63 + 5, 2**31, 1, 8 * 5 + 3), N)
     assert torch.equal(each.cpu(), torch.stack(expected))
+
+
+def test_the_bound_is_that_of_the_host(device: torch.device) -> None:
+    betas = [(0.9, 0.999), (0.9, 0.95), (0.0, 0.999), (0.9, 0.5), (0.99, 0.5), (0.5, 0.0), (0.0, 0.0), (0.5, 0.25)]
+    steps = [1, 2, 3, 10, 100, 1000, 10**5, 2**24]
+    cases = [(beta1, beta2, step) for beta1, beta2 in betas for step in steps]
+    inputs = torch.tensor(cases, dtype=torch.float64, device=device).T.contiguous()
+    bound = torch.empty(len(cases), device=device)
+    bound_kernel[(1,)](inputs, bound, len(cases))
+    expected = [formats.rounded_bound(formats.moment_bound(*case)) for case in cases]
+    # One unit in the last place, where both round the same number but for its last bits in float64.
+    assert torch.allclose(bound.cpu(), torch.tensor(expected), rtol=2**-23, atol=0)
+    assert bound.isinf().any()

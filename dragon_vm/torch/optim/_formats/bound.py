@@ -10,6 +10,9 @@ from torch import Tensor
 # More than a rounded fp32 moment exceeds its bound by, and less than 1e-5 of an update.
 _SLACK = 1 + 2.0**-18
 
+# A bound above 1e27 bounds nothing, and soon is none in fp32.
+_LARGEST_EXPONENT = 128
+
 
 def moment_bound(beta1: float, beta2: float, step: float) -> float:
     """K such that |exp_avg| <= K sqrt(exp_avg_sq) after `step` steps of exact Adam.
@@ -31,7 +34,7 @@ def moment_bound(beta1: float, beta2: float, step: float) -> float:
     else:
         # (r^t - 1) / (r - 1), which keeps its digits for r close to 1.
         exponent = step * math.log(ratio)
-        terms = math.expm1(exponent) / (ratio - 1) if exponent < 700 else math.inf
+        terms = math.expm1(exponent) / (ratio - 1) if exponent < _LARGEST_EXPONENT else math.inf
     return (1 - beta1) * math.sqrt(terms / (1 - beta2))
 
 
