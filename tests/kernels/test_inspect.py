@@ -1,17 +1,22 @@
 """The generated code, for GPUs that are not here: compiled in a process without TRITON_INTERPRET."""
 
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.inspect import ADVANCES, ARCHS, NORMS, UPDATES, compile_update
+from dragon.kernels.launch import REDUCTION_THREADS
+from dragon.kernels.norm import TILE, norm_kernel
 from dragon.kernels.spec import Spec
+from dragon.kernels.update import update_kernel
 
 # Bytes that an element takes at least: each tensor read once, and all but the gradient written once.
 FLOOR = {
@@ -40,28 +45,83 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_kernel_is_all_vector_without_spills_and_takes_only_pointers(arch: str, tmp_path: Path) -> None:
-    done = run("--arch", arch, "--json", "--dump", str(tmp_path))
+# Registers a thread of the kernels that most steps run: with at most 64 a multiprocessor holds 8 programs.
+N_REGISTERS = {"adam fp32": 64, "adam bf16": 64, "adam bf16 fp32-state": 64, "adam fp32 amsgrad": 80}
+
+# What reads a double and rounds it, in PTX.
+NARROWING = re.compile(r"cvt\.rn\.f32\.f64")
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def inspected(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, dict[str, Any]], Path]:
+    """An architecture, the reports of all kernels on it by name, and the folder of their code."""
+    folder = tmp_path_factory.mktemp(request.param)
+    done = run("--arch", request.param, "--json", "--dump", str(folder))
     assert done.returncode == 0, done.stderr
     reports = {report["kernel"]: report for report in json.loads(done.stdout)}
     assert reports.keys() == {*UPDATES, *NORMS, *ADVANCES}
+    return request.param, reports, folder
 
+
+def test_every_kernel_is_all_vector_without_spills(inspected) -> None:
+    _, reports, _ = inspected
     narrow = {name: r["paths"] for name, r in reports.items() if r["paths"] and not r["is_vectorized"]}
     assert narrow == {}, "accesses of less than 16 bytes on the vector path"
     assert {name: r["spilled_nbytes"] for name, r in reports.items() if r["spilled_nbytes"]} == {}
     assert {name: r["nbytes_per_element"] for name, r in reports.items() if name in UPDATES} == FLOOR
-    arguments = {kind for r in reports.values() for kind in r["arguments"].values()}
-    assert {kind for kind in arguments if not kind.startswith("!tt.ptr<")} == set()
-
     for name in {*UPDATES, *NORMS}:
         assert reports[name]["paths"]["tail"]["loads"], f"{name}: no tail was recognised"
         assert reports[name]["paths"]["misaligned"]["loads"], f"{name}: no misaligned path was recognised"
 
-    dumped = list(tmp_path.glob("*.ttir"))
+
+def test_every_kernel_takes_only_pointers_and_counts_in_64_bits(inspected) -> None:
+    _, reports, folder = inspected
+    arguments = {kind for r in reports.values() for kind in r["arguments"].values()}
+    assert {kind for kind in arguments if not kind.startswith("!tt.ptr<")} == set()
+    dumped = list(folder.glob("*.ttir"))
     assert len(dumped) == len(reports)
     for path in dumped:
         assert I32_ARITHMETIC.findall(path.read_text()) == [], f"{path.name}: an offset of 32 bits may wrap around"
+
+
+def test_a_norm_takes_at_most_60_instructions_a_thread_and_tile(inspected) -> None:
+    _, reports, _ = inspected
+    elements_of_a_tile = TILE.value / REDUCTION_THREADS
+    for name in NORMS:
+        assert 0 < reports[name]["instructions_per_element"] * elements_of_a_tile <= 60, name
+
+
+def test_registers_leave_room_for_eight_programs(inspected) -> None:
+    _, reports, _ = inspected
+    registers = {name: reports[name]["registers"] for name in N_REGISTERS}
+    assert {name: n for name, n in registers.items() if n > N_REGISTERS[name]} == {}
+
+
+def test_an_update_reads_tables_in_at_most_8_loads_and_converts_no_scalar(inspected) -> None:
+    arch, reports, folder = inspected
+    for name, spec in UPDATES.items():
+        wide = spec.param == "float64"
+        # Four scalars of float64 are two loads of 16 bytes.
+        assert reports[name]["table_loads"] <= (11 if wide else 8), name
+        if arch.startswith("sm_"):
+            assert reports[name]["table_loads"] >= 4, f"{name}: table loads were not recognised"
+            ptx = (folder / f"{name.replace(' ', '_')}.{arch}.ptx").read_text()
+            assert NARROWING.findall(ptx) == [], name
+
+
+def test_all_loads_of_a_tile_are_issued_before_the_first_use(inspected) -> None:
+    arch, reports, _ = inspected
+    names = [name for name in UPDATES if name.startswith("adam") and UPDATES[name].param != "float64"]
+    assert {"adam fp32", "adam bf16", "adam bf16 fp32-state"} <= set(names)
+    expected = 0 if arch.startswith("sm_") else None
+    assert {name: reports[name]["late_loads"] for name in names} == dict.fromkeys(names, expected)
+
+
+@pytest.mark.parametrize("kernel", [update_kernel, norm_kernel])
+def test_a_kernel_takes_at_most_8_arguments(kernel) -> None:
+    assert 0 < len(inspect.signature(kernel.fn).parameters) <= 8
 
 
 def test_the_search_for_narrow_offsets_finds_one() -> None:

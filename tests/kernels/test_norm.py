@@ -1,11 +1,13 @@
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dragon.kernels import table
-from dragon.kernels.norm import INF_NORM, L2_NORM, SPAN
+from dragon.kernels.norm import INF_NORM, L2_NORM, SPAN, TILE
 
 from .tables import Row, Tables, name_of, place
 
@@ -107,3 +109,91 @@ def test_the_same_gradients_give_the_same_bits_beside_any_others(device):
     grads = random_grads(device)
     alone = [partials_of([grad], L2)[0] for grad in grads if len(grad)]
     assert partials_of(grads, L2) == alone
+
+
+def in_lanes(grad: Tensor) -> np.ndarray:
+    """The sums of a span's lanes: lane i adds the squares of elements i, i + TILE, ... in this order."""
+    values = grad.double().cpu().numpy()
+    values = np.pad(values, (0, -len(values) % TILE.value)).reshape(-1, TILE.value)
+    sums = np.zeros(TILE.value)
+    with np.errstate(invalid="ignore"):
+        for tile in values:
+            sums = sums + tile * tile
+    return sums
+
+
+def bits_of(values: list[float]) -> list[int]:
+    return np.array(values).view(np.int64).tolist()
+
+
+@pytest.mark.usefixtures("interpreted")  # the order in which lanes are added up is the compiler's
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_a_partial_result_has_the_bits_of_the_reference_order(device, dtype, offset):
+    generator = torch.Generator().manual_seed(11)
+    numels = (1, 15, 16, 17, 1000, 1024, 1039, 4096, 4100, 5121, 32755, 32768, 40000)
+    # Over so many binades that most additions are rounded, squares of bf16 among them.
+    values = [
+        torch.randn(n, generator=generator) * 2.0 ** torch.randint(-12, 13, (n,), generator=generator)
+        for n in numels
+    ]
+    grads = [place(value.to(device, dtype), offset) for value in values]
+    spans = [span for grad in grads for span in grad.split(SPAN.value)]
+    expected = [np.sum(in_lanes(span)) * 0.37 * 0.37 for span in spans]
+    assert bits_of(partials_of(grads, L2, GRAD_FACTOR=-0.37)) == bits_of(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("lane", [0, 5, 1023])
+def test_a_lane_adds_its_elements_in_their_order_the_tail_last(device, dtype, offset, lane):
+    # All other lanes are 0, so that the order in which lanes are added up sets no bit.
+    # Added to 1 one by one, the small squares would be rounded away.
+    grad = torch.zeros(31 * TILE.value + lane + 1, dtype=dtype)
+    grad[lane :: TILE.value] = 2.0**-27
+    grad[-1] = 1
+    assert partials_of([place(grad.to(device), offset)], L2) == [1 + 31 * 2.0**-54]
+    assert 1 + 31 * 2.0**-54 > 1 + 2.0**-54
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_l2_norm_of_many_elements_is_right_to_four_eps(device, dtype):
+    grad = place(torch.randn(2**17 + 77, generator=torch.Generator().manual_seed(2), dtype=dtype).to(device))
+    exact = sum((Fraction(value) ** 2 for value in grad.tolist()), Fraction(0))
+    norm = Fraction(norm_of([grad], L2))
+    # |norm - root| = |norm^2 - exact| / (norm + root), which is at most the following.
+    assert abs(norm**2 - exact) / norm**2 <= 2 * 4 * Fraction(2.0**-53)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        (torch.float64, [1e300, -1.7e308, 5e-324]),
+        (torch.float64, [-5e-324, 0.0, -0.0]),
+        (torch.float32, [3.4e38, -3.3e38, 1e-45]),
+        (torch.float32, [-1e-45, 0.0, -0.0]),
+        (torch.bfloat16, [-3e38, 9e-41]),
+        (torch.float16, [-65504.0, 6e-8]),
+        (torch.float16, [-6e-8, 0.0]),
+    ],
+)
+def test_the_largest_absolute_value_is_exact_up_to_the_ends_of_the_range(device, dtype, values, offset):
+    grad = torch.zeros(1100, dtype=dtype)
+    grad[1100 - len(values) :] = torch.tensor(values, dtype=dtype)
+    largest = grad.double().abs().max().item()
+    assert largest > 0
+    assert norm_of([place(grad.to(device), offset)], INF) == largest
+
+
+@pytest.mark.parametrize("order", [L2, INF])
+def test_a_span_of_an_empty_gradient_writes_zero(device, order):
+    for address in (0, 8):
+        tables = Tables([Row(grad=place(torch.ones(4, device=device))), Row(numel=0)], device=device)
+        tables.grads[1] = address
+        tables.span_table = torch.tensor([(0, 0), (1, 0)], dtype=torch.int32, device=device)
+        tables.spans = [(0, 0), (1, 0)]
+        tables.partials = torch.full((2,), NAN, dtype=torch.float64, device=device)
+        tables.tensors[1, table.FIRST_PARTIAL.value] = 1
+        tables.reduce(order)
+        assert tables.partials.tolist() == [4.0 if order == L2 else 1.0, 0.0]
