@@ -30,6 +30,7 @@ from dragon.vm.torch.optim._groups.buffers import FlatBuffer, make_buffers
 from dragon.vm.torch.optim._groups.checks import check_memory, check_param, has_memory, label
 from dragon.vm.torch.optim._groups.eligibility import check_backend
 from dragon.vm.torch.optim._groups.members import MemberReader
+from dragon.vm.torch.optim._groups.storage import check_storage, options_of
 from dragon.vm.torch.optim._options import Settings, check_common, complete, needs_norm, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.cache import PlanCache
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
@@ -57,6 +58,7 @@ class Optimizer(CheckpointedOptimizer):
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
         self._settings = read_settings(options)
         check_common(options, self._settings)
+        check_storage(options)
         self._algorithm.check(options)
         self._reset()
         # By name: between this class and PyTorch's there is another of PyTorch's, for `isinstance`.
@@ -149,6 +151,7 @@ class Optimizer(CheckpointedOptimizer):
             if param.requires_grad:
                 check_param(param)
                 check_backend(None if group["differentiable"] else self._settings.backend, param.device)
+        check_storage(group, self._algorithm.state_keys(group))
         self._drop_defaults(group, group)
 
     def _follows_dragon(self, group: Mapping[str, Any]) -> bool:
@@ -169,7 +172,8 @@ class Optimizer(CheckpointedOptimizer):
     def _structure(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """The options of a group that decide which tensors and kernels take part."""
         flags = (bool(group[name]) for name in ("differentiable", "clip_norm", "capturable"))
-        return self._algorithm.all_state_keys(group), self._algorithm.counts_steps(group), *flags
+        storage = options_of(group)
+        return self._algorithm.all_state_keys(group), self._algorithm.counts_steps(group), *flags, storage
 
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
         """Update all parameter groups using gradients.

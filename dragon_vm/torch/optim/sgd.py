@@ -29,7 +29,9 @@ class SGD(Optimizer, torch.optim.SGD):
         nesterov: use Nesterov's momentum.
         maximize, foreach, capturable, differentiable, fused: see `Adam`.
         grad_scale, clip_norm, clip_value, ema_decay: see `Adam`.
-        max_grad_norm, norm_type, skip_nonfinite, state_dtype, backend, flatten, process_group: see `Adam`.
+        max_grad_norm, norm_type, skip_nonfinite, backend, flatten, process_group: see `Adam`.
+        state_dtype: dtype of the momentum buffer, per group; None for the parameter's, or fp32 beside a master.
+        master_weights, native_state_dict: see `Adam`; "split8" rounds to nearest here.
 
     Raises:
         TypeError, ValueError, RuntimeError: as PyTorch; for an option out of range, one that names it.
@@ -59,11 +61,15 @@ class SGD(Optimizer, torch.optim.SGD):
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
         state_dtype: torch.dtype | None = None,
+        master_weights: torch.dtype | str | None = None,
+        native_state_dict: bool = False,
         backend: str | None = None,
         flatten: bool = False,
         process_group: Any = None,
     ) -> None:
-        Optimizer.__init__(self, params, given(locals()))
+        # The update draws no random bits: it need not count steps.
+        own = {"stochastic_rounding": False, "rounding_seed": 0}
+        Optimizer.__init__(self, params, {**given(locals()), **own})
 
     @classmethod
     def from_torch(cls, optimizer: torch.optim.Optimizer, **options: Any) -> Self:
