@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CONSTRAINTS := .ci/constraints.txt
 TYPES := build/types/dragon
-SOURCES := dragon_vm kernels tests benchmarks docs
+SOURCES := dragon_vm kernels tests benchmarks examples docs
 
 # Two test processes with one thread each: torch would start a thread a core in both of them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -24,7 +24,7 @@ help: ## list the targets
 
 # One thread: the network is small, and threads that wait for each other on a busy machine take minutes.
 demo: $(VENV)/.dev ## train on handwritten digits with torch's Adam and ours; writes build/demo/
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.demo
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m examples.digits
 
 test: lint types ## everything a change must pass; the same examples on each run
 	@HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(PYTEST)
@@ -51,7 +51,8 @@ soak: $(VENV)/.dev ## the property tests with 5,000 fresh examples each
 	@HYPOTHESIS_PROFILE=soak $(PYTEST) -m hypothesis
 
 bench: $(VENV)/.bench ## the quick set of benchmarks, in under three minutes
-	@$(BIN)/python -m benchmarks --turns 1 --budget 130
+	@$(BIN)/python -m benchmarks --turns 0.8 --budget 110
+	@$(BIN)/python -m benchmarks host
 
 # A GPU machine's own torch and triton match its driver and may be all it has: nothing is downloaded.
 gpu: ## the tests that need a GPU, with this machine's own packages and no network

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import environment, records, tables
+from benchmarks import environment, host, records, tables
 from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS
 from benchmarks.runner import Run, measure
@@ -23,7 +22,7 @@ from benchmarks.selection import SETS, choose_cases, choose_contenders
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-COMMANDS = ("run", "report", "list")
+COMMANDS = ("run", "host", "report", "list")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "run":
             return _run(options, Console())
+        if options.command == "host":
+            return _host(options, Console())
         if options.command == "report":
             return _report(options)
     except (ValueError, FileNotFoundError) as error:
@@ -53,15 +54,18 @@ def _parser() -> argparse.ArgumentParser:
     named = "name or part of it; may be repeated"
     run.add_argument("--case", action="append", default=[], metavar="TEXT", help=named)
     run.add_argument("--contender", action="append", default=[], metavar="TEXT", help=named)
-    run.add_argument("--dtype", action="append", default=[], metavar="TEXT", help="fp32 or bf16; may be repeated")
+    run.add_argument("--dtype", action="append", default=[], metavar="TEXT", help=named)
     run.add_argument("--set", choices=SETS, default="quick", help="cases and contenders that are not named")
     run.add_argument("--device", type=torch.device, default=best, help="by default a GPU if there is one")
     run.add_argument("--threads", type=int, help="threads of torch on the CPU")
     run.add_argument("--rounds", type=int, default=25, help="turns of each contender, at most (25)")
     run.add_argument("--turns", type=float, default=2.0, metavar="S", help="seconds of each contender a case (2)")
     run.add_argument("--budget", type=float, metavar="S", help="begin no case after this many seconds")
-    run.add_argument("--out", type=Path, metavar="FILE", help="by default build/benchmarks/<date>.jsonl")
-    run.add_argument("--note", help="what a reader must know about this run")
+    host_work = commands.add_parser("host", help="measure host work alone, with launches replaced by no-ops")
+    host_work.add_argument("--rounds", type=int, default=host.N_ROUNDS, help="steps of each contender")
+    for command in (run, host_work):
+        command.add_argument("--out", type=Path, metavar="FILE", help="by default build/benchmarks/<date>.jsonl")
+        command.add_argument("--note", help="what a reader must know about this run")
     report = commands.add_parser("report", help="make docs/performance.md and its pictures from the lines")
     report.add_argument("--results", type=Path, default=RESULTS, help="a folder of JSON lines, or one file")
     report.add_argument("--page", type=Path, default=PAGE, help="pictures go into images/ beside it")
@@ -69,43 +73,65 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _out(options: argparse.Namespace, date: str) -> Path:
+    name = date.replace(":", "").replace("-", "")
+    return options.out or Path("build", "benchmarks", f"{name}.jsonl")
+
+
 def _run(options: argparse.Namespace, console: Console) -> int:
+    """Measure the chosen cases; 1 if a contender is wrong or one of ours failed."""
     if options.threads:
         torch.set_num_threads(options.threads)
     cases = choose_cases(options.case, options.dtype, options.set)
-    chosen = [choose_contenders(options.contender, options.set, case) for case, _ in cases]
+    contenders = choose_contenders(options.contender, options.set)
     about = environment.describe(options.device)
-    name = about["date"].replace(":", "").replace("-", "")
-    out = options.out or Path("build", "benchmarks", f"{name}.jsonl")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    out = _out(options, about["date"])
     found: list[records.Record] = []
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(cases))
+    start = time.monotonic()
+    with console.status("") as status:
         run = Run(
             options.device,
             options.rounds,
             options.turns,
             about,
             options.note,
-            lambda text: progress.update(task, description=text),
+            status.update,
+            lambda new: records.append(out, new),
         )
-        start = time.monotonic()
-        for (case, precision), contenders in zip(cases, chosen, strict=True):
+        for case, precision in cases:
             late = options.budget is not None and time.monotonic() - start > options.budget
             reason = f"the run's {options.budget:g} s were used up" if late else None
             try:
-                new = list(measure(run, case, precision, contenders, reason))
+                found += measure(run, case, precision, contenders, reason)
             except (RuntimeError, MemoryError) as error:  # out of memory, or a device that failed
-                console.print(f"{case.name}, {precision.name}: {error}")
-                new = list(measure(run, case, precision, contenders, f"{type(error).__name__} in this case"))
-            records.append(out, new)
-            found += new
-            progress.advance(task)
-        progress.update(task, description="done")
+                console.print(f"{case.name}, {precision.name}: {error}", markup=False)
+                found += _failed(out, about, case.name, precision.name, f"{type(error).__name__} in this case")
+    return _finish(found, out, console)
+
+
+def _failed(out: Path, about: dict[str, object], case: str, precision: str, reason: str) -> list[records.Record]:
+    """A record for a case that failed as a whole, which counts as a failure of ours."""
+    new = [records.Record(case, precision, "ours", records.FAILED, about, reason=reason)]
+    records.append(out, new)
+    return new
+
+
+def _host(options: argparse.Namespace, console: Console) -> int:
+    about = environment.describe(torch.device("cpu"))
+    out = _out(options, about["date"])
+    found = host.measure_all(options.rounds, about, options.note)
+    records.append(out, found)
+    return _finish(found, out, console)
+
+
+def _finish(found: list[records.Record], out: Path, console: Console) -> int:
     for table in tables.for_terminal(found, console.width):
         console.print(table)
     console.print(f"{len(found)} lines in {out}")
-    return 1 if any(record.status == records.WRONG for record in found) else 0
+    defects = [record for record in found if record.is_defect]
+    for record in defects:
+        console.print(f"{record.status}: {record.case}, {record.contender}: {record.reason}", markup=False)
+    return 1 if defects else 0
 
 
 def _report(options: argparse.Namespace) -> int:

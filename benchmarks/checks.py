@@ -36,7 +36,9 @@ class Expected:
         optimizer = torch.optim.Adam(
             groups, betas=BETAS, eps=origin.eps, amsgrad=origin.case.amsgrad, foreach=False
         )
-        for _ in range(N_STEPS):
+        for n_steps in range(1, N_STEPS + 1):
+            for i, group in enumerate(optimizer.param_groups):
+                group["lr"] = lr_of(i, n_groups, n_steps)
             optimizer.step()
         self._params = torch.cat([leaf.detach() for leaf in leaves])
         self._lrs = torch.cat(lrs).detach()

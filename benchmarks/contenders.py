@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks import bounds, hostwork
 from benchmarks.cases import Case, Precision
 from benchmarks.workload import BETAS, LOSS_SCALE, LR, MAX_GRAD_NORM, Workload
 
@@ -19,7 +18,6 @@ COMPILED_CASES = ("1 x 20M", "GPT-2 124M")
 Step = Callable[[], object]
 
 TORCH_FUSED = "torch fused"
-TORCH_HOST = "torch fused-host"
 
 
 class UnsupportedError(Exception):
@@ -34,6 +32,11 @@ def like_param(precision: Precision) -> float:
 def as_asked(precision: Precision) -> float:
     """Bytes a parameter of two moments in the dtype that the case asks for."""
     return 2 * precision.state.itemsize
+
+
+def in_fp32(precision: Precision) -> float:
+    """Bytes a parameter of two moments in fp32."""
+    return 8
 
 
 def eight_bits(precision: Precision) -> float:
@@ -54,12 +57,10 @@ class Contender:
             clip 2, update 1.
         native_grad_accesses: the same on the CPU, where it differs.
         tolerance: largest error of a parameter in learning rates a step.
-        reference: the contender that its ratio is to.
-        context: what must be in force while it runs.
-        host_only: its device does nothing; only the host's time is of interest, and nothing can be checked.
-        is_bound: no optimizer, but what limits one; see `benchmarks.bounds`.
+        devices: types of devices that it works on; empty for all.
+        mixed: whether the moments' dtype may differ from the parameter's.
         only: the only cases that it is worth its time in; empty for all.
-        quick: part of the quick set.
+        slow: measured after the others, and not in the quick set.
         verify: why it did not do what it is measured for; None if it did.
     """
 
@@ -70,27 +71,27 @@ class Contender:
     chain_grad_accesses: int = 6
     native_grad_accesses: int | None = None
     tolerance: float = 1e-3
-    reference: str = TORCH_FUSED
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    host_only: bool = False
-    is_bound: bool = False
+    devices: tuple[str, ...] = ()
+    mixed: bool = True
     only: tuple[str, ...] = ()
-    quick: bool = True
+    slow: bool = False
     verify: Callable[[Workload], str | None] = lambda workload: None
 
-    def why_not(self, case: Case) -> str | None:
+    def why_not(self, case: Case, precision: Precision, device: torch.device) -> str | None:
         """Why it is known not to take part in a case; None if it is worth a try."""
+        # Triton's interpreter, for tests and dry runs, takes tensors of any device.
+        interpreted = self.module == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if self.devices and device.type not in self.devices and not interpreted:
+            return f"it works on {' and '.join(self.devices)} only"
+        if not self.mixed and precision.state != precision.param:
+            return "it keeps moments in the parameter's dtype only"
+        if self.only and case.name not in self.only:
+            return f"it compiles for minutes, which is done for {' and '.join(self.only)} only"
         try:
             importlib.import_module(self.module)
         except ImportError as error:
             absent = isinstance(error, ModuleNotFoundError) and error.name == self.module.partition(".")[0]
             return f"{self.module} is not installed" if absent else f"{self.module}: {error}"
-        if self.only and case.name not in self.only:
-            return f"it compiles for minutes, which is done for {' and '.join(self.only)} only"
-        if self.name == TORCH_HOST and case.chain:
-            return "the chain has more operations than those that are left out"
-        if self.is_bound and not self.host_only and (case.chain or case.amsgrad or case.new_grads):
-            return "the bounds are of Adam's plain update"
         return None
 
     def nbytes_per_param(self, case: Case, precision: Precision, device: torch.device) -> float:
@@ -103,9 +104,9 @@ class Contender:
         return (2 + grads) * precision.param.itemsize + n_moments * self.state_nbytes(precision)
 
     def nbytes_held(self, case: Case, precision: Precision) -> float:
-        """Bytes of memory for a parameter, its gradients and its moments."""
-        n_grads, n_moments = 2 if case.new_grads else 1, 3 if case.amsgrad else 2
-        return (1 + n_grads) * precision.param.itemsize + n_moments / 2 * self.state_nbytes(precision)
+        """Bytes of memory for a parameter, its old and its new gradient, and its moments."""
+        n_moments = 3 if case.amsgrad else 2
+        return 3 * precision.param.itemsize + n_moments / 2 * self.state_nbytes(precision)
 
     def tolerance_for(self, precision: Precision) -> float:
         """The tolerance, looser for moments of 16 bits."""
@@ -119,23 +120,23 @@ def ours(**options: Any) -> Callable[[Workload], Step]:
     def build(workload: Workload) -> Step:
         from dragon.vm.torch.optim import Adam
 
-        precision, chain = workload.origin.precision, dict[str, Any]()
-        if workload.origin.case.chain:
+        origin, chain = workload.origin, dict[str, Any]()
+        if origin.case.chain:
             chain = {"max_grad_norm": MAX_GRAD_NORM, "skip_nonfinite": True}
-        state_dtype = precision.state if precision.state != precision.param else None
         optimizer = Adam(
             workload.groups,
             LR,
             BETAS,
-            workload.origin.eps,
-            amsgrad=workload.origin.case.amsgrad,
+            origin.eps,
+            amsgrad=origin.case.amsgrad,
             epsilon_hat=False,
-            state_dtype=state_dtype,
+            state_dtype=origin.precision.state if origin.precision.state != origin.precision.param else None,
             **chain,
             **options,
         )
-        if workload.origin.case.chain:
-            optimizer.grad_scale = torch.full((1,), LOSS_SCALE, device=workload.origin.device)  # type: ignore[attr-defined]  # as a GradScaler does
+        if origin.case.chain:
+            optimizer.grad_scale = torch.full((1,), LOSS_SCALE, device=origin.device)  # type: ignore[attr-defined]  # as a GradScaler does
+        workload.schedule(optimizer)
         return optimizer.step
 
     return build
@@ -147,6 +148,7 @@ def foreign(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Calla
     def build(workload: Workload) -> Step:
         amsgrad = {"amsgrad": True} if workload.origin.case.amsgrad else {}
         optimizer = make(workload.groups, lr=LR, betas=BETAS, eps=workload.origin.eps, **amsgrad, **options)
+        workload.schedule(optimizer)
         return chained(optimizer, workload) if workload.origin.case.chain else optimizer.step
 
     return build
@@ -163,11 +165,16 @@ def imported(path: str, **options: Any) -> Callable[[Workload], Step]:
 
 
 def compiled(workload: Workload) -> Step:
-    """Torch's Adam, its step compiled."""
+    """Torch's Adam, its step compiled; its learning rate is a tensor, since a new number compiles again."""
     if workload.origin.case.chain:
         raise UnsupportedError("a GradScaler calls the optimizer's own step")
-    on_device = workload.origin.device.type != "cpu"
-    step: Step = torch.compile(foreign(torch.optim.Adam, foreach=True, capturable=on_device)(workload))
+    device = workload.origin.device
+    groups = [{**group, "lr": torch.tensor(group["lr"], device=device)} for group in workload.groups]
+    optimizer = torch.optim.Adam(
+        groups, betas=BETAS, eps=workload.origin.eps, foreach=True, capturable=device.type != "cpu"
+    )
+    workload.schedule(optimizer)
+    step: Step = torch.compile(optimizer.step)
     return step
 
 
@@ -187,11 +194,13 @@ def chained(optimizer: torch.optim.Optimizer, workload: Workload) -> Step:
 
 
 def is_flat(workload: Workload) -> str | None:
-    """Whether the parameters lie next to each other, with at most 16 elements of padding after each."""
-    starts = [param.data_ptr() for param in workload.params if param.numel()]
-    span = max(starts, default=0) - min(starts, default=0)
-    needed = sum((param.numel() + 16) * param.element_size() for param in workload.params)
-    return None if span <= needed else "flatten=True had no effect"
+    """Whether the parameters of each group lie next to each other, with at most 16 elements of padding each."""
+    for group in workload.groups:
+        starts = [param.data_ptr() for param in group["params"] if param.numel()]
+        nbytes = sum((param.numel() + 16) * param.element_size() for param in group["params"])
+        if max(starts, default=0) - min(starts, default=0) > nbytes:
+            return "flatten=True had no effect"
+    return None
 
 
 _FLASH = "flashoptim.FlashAdam"
@@ -201,12 +210,19 @@ CONTENDERS: dict[str, Contender] = {
     for contender in (
         Contender(TORCH_FUSED, foreign(torch.optim.Adam, fused=True)),
         Contender("torch foreach", foreign(torch.optim.Adam, foreach=True)),
-        Contender("torch for-loop", foreign(torch.optim.Adam, foreach=False)),
-        Contender("torch compiled", compiled, only=COMPILED_CASES, quick=False),
-        Contender("ours triton", ours(backend="triton"), "triton", as_asked, chain_grad_accesses=2),
+        Contender("torch for-loop", foreign(torch.optim.Adam, foreach=False), slow=True),
+        Contender("torch compiled", compiled, only=COMPILED_CASES, slow=True),
+        Contender(
+            "ours triton",
+            ours(backend="triton"),
+            "triton",
+            as_asked,
+            chain_grad_accesses=2,
+            devices=("cuda", "xpu"),
+        ),
         # The fused operation behind it reads the factor of a chain as a scale, and leaves the gradients scaled.
-        Contender("ours native", ours(backend="native"), state_nbytes=as_asked, native_grad_accesses=3),
-        Contender("ours eager", ours(backend="eager"), state_nbytes=as_asked, chain_grad_accesses=2),
+        Contender("ours native", ours(backend="native"), native_grad_accesses=3, devices=("cpu",), mixed=False),
+        Contender("ours eager", ours(backend="eager"), state_nbytes=as_asked, chain_grad_accesses=2, slow=True),
         Contender(
             "ours flatten",
             ours(flatten=True),
@@ -223,16 +239,16 @@ CONTENDERS: dict[str, Contender] = {
             "flashoptim unquantized",
             imported(_FLASH, quantize=False, master_weight_bits=None),
             "flashoptim",
-            as_asked,
+            in_fp32,
         ),
-        Contender("apex", imported("apex.optimizers.FusedAdam", adam_w_mode=False), "apex", as_asked),
+        Contender("apex", imported("apex.optimizers.FusedAdam", adam_w_mode=False), "apex", in_fp32),
         Contender(
             "TransformerEngine",
             imported("transformer_engine.pytorch.optimizers.FusedAdam", adam_w_mode=False),
             "transformer_engine",
-            as_asked,
+            in_fp32,
         ),
-        Contender("bitsandbytes", imported("bitsandbytes.optim.Adam32bit"), "bitsandbytes", as_asked),
+        Contender("bitsandbytes", imported("bitsandbytes.optim.Adam32bit"), "bitsandbytes", in_fp32),
         Contender(
             "bitsandbytes 8-bit",
             imported("bitsandbytes.optim.Adam8bit"),
@@ -247,25 +263,7 @@ CONTENDERS: dict[str, Contender] = {
             eight_bits,
             tolerance=0.5,
             only=COMPILED_CASES,
+            slow=True,
         ),
-        Contender(
-            TORCH_HOST,
-            foreign(torch.optim.Adam, fused=True),
-            reference=TORCH_HOST,
-            context=hostwork.no_operations,
-            host_only=True,
-        ),
-        Contender(
-            "ours triton-host",
-            ours(backend="triton"),
-            "triton",
-            as_asked,
-            reference=TORCH_HOST,
-            context=hostwork.no_launches,
-            host_only=True,
-        ),
-        Contender("bound operation", bounds.operation, is_bound=True),
-        Contender("bound flat operation", bounds.flat_operation, is_bound=True),
-        Contender("bound addresses", bounds.addresses, reference=TORCH_HOST, host_only=True, is_bound=True),
     )
 }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dragon.vm.measuring.machine import device_name, versions
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,17 +37,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def versions(distributions: Sequence[str]) -> dict[str, str]:
-    """Versions of what is installed."""
-    found = {}
-    for name in distributions:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def commit() -> str:
     """The commit that is measured, marked if files that are tracked differ from it."""
     try:
@@ -56,23 +45,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("DRAGON_COMMIT", "unknown")
     return f"{head}-dirty" if changed else head
-
-
-def device_name(device: torch.device) -> str:
-    """The model of a GPU, or of the CPU with its number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_cpu_model()}, {cores} cores"
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
 
 
 def free_nbytes(device: torch.device) -> float:

@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks.cases import CASES
 from benchmarks.records import TIMED, Record
 from benchmarks.runner import COPY
-from benchmarks.tables import host_series
 
 MARKERS = "osD^vP*X<>"
 
@@ -26,15 +24,13 @@ class Plot(NamedTuple):
     Attributes:
         name: of its file, without a suffix.
         title, x, y: texts.
-        joined: whether the points of a series are joined by lines; those of `copy_` always are.
-        series: by name, points (x, y), sorted.
+        series: by name, points (x, y), sorted; those of `copy_` are joined by a line.
     """
 
     name: str
     title: str
     x: str
     y: str
-    joined: bool
     series: dict[str, list[tuple[float, float]]]
 
     @property
@@ -48,21 +44,14 @@ def roofline(records: Sequence[Record], name: str) -> Plot:
     series: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         if record.status == TIMED and record.gb_per_s is not None and _is_plain(record):
-            busy = record.device_ms or record.total_ms
-            assert busy is not None
-            series.setdefault(record.contender, []).append((record.gb_per_s * busy.median / 1e3, record.gb_per_s))
-    return Plot(name, "Bandwidth, fp32", "GB moved in a step", "GB/s", False, _sorted(series))
-
-
-def host_time(records: Sequence[Record], name: str) -> Plot:
-    """The host's time of a step over the number of tensors, in the cases made for it."""
-    series = host_series(records)
-    return Plot(name, "Host work", "tensors", "us a step", True, _sorted(series))
+            assert record.busy_ms is not None
+            gigabytes = record.gb_per_s * record.busy_ms.median / 1e3
+            series.setdefault(record.contender, []).append((gigabytes, record.gb_per_s))
+    return Plot(name, "Bandwidth, fp32", "GB moved in a step", "GB/s", _sorted(series))
 
 
 def _is_plain(record: Record) -> bool:
-    case = CASES.get(record.case)
-    return record.precision == "fp32" and not record.chain and case is not None and not case.for_host
+    return record.precision == "fp32" and not record.chain
 
 
 def _sorted(series: dict[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
@@ -80,13 +69,7 @@ def draw(plot: Plot, folder: Path) -> Path:
         axes = figure.subplots()
         for (name, points), marker in zip(plot.series.items(), cycle(MARKERS), strict=False):
             ours = name.startswith("ours")
-            look: dict[str, Any] = {
-                "marker": marker,
-                "markersize": 7 if ours else 4,
-                "linewidth": 2 if ours else 1,
-            }
-            if not plot.joined:
-                look["linestyle"] = ""
+            look: dict[str, Any] = {"marker": marker, "markersize": 7 if ours else 4, "linestyle": ""}
             if name == COPY:
                 look = {"color": "black", "linestyle": "--", "zorder": 1}
             axes.plot(*zip(*points, strict=True), label=name, **look)

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Spread
+from dragon.vm.measuring.timer import Spread
 
-TIMED, SKIPPED, WRONG = "timed", "skipped", "wrong"
+TIMED, SKIPPED, WRONG, FAILED = "timed", "skipped", "wrong", "failed"
+
+SPREADS = ("cold_ms", "warm_ms", "host_ms", "device_ms", "ratio")
 
 
 @dataclass(frozen=True)
@@ -19,21 +21,21 @@ class Record:
 
     Attributes:
         case, precision, contender: what was measured.
-        status: `TIMED`, `SKIPPED` or `WRONG`.
+        status: `TIMED`, `SKIPPED`, `WRONG` or `FAILED`.
         environment: see `benchmarks.environment.describe`.
         reason: why it was not timed.
         note: what a reader must know about the whole run.
         n_tensors, n_groups, numel: of the case, as it was measured.
         n_layers, n_layers_of_model: of a model; less of them where memory did not suffice.
-        chain, new_grads: of the case.
+        chain: of the case.
+        state_nbytes: bytes a parameter of the moments that the contender keeps.
         nbytes_per_param: bytes that a step moves for a parameter.
         error: largest error of a parameter in learning rates a step, beyond its own rounding.
-        total_ms, host_ms, device_ms, cold_ms: a step; see `benchmarks.timing.Turn`.
+        cold_ms, warm_ms, host_ms, device_ms: a step; see `benchmarks.timing.Turn` and `benchmarks.host`.
         reference: what the ratio is to.
-        ratio: how many times as long the reference took, turn by turn.
-        gb_per_s: bytes moved by device time, or by total time on the CPU.
+        ratio: how many times as long the reference took, round by round.
+        gb_per_s: bytes moved by device time, or by the time of a cold step on the CPU.
         share_of_copy: of the bandwidth of `copy_` in the same process.
-        n_launches: kernels launched or operations called a step, where they were counted.
     """
 
     case: str
@@ -49,23 +51,32 @@ class Record:
     n_layers: int = 0
     n_layers_of_model: int = 0
     chain: bool = False
-    new_grads: bool = False
+    state_nbytes: float | None = None
     nbytes_per_param: float | None = None
     error: float | None = None
-    total_ms: Spread | None = None
+    cold_ms: Spread | None = None
+    warm_ms: Spread | None = None
     host_ms: Spread | None = None
     device_ms: Spread | None = None
-    cold_ms: Spread | None = None
     reference: str | None = None
     ratio: Spread | None = None
     gb_per_s: float | None = None
     share_of_copy: float | None = None
-    n_launches: float | None = None
 
     @property
-    def step_ms(self) -> Spread | None:
-        """What a step takes: in total, or the host's part where nothing else was measured."""
-        return self.total_ms or self.host_ms
+    def is_ours(self) -> bool:
+        """Whether the contender is of this library."""
+        return self.contender.startswith("ours")
+
+    @property
+    def is_defect(self) -> bool:
+        """Whether a run with this record has failed: a wrong result, or one of ours that raised."""
+        return self.status == WRONG or (self.status == FAILED and self.is_ours)
+
+    @property
+    def busy_ms(self) -> Spread | None:
+        """What bandwidth is computed from: the device's time, or that of the step on a CPU."""
+        return self.device_ms or self.cold_ms
 
     def as_line(self) -> str:
         """The record as one line of JSON; spreads become objects, and numbers keep 5 digits."""
@@ -85,7 +96,7 @@ def from_line(line: str) -> Record:
         TypeError: for a line with other fields.
     """
     fields = json.loads(line)
-    for name in ("total_ms", "host_ms", "device_ms", "cold_ms", "ratio"):
+    for name in SPREADS:
         if fields.get(name) is not None:
             fields[name] = Spread(**fields[name])
     return Record(**fields)
@@ -100,8 +111,17 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def read(folder: Path) -> list[Record]:
-    """All records of a folder's ``*.jsonl``, or of one such file."""
+    """All records of a folder's ``*.jsonl``, or of one such file; a contender's last line in a run counts.
+
+    A case writes what it has after its first rounds, for the event that it is killed, and again at its end.
+    """
     paths = sorted(folder.glob("*.jsonl")) if folder.is_dir() else [folder]
-    return [
-        from_line(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
+    found: dict[tuple[str, ...], Record] = {}
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            # The last line of a killed process may be cut off.
+            if line.endswith("}"):
+                record = from_line(line)
+                key = (record.environment["run"], record.case, record.precision, record.contender)
+                found[key] = record
+    return list(found.values())

@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cases import CASES
-from benchmarks.plots import Plot, draw, host_time, roofline
+from benchmarks.plots import Plot, draw, roofline
 from benchmarks.records import SKIPPED, TIMED, Record
 from benchmarks.tables import (
     HEADINGS,
     HOST_HEADINGS,
-    TARGET_HEADINGS,
+    RIVAL_HEADINGS,
     by_case,
-    figure,
     host_rows,
+    is_host_work,
+    rival_rows,
     rows_of,
-    target_rows,
 )
-from benchmarks.targets import TARGETS, rivals
 
 INTRODUCTION = """\
 # Performance
@@ -29,30 +28,31 @@ INTRODUCTION = """\
 Every figure on this page is computed from the JSON lines in `benchmarks/results`, which also say the driver, the
 versions, the commit and the date. `make bench` measures the quick set on your machine.
 
-In one process, contenders take turns, so that whatever else the machine does falls on all of them. Before that,
-the first steps of each are held against `torch.optim.Adam` in float64 on elements of every tensor; a wrong one is
-not timed. In the tables,
+Every step meets what training gives it: gradients at new addresses, and in each group a learning rate that a
+schedule has changed. Contenders take turns in one process, in random order. Before that, the first steps of each
+are compared with `torch.optim.Adam` in float64 on elements of every tensor. A wrong contender is not timed.
 
-- *ms a step* is the median over the turns, with the 20th and 80th percentile beside it; a turn is as many steps as
-  take torch's fused Adam 40 ms, behind one that does not count, or a single one where it takes more than 20;
-- *cold* is the first step of a turn, when the caches are full of what others use, as after a backward pass;
-- *host* is the time until the Python call returns, *device* the GPU's, with all launches queued before it starts;
-- *ratio* is how many times as long torch's fused Adam took, turn by turn in one run: above 1 is faster;
-- *B/param* is what a step moves for a parameter in the contender's formats, or would if it were fused;
-- *GB/s* is that by device time, on a CPU by the time of the step, and *of copy_* compares it with a `copy_` of as
-  many bytes in the same process. On a CPU that may be above 100%: a copy has to read the memory that it writes.
+- *ms a step* is the median of cold steps until all is done, with the 20th and 80th percentile beside it. On a CPU
+  other contenders have just used the caches. On a GPU the caches are flushed by reading another buffer.
+- *warm* is the median of the steps that follow at once.
+- *host* is the time until the Python call of the cold step returns.
+- *device* is the GPU's time of a step, with flushed caches and all launches queued before it starts.
+- *ratio* is how many times as long the cold step of torch's fused Adam took, round by round: above 1 is faster.
+- *B/param* is the number of bytes that a step moves for a parameter in the contender's formats. It is computed as
+  if each operation read and wrote its tensors once.
+- *GB/s* is computed from these bytes and the device time, on a CPU the time of the step.
+- *of copy_* compares it with a `copy_` of as many bytes in the same process. On a CPU it may be above 100%: a copy
+  also reads the memory that it writes.
 
-Where the memory does not hold all contenders of a case, they are measured in groups, each beside torch's fused
-Adam: a ratio is to the torch of its own group, and compares contenders of two groups better than their times.
+In "bf16" contenders keep moments in bf16 where they can, as torch's fused Adam does. In "bf16 fp32-state" they
+keep fp32 moments where they can. "Against the fastest other" compares contenders whose moments are of equal size.
 
-"triton-host" and "fused-host" are what remains of a step when its device does nothing: our kernels are replaced by
-a function that returns at once, and so are the two operations behind torch's fused Adam. The ratio of one is to
-the other.
+Where the memory does not hold all contenders of a case, they are measured in batches, each beside torch's fused
+Adam. Ratios compare contenders of two batches better than times do.
 
-The bounds are no optimizers. "bound operation" is torch's fused operation on lists made once, without any host
-work, and "bound flat operation" the same on one flat tensor: no backend that calls it can be faster. "bound
-addresses" asks each tensor for its gradient and its five addresses in Python, and does nothing else: our steps are
-not bound by it, since they read the headers of all tensors at once (see [the design](design.md)).
+Host work is the thread time of steps on one thread, interleaved in the same way (`python -m benchmarks host`).
+Kernels and the operations behind torch's fused Adam are replaced by functions that return at once. The ratio is to
+"torch fused-host".
 """
 
 ABSENT = "Nothing has been measured yet.\n"
@@ -78,7 +78,7 @@ def plots_of(records: Sequence[Record]) -> list[Plot]:
     found = []
     for name, of_device in by_device(records).items():
         current = latest(of_device)
-        found += [roofline(current, f"roofline-{slug(name)}"), host_time(current, f"host-{slug(name)}")]
+        found.append(roofline(current, f"roofline-{slug(name)}"))
     return [plot for plot in found if plot.series]
 
 
@@ -111,9 +111,13 @@ def slug(text: str) -> str:
 
 
 def _device_section(name: str, records: list[Record]) -> str:
-    device_type = records[0].environment["device_type"]
-    parts = [f"## {name}\n", _origin(records), _targets(records, device_type), _rivals(records, device_type)]
-    parts.append(_host_work(records))
+    parts = [
+        f"## {name}\n",
+        _origin(records),
+        _section("Against the fastest other", RIVAL_HEADINGS, rival_rows(records)),
+    ]
+    parts.append(_section("Host work", HOST_HEADINGS, host_rows(records)))
+    records = [record for record in records if not is_host_work(record)]
     never = _never_timed(records)
     for plot in plots_of(records):
         parts.append(f"![{plot.title}](images/{plot.name}.svg)\n")
@@ -155,38 +159,13 @@ def _origin(records: Sequence[Record]) -> str:
     return "\n".join([*lines, *notes]) + "\n"
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    rule = ["---"] * left + ["---:"] * (len(headings) - left)
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(headings) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)) + "\n"
 
 
-def _targets(records: Sequence[Record], device_type: str) -> str:
-    if not any(target.device_type == device_type for target in TARGETS):
-        return ""
-    return "### Targets\n\n" + _table(TARGET_HEADINGS, target_rows(records, device_type), left=3)
-
-
-def _rivals(records: Sequence[Record], device_type: str) -> str:
-    rows = [
-        (
-            f"{rival.ours.case}, {rival.ours.precision}",
-            rival.ours.contender,
-            figure(rival.ours.total_ms and rival.ours.total_ms.median),
-            rival.other.contender,
-            figure(rival.other.total_ms and rival.other.total_ms.median),
-            f"{rival.speedup:.2f}",
-        )
-        for rival in rivals(records, device_type)
-    ]
-    if not rows:
-        return ""
-    headings = ("case", "ours", "ms a step", "fastest other", "ms a step", "times as fast")
-    return "### Against the fastest other\n\n" + _table(headings, rows)
-
-
-def _host_work(records: Sequence[Record]) -> str:
-    rows = host_rows(records)
-    return "### Host work\n\n" + _table(HOST_HEADINGS, rows) if rows else ""
+def _section(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return f"### {title}\n\n{_table(headings, rows)}" if rows else ""
 
 
 def _case_section(records: Sequence[Record]) -> str:

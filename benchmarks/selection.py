@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.cases import CASES, PRECISIONS, Case, Precision
-from benchmarks.contenders import CONTENDERS, TORCH_HOST, Contender
+from benchmarks.contenders import CONTENDERS, TORCH_FUSED, Contender
 
-SETS = ("quick", "full", "host")
+SETS = ("quick", "full")
 
 
 def _matching(names: Sequence[str], known: Sequence[str], what: str) -> list[str]:
@@ -29,8 +29,6 @@ def choose_cases(names: Sequence[str], precisions: Sequence[str], which: str) ->
     """
     if names:
         cases = [CASES[name] for name in _matching(names, list(CASES), "case")]
-    elif which == "host":
-        cases = [case for case in CASES.values() if case.for_host]
     else:
         cases = [case for case in CASES.values() if case.quick or which == "full"]
     wanted = _matching(precisions, list(PRECISIONS), "dtype") if precisions else list(PRECISIONS)
@@ -39,17 +37,13 @@ def choose_cases(names: Sequence[str], precisions: Sequence[str], which: str) ->
     return [(case, precision) for case in cases for precision in case.precisions if precision.name in wanted]
 
 
-def choose_contenders(names: Sequence[str], which: str, case: Case) -> list[Contender]:
-    """Contenders by parts of their names, or those of a set, with those that their ratios are to.
+def choose_contenders(names: Sequence[str], which: str) -> list[Contender]:
+    """Contenders by parts of their names, or those of a set, with torch's fused Adam, which ratios are to.
 
     Raises:
         ValueError: for a name that no contender has.
     """
-    if names:
-        chosen = set(_matching(names, list(CONTENDERS), "contender"))
-        chosen |= {CONTENDERS[name].reference for name in chosen}
-    else:
-        chosen = {name for name, contender in CONTENDERS.items() if contender.quick or which == "full"}
-        if case.for_host and which != "full":
-            chosen = {name for name in chosen if CONTENDERS[name].reference == TORCH_HOST}
+    chosen = {TORCH_FUSED, *_matching(names, list(CONTENDERS), "contender")}
+    if not names:
+        chosen = {name for name, contender in CONTENDERS.items() if which == "full" or not contender.slow}
     return [contender for name, contender in CONTENDERS.items() if name in chosen]

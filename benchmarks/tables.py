@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from benchmarks.cases import CASES
+from benchmarks.contenders import TORCH_FUSED
+from benchmarks.host import REFERENCE
 from benchmarks.records import SKIPPED, TIMED, Record
-from benchmarks.targets import verdicts
-from benchmarks.timing import Spread
+from dragon.vm.measuring.timer import Spread
 
 HEADINGS = (
     "contender",
     "ms a step",
     "20th-80th",
-    "cold ms",
+    "warm ms",
     "host ms",
     "device ms",
     "ratio",
@@ -25,8 +25,8 @@ HEADINGS = (
     "of copy_",
 )
 
-HOST_HEADINGS = ("contender", "us a tensor", "fixed us", "us for 1000 tensors")
-TARGET_HEADINGS = ("case", "contender", "target", "measured", "met")
+HOST_HEADINGS = ("contender", "us, 10 tensors", "ratio", "us, 1000 tensors", "ratio", "us a tensor")
+RIVAL_HEADINGS = ("case", "ours", "ms a step", "fastest other of equal formats", "ms a step", "times as fast")
 
 # (case, dtype) of one run.
 Key = tuple[str, str]
@@ -52,7 +52,10 @@ def rows_of(records: Sequence[Record]) -> Rows:
     """The table of one case."""
     timed = [record for record in records if record.status == TIMED]
     absent = [
-        (record.contender, ("" if record.status == SKIPPED else "WRONG: ") + (record.reason or ""))
+        (
+            record.contender,
+            ("" if record.status == SKIPPED else f"{record.status.upper()}: ") + (record.reason or ""),
+        )
         for record in records
         if record.status != TIMED
     ]
@@ -69,12 +72,12 @@ def _title(record: Record) -> str:
 
 
 def _row(record: Record) -> tuple[str, ...]:
-    step = record.step_ms
+    step = record.cold_ms
     return (
         record.contender,
         figure(step and step.median),
         f"{figure(step.p20)}-{figure(step.p80)}" if step else "",
-        figure(record.cold_ms and record.cold_ms.median),
+        figure(record.warm_ms and record.warm_ms.median),
         figure(record.host_ms and record.host_ms.median),
         figure(record.device_ms and record.device_ms.median),
         _ratio(record.ratio),
@@ -97,59 +100,67 @@ def figure(value: float | None) -> str:
     return f"{value:#.3g}".rstrip(".")
 
 
-def host_series(records: Sequence[Record]) -> dict[str, list[tuple[float, float]]]:
-    """The host's microseconds of a step over the number of tensors, by contender, in the cases made for it."""
-    series: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        case = CASES.get(record.case)
-        if record.status == TIMED and record.host_ms and case and case.for_host and not case.new_grads:
-            series.setdefault(record.contender, []).append((record.n_tensors, 1000 * record.host_ms.median))
-    return {name: sorted(points) for name, points in series.items()}
+def is_host_work(record: Record) -> bool:
+    """Whether the record is of host work alone; see `benchmarks.host`."""
+    return record.reference == REFERENCE
 
 
 def host_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Host work as a part for each tensor and a fixed part, from the smallest case and that of 1000 tensors."""
+    """Host work by contender, with few tensors and with many, and what each further tensor adds."""
+    found: dict[str, dict[int, Record]] = {}
+    for record in records:
+        if record.status == TIMED and is_host_work(record):
+            found.setdefault(record.contender, {})[record.n_tensors] = record
     rows: list[tuple[str, ...]] = []
-    for contender, points in host_series(records).items():
-        few, many = points[0], max(point for point in points if point[0] <= 1000)
-        if few[0] < many[0]:
-            each = (many[1] - few[1]) / (many[0] - few[0])
-            rows.append((contender, f"{each:.3f}", f"{few[1] - each * few[0]:.1f}", figure(many[1])))
+    for contender, by_count in found.items():
+        few, many = by_count[min(by_count)], by_count[max(by_count)]
+        if few is not many and few.host_ms and many.host_ms:
+            first, last = (1000 * times.median for times in (few.host_ms, many.host_ms))
+            each = (last - first) / (many.n_tensors - few.n_tensors)
+            ratios = _ratio(few.ratio), _ratio(many.ratio)
+            rows.append((contender, figure(first), ratios[0], figure(last), ratios[1], f"{each:.3f}"))
     return rows
 
 
-def target_rows(records: Sequence[Record], device_type: str) -> list[tuple[str, ...]]:
-    """What was set out to be reached on a type of device, and what was measured."""
-    words = {True: "yes", False: "**no**", None: "not measured"}
-    return [
-        (
-            f"{verdict.target.case}, {verdict.target.precision}",
-            verdict.target.contender,
-            verdict.target.text,
-            figure(verdict.value),
-            words[verdict.is_met],
-        )
-        for verdict in verdicts(records, device_type)
-    ]
+def rival_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """Our default backend beside the fastest other optimizer with states of equal size, case by case.
+
+    Each is compared with torch's fused Adam in its own turns.
+    """
+    rows: list[tuple[str, ...]] = []
+    for ours in records:
+        if ours.contender not in ("ours native", "ours triton") or ours.ratio is None:
+            continue
+        others = [
+            (record.ratio.median, record)
+            for record in records
+            if (record.case, record.precision, record.reference) == (ours.case, ours.precision, TORCH_FUSED)
+            and record.state_nbytes == ours.state_nbytes
+            and record.ratio is not None
+            and not record.is_ours
+        ]
+        if others:
+            ratio, other = max(others, key=lambda pair: pair[0])
+            times = [figure(record.cold_ms and record.cold_ms.median) for record in (ours, other)]
+            speedup = f"{ours.ratio.median / ratio:.2f}"
+            name = f"{ours.case}, {ours.precision}"
+            rows.append((name, ours.contender, times[0], other.contender, times[1], speedup))
+    return rows
 
 
 def for_terminal(records: Sequence[Record], width: int) -> list[Table]:
     """A table for each case, narrower on a narrow terminal, and one of what was not timed."""
     tables = []
     why_not: dict[str, dict[str, None]] = {}
-    for found in by_case(records).values():
+    for found in by_case([record for record in records if not is_host_work(record)]).values():
         content = rows_of(found)
         for contender, reason in content.absent:
             why_not.setdefault(reason, {})[contender] = None
         if content.rows:
             tables.append(_terminal_table(content, width))
-    device_type = records[0].environment["device_type"]
-    targets = [row for row in target_rows(records, device_type) if row[3]]
     absent = [(", ".join(contenders), reason) for reason, contenders in why_not.items()]
     if rows := host_rows(records):
         tables.append(_plain_table("host work", HOST_HEADINGS, rows))
-    if targets:
-        tables.append(_plain_table("targets", TARGET_HEADINGS, targets))
     if absent:
         tables.append(_plain_table("not timed", ("contenders", "because"), absent))
     return tables
@@ -158,7 +169,7 @@ def for_terminal(records: Sequence[Record], width: int) -> list[Table]:
 def _plain_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(*headings, title=title)
     for row in rows:
-        table.add_row(*(cell.replace("**", "") for cell in row))
+        table.add_row(*row)
     return table
 
 
@@ -166,7 +177,7 @@ def _terminal_table(content: Rows, width: int) -> Table:
     has_device = any(row[HEADINGS.index("device ms")] for row in content.rows)
     hidden = set() if has_device else {"host ms", "device ms"}
     if width < 100:
-        hidden |= {"20th-80th", "cold ms"}
+        hidden |= {"20th-80th", "warm ms"}
     used = [i for i, name in enumerate(HEADINGS) if name not in hidden and any(row[i] for row in content.rows)]
     table = Table(title=content.title)
     for i in used:

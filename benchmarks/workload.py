@@ -1,4 +1,7 @@
-"""Parameters and gradients of a case: made once, and copied for each contender."""
+"""Parameters and gradients of a case: made once, and copied for each contender.
+
+Every step meets what training gives it: gradients at new addresses, and another learning rate.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from benchmarks.cases import Case, Precision
 
 LR = 1e-3
 BETAS = (0.9, 0.999)
+
+# What the schedule multiplies each learning rate by at each step.
+DECAY = 0.995
 
 # The gradients of a chain come multiplied by LOSS_SCALE, and their norm is above MAX_GRAD_NORM.
 LOSS_SCALE = 1024.0
@@ -53,7 +59,7 @@ def make_origin(case: Case, precision: Precision, device: torch.device) -> Origi
 
 
 class Workload:
-    """One contender's own parameters and gradients.
+    """One contender's own parameters, their gradients, and its schedule.
 
     Attributes:
         origin: what they are copies of.
@@ -65,7 +71,8 @@ class Workload:
         self.params = [torch.nn.Parameter(tensor.clone()) for tensor in origin.params]
         for param, grad in zip(self.params, origin.grads, strict=True):
             param.grad = grad.clone()
-        self._spare = [grad.clone() for grad in origin.grads] if origin.case.new_grads else []
+        self._scheduled: list[dict[str, Any]] = []
+        self._n_steps = 0
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -76,17 +83,22 @@ class Workload:
             for i, (first, end) in enumerate(group_bounds(len(self.params), n_groups))
         ]
 
+    def schedule(self, optimizer: torch.optim.Optimizer) -> None:
+        """Change the learning rates of this optimizer before each step."""
+        self._scheduled = optimizer.param_groups
+
     def before_step(self) -> None:
-        """What a backward pass would do, outside of the time that is measured."""
-        if self.origin.case.chain:
-            with torch.no_grad():
-                grads: Any = [param.grad for param in self.params]
-                torch._foreach_copy_(grads, self.origin.grads)
-        if self._spare:
-            used: list[Any] = [param.grad for param in self.params]
-            for param, grad in zip(self.params, self._spare, strict=True):
-                param.grad = grad
-            self._spare = used
+        """What a backward pass and a scheduler would do, outside of the time that is measured."""
+        for param, grad in zip(self.params, self.origin.grads, strict=True):
+            # The old gradient is still there: the new one has another address.
+            param.grad = grad.clone()
+        self._n_steps += 1
+        for i, group in enumerate(self._scheduled):
+            lr = lr_of(i, self.origin.case.n_groups, self._n_steps)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
 
 def group_bounds(n_params: int, n_groups: int) -> list[tuple[int, int]]:
@@ -94,6 +106,6 @@ def group_bounds(n_params: int, n_groups: int) -> list[tuple[int, int]]:
     return list(pairwise(n_params * i // n_groups for i in range(n_groups + 1)))
 
 
-def lr_of(group: int, n_groups: int) -> float:
-    """The learning rate of a group: LR for a single one, else another for each."""
-    return LR * (1 + group / n_groups)
+def lr_of(group: int, n_groups: int, n_steps: int = 0) -> float:
+    """The learning rate of a group: LR for a single one, else another for each; smaller after each step."""
+    return LR * (1 + group / n_groups) * DECAY**n_steps

@@ -1,6 +1,7 @@
 """Is this installation sound? ``dragon-vm doctor``, or ``python -m dragon.vm.doctor`` without the extra `cli`.
 
-Every finding is a line; one that says what is wrong makes the exit status 1.
+Every finding is a line. A backend that was not tested is named with the reason. The exit code is 1 if something is
+wrong, 2 if a test that is possible here was not run, else 0.
 """
 
 from __future__ import annotations
@@ -9,40 +10,50 @@ import importlib.metadata
 import importlib.util
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim import Adam
-from dragon.vm.torch.optim._backend import choose_backend, why_not
-from dragon.vm.torch.optim._containers import container_map
-from dragon.vm.torch.optim._headers import header_map
+from dragon.vm.torch.optim._groups.eligibility import choose_backend, why_not
 
 if TYPE_CHECKING:
     from dragon.vm.testing import AdamState
 
 BACKENDS = ("triton", "native", "eager")
-PACKAGES = ("dragon-vm-torch", "torch", "triton", "numpy", "hypothesis", "typer", "rich", "matplotlib")
+PACKAGES = ("dragon-vm-torch", "torch", "triton", "numpy", "hypothesis", "argcomplete", "rich", "matplotlib")
 
 # Of each backend, in seconds; at least one step is taken.
 SELF_TEST_SECONDS = 1.0
 NUMELS = (1, 17, 1000, 4096)
 
 
+class Verdict(Enum):
+    """What a finding says; the value is what is printed."""
+
+    FINE = "ok"
+    PASSED = "passed"
+    # No device here can run it, which says nothing against the installation.
+    IMPOSSIBLE = "-"
+    UNTESTED = "NOT TESTED"
+    WRONG = "WRONG"
+
+
 class Finding(NamedTuple):
     """One line of the examination.
 
     Attributes:
-        topic: what it is about.
-        text: what was found.
-        is_wrong: whether something must be done about it.
+        topic: subject of the line.
+        text: the result.
+        verdict: what the line says of the installation.
     """
 
     topic: str
     text: str
-    is_wrong: bool = False
+    verdict: Verdict = Verdict.FINE
 
 
 def versions() -> Iterator[Finding]:
@@ -52,7 +63,8 @@ def versions() -> Iterator[Finding]:
         try:
             yield Finding(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, "not installed", is_wrong=name in ("dragon-vm-torch", "torch"))
+            is_needed = name in ("dragon-vm-torch", "torch")
+            yield Finding(name, "not installed", Verdict.WRONG if is_needed else Verdict.FINE)
 
 
 def present_devices() -> list[torch.device]:
@@ -80,19 +92,8 @@ def chosen_backend(device: torch.device) -> Finding:
     reasons = [f"not {name}: {reason or 'only on request on this device'}" for name, reason in passed]
     text = f"{_describe(device)}; backend {chosen}" + "".join(f"; {reason}" for reason in reasons)
     # A GPU that no kernel runs on is what nobody installs this library for.
-    return Finding(str(device), text, is_wrong=device.type != "cpu" and chosen != "triton")
-
-
-def step_comparison() -> Iterator[Finding]:
-    """How a step compares what it was prepared for with what is there now."""
-    if header_map() is None:
-        yield Finding("headers", "not found in this torch: steps ask each tensor, which takes some us a tensor")
-    else:
-        yield Finding("headers", "found in this torch: steps compare all tensors at once")
-    if container_map() is None:
-        yield Finding("dicts", "this Python does not count changes of a dict: steps compare all states and groups")
-    else:
-        yield Finding("dicts", "this Python counts changes of a dict: steps compare the counts")
+    is_wrong = device.type != "cpu" and chosen != "triton"
+    return Finding(str(device), text, Verdict.WRONG if is_wrong else Verdict.FINE)
 
 
 def tuning_files() -> Iterator[Finding]:
@@ -100,20 +101,16 @@ def tuning_files() -> Iterator[Finding]:
     if importlib.util.find_spec("triton") is None:
         yield Finding("tuning", "triton is not installed: nothing is tuned")
         return
-    from dragon.vm.tuning.lookup import packaged
-    from dragon.vm.tuning.machine import present_gpu
-    from dragon.vm.tuning.store import scan, tuning_dir
+    from dragon.vm.torch.optim._backends.configs import tuning_dir
+    from dragon.vm.tuning.store import scan
 
-    results, ignored = scan()
-    yield Finding("tuning", f"{len(results)} results of this user in {tuning_dir()}")
-    for path, record in results:
-        yield Finding("tuning", f"in force on {record.device}: {path}")
-    for path, reason in ignored:
-        yield Finding("tuning", f"{path} is ignored: {reason}", is_wrong=True)
-    if (machine := present_gpu()) is not None:
-        records = packaged(machine.arch)
-        n_measured = sum(record.basis == "measured" for record in records)
-        yield Finding("tuning", f"{len(records)} packaged for {machine.arch}, {n_measured} of them measured")
+    found = list(scan())
+    yield Finding("tuning", f"{len(found)} files of this user in {tuning_dir()}")
+    for path, result in found:
+        if isinstance(result, str):
+            yield Finding("tuning", f"{path} is ignored: {result}", Verdict.WRONG)
+        else:
+            yield Finding("tuning", f"in force on {result['device']}: {path}")
 
 
 def self_test(
@@ -124,12 +121,13 @@ def self_test(
     try:
         from dragon.vm.testing import AdamOptions, ParityError, assert_adam_step
     except ModuleNotFoundError as error:
-        return Finding(topic, f'not tested: {error.name} is missing (pip install "dragon-vm-torch[testing]")')
-    options = AdamOptions(lr=0.01, weight_decay=0.1, epsilon_hat=True)
+        text = f'{error.name} is missing (pip install "dragon-vm-torch[testing]")'
+        return Finding(topic, text, Verdict.UNTESTED)
+    options = AdamOptions(lr=0.01, weight_decay=0.1, epsilon_hat=False)
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(numel, generator=generator).to(device)) for numel in NUMELS]
     try:
-        adam = optimizer(params, lr=options.lr, weight_decay=options.weight_decay, backend=backend)
+        adam = optimizer(params, options.lr, weight_decay=options.weight_decay, epsilon_hat=False, backend=backend)
         # The first optimizer takes seconds to import what it needs.
         end, n_steps = clock() + SELF_TEST_SECONDS, 0
         while not n_steps or clock() < end:
@@ -144,11 +142,11 @@ def self_test(
                 )
             n_steps += 1
     except ParityError as error:
-        return Finding(topic, f"wrong: {error}", is_wrong=True)
+        return Finding(topic, f"wrong: {error}", Verdict.WRONG)
     # Whatever stops a backend is what the user must know.
     except Exception as error:
-        return Finding(topic, f"fails: {type(error).__name__}: {error}", is_wrong=True)
-    return Finding(topic, f"{n_steps} steps agree with the reference")
+        return Finding(topic, f"fails: {type(error).__name__}: {error}", Verdict.WRONG)
+    return Finding(topic, f"{n_steps} steps agree with the reference", Verdict.PASSED)
 
 
 def _state(adam: Adam, param: Tensor) -> AdamState:
@@ -165,11 +163,14 @@ def _state(adam: Adam, param: Tensor) -> AdamState:
 
 
 def self_tests() -> Iterator[Finding]:
-    """A test of each backend on each device that it works on."""
+    """A test of each backend on each device, or the reason why there is none."""
     for device in present_devices():
         for backend in BACKENDS:
-            if why_not(backend, device) is None:
+            reason = why_not(backend, device)
+            if reason is None:
                 yield self_test(backend, device)
+            else:
+                yield Finding(f"{backend} on {device}", f"not tested: {reason}", Verdict.IMPOSSIBLE)
 
 
 def examine() -> Iterator[Finding]:
@@ -177,19 +178,31 @@ def examine() -> Iterator[Finding]:
     yield from versions()
     for device in present_devices():
         yield chosen_backend(device)
-    yield from step_comparison()
     yield from tuning_files()
     yield from self_tests()
 
 
+def conclusion(findings: Sequence[Finding]) -> tuple[str, int]:
+    """The last line, and the exit code: 1 if something is wrong, 2 if something could have been tested, else 0."""
+    passed, wrong, untested, impossible = (
+        [finding.topic for finding in findings if finding.verdict is verdict]
+        for verdict in (Verdict.PASSED, Verdict.WRONG, Verdict.UNTESTED, Verdict.IMPOSSIBLE)
+    )
+    text = f"{len(wrong)} wrong: {', '.join(wrong)}" if wrong else "Nothing wrong was found"
+    text += f"; passed: {', '.join(passed) or 'nothing'}"
+    text += f"; not tested: {', '.join(untested + impossible) or 'nothing'}."
+    return text, 1 if wrong else 2 if untested else 0
+
+
 def main() -> int:
-    """Print the findings as they come; 1 if something is wrong."""
-    n_wrong = 0
-    for topic, text, is_wrong in examine():
-        print(f"{'WRONG' if is_wrong else 'ok':5}  {topic:18}  {text}", flush=True)
-        n_wrong += is_wrong
-    print(f"{n_wrong} wrong" if n_wrong else "Nothing is wrong.")
-    return 1 if n_wrong else 0
+    """Print the findings as they come, and a conclusion; the exit code is that of `conclusion`."""
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        print(f"{finding.verdict.value:10}  {finding.topic:18}  {finding.text}", flush=True)
+    text, status = conclusion(findings)
+    print(text)
+    return status
 
 
 if __name__ == "__main__":

@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
-import runpy
+import importlib.abc
+import importlib.util
+import io
+import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, SourcelessFileLoader
 from pathlib import Path
-from types import TracebackType
+from types import CodeType, ModuleType, TracebackType
+from typing import NamedTuple
 
+from dragon.vm._children import include_children, print_report
 from dragon.vm.torch.optim import swap
-from dragon.vm.torch.optim._swap import Replaced
+from dragon.vm.torch.optim._swap import Swap
 
 USAGE = "usage: python -m dragon.vm.run {script.py | -m module} [argument ...]"
+HELP = f"""{USAGE}
+
+Run a script, a folder or a module as `python` does. torch.optim.Adam, AdamW and SGD build those of
+dragon.vm.torch.optim in it. At the end a report on stderr says what was replaced, and what was not and why.
+
+Processes that the script starts by multiprocessing build ours too. Those that it starts otherwise build PyTorch's:
+put the launcher in front.
+  torchrun --nproc-per-node 2 -m dragon.vm.run train.py --your-arguments
+  accelerate launch --module dragon.vm.run train.py --your-arguments"""
+HINT = """  Programs that a script starts build PyTorch's own; a launcher goes in front:
+  torchrun -m dragon.vm.run script.py, or accelerate launch --module dragon.vm.run script.py"""
+
+# Of `main`, for a script that Ctrl-C ended.
+INTERRUPTED = -2
+
+
+class CannotRunError(Exception):
+    """There is nothing to run; the text and the exit code are those of `python`."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Program(NamedTuple):
+    """What runs as `__main__`.
+
+    Attributes:
+        code: its code.
+        path: of its file.
+        spec: of its module; None for a script.
+    """
+
+    code: CodeType
+    path: str
+    spec: ModuleSpec | None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -22,63 +65,138 @@ def main(arguments: Sequence[str]) -> int:
         arguments: the script and its arguments.
 
     Returns:
-        The exit code: 0, 1 after an uncaught exception, 2 without a script.
+        The exit code: 0, 1 after an uncaught exception or without the module, 2 without the script.
 
     Raises:
         SystemExit: what the script raised.
     """
     as_module = list(arguments[:1]) == ["-m"]
     argv = list(arguments[1:] if as_module else arguments)
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv[:1] in (["-h"], ["--help"]):
+        print(HELP)
+        return 0
+    if not argv or (argv[0].startswith("-") and not as_module):
         print(USAGE, file=sys.stderr)
-        return 0 if argv else 2
-    sys.argv = argv
-    # The folder in which `python` would look for the script's own modules.
-    sys.path[0] = str(Path.cwd() if as_module else Path(argv[0]).resolve().parent)
+        return 2
     swapped = swap()
+    undo = include_children(swapped)
     try:
-        if as_module:
-            runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(argv[0], run_name="__main__")
-    except Exception as error:
+        _run(argv, as_module)
+    except CannotRunError as error:
+        print(f"{sys.executable}: {error}", file=sys.stderr)
+        return error.status
+    except (Exception, KeyboardInterrupt) as error:
         sys.stdout.flush()
         _print_error(error)
-        return 1
+        _report(swapped)
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    except SystemExit:
+        _report(swapped)
+        raise
+    else:
+        _report(swapped)
     finally:
+        undo()
         swapped.undo()
-        sys.stdout.flush()
-        print(report(swapped.replaced), file=sys.stderr)
     return 0
 
 
-def report(replaced: Sequence[Replaced]) -> str:
-    """Say which optimizers were replaced, how many parameters they had and how many steps they took."""
-    if not replaced:
-        return "dragon.vm.run: no optimizer was replaced"
-    lines = [f"dragon.vm.run: {len(replaced)} optimizer{'s' * (len(replaced) != 1)} replaced"]
-    for entry in replaced:
-        n_tensors, n_params = entry.counts()
-        lines.append(
-            f"  torch.optim.{entry.name}: {n_params} parameters in {n_tensors} tensors, {entry.n_steps} steps"
-        )
-    return "\n".join(lines)
+def _report(swapped: Swap) -> None:
+    print_report(swapped)
+    if not swapped.replaced and swapped.rank == 0:
+        print(HINT, file=sys.stderr)
 
 
-def _print_error(error: Exception) -> None:
+def _run(argv: list[str], as_module: bool) -> None:
+    sys.argv = argv
+    name = argv[0]
+    is_script = not as_module and pkgutil.get_importer(name) is None
+    if not getattr(sys.flags, "safe_path", False):
+        # The folder in which `python` would look for the script's own modules.
+        folder = Path(name).resolve().parent if is_script else Path.cwd() if as_module else Path(name).absolute()
+        sys.path[0] = str(folder)
+    program = _script(name) if is_script else _module(name) if as_module else _folder(os.path.abspath(name))
+    if as_module:
+        argv[0] = program.path
+    module = ModuleType("__main__")
+    module.__file__ = program.path
+    module.__spec__ = program.spec
+    module.__package__ = program.spec.parent if program.spec else None
+    module.__loader__ = program.spec.loader if program.spec else None
+    # It stays: exit handlers and threads may outlast the script, and pickle its classes.
+    sys.modules["__main__"] = module
+    exec(program.code, module.__dict__)
+
+
+def _script(path: str) -> Program:
+    absolute = os.path.abspath(path)
+    if path.endswith(".pyc"):
+        code = SourcelessFileLoader("__main__", absolute).get_code("__main__")
+        assert code is not None
+        return Program(code, absolute, None)
+    try:
+        with io.open_code(absolute) as file:
+            source = file.read()
+    except OSError as error:
+        raise CannotRunError(
+            f"can't open file {absolute!r}: [Errno {error.errno}] {error.strerror}", status=2
+        ) from None
+    return Program(compile(source, absolute, "exec", dont_inherit=True), absolute, None)
+
+
+def _folder(path: str) -> Program:
+    """A folder or an archive with a module ``__main__``."""
+    importer = pkgutil.get_importer(path)
+    spec = None if importer is None else importer.find_spec("__main__", None)
+    if spec is None:
+        raise CannotRunError(f"can't find '__main__' module in {path!r}", status=1)
+    return _of_spec(spec, "__main__")
+
+
+def _module(name: str) -> Program:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        text = f"Error while finding module specification for {name!r} ({type(error).__name__}: {error})"
+        raise CannotRunError(text, status=1) from None
+    if spec is not None and spec.submodule_search_locations is not None:
+        package, name = name, f"{name}.__main__"
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            text = f"No module named {name}; {package!r} is a package and cannot be directly executed"
+            raise CannotRunError(text, status=1)
+    if spec is None:
+        raise CannotRunError(f"No module named {name}", status=1)
+    return _of_spec(spec, name)
+
+
+def _of_spec(spec: ModuleSpec, name: str) -> Program:
+    code = spec.loader.get_code(name) if isinstance(spec.loader, importlib.abc.InspectLoader) else None
+    if code is None:
+        raise CannotRunError(f"No code object available for {name}", status=1)
+    return Program(code, spec.origin or code.co_filename, spec)
+
+
+def _print_error(error: BaseException) -> None:
     """Print an uncaught exception as `python` would, without the frames that ran the script."""
-    inside = _inside(error.__traceback__)
-    error = error.with_traceback(inside or error.__traceback__)
+    error = error.with_traceback(_inside(error.__traceback__))
     sys.excepthook(type(error), error, error.__traceback__)
 
 
 def _inside(trace: TracebackType | None) -> TracebackType | None:
-    """The part of a traceback that is below this file and `runpy`; None if nothing is."""
-    own = {__file__, runpy.__file__, "<frozen runpy>"}
-    while trace is not None and traceback.extract_tb(trace, 1)[0].filename in own:
+    """The part of a traceback that is below this file and the import system; None if nothing is."""
+    while trace is not None:
+        name = traceback.extract_tb(trace, 1)[0].filename
+        if name != __file__ and not name.startswith("<frozen importlib"):
+            break
         trace = trace.tb_next
     return trace
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    if exit_code == INTERRUPTED:
+        # `python` ends by the signal, after its exit handlers. The traceback has been printed.
+        sys.excepthook = lambda *_: None
+        raise KeyboardInterrupt
+    sys.exit(exit_code)

@@ -1,18 +1,136 @@
-"""``python -m dragon.vm.tune``, the same as ``dragon-vm tune``, and the way in of the console script."""
+"""``dragon-vm tune`` and ``dragon-vm doctor``; ``python -m dragon.vm.tune`` is the first of them."""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Seconds: the common kernels on all cases take less than ten minutes.
+BUDGET = 540.0
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
-def console(arguments: list[str] | None = None) -> None:
-    """Run the console script, or say what it lacks."""
+def seconds(text: str) -> float:
+    """A time such as "90", "90s", "10m" or "1h" in seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f'expected a time like "90s" or "10m", got {text!r}')
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of both commands."""
+    parser = argparse.ArgumentParser(prog="dragon-vm", description="Tools around dragon.vm.torch.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    tune = commands.add_parser("tune", help="find the fastest launch configurations on this GPU, and store them")
+    tune.add_argument(
+        "--case", action="append", default=[], help="large, transformer or small; may be repeated; by default all"
+    )
+    tune.add_argument(
+        "--kernel", action="append", default=[], help="a name or part of one, or all; may be repeated"
+    )
+    tune.add_argument(
+        "--time-budget", type=seconds, default=BUDGET, metavar="TIME", help="as in 90s or 10m; by default 9m"
+    )
+    tune.add_argument("--dry-run", action="store_true", help="list the searches")
+    tune.add_argument("--show", action="store_true", help="print stored results and ignored files")
+    tune.add_argument("--export", type=Path, metavar="FILE", help="write stored results to a file")
+    tune.add_argument(
+        "--import", type=Path, metavar="FILE", dest="imported", help="store an exported file's results"
+    )
+    commands.add_parser("doctor", help="print versions, devices, backends and tuning files, and test each backend")
+    return parser
+
+
+def console(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    parser = make_parser()
+    if importlib.util.find_spec("argcomplete") is not None:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        from dragon.vm.doctor import main as examine
+
+        return examine()
+    if importlib.util.find_spec("triton") is None:
+        print("triton is not installed, and there are no kernels to tune without it.")
+        return 1
     try:
-        from dragon.vm.cli import app
+        return _tune(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     except ModuleNotFoundError as error:
-        sys.exit(f'{error.name} is not installed: pip install "dragon-vm-torch[cli]"')
-    app(arguments, prog_name="dragon-vm")
+        print(f'{error.name} is not installed: pip install "dragon-vm-torch[cli]"')
+        return 1
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from dragon.vm.tuning import store
+
+    if options.imported is not None:
+        print(f"{len(store.import_results(options.imported))} results of {options.imported} are stored")
+        return 0
+    if options.show or options.export is not None:
+        return _show(options.export)
+    return _measure(options)
+
+
+def _show(export: Path | None) -> int:
+    """Print the stored results, and write them to a file if one is named; 1 if there are none."""
+    from dragon.vm.torch.optim._backends.configs import tuning_dir
+    from dragon.vm.tuning import store
+    from dragon.vm.tuning.run import summary
+
+    results = []
+    for path, result in store.scan():
+        if isinstance(result, str):
+            print(f"ignored: {path}: {result}")
+        else:
+            results.append(result)
+            print(f"{result['device']}: {summary(result)}")
+    print(f"{len(results)} results are in {tuning_dir()}")
+    if export is not None and results:
+        store.export_results(export, results)
+        print(f"{len(results)} results are written to {export}")
+    return 0 if results or export is None else 1
+
+
+def _measure(options: argparse.Namespace) -> int:
+    """Tune on the present GPU, or rehearse in triton's interpreter; 1 if nothing could be measured."""
+    from dragon.kernels.launch import INTERPRETED
+    from dragon.vm.measuring.machine import INTERPRETER, present_gpu
+    from dragon.vm.torch.optim._backends.configs import tuning_dir
+    from dragon.vm.tuning import jobs as known
+
+    if unknown := [size for size in options.case if size not in known.CASES]:
+        raise ValueError(f"--case {unknown[0]!r}: there is no such case; there are {', '.join(known.CASES)}")
+    jobs = known.plan_jobs(options.kernel, options.case, rehearsal=INTERPRETED)
+    machine = INTERPRETER if INTERPRETED else present_gpu()
+    if options.dry_run:
+        for job in jobs:
+            print(f"{job.name}, {job.size}: {len(job.numels)} tensors, {sum(job.numels):,} elements")
+        print(f"{len(jobs)} searches on: {machine.name if machine else 'no GPU, so nothing would be timed'}")
+        return 0
+    if machine is None:
+        print("There is no CUDA or ROCm GPU here to time kernels on.")
+        return 1
+    from dragon.vm.tuning.run import run, tools_of
+
+    try:
+        results = run(jobs, options.time_budget, machine, tools_of(machine), lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print("Interrupted: the results of finished searches are stored.")
+        return 1
+    print(f"{len(results)} results are in {tuning_dir()}")
+    return 0 if results else 1
 
 
 if __name__ == "__main__":
-    console(["tune", *sys.argv[1:]])
+    sys.exit(console(["tune", *sys.argv[1:]]))

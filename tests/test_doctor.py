@@ -1,11 +1,13 @@
-"""The doctor finds what is wrong, and nothing where nothing is."""
+"""The doctor says what is wrong, what passed, and what was not tested and why."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from dragon.vm import doctor
+from dragon.vm.doctor import Verdict
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._groups.eligibility import why_not
 
@@ -52,7 +54,7 @@ BACKENDS_HERE = [name for name in doctor.BACKENDS if why_not(name, CPU) is None]
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
 def test_every_backend_agrees_with_the_reference(backend: str) -> None:
     finding = doctor.self_test(backend, CPU, Clock())
-    assert not finding.is_wrong
+    assert finding.verdict is Verdict.PASSED
     assert finding.text == "3 steps agree with the reference"
 
 
@@ -62,67 +64,86 @@ def test_a_step_is_taken_however_slow_the_machine_is() -> None:
 
 def test_a_wrong_step_is_found_and_named() -> None:
     finding = doctor.self_test("eager", CPU, Clock(), Wrong)
-    assert finding.is_wrong
+    assert finding.verdict is Verdict.WRONG
     assert "wrong: step 1: param[" in finding.text
 
 
 def test_a_backend_that_fails_is_a_finding_and_no_crash() -> None:
     finding = doctor.self_test("eager", CPU, Clock(), Failing)
-    assert finding == ("eager on cpu", "fails: RuntimeError: no kernel image is available", True)
+    assert finding == ("eager on cpu", "fails: RuntimeError: no kernel image is available", Verdict.WRONG)
 
 
-def test_a_missing_parity_kit_is_said_and_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "dragon.vm.testing", None)
+def test_a_missing_parity_kit_is_said_and_makes_the_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "dragon.vm.testing", None)
     finding = doctor.self_test("eager", CPU, Clock())
-    assert not finding.is_wrong
-    assert finding.text.startswith("not tested")
+    assert finding.verdict is Verdict.UNTESTED
+    assert "dragon.vm.testing is missing" in finding.text
+    assert doctor.main() == 2
+    out = capsys.readouterr().out
+    assert "NOT TESTED  eager on cpu" in out
+    assert "passed: nothing; not tested: " in out.splitlines()[-1]
+    assert "eager on cpu" in out.splitlines()[-1]
+
+
+def test_a_backend_that_is_impossible_here_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "SELF_TEST_SECONDS", 0.0)
+    monkeypatch.setattr(doctor, "why_not", lambda backend, _: "no GPU is here" if backend == "triton" else None)
+    findings = list(doctor.self_tests())
+    assert findings[0] == ("triton on cpu", "not tested: no GPU is here", Verdict.IMPOSSIBLE)
+    text, status = doctor.conclusion(findings)
+    assert text.endswith("passed: native on cpu, eager on cpu; not tested: triton on cpu.")
+    assert status == 0
 
 
 def test_the_chosen_backend_is_told_with_why_no_other_is() -> None:
     finding = doctor.chosen_backend(CPU)
-    assert not finding.is_wrong
+    assert finding.verdict is Verdict.FINE
     assert "backend native; not triton: " in finding.text
 
 
 def test_an_ignored_tuning_file_is_wrong(tuning_folder: Path) -> None:
-    assert not any(finding.is_wrong for finding in doctor.tuning_files())
-    (tuning_folder / "x.json").write_text("{")
-    wrong = [finding for finding in doctor.tuning_files() if finding.is_wrong]
+    assert all(finding.verdict is Verdict.FINE for finding in doctor.tuning_files())
+    (tuning_folder / "sm_90" / "gpu").mkdir(parents=True)
+    (tuning_folder / "sm_90" / "gpu" / "x.json").write_text("{")
+    wrong = [finding for finding in doctor.tuning_files() if finding.verdict is Verdict.WRONG]
     assert len(wrong) == 1
-    assert str(tuning_folder / "x.json") in wrong[0].text
+    assert str(tuning_folder / "sm_90" / "gpu" / "x.json") in wrong[0].text
 
 
 def test_versions_are_told_and_absent_packages_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
     texts = {finding.topic: finding for finding in doctor.versions()}
     assert torch.__version__.startswith(texts["torch"].text)
-    assert texts["no-such-package"] == ("no-such-package", "not installed", False)
+    assert texts["no-such-package"] == ("no-such-package", "not installed", Verdict.FINE)
 
 
-@pytest.mark.parametrize("is_wrong", [False, True])
-def test_the_exit_status_says_if_something_is_wrong(
-    is_wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("verdicts", "status", "last"),
+    [
+        ([Verdict.FINE, Verdict.PASSED], 0, "Nothing wrong was found; passed: topic 1; not tested: nothing."),
+        ([Verdict.PASSED, Verdict.UNTESTED], 2, "Nothing wrong was found; passed: topic 0; not tested: topic 1."),
+        ([Verdict.WRONG, Verdict.UNTESTED], 1, "1 wrong: topic 0; passed: nothing; not tested: topic 1."),
+    ],
+)
+def test_the_last_line_and_the_exit_code_say_what_was_tested_and_what_not(
+    verdicts: list[Verdict],
+    status: int,
+    last: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(doctor, "examine", lambda: iter([doctor.Finding("topic", "text", is_wrong)]))
-    assert doctor.main() == is_wrong
-    assert ("WRONG" in capsys.readouterr().out) == is_wrong
+    findings = [doctor.Finding(f"topic {n}", "text", verdict) for n, verdict in enumerate(verdicts)]
+    monkeypatch.setattr(doctor, "examine", lambda: iter(findings))
+    assert doctor.main() == status
+    *lines, conclusion = capsys.readouterr().out.splitlines()
+    assert conclusion == last
+    assert [line.split("  ")[0] for line in lines] == [verdict.value for verdict in verdicts]
 
 
 def test_the_whole_examination_finds_this_installation_sound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "SELF_TEST_SECONDS", 0.0)
     findings = list(doctor.examine())
-    assert [finding for finding in findings if finding.is_wrong] == []
+    assert [finding for finding in findings if finding.verdict is Verdict.WRONG] == []
     assert {f"{backend} on cpu" for backend in BACKENDS_HERE} <= {finding.topic for finding in findings}
-
-
-def test_it_says_how_steps_compare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for maps, texts in (
-        ((), ("compare all tensors at once", "compare the counts")),
-        (None, ("ask each tensor", "compare all states")),
-    ):
-        for name in ("header_map", "container_map"):
-            monkeypatch.setattr(doctor, name, lambda maps=maps: maps)
-        for finding, topic, text in zip(doctor.step_comparison(), ("headers", "dicts"), texts, strict=True):
-            assert finding.topic == topic
-            assert text in finding.text
-            assert not finding.is_wrong

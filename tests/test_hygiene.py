@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("dragon_vm", "kernels", "tests", "benchmarks", "docs", ".ci")
+FOLDERS = ("dragon_vm", "kernels", "tests", "benchmarks", "examples", "docs", ".ci")
 TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".json", ".jsonl", ".sh", ".txt", ".css", ".js", ""}
 
 LONGEST_FILE = 300

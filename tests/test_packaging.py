@@ -163,3 +163,90 @@ def test_the_tests_see_this_checkout_and_no_other_install() -> None:
 
     assert Path(dragon.vm.__path__[0]).resolve() == SOURCES["dragon.vm"]
     assert Path(dragon.kernels.__path__[0]).resolve() == SOURCES["dragon.kernels"]
+
+
+USERS_SCRIPT = """
+import torch as pytorch
+from torch.optim.lr_scheduler import StepLR
+
+import dragon.vm.torch.optim as optim
+from dragon.vm import torch
+from dragon.vm.torch.optim import SGD, Adam, AdamW, swap
+
+model = pytorch.nn.Linear(2, 2)
+adam: pytorch.optim.Adam = Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True, max_grad_norm=1.0)
+adamw: pytorch.optim.AdamW = AdamW(model.named_parameters(), weight_decay=0.1, state_dtype=pytorch.float32)
+sgd: pytorch.optim.SGD = SGD([{"params": model.parameters(), "lr": 0.1}], momentum=0.9, nesterov=True)
+base: pytorch.optim.Optimizer = optim.Adam([torch.nn.Parameter(torch.ones(2, 3))], epsilon_hat=False)
+taken: Adam = Adam.from_torch(pytorch.optim.Adam(model.parameters()))
+mirrored: pytorch.optim.AdamW = torch.optim.AdamW(model.parameters())
+nadam: pytorch.optim.Optimizer = torch.optim.NAdam(model.parameters())
+StepLR(adam, 10).step()
+loss = adam.step(lambda: model(torch.ones(1, 2)).sum().item())
+taken.step(zero_grad=True)
+adam.zero_grad(set_to_none=True)
+taken.zero_grad()
+adamw.load_state_dict(adamw.state_dict())
+norm: pytorch.Tensor | None = taken.grad_norm
+with swap(state_dtype=pytorch.float32) as swapped:
+    print(swapped.report())
+
+
+class Mine(AdamW):
+    def __init__(self, model: pytorch.nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.1)
+"""
+MISTAKES = {
+    "Adam(model.parameters(), nonsense=1)": "nonsense",
+    'Adam(model.parameters(), lr="high")': "lr",
+    "AdamW(model.parameters()).no_such_method()": "no_such_method",
+}
+
+
+@pytest.fixture(params=["regular", "editable"])
+def interpreter(request: pytest.FixtureRequest, unpacked: Path, source: Path, tmp_path: Path) -> Path:
+    """The Python of an environment with an install and what this one has."""
+    folder = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    if request.param == "regular":
+        shutil.copytree(unpacked, site, dirs_exist_ok=True)
+    else:
+        zipfile.ZipFile(_build("editable", source, tmp_path, "{'editable_mode': 'strict'}")).extractall(site)
+    installed = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site / "others.pth").write_text("\n".join(installed), encoding="utf-8")
+    return folder / "bin" / "python"
+
+
+def _checked(checker: str, interpreter: Path, script: Path) -> tuple[int, str]:
+    """Exit code and output of a type checker on a user's script."""
+    commands = {
+        "mypy": [sys.executable, "-m", "mypy", "--strict", f"--python-executable={interpreter}"],
+        "pyright": ["pyright", "--pythonpath", str(interpreter)],
+    }
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MYPYPATH")}
+    done = subprocess.run(
+        [*commands[checker], script.name],
+        cwd=script.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_a_type_checker_accepts_a_users_script(checker: str, interpreter: Path, tmp_path: Path) -> None:
+    if shutil.which("pyright") is None and checker == "pyright":
+        pytest.skip("pyright is not installed")
+    (tmp_path / "train.py").write_text(USERS_SCRIPT, encoding="utf-8")
+    code, output = _checked(checker, interpreter, tmp_path / "train.py")
+    assert code == 0, output
+    (tmp_path / "wrong.py").write_text(USERS_SCRIPT + "\n".join(MISTAKES) + "\n", encoding="utf-8")
+    code, output = _checked(checker, interpreter, tmp_path / "wrong.py")
+    assert code == 1
+    first = USERS_SCRIPT.count("\n") + 1
+    for number, name in enumerate(MISTAKES.values()):
+        lines = [line for line in output.splitlines() if f"wrong.py:{first + number}:" in line]
+        assert any(name in line for line in lines), output

@@ -1,13 +1,14 @@
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from dragon.vm.run import main
+from dragon.vm.run import HELP, HINT, USAGE, main
 
 SCRIPT = """
 import pickle
@@ -39,6 +40,35 @@ Runner = Callable[..., int]
 REPORT = """dragon.vm.run: 1 optimizer replaced
   torch.optim.AdamW: 8 parameters in 2 tensors, 5 steps
 """
+NOTHING = f"dragon.vm.run: no optimizer was replaced in this process\n{HINT}\n"
+SPAWNING = """
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+def work(rank, rendezvous):
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(rank + 2))], lr=0.1)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    method, rendezvous = sys.argv[1:]
+    torch.multiprocessing.start_processes(work, args=(rendezvous,), nprocs=2, start_method=method)
+"""
+AT_EXIT = """
+import atexit
+import pickle
+
+
+class Model:
+    pass
+
+
+atexit.register(lambda: print(type(pickle.loads(pickle.dumps(Model()))).__module__))
+"""
 
 
 @pytest.fixture
@@ -48,12 +78,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def python(*arguments: object, cwd: Path, **environment: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a Python process."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
 def test_a_script_runs_unmodified_in_a_process_of_its_own(folder: Path) -> None:
-    command = [sys.executable, "-m", "dragon.vm.run", f"{folder.name}/train.py", "exit"]
-    environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    done = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, check=False)
-    expected = f"dragon.vm.torch.optim._swap True ['exit'] {folder.name}/train.py\n"
-    assert (done.returncode, done.stdout, done.stderr) == (7, expected, REPORT)
+    script = f"{folder.name}/train.py"
+    found = python("-m", "dragon.vm.run", script, "exit", cwd=folder.parent, PYTHONWARNINGS="error")
+    assert found == (7, f"dragon.vm.torch.optim.adam True ['exit'] {folder / 'train.py'}\n", REPORT)
 
 
 @pytest.fixture
@@ -62,13 +99,18 @@ def run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(sys, "path", ["somewhere", *sys.path])
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     yield lambda *arguments: main(arguments)
-    sys.modules.pop("helper", None)
+    for name in ("helper", "package", "package.inner"):
+        sys.modules.pop(name, None)
 
 
 def test_the_report_says_what_was_replaced(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("train.py", "--lr", "3") == 0
-    assert capsys.readouterr() == ("dragon.vm.torch.optim._swap True ['--lr', '3'] train.py\n", REPORT)
+    assert capsys.readouterr() == (
+        f"dragon.vm.torch.optim.adam True ['--lr', '3'] {Path.cwd() / 'train.py'}\n",
+        REPORT,
+    )
     assert type(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])).__module__ == "torch.optim.adamw"
 
 
@@ -83,11 +125,20 @@ def test_a_traceback_is_the_scripts_own(run_here: Runner, capsys: pytest.Capture
     assert run_here("train.py", "boom") == 1
     line = SCRIPT.splitlines().index('        raise RuntimeError("boom")') + 1
     trace = f"""Traceback (most recent call last):
-  File "train.py", line {line}, in <module>
+  File "{Path.cwd() / "train.py"}", line {line}, in <module>
     raise RuntimeError("boom")
 RuntimeError: boom
 """
     assert capsys.readouterr().err == trace + REPORT
+
+
+def test_the_rank_that_reports_is_the_first(
+    run_here: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, report in (("1", ""), ("0", REPORT), ("not a number", REPORT)):
+        monkeypatch.setenv("RANK", rank)
+        assert run_here("train.py") == 0
+        assert capsys.readouterr().err == report
 
 
 def test_a_module_runs_as_with_python_m(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,13 +148,108 @@ def test_a_module_runs_as_with_python_m(run_here: Runner, capsys: pytest.Capture
     assert "['x']" in out
 
 
-def test_without_a_script_it_says_how_to_use_it(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here() == 2
-    assert run_here("--help") == 0
-    assert capsys.readouterr().err.count("usage: python -m dragon.vm.run") == 2
+def test_it_says_how_to_use_it(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    for help_ in ("--help", "-h"):
+        assert run_here(help_) == 0
+        assert capsys.readouterr() == (f"{HELP}\n", "")
+    for arguments in ((), ("-m",), ("--nonsense", "train.py")):
+        assert run_here(*arguments) == 2
+        assert capsys.readouterr() == ("", f"{USAGE}\n")
 
 
 def test_a_script_without_an_optimizer_is_told_so(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     Path("nothing.py").write_text("print('done')\n")
     assert run_here("nothing.py") == 0
-    assert capsys.readouterr() == ("done\n", "dragon.vm.run: no optimizer was replaced\n")
+    assert capsys.readouterr() == ("done\n", NOTHING)
+
+
+def test_an_optimizer_that_ours_refuses_is_pytorchs(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("twice.py").write_text(
+        "import torch\np = torch.nn.Parameter(torch.ones(2))\n"
+        "try: print(type(torch.optim.Adam([p, p])).__module__)\nexcept UserWarning: pass\n"
+        "torch.optim.SGD([p], lr=0.1)\n"
+        "class Own(torch.optim.Adam): pass\n"
+        "Own([p])\n"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run_here("twice.py") == 0
+    out, err = capsys.readouterr()
+    assert out == "torch.optim.adam\n"
+    lines = err.splitlines()
+    assert lines[:2] == [
+        "dragon.vm.run: 1 optimizer replaced",
+        "  torch.optim.SGD: 2 parameters in 1 tensors, 0 steps",
+    ]
+    assert lines[2].startswith("  not replaced: torch.optim.Adam: ours refuses it: ValueError: ")
+    assert lines[3:] == ["  not replaced: __main__.Own: it is derived from torch.optim.Adam"]
+
+
+FILES = {
+    "package/__init__.py": "",
+    "package/inner/__main__.py": "import sys\nprint(sys.argv, __name__, __spec__.name, __package__)\n",
+    "folder/__main__.py": "import sys\nprint(sys.argv, sys.path[0], __name__, __file__)\n",
+    "broken.py": "def f(:\n",
+    "interrupted.py": "import atexit\natexit.register(print, 'bye')\ndef f(): raise KeyboardInterrupt\nf()\n",
+    "at_exit.py": AT_EXIT,
+    "names.py": "import sys\nprint(__name__, __spec__, __package__, __file__, sys.path[0], sys.argv)\n",
+}
+
+
+def write_files(folder: Path) -> None:
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["missing.py"],
+        ["-m", "missing_module"],
+        ["-m", "missing_package.part"],
+        ["-m", "package"],
+        ["package"],
+        ["folder"],
+        ["-m", "package.inner"],
+        ["broken.py"],
+        ["names.py"],
+    ],
+    ids=" ".join,
+)
+def test_it_runs_and_refuses_what_python_does(
+    arguments: list[str], run_here: Runner, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_files(tmp_path)
+    expected = python(*arguments, cwd=tmp_path)
+    status = run_here(*arguments)
+    out, err = capfd.readouterr()
+    assert (status, out, err.replace(NOTHING, "")) == expected
+
+
+@pytest.mark.parametrize("script", ["interrupted.py", "at_exit.py"])
+def test_a_process_ends_as_with_python(script: str, tmp_path: Path) -> None:
+    write_files(tmp_path)
+    code, out, err = python("-m", "dragon.vm.run", script, cwd=tmp_path)
+    assert (code, out, err.replace(NOTHING, "")) == python(script, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_processes_of_multiprocessing_swap_too_and_the_first_reports(method: str, tmp_path: Path) -> None:
+    (tmp_path / "many.py").write_text(SPAWNING)
+    code, _, err = python("-m", "dragon.vm.run", "many.py", method, tmp_path / "meeting", cwd=tmp_path)
+    assert code == 0, err
+    report = "dragon.vm.run: 1 optimizer replaced\n  torch.optim.SGD: 2 parameters in 1 tensors, 0 steps\n"
+    assert err == report + NOTHING
+
+
+@pytest.mark.parametrize("in_front", [True, False], ids=["in front", "behind"])
+def test_a_launcher_goes_in_front(in_front: bool, folder: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    run = ["-m", "dragon.vm.run"]
+    command = [*launcher, *run, "train.py"] if in_front else [*run, *launcher, "train.py"]
+    code, out, err = python(*command, cwd=folder, OMP_NUM_THREADS="1")
+    assert code == 0, err
+    module = "dragon.vm.torch.optim.adam" if in_front else "torch.optim.adamw"
+    assert out == f"{module} True [] {folder / 'train.py'}\n" * 2
+    assert err == (REPORT if in_front else NOTHING)

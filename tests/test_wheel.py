@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NEEDED = {"torch", "triton", "typing-extensions"}
+NEEDED = {"torch", "triton", "typing-extensions", "threadpoolctl"}
 STEP = """
 import torch
 from dragon.vm.torch.optim import Adam, AdamW, SGD

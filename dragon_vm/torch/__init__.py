@@ -11,12 +11,11 @@ install_finder()
 
 import torch as _torch  # noqa: E402  # the finder comes before everything that may import below this package
 
-from dragon.vm.torch import (  # noqa: E402, F401  # as above; attributes of the package
-    _compiler,  # as above
-    nn,
-    optim,
-)
+# "nn as nn": a type checker takes a plain import for private.
+from dragon.vm.torch import _compiler  # noqa: E402  # as above
 from dragon.vm.torch import creation as _creation  # noqa: E402  # as above
+from dragon.vm.torch import nn as nn  # noqa: E402  # as above
+from dragon.vm.torch import optim as optim  # noqa: E402  # as above
 from dragon.vm.torch import tensor_type as _tensor_type  # noqa: E402  # as above
 from dragon.vm.torch.nn import parameter as _parameter  # noqa: E402  # as above
 

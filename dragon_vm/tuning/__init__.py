@@ -1,5 +1,4 @@
-"""Kernel tuning: measured once on scratch memory, kept as data, looked up by the optimizers.
+"""Kernel tuning: launch configurations are measured on scratch memory and kept as data. See docs/tuning.md.
 
-`lookup.config_for` is all that an optimizer calls. ``dragon-vm tune`` measures (`run`), ``--show`` explains
-(`lookup`), and a machine without a GPU still compiles and ranks (`ranking`). See docs/tuning.md.
+``dragon-vm tune`` (`dragon.vm.tune`) measures; `dragon.vm.torch.optim._backends.configs` looks results up.
 """

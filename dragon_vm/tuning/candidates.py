@@ -1,11 +1,16 @@
-"""Which configurations are worth a look: shapes first, then hints and grids for the best shapes."""
+"""Candidate configurations: chunk sizes and warps first, then hints and grids for the best of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing import get_context
 
 from dragon.kernels.config import LaunchConfig
+from dragon.kernels.spec import Spec
 
 CHUNKS = (512, 1024, 2048, 4096, 8192)
 WARPS = (2, 4, 8, 16)
@@ -15,6 +20,11 @@ PROGRAMS_PER_PROCESSOR = (0, 2, 4, 8)
 
 # Elements of a thread: fewer than 4 of fp32 are no 16-byte access, more than 32 do not fit the registers.
 FEWEST_ELEMENTS, MOST_ELEMENTS = 4, 32
+
+# Each process holds a compiler of its own.
+MOST_PROCESSES = 16
+
+LATE = "not compiled in time"
 
 
 def shapes(warp_size: int) -> list[LaunchConfig]:
@@ -37,27 +47,46 @@ def refinements(shape: LaunchConfig) -> Iterator[LaunchConfig]:
                     yield config
 
 
-def compiled_form(config: LaunchConfig) -> LaunchConfig:
-    """One configuration for all that the compiler gives the same resources.
-
-    A persistent grid's size is no constant of the kernel. Cache hints are a suffix of the accesses: they change
-    neither their width nor a register (triton 3.7.1, sm_90).
-    """
-    return replace(config, eviction="", programs_per_processor=min(config.programs_per_processor, 1))
-
-
 def describe(config: LaunchConfig) -> str:
     """A configuration in a few words."""
-    parts = [f"{config.chunk}/{config.n_warps}"]
-    if config.n_stages > 1:
-        parts.append(f"{config.n_stages} stages")
-    if config.eviction:
-        parts.append(config.eviction)
-    if config.programs_per_processor:
-        parts.append(f"{config.programs_per_processor} persistent")
-    return " ".join(parts)
+    stages = f"{config.n_stages} stages" if config.n_stages > 1 else ""
+    persistent = f"{config.programs_per_processor} persistent" if config.programs_per_processor else ""
+    return " ".join(filter(None, (f"{config.chunk}/{config.n_warps}", stages, config.eviction, persistent)))
 
 
-def distinct(configs: Iterable[LaunchConfig]) -> list[LaunchConfig]:
-    """Each configuration once, in order of first appearance."""
-    return list(dict.fromkeys(configs))
+def compile_verdict(spec: Spec, config: LaunchConfig, arch: str) -> str | None:
+    """Why a configuration is not worth timing, by the compiler alone; None if it is."""
+    from dragon.kernels.inspect import compile_update
+
+    try:
+        report = compile_update(spec, config, arch)
+    # Whatever a compiler raises is the verdict.
+    except Exception as error:
+        return f"does not compile: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if report.spilled_nbytes:
+        return f"spills {report.spilled_nbytes} bytes a thread"
+    return None if report.is_vectorized else "no 16-byte path"
+
+
+def compile_all(
+    spec: Spec,
+    configs: Sequence[LaunchConfig],
+    arch: str,
+    timeout_s: float,
+    verdict: Callable[[Spec, LaunchConfig, str], str | None] = compile_verdict,
+) -> dict[LaunchConfig, str | None]:
+    """Verdicts of configurations by a pool of processes; `LATE` for those that take too long."""
+    found: dict[LaunchConfig, str | None] = dict.fromkeys(configs, LATE)
+    # Processes of their own, because a compiler may crash; spawned, because a CUDA context cannot be forked.
+    pool = futures.ProcessPoolExecutor(min(os.cpu_count() or 1, MOST_PROCESSES), get_context("spawn"))
+    try:
+        verdicts = pool.map(verdict, [spec] * len(configs), configs, [arch] * len(configs), timeout=timeout_s)
+        for config, reason in zip(configs, verdicts, strict=True):
+            found[config] = reason
+    except futures.TimeoutError:
+        pass
+    except BrokenProcessPool:
+        found.update({c: "the compiler died" for c, reason in found.items() if reason == LATE})
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return found

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dragon.kernels import table
 from dragon.kernels.config import LaunchConfig
-from dragon.kernels.launch import Variant
+from dragon.kernels.spec import Spec
+from dragon.vm.measuring.machine import Machine
 from dragon.vm.testing import (
     AdamOptions,
     AdamState,
@@ -20,7 +21,7 @@ from dragon.vm.testing import (
     assert_within_budget,
     sgd_errors,
 )
-from dragon.vm.tuning.scratch import Processor, Row, Tables, dtype_of
+from dragon.vm.tuning.scratch import Row, Tables, dtype_of
 
 STEPS_TAKEN = 2
 
@@ -31,21 +32,28 @@ EMA_DECAY = 0.99
 # Of the average, in eps of its largest addend: three roundings, and one of the interpreter, which truncates.
 AVERAGE_BUDGET = 4.0
 
+HYPERPARAMETERS: dict[str, dict[Any, float]] = {
+    "adam": {
+        table.LR: ADAM.lr,
+        table.BETA1: ADAM.betas[0],
+        table.BETA2: ADAM.betas[1],
+        table.EPS: ADAM.eps,
+        table.EPSILON_HAT: float(ADAM.epsilon_hat),
+        table.WEIGHT_DECAY: ADAM.weight_decay,
+        table.EMA_DECAY: EMA_DECAY,
+    },
+    "sgd": {
+        table.LR: SGD.lr,
+        table.MOMENTUM: SGD.momentum,
+        table.DAMPENING: SGD.dampening,
+        table.WEIGHT_DECAY: SGD.weight_decay,
+        table.EMA_DECAY: EMA_DECAY,
+    },
+    "accumulate": {},
+}
 
-class WrongResultError(AssertionError):
-    """A kernel wrote something else than the reference."""
 
-
-class Tensors(NamedTuple):
-    """One parameter's row in fences."""
-
-    row: Row
-    fences: tuple[Fenced, ...]
-
-
-def check_candidate(
-    variant: Variant, config: LaunchConfig, device: torch.device, processor: Processor
-) -> str | None:
+def check_candidate(spec: Spec, config: LaunchConfig, machine: Machine) -> str | None:
     """Run one step on small tensors around the borders of chunks; say what is wrong, None if nothing is.
 
     A tensor in each launch is misaligned, one is empty, and all lie between sentinels.
@@ -53,17 +61,16 @@ def check_candidate(
     chunk = config.chunk
     layout = ((chunk + 17, 0), (0, 0), (1, 0), (chunk, 0), (2 * chunk - 1, 0), (chunk + 3, 1), (16, 0))
     generator = torch.Generator().manual_seed(0)
-    fenced = [_place(variant, numel, misalign, device, generator) for numel, misalign in layout]
-    starts = [_copy(entry.row) for entry in fenced]
-    rows = [entry.row for entry in fenced]
+    placed = [_place(spec, numel, misalign, machine.device, generator) for numel, misalign in layout]
+    rows = [row for row, _ in placed]
+    starts = [_copy(row) for row in rows]
     try:
-        tables = Tables(rows, variant.algorithm, hyperparameters(variant.algorithm), STEPS_TAKEN, processor)
-        tables.launch(variant, config)()
-        ends = [_copy(entry.row) for entry in fenced]
+        Tables(rows, spec, HYPERPARAMETERS[spec.algorithm], STEPS_TAKEN, machine).launch(config)()
+        ends = [_copy(row) for row in rows]
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
             where = f"tensor {index} of {start.param.numel()} elements"
-            _judge(variant, start, end, where)
-            for fence in fenced[index].fences:
+            _judge(spec, start, end, where)
+            for fence in placed[index][1]:
                 fence.check(where)
     except AssertionError as error:
         return str(error)
@@ -73,50 +80,22 @@ def check_candidate(
     return None
 
 
-def hyperparameters(algorithm: str) -> dict[Any, float]:
-    """Columns of the hyperparameter table for the step that is checked, and for those that are timed."""
-    shared = {table.EMA_DECAY: EMA_DECAY}
-    if algorithm == "adam":
-        return shared | {
-            table.LR: ADAM.lr,
-            table.BETA1: ADAM.betas[0],
-            table.BETA2: ADAM.betas[1],
-            table.EPS: ADAM.eps,
-            table.EPSILON_HAT: float(ADAM.epsilon_hat),
-            table.WEIGHT_DECAY: ADAM.weight_decay,
-        }
-    if algorithm == "sgd":
-        return shared | {
-            table.LR: SGD.lr,
-            table.MOMENTUM: SGD.momentum,
-            table.DAMPENING: SGD.dampening,
-            table.WEIGHT_DECAY: SGD.weight_decay,
-        }
-    return shared
-
-
 def _place(
-    variant: Variant, numel: int, misalign: int, device: torch.device, generator: torch.Generator
-) -> Tensors:
+    spec: Spec, numel: int, misalign: int, device: torch.device, generator: torch.Generator
+) -> tuple[Row, list[Fenced]]:
+    """One parameter's tensors, and the fences that they lie in."""
     fences: list[Fenced] = []
 
-    def place(dtype_name: str, values: Tensor) -> Tensor:
-        fence = Fenced((numel,), dtype=dtype_of(dtype_name), device=device, misalign=misalign)
-        fence.tensor.copy_(values)
-        fences.append(fence)
-        return fence.tensor
+    def place(dtype_name: str, square: bool = False) -> Tensor:
+        values = torch.randn(numel, generator=generator, dtype=torch.float64)
+        fences.append(Fenced((numel,), dtype=dtype_of(dtype_name), device=device, misalign=misalign))
+        fences[-1].tensor.copy_(values.square() if square else values)
+        return fences[-1].tensor
 
-    def random() -> Tensor:
-        return torch.randn(numel, generator=generator, dtype=torch.float64)
-
-    param, grad = place(variant.param_dtype, random()), place(variant.grad_dtype, random())
+    param, grad = place(spec.param), place(spec.grad)
     # The first state is a mean and has a sign; the others are means of squares.
-    states = tuple(
-        place(variant.state_dtype, random() if index == 0 else random().square())
-        for index in range(variant.n_states)
-    )
-    ema = place(variant.state_dtype, random()) if variant.average else None
-    return Tensors(Row(param, grad, states, ema), tuple(fences))
+    states = tuple(place(name, square=index > 0) for index, name in enumerate(spec.states))
+    return Row(param, grad, states, place(spec.average) if spec.average else None), fences
 
 
 def _copy(row: Row) -> Row:
@@ -125,49 +104,35 @@ def _copy(row: Row) -> Row:
     return Row(param, grad, tuple(rest[: len(row.states)]), None if row.ema is None else rest[-1])
 
 
-def _judge(variant: Variant, start: Row, end: Row, where: str) -> None:
+def _judge(spec: Spec, start: Row, end: Row, where: str) -> None:
     """Hold a step against the reference.
 
     Raises:
         AssertionError: says what is wrong.
     """
-    if variant.algorithm == "adam":
-        options = AdamOptions(**{**vars(ADAM), "amsgrad": variant.n_states > 2})
-        before, after = _adam_state(start, STEPS_TAKEN), _adam_state(end, STEPS_TAKEN + 1)
+    if spec.algorithm == "adam":
+        options = AdamOptions(**{**vars(ADAM), "amsgrad": len(spec.states) > 2})
+        before, after = (
+            AdamState(row.param, float(step), *row.states, *[None] * (3 - len(row.states)))
+            for row, step in ((start, STEPS_TAKEN), (end, STEPS_TAKEN + 1))
+        )
         assert_adam_step(before, start.grad, after, options, where=where)
-    elif variant.algorithm == "sgd":
-        momentum = SGD.momentum if variant.n_states else 0.0
-        options_sgd = SGDOptions(**{**vars(SGD), "momentum": momentum})
-        errors = sgd_errors(_sgd_state(start), start.grad, _sgd_state(end), options_sgd)
-        assert_within_budget(errors, where=where)
+    elif spec.algorithm == "sgd":
+        options_sgd = SGDOptions(**{**vars(SGD), "momentum": SGD.momentum if spec.states else 0.0})
+        old, new = (SGDState(row.param, *(row.states or [None])) for row in (start, end))
+        assert_within_budget(sgd_errors(old, start.grad, new, options_sgd), where=where)
     else:
         wide = torch.float64 if start.param.dtype == torch.float64 else torch.float32
-        _expect_bits((start.param.to(wide) + start.grad.to(wide)).to(start.param.dtype), end.param, where)
-    _expect_bits(torch.zeros_like(start.grad) if variant.zero_grad else start.grad, end.grad, f"grad of {where}")
+        _expect((start.param.to(wide) + start.grad.to(wide)).to(start.param.dtype) == end.param, where)
+    _expect(end.grad == (torch.zeros_like(start.grad) if spec.zero_grad else start.grad), f"grad of {where}")
     if start.ema is not None and end.ema is not None:
-        _expect_average(start.ema, end.param, end.ema, where)
+        # start + (1 - decay) (param - start), of the parameter as it is stored.
+        old_ema, param = start.ema.double(), end.param.double()
+        unit = torch.finfo(start.ema.dtype).eps * torch.maximum(old_ema.abs(), param.abs())
+        error = (end.ema.double() - (old_ema + (1 - EMA_DECAY) * (param - old_ema))).abs()
+        _expect(error <= AVERAGE_BUDGET * unit, f"ema of {where}")
 
 
-def _adam_state(row: Row, step: int) -> AdamState:
-    exp_avg, exp_avg_sq, *largest = row.states
-    return AdamState(row.param, float(step), exp_avg, exp_avg_sq, largest[0] if largest else None)
-
-
-def _sgd_state(row: Row) -> SGDState:
-    return SGDState(row.param, row.states[0] if row.states else None)
-
-
-def _expect_bits(expected: Tensor, got: Tensor, where: str) -> None:
-    if not torch.equal(expected, got):
-        raise WrongResultError(f"{where}: {int((expected != got).sum())} elements are wrong")
-
-
-def _expect_average(start: Tensor, param: Tensor, got: Tensor, where: str) -> None:
-    """Expect start + (1 - decay) (param - start), of the parameter as it is stored."""
-    wide_start, wide_param = start.double(), param.double()
-    expected = wide_start + (1 - EMA_DECAY) * (wide_param - wide_start)
-    unit = torch.finfo(start.dtype).eps * torch.maximum(wide_start.abs(), wide_param.abs())
-    # Written as "not <=" so that a NaN is no pass.
-    n_wrong = int((~((got.double() - expected).abs() <= AVERAGE_BUDGET * unit)).sum())
-    if n_wrong:
-        raise WrongResultError(f"ema of {where}: {n_wrong} elements are wrong")
+def _expect(is_right: Tensor, where: str) -> None:
+    if not is_right.all():
+        raise AssertionError(f"{where}: {int((~is_right).sum())} elements are wrong")

@@ -1,197 +1,186 @@
-"""A tuning run: each job is compiled, pruned, searched and stored, within one budget of time."""
+"""A tuning run: each job is compiled, checked, searched and stored, within one budget of time."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
-from typing import NamedTuple, Protocol
+from statistics import median
+from typing import NamedTuple
 
 import torch
 
 from dragon.kernels.config import LaunchConfig, default_config
-from dragon.kernels.launch import Variant
-from dragon.vm.tuning._fields import RecordError
-from dragon.vm.tuning.candidates import compiled_form, distinct, refinements, shapes
-from dragon.vm.tuning.compiler import Compiler
-from dragon.vm.tuning.identity import arch_key, kernel_hash, versions
+from dragon.kernels.spec import Spec
+from dragon.vm.measuring.machine import INTERPRETER, Machine, versions
+from dragon.vm.measuring.timer import Spread, Timer
+from dragon.vm.torch.optim._backends.configs import SCHEMA, kernel_hash, spec_fields
+from dragon.vm.tuning.candidates import compile_all, describe, refinements, shapes
+from dragon.vm.tuning.check import HYPERPARAMETERS, STEPS_TAKEN, check_candidate
 from dragon.vm.tuning.jobs import Job
-from dragon.vm.tuning.machine import Machine
-from dragon.vm.tuning.ranking import Facts, limits_of, rank
-from dragon.vm.tuning.record import MEASURED, Record, Times, Trial
-from dragon.vm.tuning.search import SLOWER, WRONG, Bench, Search, SearchResult, Standing
-from dragon.vm.tuning.store import path_of, read_result, save
+from dragon.vm.tuning.scratch import Tables, allocate, nbytes_per_element
+from dragon.vm.tuning.search import Decision, Search
+from dragon.vm.tuning.store import Result, save
 
-# Of a job's time, for compiling its candidates ahead.
+# Of a job's time, for compiling its shapes ahead.
 COMPILE_SHARE = 0.15
 
-NOT_COMPILED = "not compiled in time"
+COPY_REPETITIONS = 21
+
+# Bytes: the scratch tensors are still there, and beyond this a copy twice as large takes twice as long.
+LARGEST_COPY = 2**29
 
 
-class TimedBench(Bench, Protocol):
-    """A bench that also knows what its launches move, and how fast a copy of that is."""
+class KernelBench:
+    """The bench of one job on a device.
 
-    nbytes: int
+    Args:
+        job: kernel and tensors.
+        machine: the device.
+        timer: of the device.
+        verdicts: known checks of the kernel's configurations; a check does not depend on the tensors.
+
+    Raises:
+        torch.OutOfMemoryError: if the tensors do not fit the device.
+    """
+
+    def __init__(self, job: Job, machine: Machine, timer: Timer, verdicts: dict[LaunchConfig, str | None]) -> None:
+        self._spec, self._machine, self._timer, self._verdicts = job.spec, machine, timer, verdicts
+        rows = allocate(job.spec, job.numels, machine.device)
+        self._tables = Tables(rows, job.spec, HYPERPARAMETERS[job.spec.algorithm], STEPS_TAKEN, machine)
+        self.nbytes = nbytes_per_element(job.spec) * sum(job.numels)
+
+    def check(self, config: LaunchConfig) -> str | None:
+        """Why a configuration's result is wrong; None if it is right."""
+        if config not in self._verdicts:
+            self._verdicts[config] = check_candidate(self._spec, config, self._machine)
+        return self._verdicts[config]
+
+    def time_ms(self, configs: Sequence[LaunchConfig]) -> list[float]:
+        """One time of each configuration; in place and on scratch memory, so a step is as good as any."""
+        return self._timer.device_ms([self._tables.launch(config) for config in configs])
 
     def copy_ms(self) -> float:
-        """The time of a `copy_` of as many bytes."""
-        ...
-
-
-class Listener(Protocol):
-    """Who is told how a run goes."""
-
-    def job_started(self, job: Job, index: int, n_jobs: int) -> None:
-        """A job starts."""
-        ...
-
-    def progressed(self, standing: Standing) -> None:
-        """Something was measured."""
-        ...
-
-    def job_ended(self, job: Job, record: Record | None, note: str) -> None:
-        """A job is over; without a record nothing is stored, and the note says why."""
-        ...
+        """The time of a `copy_` that reads and writes as many bytes as a launch; a very large one is scaled up."""
+        n_copied = max(min(self.nbytes // 2, LARGEST_COPY), 1)
+        source = torch.zeros(n_copied, dtype=torch.int8, device=self._machine.device)
+        target = torch.empty_like(source)
+        times = self._timer.device_ms([lambda: target.copy_(source)] * COPY_REPETITIONS)
+        return median(times) * self.nbytes / (2 * n_copied)
 
 
 class Tools(NamedTuple):
-    """What a run works with; all of it is replaced in tests.
+    """What a run works with; replaced in tests.
 
     Attributes:
-        compiler: tells facts before anything is timed.
         bench: makes the bench of a job.
+        prune: why configurations of a kernel are not worth timing, in at most so many seconds.
         clock: seconds.
     """
 
-    compiler: Compiler
-    bench: Callable[[Job], TimedBench]
-    clock: Callable[[], float]
+    bench: Callable[[Job], KernelBench]
+    prune: Callable[[Spec, Sequence[LaunchConfig], float], dict[LaunchConfig, str | None]]
+    clock: Callable[[], float] = time.monotonic
 
 
-class TuningRun:
-    """One run over some jobs.
+def tools_of(machine: Machine) -> Tools:
+    """Tools that measure on a device; nothing is compiled for triton's interpreter."""
+    timer = Timer(machine.device)
+    known: dict[Spec, dict[LaunchConfig, str | None]] = {}
+
+    def prune(spec: Spec, configs: Sequence[LaunchConfig], seconds: float) -> dict[LaunchConfig, str | None]:
+        if machine is INTERPRETER:
+            return dict.fromkeys(configs)
+        return compile_all(spec, configs, machine.arch, seconds)
+
+    return Tools(lambda job: KernelBench(job, machine, timer, known.setdefault(job.spec, {})), prune)
+
+
+def run(
+    jobs: Sequence[Job], budget: float, machine: Machine, tools: Tools, say: Callable[[str], object]
+) -> list[Result]:
+    """Run the jobs in `budget` seconds, the time that is left shared evenly among those that are left.
 
     Args:
+        jobs: what to tune; each result is stored when its job is done.
+        budget: seconds.
         machine: the device.
-        tools: what to work with.
-        listener: who is told.
-        resume: keep finished results, and go on with interrupted ones.
+        tools: of the device.
+        say: called with a line for each job.
     """
-
-    def __init__(self, machine: Machine, tools: Tools, listener: Listener, resume: bool = False) -> None:
-        self._machine, self._tools, self._listener, self._resume = machine, tools, listener, resume
-        self._limits = limits_of(machine.arch)
-        self._facts: dict[Variant, dict[LaunchConfig, Facts | str]] = {}
-
-    def run(self, jobs: Sequence[Job], budget: float) -> bool:
-        """Run the jobs in `budget` seconds, the time that is left shared evenly among those that are left.
-
-        Returns:
-            Whether the run came to its end, and was not interrupted.
-        """
-        clock = self._tools.clock
-        end = clock() + budget
-        for index, job in enumerate(jobs):
-            self._listener.job_started(job, index, len(jobs))
-            earlier = self._earlier(job) if self._resume else None
-            if earlier is not None and earlier.finished:
-                self._listener.job_ended(job, earlier, "kept from an earlier run")
-                continue
-            limit = clock() + (end - clock()) / (len(jobs) - index)
-            try:
-                record, note, finished = self._search(job, limit, earlier)
-            except KeyboardInterrupt:
-                record, note, finished = None, "interrupted before anything was measured", False
-            if record is not None:
-                save(record)
-            self._listener.job_ended(job, record, note)
-            if not finished:
-                return False
-        return True
-
-    def _earlier(self, job: Job) -> Record | None:
-        machine = self._machine
+    results, pruned = [], dict[Spec, dict[LaunchConfig, str | None]]()
+    end = tools.clock() + budget
+    for index, job in enumerate(jobs):
+        start = tools.clock()
+        limit = start + (end - start) / (len(jobs) - index)
         try:
-            return read_result(path_of(machine.arch, machine.name, job.variant, job.case.size))
-        except (RecordError, FileNotFoundError):
-            return None
-
-    def _search(self, job: Job, limit: float, earlier: Record | None) -> tuple[Record | None, str, bool]:
-        """Search one job; a record to store, a note, and whether the search came to its end."""
-        default = default_config(arch_key(self._machine.arch))
-        try:
-            bench = self._tools.bench(job)
+            bench = tools.bench(job)
         except torch.OutOfMemoryError:
-            return None, "its tensors do not fit the device", True
-        outcomes: dict[LaunchConfig, str] = {}
-
-        def viable(configs: Sequence[LaunchConfig]) -> list[LaunchConfig]:
-            return self._prune(job.variant, configs, limit, outcomes)
-
-        search = Search(bench, default, self._tools.clock, limit, self._listener.progressed, _settled_by(earlier))
-        result = search.run(
-            viable(shapes(self._machine.processor.warp_size)),
-            lambda best: viable([config for shape in best for config in refinements(shape)]),
-        )
-        result.outcomes = {**outcomes, **result.outcomes}
-        wrong = [outcome for outcome in result.outcomes.values() if outcome.startswith(WRONG)]
-        note = f"{len(wrong)} wrong candidates, the first: {wrong[0].removeprefix(WRONG)}" if wrong else ""
-        if result.config is None:
-            return None, result.reason, result.finished
-        if not result.repetitions:
-            return None, note or "the time was up before anything was measured", result.finished
-        return self._record(job, bench, result, default), note, result.finished
-
-    def _prune(
-        self,
-        variant: Variant,
-        configs: Sequence[LaunchConfig],
-        limit: float,
-        outcomes: dict[LaunchConfig, str],
-    ) -> list[LaunchConfig]:
-        """Candidates that the compiler has nothing against, best first; those it has go to `outcomes`."""
-        clock, facts = self._tools.clock, self._facts.setdefault(variant, {})
-        missing = [form for form in distinct(map(compiled_form, configs)) if form not in facts]
-        end = clock() + COMPILE_SHARE * (limit - clock())
-        if missing:
-            for config, found in self._tools.compiler.compile(variant, missing, self._machine.arch):
-                facts[config] = found
-                if clock() > end:
-                    break
-        ranked = rank(configs, facts, self._limits)
-        outcomes.update({entry.config: entry.dropped for entry in ranked if entry.dropped})
-        outcomes.update({config: NOT_COMPILED for config in configs if compiled_form(config) not in facts})
-        return [entry.config for entry in ranked if entry.dropped is None]
-
-    def _record(self, job: Job, bench: TimedBench, result: SearchResult, default: LaunchConfig) -> Record | None:
-        config, baseline = result.config, result.summary(default)
-        best = None if config is None else result.summary(config)
-        if config is None or best is None or baseline is None:
-            return None
-        # An infinite noise is JSON's problem: nothing was decided, and the reason says so.
-        noise = min(result.gain.noise, 1.0)
-        trials = [
-            Trial(candidate, outcome, result.summary(candidate)) for candidate, outcome in result.outcomes.items()
-        ]
-        return Record(
-            basis=MEASURED,
-            arch=self._machine.arch,
-            device=self._machine.name,
-            variant=job.variant,
-            size=job.case.size,
-            case=job.case.name,
-            config=config,
-            reason=result.reason,
-            kernel_hash=kernel_hash(job.variant.algorithm),
-            versions=versions(),
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            finished=result.finished,
-            times=Times(best, baseline, result.gain.gain, noise, bench.copy_ms(), bench.nbytes),
-            trials=tuple(trials),
-        )
+            say(f"{job.name}, {job.size}: its tensors do not fit the device")
+            continue
+        if job.spec not in pruned:
+            seconds = COMPILE_SHARE * (limit - start)
+            pruned[job.spec] = tools.prune(job.spec, shapes(machine.warp_size), seconds)
+        decision = _search(bench, pruned[job.spec], default_config(machine.arch), tools, limit)
+        wrong = [text for text in decision.outcomes.values() if text.startswith("wrong")]
+        if wrong:
+            say(f"{job.name}, {job.size}: {len(wrong)} configurations are wrong, the first: {wrong[0]}")
+        if decision.config is None or not decision.repetitions:
+            say(f"{job.name}, {job.size}: nothing is stored: {decision.reason}")
+            continue
+        result = _result(job, bench, decision, machine)
+        save(result)
+        results.append(result)
+        say(summary(result))
+    return results
 
 
-def _settled_by(earlier: Record | None) -> dict[LaunchConfig, str]:
-    """Candidates that an interrupted search had already lost: a time next to the default's stays a comparison."""
-    if earlier is None:
-        return {}
-    return {trial.config: trial.outcome for trial in earlier.trials if trial.outcome.startswith((SLOWER, WRONG))}
+def _search(
+    bench: KernelBench, pruned: dict[LaunchConfig, str | None], default: LaunchConfig, tools: Tools, limit: float
+) -> Decision:
+    search = Search(bench, default, tools.clock, limit)
+    decision = search.run(
+        [config for config, reason in pruned.items() if reason is None],
+        lambda best: [config for shape in best for config in refinements(shape)],
+    )
+    decision.outcomes.update({config: reason for config, reason in pruned.items() if reason is not None})
+    return decision
+
+
+def _result(job: Job, bench: KernelBench, decision: Decision, machine: Machine) -> Result:
+    """What is stored: the decision, what it is of, and what it rests on."""
+    default = default_config(machine.arch)
+    assert decision.config is not None
+    trials = [
+        {"config": asdict(config), "outcome": outcome, "median_ms": median(times) if times else None}
+        for config, outcome in decision.outcomes.items()
+        for times in [decision.times(config)]
+    ]
+    return {
+        "schema": SCHEMA,
+        "kernel": job.name,
+        "spec": spec_fields(job.spec),
+        "size": job.size,
+        "arch": machine.arch,
+        "device": machine.name,
+        "config": asdict(decision.config),
+        "reason": decision.reason,
+        "kernel_hash": kernel_hash(),
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "best_ms": Spread.of(decision.times(decision.config))._asdict(),
+        "default_ms": Spread.of(decision.times(default))._asdict(),
+        "copy_ms": bench.copy_ms(),
+        "nbytes": bench.nbytes,
+        "trials": trials,
+    }
+
+
+def summary(result: Result) -> str:
+    """A result in a line."""
+    best, default = result["best_ms"]["median"], result["default_ms"]["median"]
+    return (
+        f"{result['kernel']}, {result['size']}: {describe(LaunchConfig(**result['config']))}: {best:.4f} ms, "
+        f"default {default:.4f} ms, {result['copy_ms'] / best:.0%} of copy_: {result['reason']}"
+    )

@@ -1,13 +1,15 @@
 """The check before the timing lets right optimizers through, and finds planted defects."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from benchmarks.cases import BF16, FP32, Case, Precision
+from benchmarks.cases import FP32, MIXED, PRECISIONS, Case, Precision
 from benchmarks.checks import Expected, check, samples
 from benchmarks.contenders import CONTENDERS, Step, foreign
-from benchmarks.shapes import equal
-from benchmarks.workload import LR, Workload, make_origin
+from benchmarks.workload import DECAY, LR, Workload, make_origin
+from dragon.vm.measuring.shapes import equal
 
 CPU = torch.device("cpu")
 PLAIN = Case("plain", ((3, 5), (1,), (1000,)), n_groups=2)
@@ -35,12 +37,27 @@ def stale_last_element(workload: Workload) -> Step:
 
 
 def wrong_learning_rate(workload: Workload) -> Step:
-    groups = [{**group, "lr": 1.01 * group["lr"]} for group in workload.groups]
-    return torch.optim.Adam(groups, fused=True).step
+    return scheduled([{**group, "lr": 1.01 * group["lr"]} for group in workload.groups])
 
 
 def one_learning_rate(workload: Workload) -> Step:
-    return torch.optim.Adam(workload.params, lr=LR, fused=True).step
+    return scheduled([{"params": workload.params, "lr": LR}])
+
+
+def no_schedule(workload: Workload) -> Step:
+    return torch.optim.Adam(workload.groups, fused=True).step
+
+
+def scheduled(groups: list[dict[str, Any]]) -> Step:
+    """A step that changes learning rates by itself, as the workload would."""
+    optimizer = torch.optim.Adam(groups, fused=True)
+
+    def step() -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= DECAY
+        optimizer.step()
+
+    return step
 
 
 def unclipped(workload: Workload) -> Step:
@@ -52,12 +69,12 @@ def unclipped(workload: Workload) -> Step:
 @pytest.mark.parametrize(
     "case", [PLAIN, CHAIN, Case("amsgrad", equal(3, 100), amsgrad=True)], ids=lambda case: case.name
 )
-@pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda precision: precision.name)
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=lambda precision: precision.name)
 def test_torch_itself_passes(case: Case, precision: Precision) -> None:
     assert error_of(case, precision, FUSED.build) <= FUSED.tolerance_for(precision)
 
 
-@pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda precision: precision.name)
+@pytest.mark.parametrize("precision", [FP32, MIXED], ids=lambda precision: precision.name)
 def test_our_backends_pass_with_the_chain_and_without(precision: Precision) -> None:
     for case in (PLAIN, CHAIN):
         ours = CONTENDERS["ours eager"]
@@ -70,12 +87,22 @@ def test_our_backends_pass_with_the_chain_and_without(precision: Precision) -> N
         (PLAIN, stale_last_element),
         (PLAIN, wrong_learning_rate),
         (PLAIN, one_learning_rate),
+        (PLAIN, no_schedule),
         (PLAIN, lambda workload: lambda: None),
         (PLAIN, foreign(torch.optim.AdamW, fused=True, weight_decay=10.0)),
         (CHAIN, unclipped),
         (CHAIN, lambda workload: torch.optim.Adam(workload.groups, eps=workload.origin.eps).step),
     ],
-    ids=["last element", "learning rate", "one group", "nothing", "weight decay", "not clipped", "not scaled"],
+    ids=[
+        "last element",
+        "learning rate",
+        "one group",
+        "no schedule",
+        "nothing",
+        "weight decay",
+        "not clipped",
+        "not scaled",
+    ],
 )
 def test_a_planted_defect_is_found(case: Case, build) -> None:
     assert not error_of(case, FP32, build) <= 2 * FUSED.tolerance
@@ -84,7 +111,7 @@ def test_a_planted_defect_is_found(case: Case, build) -> None:
 def test_nan_is_no_success() -> None:
     def poisoned(workload: Workload) -> Step:
         step = FUSED.build(workload)
-        workload.params[0].grad.fill_(float("nan"))
+        workload.origin.grads[0].fill_(float("nan"))
         return step
 
     assert not error_of(PLAIN, FP32, poisoned) <= 1e9

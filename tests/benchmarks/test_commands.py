@@ -1,39 +1,57 @@
 """The commands, as a user gives them."""
 
 import json
-import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import runner, sanitize
+from benchmarks import host, runner
 from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS
 
-SCRIPT = Path(benchmarks.__file__).parent / "gpu.sh"
 QUICK = ["--rounds", "2", "--turns", "0.05", "--device", "cpu"]
 
 
 def test_a_run_writes_a_line_a_contender_and_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "made" / "lines.jsonl"
-    arguments = ["--case", "10 x 16", "--note", "a test", "--out", str(out), *QUICK]
-    assert benchmarks.main(arguments) == 0
+    arguments = ["--case", "10 x 16", "--dtype", "fp32", "--contender", "ours native", "--note", "a test"]
+    assert benchmarks.main([*arguments, "--out", str(out), *QUICK]) == 0
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert {line["contender"] for line in lines} == {
-        "copy_",
-        "torch fused-host",
-        "ours triton-host",
-        "bound addresses",
-    }
+    assert {line["contender"] for line in lines} == {"copy_", "torch fused", "ours native"}
     for line in lines:
         assert line["note"] == "a test"
         assert set(line["environment"]) >= {"device", "driver", "n_threads", "versions", "commit", "date"}
         assert "torch" in line["environment"]["versions"]
-    printed = capsys.readouterr().out
-    assert "ours triton-host" in printed
+    assert "ours native" in capsys.readouterr().out
     assert benchmarks.main(["report", "--results", str(out), "--page", str(tmp_path / "page.md")]) == 0
     assert "**a test**" in (tmp_path / "page.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_host_work_is_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(host, "N_TENSORS", (2, 3))
+    out = tmp_path / "lines.jsonl"
+    assert benchmarks.main(["host", "--rounds", "2", "--out", str(out)]) == 0
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert {line["case"] for line in lines} == {"host, 2 x 16", "host, 3 x 16"}
+    assert {line["contender"] for line in lines} == set(host.CONTENDERS)
+    assert "host work" in capsys.readouterr().out
+
+
+def test_a_run_in_which_one_of_ours_fails_says_so_by_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(workload: object) -> None:
+        raise ModuleNotFoundError("No module named 'platformdirs'")
+
+    monkeypatch.setitem(CONTENDERS, "ours native", replace(CONTENDERS["ours native"], build=fail))
+    arguments = ["--case", "10 x 16", "--contender", "ours native", "--dtype", "fp32"]
+    assert benchmarks.main([*arguments, "--out", str(tmp_path / "lines.jsonl"), *QUICK]) == 1
+    assert "failed: 10 x 16, ours native: ModuleNotFoundError: No module named" in capsys.readouterr().out
 
 
 def test_a_run_out_of_time_says_what_it_left_out(tmp_path: Path) -> None:
@@ -52,10 +70,27 @@ def test_a_case_that_fails_does_not_take_the_others_with_it(
 
     monkeypatch.setattr(runner, "make_origin", fail_once)
     out = tmp_path / "lines.jsonl"
-    assert benchmarks.main(["--case", "10 x 16", "--case", "100 x 16", "--out", str(out), *QUICK]) == 0
+    assert (
+        benchmarks.main(
+            [
+                "--case",
+                "10 x 16",
+                "--case",
+                "1000 x 1",
+                "--dtype",
+                "fp32",
+                "--contender",
+                "ours native",
+                "--out",
+                str(out),
+                *QUICK,
+            ]
+        )
+        == 1
+    )
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert {line["reason"] for line in lines if line["case"] == "10 x 16"} == {"RuntimeError in this case"}
-    assert {line["status"] for line in lines if line["case"] == "100 x 16"} == {"timed"}
+    assert {line["reason"] for line in lines if line["case"] == "1000 x 1"} == {"RuntimeError in this case"}
+    assert {line["status"] for line in lines if line["case"] == "10 x 16"} == {"timed"}
 
 
 @pytest.mark.parametrize("arguments", [["--case", "nothing"], ["--contender", "nobody"]])
@@ -72,23 +107,3 @@ def test_the_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmarks.main(["list"]) == 0
     printed = capsys.readouterr().out.split("\n  ")
     assert {name.partition("\n")[0] for name in printed} >= {*CASES, *CONTENDERS}
-
-
-def test_the_kernels_that_are_sanitized_do_what_the_eager_backend_does(
-    interpreted: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert sanitize.main(["--dry", "--variant", "momentum"]) == 0
-    assert capsys.readouterr().out.count(" as eager") == 2
-
-
-def test_a_kernel_that_does_something_else_is_reported(
-    interpreted: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sanitize, "difference", lambda *arguments: 0.5)
-    assert sanitize.main(["--dry", "--variant", "SGD fp32"]) == 1
-    assert "NOT as eager" in capsys.readouterr().out
-
-
-def test_the_script_for_gpus_is_executable_bash() -> None:
-    assert SCRIPT.stat().st_mode & 0o111
-    subprocess.run(["bash", "-n", SCRIPT], check=True)

@@ -1,10 +1,10 @@
-"""Contenders start from equal tensors of their own."""
+"""Contenders start from equal tensors of their own, and every step meets new gradients and learning rates."""
 
 import torch
 
 from benchmarks.cases import BF16, FP32, Case
-from benchmarks.shapes import equal
-from benchmarks.workload import Workload, make_origin
+from benchmarks.workload import Workload, lr_of, make_origin
+from dragon.vm.measuring.shapes import equal
 
 CPU = torch.device("cpu")
 
@@ -37,20 +37,23 @@ def test_every_parameter_is_in_one_group_and_each_group_has_its_learning_rate() 
     assert len({group["lr"] for group in workload.groups}) == 3
 
 
-def test_a_chain_meets_whole_gradients_at_each_step() -> None:
+def test_each_step_meets_whole_gradients_at_new_addresses() -> None:
     workload = Workload(make_origin(Case("", equal(3, 10), chain=True), FP32, CPU))
-    before = addresses(workload)
-    workload.params[0].grad.zero_()
-    workload.before_step()
-    assert torch.equal(workload.params[0].grad, workload.origin.grads[0])
-    assert addresses(workload) == before
+    for _ in range(3):
+        before = [param.grad.data_ptr() for param in workload.params]
+        workload.params[0].grad.zero_()
+        workload.before_step()
+        assert torch.equal(workload.params[0].grad, workload.origin.grads[0])
+        assert all(param.grad.data_ptr() != old for param, old in zip(workload.params, before, strict=True))
 
 
-def test_new_gradients_have_other_addresses_and_the_same_values() -> None:
-    workload = Workload(make_origin(Case("", equal(3, 10), new_grads=True), FP32, CPU))
-    before = [param.grad.data_ptr() for param in workload.params]
-    workload.before_step()
-    assert not set(before) & {param.grad.data_ptr() for param in workload.params}
-    assert torch.equal(workload.params[0].grad, workload.origin.grads[0])
-    workload.before_step()
-    assert before == [param.grad.data_ptr() for param in workload.params]
+def test_each_step_meets_a_new_learning_rate_in_each_group() -> None:
+    workload = Workload(make_origin(Case("", equal(4, 2), n_groups=2), FP32, CPU))
+    optimizer = torch.optim.Adam([{**group, "lr": torch.tensor(group["lr"])} for group in workload.groups[:1]])
+    optimizer.add_param_group(workload.groups[1])
+    workload.schedule(optimizer)
+    for n_steps in range(1, 4):
+        workload.before_step()
+        tensor, number = (group["lr"] for group in optimizer.param_groups)
+        assert torch.equal(tensor, torch.tensor(lr_of(0, 2, n_steps)))
+        assert number == lr_of(1, 2, n_steps) != lr_of(1, 2, n_steps - 1)

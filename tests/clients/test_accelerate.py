@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,3 +62,29 @@ def test_an_accelerator_saves_and_resumes_ours(tmp_path: Path) -> None:
     resumed = Run(ours, "no")
     resumed.accelerator.load_state(str(tmp_path))
     assert resumed.train(data[STEPS // 2 :]).losses == full.losses[STEPS // 2 :]
+
+
+SCRIPT = """
+import torch
+from accelerate import Accelerator
+
+optimizer = Accelerator().prepare(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
+optimizer.step()
+print(type(optimizer.optimizer).__module__)
+"""
+
+
+def test_its_launcher_runs_an_unmodified_script_with_ours(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    done = subprocess.run(
+        [*launcher, "--module", "dragon.vm.run", "train.py"],
+        cwd=tmp_path,
+        env={**os.environ, "ACCELERATE_LOG_LEVEL": "error", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "dragon.vm.torch.optim.adam\n"
+    assert "torch.optim.AdamW: 2 parameters in 1 tensors, 1 steps" in done.stderr

@@ -12,11 +12,11 @@ STEPS = 24
 
 
 def ours(params: Any, **options: Any) -> torch.optim.Optimizer:
-    return AdamW(params, epsilon_hat=False, **OPTIONS, **options)
+    return AdamW(params, **OPTIONS, **options)
 
 
-def theirs(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, **OPTIONS)
+def theirs(params: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, **OPTIONS, **options)
 
 
 def model() -> torch.nn.Module:

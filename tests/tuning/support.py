@@ -1,30 +1,23 @@
-"""A machine to tune on that is not there: its clock, its compiler, and kernels with planted times."""
+"""A machine to tune on that is not there: its clock, and kernels with planted times."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-
-import torch
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from dragon.kernels.config import LaunchConfig
-from dragon.kernels.launch import Variant
-from dragon.vm.tuning.identity import kernel_hash
+from dragon.kernels.spec import Spec
+from dragon.vm.measuring.machine import INTERPRETER
+from dragon.vm.torch.optim._backends.configs import SCHEMA, kernel_hash, spec_fields
 from dragon.vm.tuning.jobs import Job
-from dragon.vm.tuning.machine import Machine
-from dragon.vm.tuning.ranking import Facts
-from dragon.vm.tuning.record import MEASURED, Record, Summary, Times, Trial
-from dragon.vm.tuning.scratch import Processor
-from dragon.vm.tuning.search import Standing
-from dragon.vm.tuning.sizes import Case
+from dragon.vm.tuning.run import Tools
 
 DEFAULT = LaunchConfig()
-VARIANT = Variant("adam", 2, "float32", "float32", "float32")
-MACHINE = Machine(torch.device("cpu"), "Planted GPU", "sm_90", Processor())
-JOB = Job("adam fp32", VARIANT, Case("tiny", "small", (100, 33)))
-
-GOOD = Facts(64, 0, 0, True, 128, 30.0)
+SPEC = Spec("adam", "float32", "float32", ("float32", "float32"))
+MACHINE = INTERPRETER._replace(name="Planted GPU", arch="sm_90")
+JOB = Job("adam fp32", SPEC, "small", (100, 33))
 
 
 @dataclass
@@ -84,62 +77,37 @@ class PlantedBench:
         return 0.5
 
 
-@dataclass
-class PlantedCompiler:
-    """A compiler that makes the same of everything, but where a test says otherwise."""
+def planted_tools(
+    bench: Callable[[Job], Any], clock: Clock | None = None, pruned: dict[LaunchConfig, str] | None = None
+) -> Tools:
+    """Tools with a bench and a clock of the test's own; the compiler is against what is in `pruned`."""
+    verdicts = pruned or {}
 
-    facts: dict[LaunchConfig, Facts | str] = field(default_factory=dict)
-    clock: Clock = field(default_factory=Clock)
-    seconds: float = 0.0
+    def prune(spec: Spec, configs: Sequence[LaunchConfig], seconds: float) -> dict[LaunchConfig, str | None]:
+        return {config: verdicts.get(config) for config in configs}
 
-    def __post_init__(self) -> None:
-        self.compiled: list[LaunchConfig] = []
-
-    def compile(
-        self, variant: Variant, configs: Sequence[LaunchConfig], arch: str
-    ) -> Iterator[tuple[LaunchConfig, Facts | str]]:
-        for config in configs:
-            self.clock.now += self.seconds
-            self.compiled.append(config)
-            yield config, self.facts.get(config, GOOD)
+    return Tools(bench, prune, clock or Clock())
 
 
-class Diary:
-    """A listener that writes everything down."""
-
-    def __init__(self) -> None:
-        self.ended: list[tuple[Job, Record | None, str]] = []
-        self.standings: list[Standing] = []
-
-    def job_started(self, job: Job, index: int, n_jobs: int) -> None:
-        assert 0 <= index < n_jobs
-
-    def progressed(self, standing: Standing) -> None:
-        self.standings.append(standing)
-
-    def job_ended(self, job: Job, record: Record | None, note: str) -> None:
-        self.ended.append((job, record, note))
-
-
-def summary(ms: float = 1.0) -> Summary:
-    return Summary(ms, 0.9 * ms, 1.1 * ms, 41)
-
-
-def record(config: LaunchConfig = DEFAULT, **changes: object) -> Record:
-    """A measured result of today's kernels."""
-    fields: dict[str, object] = {
-        "basis": MEASURED,
+def result(config: LaunchConfig = DEFAULT, **changes: Any) -> dict[str, Any]:
+    """A result of today's kernels, as it is stored."""
+    times = {"median": 1.0, "p20": 0.9, "p80": 1.1, "n": 41}
+    return {
+        "schema": SCHEMA,
+        "kernel": "adam fp32",
+        "spec": spec_fields(SPEC),
+        "size": "small",
         "arch": "sm_90",
         "device": "Planted GPU",
-        "variant": VARIANT,
-        "size": "small",
-        "case": "small",
-        "config": config,
+        "config": asdict(config),
         "reason": "+10.0% against the default, noise 1.0%, 41 pairs",
-        "kernel_hash": kernel_hash("adam"),
-        "versions": {"torch": "2.13.0", "triton": "3.7.1"},
+        "kernel_hash": kernel_hash(),
+        "versions": {"torch": "2.13.0"},
         "date": "2026-01-01T00:00:00+00:00",
-        "times": Times(summary(0.9), summary(1.0), 0.1, 0.01, 0.8, 2**20),
-        "trials": (Trial(config, "winner", summary(0.9)), Trial(LaunchConfig(chunk=8192), "spills")),
+        "best_ms": times,
+        "default_ms": times,
+        "copy_ms": 0.8,
+        "nbytes": 2**20,
+        "trials": [],
+        **changes,
     }
-    return Record(**{**fields, **changes})

@@ -1,6 +1,7 @@
 """A configuration is timed only if one step of it agrees with the reference; planted defects do not pass."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,18 +10,23 @@ import torch
 
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.inspect import UPDATES
-from dragon.kernels.launch import Variant
+from dragon.kernels.spec import Spec
+from dragon.vm.measuring.machine import INTERPRETER, Machine
 from dragon.vm.tuning import scratch
 from dragon.vm.tuning.check import check_candidate
-from dragon.vm.tuning.scratch import Processor, allocate, nbytes_per_element
+from dragon.vm.tuning.scratch import allocate, chunk_pairs, nbytes_per_element
 
 SMALL = LaunchConfig(chunk=128)
-PROCESSOR = Processor(n_processors=2)
+
+
+@pytest.fixture
+def machine(device: torch.device) -> Machine:
+    return INTERPRETER._replace(device=device)
 
 
 @pytest.mark.parametrize("name", UPDATES)
-def test_every_kernel_variant_passes(name: str, device: torch.device) -> None:
-    assert check_candidate(UPDATES[name], SMALL, device, PROCESSOR) is None
+def test_every_kernel_variant_passes(name: str, machine: Machine) -> None:
+    assert check_candidate(UPDATES[name], SMALL, machine) is None
 
 
 @pytest.mark.parametrize(
@@ -32,32 +38,32 @@ def test_every_kernel_variant_passes(name: str, device: torch.device) -> None:
         LaunchConfig(chunk=256, n_stages=2, programs_per_processor=1),
     ],
 )
-def test_every_kind_of_configuration_passes(config: LaunchConfig, device: torch.device) -> None:
-    assert check_candidate(UPDATES["adam fp32"], config, device, PROCESSOR) is None
+def test_every_kind_of_configuration_passes(config: LaunchConfig, machine: Machine) -> None:
+    assert check_candidate(UPDATES["adam fp32"], config, machine) is None
 
 
-def other_variant(variant: Variant, config: LaunchConfig) -> tuple[Variant, LaunchConfig]:
-    return variant._replace(zero_grad=True), config
+def zeroed_gradient(spec: Spec, config: LaunchConfig) -> tuple[Spec, LaunchConfig]:
+    return replace(spec, zero_grad=True), config
 
 
-def shorter_chunk(variant: Variant, config: LaunchConfig) -> tuple[Variant, LaunchConfig]:
+def shorter_chunk(spec: Spec, config: LaunchConfig) -> tuple[Spec, LaunchConfig]:
     """Half of each chunk is left as it was."""
-    return variant, LaunchConfig(chunk=config.chunk // 2, n_warps=1)
+    return spec, LaunchConfig(chunk=config.chunk // 2, n_warps=1)
 
 
-def longer_chunk(variant: Variant, config: LaunchConfig) -> tuple[Variant, LaunchConfig]:
+def longer_chunk(spec: Spec, config: LaunchConfig) -> tuple[Spec, LaunchConfig]:
     """Chunks overlap: elements are updated twice."""
-    return variant, LaunchConfig(chunk=config.chunk * 2)
+    return spec, LaunchConfig(chunk=config.chunk * 2)
 
 
-def lost_average(variant: Variant, config: LaunchConfig) -> tuple[Variant, LaunchConfig]:
-    return variant._replace(average=False), config
+def lost_average(spec: Spec, config: LaunchConfig) -> tuple[Spec, LaunchConfig]:
+    return replace(spec, average=None), config
 
 
 @pytest.mark.parametrize(
     ("defect", "name", "said"),
     [
-        (other_variant, "adam fp32", "grad of tensor 0"),
+        (zeroed_gradient, "adam fp32", "grad of tensor 0"),
         (shorter_chunk, "adam fp32", "out of budget"),
         (longer_chunk, "sgd fp32 momentum", "out of budget"),
         (shorter_chunk, "accumulate fp32", "elements are wrong"),
@@ -65,23 +71,23 @@ def lost_average(variant: Variant, config: LaunchConfig) -> tuple[Variant, Launc
     ],
 )
 def test_a_planted_defect_is_reported(
-    defect: Callable[..., Any], name: str, said: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    defect: Callable[..., Any], name: str, said: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = scratch.launch_update
     monkeypatch.setattr(
-        scratch, "launch_update", lambda variant, config, *rest: original(*defect(variant, config), *rest)
+        scratch, "launch_update", lambda spec, config, *rest: original(*defect(spec, config), *rest)
     )
-    reason = check_candidate(UPDATES[name], SMALL, device, PROCESSOR)
+    reason = check_candidate(UPDATES[name], SMALL, machine)
     assert reason is not None
     assert said in reason
 
 
-def test_a_launch_that_fails_is_reported(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_fails_is_reported(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("out of resource: registers\nmore lines")
 
     monkeypatch.setattr(scratch, "launch_update", fail)
-    reason = check_candidate(UPDATES["adam fp32"], SMALL, device, PROCESSOR)
+    reason = check_candidate(UPDATES["adam fp32"], SMALL, machine)
     assert reason == "RuntimeError: out of resource: registers"
 
 
@@ -109,3 +115,10 @@ def test_scratch_tensors_are_aligned_and_apart(device: torch.device) -> None:
     assert all(tensor.data_ptr() % scratch.ALIGNMENT_NBYTES == 0 for tensor in tensors)
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+@pytest.mark.parametrize("numels", [(1,), (5, 0, 4, 13), (0,), (4, 4)])
+def test_every_element_is_in_exactly_one_chunk(numels: tuple[int, ...]) -> None:
+    first, *pairs = chunk_pairs(numels, 4).tolist()
+    assert first == [len(pairs), 0]
+    assert pairs == [[row, i] for row, numel in enumerate(numels) for i in range(-(-numel // 4))]

@@ -1,66 +1,61 @@
-"""The store is readable at every moment, loses nothing to a neighbour, and names each file that it ignores."""
+"""Stored results are readable at every moment; a file that cannot be used is named and ignored."""
 
-import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dragon.kernels.config import LaunchConfig
+from dragon.kernels.config import LaunchConfig, default_config
+from dragon.vm.torch.optim._backends import configs
 from dragon.vm.tuning import store
-from dragon.vm.tuning._fields import RecordError
-from dragon.vm.tuning.record import ESTIMATED, Record
-from dragon.vm.tuning.sizes import SIZE_CLASSES
 
-from .support import VARIANT, record
+from .support import DEFAULT, SPEC, result
 
 OLD, NEW = LaunchConfig(chunk=2048), LaunchConfig(chunk=4096)
 
-# A process that stores a result, and is killed before the n-th call to the operating system that the store makes.
+# A process that stores a result, and is killed before the n-th of the calls by which a file is written.
 KILLED_WRITER = """
 import json, os, signal, sys
+from pathlib import Path
 from dragon.vm.tuning import store
-from dragon.vm.tuning.record import parse_record
 
-class CountedOs:
-    n_calls = 0
-    def __getattr__(self, name):
-        value = getattr(os, name)
-        if not callable(value) or name == "fspath":
-            return value
-        def call(*arguments, **options):
-            CountedOs.n_calls += 1
-            if CountedOs.n_calls == {point}:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return value(*arguments, **options)
-        return call
+n_calls = 0
+def counted(function):
+    def call(*arguments, **options):
+        global n_calls
+        n_calls += 1
+        if n_calls == {point}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
 
-record = parse_record(json.load(sys.stdin))
-store.path_of(record.arch, record.device, record.variant, record.size)
-store.os = CountedOs()
-store.os.environ = os.environ
-store.save(record)
-print(CountedOs.n_calls)
+result = json.load(sys.stdin)
+os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+Path.mkdir, Path.open = counted(Path.mkdir), counted(Path.open)
+store.save(result)
+print(n_calls)
 """
 
 SAVES = """
-import dataclasses, json, sys
+import json, sys
 from dragon.vm.tuning import store
-from dragon.vm.tuning.record import parse_record
 
-record = parse_record(json.load(sys.stdin))
-for number in range({count}):
-    store.save(dataclasses.replace(record, size=f"{name}-{{number}}"))
-    store.save(dataclasses.replace(record, size="shared"))
+result = json.load(sys.stdin)
+for number in range(6):
+    store.save(dict(result, size=f"{name}-{{number}}"))
+    store.save(dict(result, size="shared"))
 """
 
 
-def start(code: str, stored: Record) -> subprocess.Popen[str]:
+def start(code: str, data: dict[str, Any]) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
@@ -69,90 +64,91 @@ def start(code: str, stored: Record) -> subprocess.Popen[str]:
         text=True,
     )
     assert process.stdin is not None
-    process.stdin.write(json.dumps(stored.as_json()))
+    process.stdin.write(json.dumps(data))
     process.stdin.close()
     process.stdin = None
     return process
 
 
-def stored_config() -> LaunchConfig:
-    found = store.find_result("sm_90", "Planted GPU", VARIANT, "small")
-    assert found is not None
-    return found[1].config
+def config_of(device: str = "Planted GPU", arch: str = "90", numel: int = 100) -> LaunchConfig:
+    configs.forget()
+    return configs.config_for(SPEC, arch, device, [numel])
 
 
-def test_a_stored_result_is_found_again() -> None:
-    written = record(NEW)
-    path = store.save(written)
-    assert store.find_result("sm_90", "Planted GPU", VARIANT, "small") == (path, written)
-    assert store.scan() == ([(path, written)], [])
+def test_without_a_result_the_default_of_the_architecture_is_in_force() -> None:
+    assert config_of() == DEFAULT
+    assert config_of(arch="gfx942") == default_config("gfx942") != DEFAULT
 
 
-def test_a_later_result_takes_the_place_of_the_earlier() -> None:
-    assert store.save(record(OLD)) == store.save(record(NEW))
-    assert stored_config() == NEW
-    assert len(store.scan()[0]) == 1
+def test_a_stored_result_is_in_force_for_its_kernel_device_and_size() -> None:
+    path = store.save(result(NEW))
+    assert config_of() == NEW
+    assert list(store.scan()) == [(path, result(NEW))]
+    assert config_of(device="Another GPU") == config_of(arch="80") == config_of(numel=2**27) == DEFAULT
+    assert store.save(result(OLD)) == path
+    assert config_of() == OLD
 
 
-def test_a_kill_between_any_two_writes_leaves_a_readable_store(tuning_folder: Path) -> None:
-    store.save(record(OLD))
-    process = start(KILLED_WRITER.format(point=0), record(OLD))
-    n_calls = int(process.communicate()[0])
-    assert n_calls >= 5, "the store writes in fewer steps than this test believes"
-    seen = []
+def test_files_are_read_once_for_each_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    configs.forget()
+    monkeypatch.setattr(configs, "read_json", lambda path: (reads.append(path), result())[1])
+    for _ in range(3):
+        configs.config_for(SPEC, "90", "Planted GPU", [100])
+    assert len(reads) == 1
+
+
+def test_a_kill_between_any_two_writes_leaves_a_readable_result_and_no_parts(tuning_folder: Path) -> None:
+    store.save(result(OLD))
+    n_calls = int(start(KILLED_WRITER.format(point=0), result(OLD)).communicate()[0])
+    assert n_calls >= 4, "a result is written in fewer steps than this test believes"
     for point in range(1, n_calls + 1):
-        process = start(KILLED_WRITER.format(point=point), record(NEW))
+        process = start(KILLED_WRITER.format(point=point), result(NEW))
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        seen.append(stored_config())
-        assert store.scan()[1] == []
-    assert set(seen) == {OLD, NEW}
-    assert seen == sorted(seen, key=lambda config: config.chunk), "a result came and went"
+        assert config_of() == OLD
+    parts = list(tuning_folder.rglob("*.part"))
+    assert parts
+    for part in parts:
+        os.utime(part, (0, time.time() - 2 * store.STALE_SECONDS))
+    fresh = parts[0].with_name(".fresh.part")
+    fresh.touch()
+    store.save(result(NEW))
+    assert config_of() == NEW
+    assert list(tuning_folder.rglob("*.part")) == [fresh]
 
 
 def test_processes_at_once_lose_no_result() -> None:
-    processes = [start(SAVES.format(count=20, name=name), record(NEW)) for name in ("left", "right")]
+    processes = [start(SAVES.format(name=name), result(NEW)) for name in ("left", "right")]
     for process in processes:
         assert process.communicate()[1] == ""
         assert process.returncode == 0
-    results, ignored = store.scan()
-    sizes = {found.size for _, found in results}
-    assert sizes == {f"{name}-{number}" for name in ("left", "right") for number in range(20)} | {"shared"}
-    assert ignored == []
+    sizes = {found["size"] for _, found in store.scan() if isinstance(found, dict)}
+    assert sizes == {f"{name}-{number}" for name in ("left", "right") for number in range(6)} | {"shared"}
 
 
 def test_an_unwritable_folder_is_an_error_and_leaves_nothing_behind(
     tuning_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.save(record(OLD))
+    store.save(result(OLD))
 
     def refuse(*arguments: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError, match="no space"):
-        store.save(record(NEW))
-    monkeypatch.undo()
-    os.environ[store.FOLDER_VARIABLE] = str(tuning_folder)
-    assert stored_config() == OLD
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match="no space"):
+            store.save(result(NEW))
+    assert config_of() == OLD
     assert [path.suffix for path in tuning_folder.rglob("*") if path.is_file()] == [".json"]
-    del os.environ[store.FOLDER_VARIABLE]
-
-
-def broken_json(path: Path) -> None:
-    path.write_text(path.read_text()[:-50])
-
-
-def binary(path: Path) -> None:
-    path.write_bytes(b"\x80\x04\x95cos\nsystem\n" + bytes(range(256)))
-
-
-def empty(path: Path) -> None:
-    path.write_text("")
 
 
 def edited(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edited_config(**changes: object) -> Any:
+    return lambda path: edited(path, config=asdict(NEW) | changes)
 
 
 def unreadable(path: Path) -> None:
@@ -160,85 +156,102 @@ def unreadable(path: Path) -> None:
     path.mkdir()
 
 
-def huge(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.truncate(store.LARGEST_NBYTES + 1)
-
-
 BREAKS = {
-    "cut off": (broken_json, "not JSON"),
-    "binary": (binary, "unreadable"),
-    "empty": (empty, "not JSON"),
-    "a folder": (unreadable, "unreadable"),
-    "huge": (huge, "larger than"),
-    "of another schema": (lambda path: edited(path, schema=2), "schema version 2"),
+    "cut off": (lambda path: path.write_text(path.read_text()[:-50]), "delimiter|Expecting|Unterminated"),
+    "binary": (lambda path: path.write_bytes(b"\x80\x04\x95cos\nsystem\n" + bytes(range(256))), "decode"),
+    "empty": (lambda path: path.write_text(""), "Expecting value"),
+    "a folder": (unreadable, "directory"),
+    "nested": (lambda path: path.write_text("[" * 100_000), "not JSON"),
+    "a list": (lambda path: path.write_text("[]"), "schema"),
+    "of another schema": (lambda path: edited(path, schema=1), "its schema is 1"),
     "stale": (lambda path: edited(path, kernel_hash="0" * 64), "stale"),
     "of another device": (lambda path: edited(path, device="Another GPU"), "foreign"),
     "of another architecture": (lambda path: edited(path, arch="sm_80"), "foreign"),
-    "edited by hand": (lambda path: edited(path, config={"chunk": 1000}), "config.n_warps is missing"),
-    "a list": (lambda path: path.write_text("[]"), "no JSON object"),
+    "of another kernel": (lambda path: edited(path, spec=result()["spec"] | {"zero_grad": True}), "foreign"),
+    "without a device": (lambda path: edited(path, device=None), "incomplete"),
+    "with a strange spec": (lambda path: edited(path, spec=3), "incomplete"),
+    "with an unknown field": (edited_config(blocks=3), "incomplete"),
+    "with an odd chunk": (edited_config(chunk=1000), "launched with"),
+    "with a chunk smaller than its threads": (edited_config(chunk=128, n_warps=8), "launched with"),
+    "with a text for a number": (edited_config(n_stages="2"), "launched with"),
+    "with true for a number": (edited_config(programs_per_processor=True), "launched with"),
+    "with code for a hint": (edited_config(eviction="exit()"), "launched with"),
+    "with a list for a hint": (edited_config(eviction=[]), "launched with"),
 }
 
 
 @pytest.mark.parametrize("kind", BREAKS)
 def test_a_broken_file_is_ignored_with_one_warning_that_names_it(kind: str) -> None:
-    path = store.save(record(NEW))
+    path = store.save(result(NEW))
     spoil, reason = BREAKS[kind]
     spoil(path)
-    with pytest.warns(store.TuningWarning) as caught:
-        assert store.find_result("sm_90", "Planted GPU", VARIANT, "small") is None
-    assert [str(path) in str(warning.message) and reason in str(warning.message) for warning in caught] == [True]
+    with pytest.warns(configs.TuningWarning, match=reason) as caught:
+        assert config_of() == DEFAULT
+    assert [str(path) in str(warning.message) for warning in caught] == [True]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert store.find_result("sm_90", "Planted GPU", VARIANT, "small") is None
-    results, ignored = store.scan()
-    assert results == []
-    assert [entry.path for entry in ignored] == [path]
+        assert configs.config_for(SPEC, "90", "Planted GPU", [100]) == DEFAULT
+    ((ignored, why),) = store.scan()
+    assert ignored == path
+    assert isinstance(why, str)
 
 
-def test_an_estimate_in_the_users_folder_is_not_believed() -> None:
-    path = store.save(record(NEW))
-    edited(path, basis=ESTIMATED, times=None)
-    with pytest.warns(store.TuningWarning, match="not measured"):
-        assert store.find_result("sm_90", "Planted GPU", VARIANT, "small") is None
-
-
-@pytest.mark.parametrize("device", ["NVIDIA H200", "../../etc", "a/b\\c", "..", "名前"])
-def test_no_device_name_leaves_the_folder(device: str, tuning_folder: Path) -> None:
-    path = store.save(record(device=device))
+@pytest.mark.parametrize(
+    "device", ["NVIDIA H200", "../../etc", "a/b\\c", "..", "", "名前", "x" * 500, "\ud800", "a\0b"]
+)
+def test_no_device_name_leaves_the_folder_or_is_too_long(device: str, tuning_folder: Path) -> None:
+    path = store.save(result(NEW, device=device))
     assert path.resolve().is_relative_to(tuning_folder.resolve())
-    found = store.find_result("sm_90", device, VARIANT, "small")
-    assert found is not None
-    assert found[0] == path
+    assert len(path.relative_to(tuning_folder).parts) == 3
+    assert max(len(part) for part in path.relative_to(tuning_folder).parts) <= configs.LONGEST_NAME + 5
+    assert config_of(device=device) == NEW
 
 
-def test_every_variant_and_size_has_a_file_of_its_own() -> None:
-    flags = [VARIANT._replace(average=a, zero_grad=z) for a in (False, True) for z in (False, True)]
-    paths = {store.path_of("sm_90", "x", variant, size) for variant in flags for size in SIZE_CLASSES}
-    assert len(paths) == len(flags) * len(SIZE_CLASSES)
+def test_every_kernel_and_size_has_a_file_of_its_own() -> None:
+    specs = [
+        {**configs.spec_fields(SPEC), "average": average, "zero_grad": zero_grad, "states": states}
+        for average in (None, "float32", "bfloat16")
+        for zero_grad in (False, True)
+        for states in ([], ["float32"], ["float32", "bfloat16"])
+    ]
+    paths = {configs.path_of(spec, "sm_90", "x", size) for spec in specs for size in ("small", "large")}
+    assert len(paths) == 2 * len(specs)
 
 
-def test_a_bundle_carries_records_as_they_are(tmp_path: Path) -> None:
-    written = [record(), dataclasses.replace(record(NEW), size="large")]
-    store.write_bundle(tmp_path / "bundle.json", written)
-    assert store.read_bundle(tmp_path / "bundle.json") == written
-    (tmp_path / "bundle.json").write_text('{"schema": 1, "records": [3]}')
-    with pytest.raises(RecordError, match=r"the file is no JSON object"):
-        store.read_bundle(tmp_path / "bundle.json")
+def test_results_move_between_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = tmp_path / "results.json"
+    store.export_results(exported, [result(NEW), result(OLD, size="large")])
+    monkeypatch.setenv(configs.FOLDER_VARIABLE, str(tmp_path / "elsewhere"))
+    assert len(store.import_results(exported)) == 2
+    assert (config_of(), config_of(numel=2**27)) == (NEW, OLD)
 
 
-def test_measurements_join_the_estimates_of_a_bundle(tmp_path: Path) -> None:
-    bundle = tmp_path / "sm_90.json"
-    estimate = record(basis=ESTIMATED, device="", times=None, trials=())
-    store.write_bundle(bundle, [estimate, record(OLD)])
-    store.write_bundle(bundle, [record(NEW), record(NEW, size="large")])
-    assert store.read_bundle(bundle) == [estimate, record(NEW), record(NEW, size="large")]
-    bundle.write_text("something of the user's")
-    with pytest.raises(RecordError):
-        store.write_bundle(bundle, [record(NEW)])
-    assert bundle.read_text() == "something of the user's"
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([], "no list"),
+        ({"results": [result(), result(kernel_hash="0")]}, "result 1: stale"),
+        ({"results": [3]}, "result 0: it is no result"),
+    ],
+)
+def test_an_exported_file_that_cannot_be_used_stores_nothing(content: object, said: str, tmp_path: Path) -> None:
+    exported = tmp_path / "results.json"
+    exported.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=said):
+        store.import_results(exported)
+    assert list(store.scan()) == []
 
 
-def test_without_a_variable_results_are_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(store.FOLDER_VARIABLE)
-    assert store.tuning_dir().parts[-2:] == ("dragon-vm", "tuning")
+def test_the_folder_is_in_the_users_cache_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(configs.FOLDER_VARIABLE)
+    monkeypatch.setenv("HOME", "/somebody")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert configs.tuning_dir() == Path("/caches/dragon-vm/tuning")
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert configs.tuning_dir() == Path("/somebody/.cache/dragon-vm/tuning")
+
+
+def test_the_hash_is_of_every_kernel_and_of_no_default() -> None:
+    assert configs.kernel_hash() == configs.kernel_hash()
+    assert len(configs.kernel_hash()) == 64

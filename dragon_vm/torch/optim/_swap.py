@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch._compile import _disable_dynamo
 
-from dragon.vm.torch.optim import adam as ours
+from dragon.vm.torch.optim.adam import Adam, AdamW
+from dragon.vm.torch.optim.optimizer import Optimizer
+from dragon.vm.torch.optim.sgd import SGD
+
+_OURS: dict[type[torch.optim.Optimizer], type[Optimizer]] = {
+    torch.optim.Adam: Adam,
+    torch.optim.AdamW: AdamW,
+    torch.optim.SGD: SGD,
+}
 
 
 class Replaced:
@@ -33,7 +45,7 @@ class Replaced:
         self.n_steps += 1
 
     def counts(self) -> tuple[int, int]:
-        """How many tensors it updates, and their elements; as last asked for if it is gone."""
+        """Number of tensors that it updates, and of their elements; the last known ones if it is gone."""
         optimizer = self._optimizer()
         if optimizer is not None:
             params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -42,15 +54,34 @@ class Replaced:
         return self._counts
 
 
+class LeftAlone(NamedTuple):
+    """One optimizer that stayed PyTorch's.
+
+    Attributes:
+        name: of its class, with the module.
+        reason: why ours did not take its place.
+    """
+
+    name: str
+    reason: str
+
+
 class Swap:
     """A swap that is in force, until `undo` or the end of a ``with`` block.
 
     Attributes:
+        options: passed to each of our optimizers.
         replaced: what was built in the place of PyTorch's optimizers since, in order.
+        left_alone: what stayed PyTorch's since, in order.
+        rank: of this process in `torch.distributed`, when the last optimizer was built.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
         self.replaced: list[Replaced] = []
+        self.left_alone: list[LeftAlone] = []
+        self.rank = _rank()
+        _check_options(options)
         _install()
         _swaps.append(self)
 
@@ -58,6 +89,22 @@ class Swap:
         """Let PyTorch's classes build PyTorch's optimizers again; those already built stay ours."""
         if self in _swaps:
             _swaps.remove(self)
+        if not _swaps:
+            _uninstall()
+
+    def report(self) -> str:
+        """Say which optimizers were replaced, and which were not and why."""
+        n_replaced = len(self.replaced)
+        count = f"{n_replaced} optimizer{'s' * (n_replaced != 1)} replaced"
+        lines = [count if n_replaced else "no optimizer was replaced in this process"]
+        for entry in self.replaced:
+            n_tensors, n_params = entry.counts()
+            lines.append(
+                f"  torch.optim.{entry.name}: {n_params} parameters in {n_tensors} tensors, {entry.n_steps} steps"
+            )
+        for (name, reason), times in Counter(self.left_alone).items():
+            lines.append(f"  not replaced: {name}{f' ({times} times)' * (times > 1)}: {reason}")
+        return "\n".join(lines)
 
     def __enter__(self) -> Swap:
         return self
@@ -70,71 +117,151 @@ class Swap:
 
 _swaps: list[Swap] = []
 
+# PyTorch's `__init__` of each class, and what is in its place.
+_installed: dict[type[torch.optim.Optimizer], tuple[Callable[..., None], Callable[..., None]]] = {}
 
-def swap() -> Swap:
-    """Make `torch.optim.Adam` and `AdamW` build ours, with ``epsilon_hat=False``, PyTorch's formula.
 
-    The classes stay the same objects, so it does not matter who imported them when, and what is built passes
-    `isinstance` for them. Subclasses that others derived from them are left alone.
+def swap(**options: Any) -> Swap:
+    """Make `torch.optim.Adam`, `AdamW` and `SGD` build ours.
+
+    The classes stay the same objects, so it does not matter who imported them when. PyTorch's own is built where
+    ours refuses, and where a class derived from PyTorch's is asked for; `Swap.report` says so.
+
+    Args:
+        **options: options of `Adam` that PyTorch's lacks, such as ``state_dtype``; SGD gets those that it knows.
 
     Returns:
-        What undoes it: a context manager, with a method `undo`.
+        The swap: a context manager, with a method `undo`.
+
+    Raises:
+        TypeError: for an option that `Adam` does not know, or that PyTorch's knows.
+        ValueError: for an option out of range.
     """
-    return Swap()
+    return Swap(options)
 
 
-def asked_to_fuse(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a `GradScaler` leaves unscaling to the step; in PyTorch's only if ``fused=True`` was asked for."""
-    return optimizer.defaults["fused"] is True
+def _own_options(original: type[torch.optim.Optimizer]) -> set[str]:
+    """The names of the options that ours has and PyTorch's lacks."""
+    return set(inspect.signature(_OURS[original]).parameters) - set(inspect.signature(original).parameters)
 
 
-class Adam(ours.Adam, torch.optim.Adam):
-    """Stands in for `torch.optim.Adam`."""
-
-    _step_supports_amp_scaling = property(asked_to_fuse)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("epsilon_hat", False)
-        super().__init__(*args, **kwargs)
-        _record(self)
+def _check_options(options: dict[str, Any]) -> None:
+    unknown = set(options) - _own_options(torch.optim.Adam)
+    if unknown:
+        raise TypeError(f"swap() got unexpected keyword arguments: {', '.join(map(repr, sorted(unknown)))}")
+    # The trial is on the CPU, where triton is impossible; the real parameters may be on a GPU.
+    trial = {name: value for name, value in options.items() if (name, value) != ("backend", "triton")}
+    Adam([torch.nn.Parameter(torch.zeros(1, device="cpu"))], **trial)
 
 
-class AdamW(ours.AdamW, torch.optim.AdamW):
-    """Stands in for `torch.optim.AdamW`."""
-
-    _step_supports_amp_scaling = property(asked_to_fuse)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("epsilon_hat", False)
-        super().__init__(*args, **kwargs)
-        _record(self)
-
-
-_STAND_INS: dict[type, type] = {torch.optim.Adam: Adam, torch.optim.AdamW: AdamW}
-
-
-def _record(optimizer: torch.optim.Optimizer) -> None:
-    for entry in _swaps:
-        entry.replaced.append(Replaced(optimizer, type(optimizer).__name__))
+def _rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def _install() -> None:
-    """Give PyTorch's classes a `__new__` that chooses the class to build.
+    for original in _OURS:
+        if original not in _installed:
+            plain = original.__init__
+            _installed[original] = (plain, _chooser(original, plain))
+            _set_init(original, _installed[original][1])
 
-    It stays when the swap is undone, and then makes what it is asked for: Python does not restore a class whose
-    `__new__` was removed, and its calls would fail for having arguments.
+
+def _uninstall() -> None:
+    for original, (plain, ours) in list(_installed.items()):
+        # Who has wrapped it since keeps it: it calls ours, which calls PyTorch's.
+        if original.__init__ is ours:
+            _set_init(original, plain)
+            del _installed[original]
+
+
+def _set_init(original: type, init: Callable[..., None]) -> None:
+    # Assigned as text names it: mypy takes `__init__` for a method that nobody replaces.
+    setattr(original, "__init__", init)  # noqa: B010  # see above
+
+
+def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) -> Callable[..., None]:
+    """What initialises `original` while a swap is in force."""
+
+    @_disable_dynamo
+    @functools.wraps(plain)
+    def init(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        if not _swaps or isinstance(self, Optimizer):
+            plain(self, *args, **kwargs)
+        elif type(self) is original:
+            args, kwargs = _repeatable(args, kwargs)
+            refusal = _become_ours(self, original, args, kwargs)
+            if refusal is not None:
+                plain(self, *args, **kwargs)
+                _leave_alone(self, f"ours refuses it: {refusal}")
+        else:
+            plain(self, *args, **kwargs)
+            # AdamW's calls Adam's: the nearest of them speaks.
+            if type(self) not in _OURS and next(kind for kind in type(self).__mro__ if kind in _OURS) is original:
+                _leave_alone(self, f"it is derived from torch.optim.{original.__name__}")
+
+    return init
+
+
+def _become_ours(
+    optimizer: torch.optim.Optimizer,
+    original: type[torch.optim.Optimizer],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> str | None:
+    """Make ours of an object of PyTorch's class that is not initialised yet.
+
+    Returns:
+        None, or why ours refuses; the object is PyTorch's again then, and the groups are as they were.
     """
-    for original in _STAND_INS:
-        if "__new__" not in original.__dict__:
-            # Assigned as text names it: mypy takes `__new__` for a method that nobody replaces.
-            setattr(original, "__new__", staticmethod(_chooser(original)))  # noqa: B010  # see above
+    options = {name: value for name, value in _swaps[-1].options.items() if name in _own_options(original)}
+    before = [(group, dict(group)) for group in _groups(args, kwargs)]
+    optimizer.__class__ = _OURS[original]
+    try:
+        optimizer.__init__(*args, **kwargs, **options)  # type: ignore[misc]  # of another class since
+    # Whatever it is, the script must go on as without the swap.
+    except Exception as error:
+        optimizer.__class__ = original
+        optimizer.__dict__.clear()
+        for group, contents in before:
+            group.clear()
+            group.update(contents)
+        return f"{type(error).__name__}: {error}"
+    for entry in _swaps:
+        entry.replaced.append(Replaced(optimizer, original.__name__))
+        entry.rank = _rank()
+    return None
 
 
-def _chooser(original: Any) -> Callable[..., Any]:
-    @functools.wraps(original.__init__)
-    def choose(cls: type, *args: Any, **kwargs: Any) -> Any:
-        # Without arguments it is a copy or an unpickled one of PyTorch's that is made, and nobody initialises it.
-        stands_in = _swaps and cls in _STAND_INS and (args or kwargs)
-        return object.__new__(_STAND_INS[cls] if stands_in else cls)
+def _leave_alone(optimizer: torch.optim.Optimizer, reason: str) -> None:
+    kind = type(optimizer)
+    name = f"torch.optim.{kind.__name__}" if kind in _OURS else f"{kind.__module__}.{kind.__qualname__}"
+    for entry in _swaps:
+        entry.left_alone.append(LeftAlone(name, reason))
+        entry.rank = _rank()
 
-    return choose
+
+def _repeatable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with lists in the place of iterators, which could be read only once."""
+    if args:
+        args = (_listed(args[0]), *args[1:])
+    elif "params" in kwargs:
+        kwargs = {**kwargs, "params": _listed(kwargs["params"])}
+    for group in _groups(args, kwargs):
+        if "params" in group:
+            group["params"] = _listed(group["params"])
+    return args, kwargs
+
+
+def _listed(params: Any) -> Any:
+    return list(params) if isinstance(params, Iterator) else params
+
+
+def _groups(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameter groups that the caller gave as dicts."""
+    params = args[0] if args else kwargs.get("params")
+    if isinstance(params, torch.Tensor) or not isinstance(params, Iterable):
+        return []
+    return [group for group in params if isinstance(group, dict)]

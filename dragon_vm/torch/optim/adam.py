@@ -168,3 +168,8 @@ class AdamW(Adam, torch.optim.AdamW):
         super().__setstate__(state)
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True
+
+
+if Adam.__doc__ and AdamW.__doc__:
+    # `help` shows the arguments of both.
+    AdamW.__doc__ += "\n" + Adam.__doc__[Adam.__doc__.index("    Args:") :]

@@ -27,7 +27,7 @@ from dragon.vm.torch.optim._gradients.zeroing import zero_all
 from dragon.vm.torch.optim._graphs.capture import check_capture, is_capturing
 from dragon.vm.torch.optim._graphs.live import make_live
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer, make_buffers
-from dragon.vm.torch.optim._groups.checks import check_memory, check_param, has_memory, label
+from dragon.vm.torch.optim._groups.checks import check_memory, check_param, has_memory, labels
 from dragon.vm.torch.optim._groups.eligibility import check_backend
 from dragon.vm.torch.optim._groups.members import MemberReader
 from dragon.vm.torch.optim._groups.storage import check_storage, options_of
@@ -64,7 +64,7 @@ class Optimizer(CheckpointedOptimizer):
         # By name: between this class and PyTorch's there is another of PyTorch's, for `isinstance`.
         torch.optim.Optimizer.__init__(self, params, options)
         self._step_supports_amp_scaling = bool(options["fused"])
-        self._check_memory()
+        self._check_memory(self.param_groups)
         self._check_sharding()
         self._is_built = True
         self._make_buffers(self.param_groups)
@@ -83,11 +83,11 @@ class Optimizer(CheckpointedOptimizer):
         self._n_skipped: int | Tensor = 0
         self._grad_norm: Tensor | None = None
 
-    def _check_memory(self) -> None:
-        """Check that no two trained parameters share memory; what trains later is checked at its first step."""
-        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        params = [param for param in trained if has_memory(local(param))]
-        check_memory(list(map(local, params)), lambda position: label(self.param_groups, params[position]))
+    def _check_memory(self, groups: list[dict[str, Any]]) -> None:
+        """Check that no two trained parameters share memory; with others they are compared at their first step."""
+        params = list(chain.from_iterable(group["params"] for group in groups))
+        trained = [i for i, param in enumerate(params) if param.requires_grad and has_memory(local(param))]
+        check_memory([local(params[i]) for i in trained], lambda: [labels(groups)[i] for i in trained])
 
     def _check_sharding(self) -> None:
         """Check that norms will be those of whole gradients, and that no buffer takes memory from its owner."""
@@ -130,7 +130,7 @@ class Optimizer(CheckpointedOptimizer):
             self._settle_group(group)
             own_tensors(group, self.param_groups[:-1])
             if self._is_built:
-                self._check_memory()
+                self._check_memory([group])
                 self._check_sharding()
                 self._make_buffers([group])
         except BaseException:

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from dragon.vm.torch.optim import Adam, _step
+from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._plan import step
 
 from .support import everything, parameters
 
@@ -15,14 +16,17 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 @pytest.fixture
 def two_devices(monkeypatch):
     """Put each flattened group on a device of its own."""
-    on_devices = _step._on_devices
+    on_devices = step._on_devices
 
-    def apart(optimizer, by_device, zero_grad):
-        flattened = [group for groups in by_device.values() for group in groups]
+    def apart(recipe, flattened, *args):
         assert len(flattened) == 2
-        return on_devices(optimizer, {torch.device("cpu", i): [g] for i, g in enumerate(flattened)}, zero_grad)
+        moved = [
+            group._replace(signature=group.signature._replace(device=torch.device("cpu", i)))
+            for i, group in enumerate(flattened)
+        ]
+        return on_devices(recipe, moved, *args)
 
-    monkeypatch.setattr(_step, "_on_devices", apart)
+    monkeypatch.setattr(step, "_on_devices", apart)
 
 
 def make(**options):
@@ -48,7 +52,7 @@ def test_a_step_on_two_devices_is_the_step_on_one(options, spoilt, zero_grad, re
             optimizer.step(zero_grad=zero_grad)
             assert not zero_grad or not any(param.grad.any() for param in params)
         results.append((optimizer, params))
-    assert len(results[1][0]._prepared.latest()[-1]._launched) == 2
+    assert len(results[1][0]._plans.latest()[-1]._devices) == 2
     (one, params), (two, others) = results
     assert one.n_skipped_steps == two.n_skipped_steps == int(spoilt == math.inf and "skip_nonfinite" in options)
     if options.get("max_grad_norm"):

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam
-from dragon.vm.torch.optim._gradients import Gradients
-from dragon.vm.torch.optim._step import PreparedStep
-from dragon.vm.torch.optim._watch import HeaderGradWatch, HeaderWatch
+from dragon.vm.torch.optim._plan.step import StepPlan
 
 pytestmark = pytest.mark.gpu
 
@@ -25,8 +23,8 @@ def give_grads(params, seed):
         param.grad = torch.randn(param.shape, generator=generator).to(param)
 
 
-def members(optimizer):
-    return [m for step in optimizer._prepared.latest() for device in step._launched for m in device.members]
+def n_uploads(optimizer):
+    return sum(device.n_uploads for plan in optimizer._plans.latest() for device in plan._devices)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -73,39 +71,54 @@ def test_unchanged_steps_upload_nothing_and_changed_ones_upload_once(device):
     optimizer = Adam(params)
     give_grads(params, 0)
     optimizer.step()
-    before = members(optimizer)[0].n_uploads
+    before = n_uploads(optimizer)
     optimizer.step()
-    assert members(optimizer)[0].n_uploads == before
+    assert n_uploads(optimizer) == before
     optimizer.param_groups[0]["lr"] = 0.5
     give_grads(params, 1)
     optimizer.step()
-    assert members(optimizer)[0].n_uploads == before + 1
+    assert n_uploads(optimizer) == before + 1
 
 
-def test_headers_of_the_devices_tensors_are_read_and_fresh_gradients_need_no_new_plan(device, monkeypatch):
+def test_fresh_gradients_need_no_new_plan_and_memory_that_moved_does(device, monkeypatch):
     params = parameters(device)
     optimizer = Adam(params)
     give_grads(params, 0)
     optimizer.step()
-    (step,) = optimizer._prepared.latest()
-    premises = step._premises
-    assert (type(premises._watch), type(premises._grad_watch)) == (HeaderWatch, HeaderGradWatch)
-    monkeypatch.setattr(PreparedStep, "__init__", lambda *_: pytest.fail("a step was prepared"))
-    for seed in range(1, 20):
-        optimizer.zero_grad(set_to_none=True)
-        # Blocks that the gradients do not get, so that they move.
-        kept = [torch.zeros_like(param) for param in params[: seed % 4]]
+    with monkeypatch.context() as patch:
+        patch.setattr(StepPlan, "__init__", lambda *_: pytest.fail("a step was prepared"))
+        for seed in range(1, 20):
+            optimizer.zero_grad(set_to_none=True)
+            # Blocks that the gradients do not get, so that they move.
+            kept = [torch.zeros_like(param) for param in params[: seed % 4]]
+            give_grads(params, seed)
+            versions = [param._version for param in params]
+            before = [param.detach().clone() for param in params]
+            optimizer.step()
+            assert all(param._version > version for param, version in zip(params, versions, strict=True))
+            assert not any(torch.equal(p, old) for p, old in zip(params, before, strict=True) if p.numel())
+            del kept
+    old = params[1].data
+    before = old.clone()
+    params[1].data = old.clone()
+    give_grads(params, 20)
+    optimizer.step()
+    assert torch.equal(old, before)
+    assert not torch.equal(params[1], before)
+
+
+@pytest.mark.parametrize("take_away", [dict.clear, lambda state: state.update(dict.fromkeys(state, {}))])
+def test_the_memory_of_states_that_were_taken_away_is_free_at_once(device, take_away):
+    if device.type != "cuda":
+        pytest.skip("only CUDA tells how much memory is allocated")
+    params = [torch.nn.Parameter(torch.zeros(1000, 1000, device=device)) for _ in range(4)]
+    optimizer = Adam(params)
+    for seed in range(2):
         give_grads(params, seed)
-        found = Gradients(lambda: [param.grad for param in params], are_own=True)
-        assert premises._watch.is_unchanged()
-        assert premises._grad_watch.find(found)
-        assert found.addresses.tolist() == [param.grad.data_ptr() for param in params]
-        versions = [param._version for param in params]
         optimizer.step()
-        assert all(param._version > version for param, version in zip(params, versions, strict=True))
-        del kept
-    params[1].data = params[1].data.clone()
-    assert not premises._watch.is_unchanged()
+    before = torch.cuda.memory_allocated(device)
+    take_away(optimizer.state)
+    assert before - torch.cuda.memory_allocated(device) >= 2 * 4 * sum(param.numel() for param in params)
 
 
 def test_the_norm_of_a_hundred_million_elements_is_accurate_and_always_the_same(device):

@@ -57,5 +57,5 @@ def test_many_patterns_of_missing_gradients_keep_few_plans(backend):
         for i, param in enumerate(params):
             param.grad = torch.ones_like(param) if pattern >> i & 1 else None
         optimizer.step()
-    assert len(optimizer._prepared) <= 8
+    assert len(optimizer._plans) <= 8
     assert [float(optimizer.state[param]["step"]) for param in params] == [16, 16, 16, 16, 16, 1]

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dragon.kernels import launch
-from dragon.vm.torch.optim import SGD, Adam, _table
+from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim._table.table import DeviceTable
 
 from .support import give_gradients, parameters
 
@@ -38,14 +39,14 @@ def launches(monkeypatch):
 def uploads(monkeypatch):
     """One entry for each copy of a table to the device."""
     found = []
-    plain = _table.DeviceTable.upload
+    plain = DeviceTable.upload
 
     def upload(self):
         before = self.n_uploads
         plain(self)
         found.extend([self] * (self.n_uploads - before))
 
-    monkeypatch.setattr(_table.DeviceTable, "upload", upload)
+    monkeypatch.setattr(DeviceTable, "upload", upload)
     return found
 
 

@@ -1,23 +1,74 @@
+import inspect
 import math
+import re
 
 import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam, AdamW
-from dragon.vm.torch.optim._options import GROUP_DEFAULTS, AdamOptions, CommonOptions, Settings
+from dragon.vm.torch.optim._options import OWN_GROUP_DEFAULTS, TORCH_GROUP_OPTIONS, Settings
+
+ALGORITHMS = (Adam, AdamW, SGD)
+# What the formula of each takes, beside the options that all have.
+FORMULA = {
+    Adam: {"lr", "betas", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay", "epsilon_hat"},
+    SGD: {"lr", "momentum", "dampening", "weight_decay", "nesterov"},
+}
+FORMULA[AdamW] = FORMULA[Adam]
 
 
-def test_every_documented_option_is_taken_and_every_taken_option_is_documented():
-    documented = set(CommonOptions.__annotations__)
-    assert documented == {*GROUP_DEFAULTS, *Settings._fields}
-    assert set(AdamOptions.__annotations__) - documented == {"epsilon_hat", "decoupled_weight_decay"}
+def options_of(algorithm):
+    """The keywords of a constructor with their defaults."""
+    parameters = inspect.signature(algorithm).parameters.values()
+    assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters)
+    return {parameter.name: parameter.default for parameter in parameters if parameter.name != "params"}
 
 
-@pytest.mark.parametrize("algorithm", [Adam, AdamW, SGD])
-def test_options_of_groups_are_defaults_and_settings_are_not(algorithm):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_signature_shows_every_option(algorithm):
+    common = {*TORCH_GROUP_OPTIONS, *OWN_GROUP_DEFAULTS, *Settings._fields} - {"epsilon_hat"}
+    assert set(options_of(algorithm)) == FORMULA[algorithm] | common
+
+
+@pytest.mark.parametrize("algorithm", [Adam, SGD])
+def test_the_docstring_has_a_line_for_every_option(algorithm):
+    arguments = inspect.getdoc(algorithm).partition("Args:")[2].partition("Raises:")[0]
+    named = {name for line in re.findall(r"^ {4}([\w, ]+):", arguments, re.M) for name in line.split(", ")}
+    assert named == {"params", *options_of(algorithm)}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_options_have_the_defaults_that_pytorch_has(algorithm):
+    ours, theirs = options_of(algorithm), options_of(getattr(torch.optim, algorithm.__name__))
+    assert {name: ours[name] for name in set(ours) & set(theirs)} == {
+        name: theirs[name] for name in set(ours) & set(theirs)
+    }
+    assert set(theirs) <= set(ours)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_unknown_option_is_pythons_own_type_error(algorithm):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'learning_rate'"):
+        algorithm([torch.nn.Parameter(torch.ones(1))], learning_rate=0.1)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_all_options_are_defaults_and_settings_stand_in_no_group(algorithm):
     optimizer = algorithm([torch.nn.Parameter(torch.ones(1))], grad_scale=0.5, max_grad_norm=2.0)
     assert optimizer.param_groups[0]["grad_scale"] == optimizer.defaults["grad_scale"] == 0.5
+    assert optimizer.defaults["max_grad_norm"] == 2.0
+    assert set(options_of(algorithm)) == set(optimizer.defaults)
     assert not set(Settings._fields) & set(optimizer.param_groups[0])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_groups_and_defaults_build_the_same_optimizer(algorithm):
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    first = algorithm([{"params": params[:1], "lr": 0.5}, {"params": params[1:]}], max_grad_norm=2.0, backend="eager")
+    second = type(first)(first.param_groups, **first.defaults)
+    assert second.defaults == first.defaults
+    assert second.param_groups == first.param_groups
+    assert second._settings == first._settings
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,8 @@ from .judging import judged_step, make_params, params_of, same_bits, set_grads
 def theirs() -> Iterator[Any]:
     """PyTorch's module; whatever a test swaps in it is undone."""
     yield torch.optim
-    assert type(torch.optim.Adam(make_params())).__module__ == "torch.optim.adam", "a swap was left in force"
+    for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+        assert type(kind(make_params())) is kind, "a swap was left in force"
 
 
 def run(optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -34,10 +36,10 @@ def test_whoever_asks_for_pytorchs_adam_gets_ours(theirs: Any) -> None:
         built = [
             make(make_params()) for make in (AdamImportedEarly, AdamOfTheModule, theirs.Adam, AdamWImportedNow)
         ]
-    assert [isinstance(optimizer, Adam) for optimizer in built] == [True] * 4
-    assert [isinstance(optimizer, AdamW) for optimizer in built] == [False, False, False, True]
-    assert [type(optimizer).__name__ for optimizer in built] == ["Adam", "Adam", "Adam", "AdamW"]
-    assert all(optimizer.param_groups[0]["epsilon_hat"] is False for optimizer in built)
+        assert type(theirs.SGD(make_params(), 0.1, 0.9)) is SGD
+    assert [type(optimizer) for optimizer in built] == [Adam, Adam, Adam, AdamW]
+    assert [isinstance(optimizer, theirs.AdamW) for optimizer in built] == [False, False, False, True]
+    assert all(isinstance(optimizer, theirs.Adam) for optimizer in built)
     for optimizer in built:
         set_grads(params_of(optimizer), 0)
         judged_step(optimizer)
@@ -50,42 +52,159 @@ def test_type_checks_hold_in_both_directions(theirs: Any) -> None:
         for optimizer in (before, ours):
             assert isinstance(optimizer, theirs.AdamW)
             assert isinstance(optimizer, theirs.Adam)
-            assert isinstance(optimizer, theirs.Optimizer)
     assert isinstance(ours, theirs.AdamW)
     assert not isinstance(before, Optimizer)
 
 
 def test_a_swap_can_be_plain_nested_and_undone_in_any_order(theirs: Any) -> None:
+    init = theirs.Adam.__init__
     first, second = swap(), swap()
     first.undo()
     assert isinstance(theirs.Adam(make_params()), Adam)
     second.undo()
     second.undo()
-    assert not isinstance(theirs.Adam(make_params()), Adam)
+    assert type(theirs.Adam(make_params())) is theirs.Adam
+    assert theirs.Adam.__init__ is init, "nothing of a swap is left"
 
 
 def test_a_swap_ends_with_an_exception(theirs: Any) -> None:
     with pytest.raises(ZeroDivisionError), swap():
         _ = 1 / 0
-    assert not isinstance(theirs.Adam(make_params()), Adam)
+    assert type(theirs.Adam(make_params())) is theirs.Adam
 
 
-def test_derived_classes_copies_and_signatures_stay_pytorchs(theirs: Any) -> None:
-    class Derived(theirs.Adam):
+def test_who_wraps_the_constructor_during_a_swap_keeps_the_wrapper(
+    theirs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    with swap():
+        monkeypatch.setattr(theirs.SGD, "__init__", theirs.SGD.__init__)  # what the test restores
+        inner = theirs.SGD.__init__
+
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+            calls.append(args)
+            inner(self, *args, **kwargs)
+
+        theirs.SGD.__init__ = wrapper
+        assert type(theirs.SGD(make_params())) is SGD
+    assert type(theirs.SGD(make_params())) is theirs.SGD
+    with swap():
+        assert type(theirs.SGD(make_params())) is SGD
+    assert len(calls) == 3
+
+
+def test_options_of_ours_are_passed_on(theirs: Any) -> None:
+    with swap(state_dtype=torch.float64, epsilon_hat=True):
+        adam, sgd = theirs.Adam(make_params()), theirs.SGD(make_params(), momentum=0.9)
+    for optimizer, name in ((adam, "exp_avg"), (sgd, "momentum_buffer")):
+        run(optimizer, range(1))
+        assert {state[name].dtype for state in optimizer.state.values()} == {torch.float64}
+    assert adam.param_groups[0].get("epsilon_hat", False) is True
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"nonsense": 1}, TypeError, r"swap\(\) got unexpected keyword arguments: 'nonsense'"),
+        ({"lr": 0.1}, TypeError, r"swap\(\) got unexpected keyword arguments: 'lr'"),
+        ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm .* -1"),
+        ({"backend": "nonsense"}, ValueError, "backend .*'nonsense'"),
+    ],
+)
+def test_bad_options_are_refused_and_nothing_is_swapped(
+    theirs: Any, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        swap(**options)
+    assert type(theirs.Adam(make_params())) is theirs.Adam
+
+
+def test_a_backend_that_only_the_scripts_device_has_is_no_bad_option(theirs: Any) -> None:
+    with swap(backend="triton") as swapped:
+        theirs.Adam([torch.nn.Parameter(torch.zeros(2, device="meta"))])
+    assert len(swapped.replaced) + len(swapped.left_alone) == 1
+
+
+def test_where_ours_refuses_pytorchs_own_is_built_and_the_report_says_why(theirs: Any) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    group = {"params": iter([param, param]), "lr": 0.5}
+    with swap() as swapped, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refused = [theirs.Adam([param, param]), theirs.SGD(params=iter([param, param])), theirs.AdamW([group])]
+    expected = theirs.AdamW([{"params": [torch.nn.Parameter(torch.ones(3))], "lr": 0.5}])
+    assert [type(optimizer) for optimizer in refused] == [theirs.Adam, theirs.SGD, theirs.AdamW]
+    assert [len(params_of(optimizer)) for optimizer in refused] == [2, 2, 2]
+    assert group is refused[2].param_groups[0]
+    assert set(group) == set(expected.param_groups[0]), "ours left something in the caller's group"
+    assert set(vars(refused[2])) == set(vars(expected)), "ours left something in the optimizer"
+    assert not swapped.replaced
+    names = [name for name, _ in swapped.left_alone]
+    assert names == ["torch.optim.Adam", "torch.optim.SGD", "torch.optim.AdamW"]
+    for name, reason in swapped.left_alone:
+        assert reason.startswith("ours refuses it: ValueError: ")
+        assert f"  not replaced: {name}: {reason}" in swapped.report()
+    param.grad = torch.ones(3)
+    for optimizer in refused:
+        optimizer.step()
+
+
+def test_an_error_of_pytorchs_own_is_raised_alone(theirs: Any) -> None:
+    with swap() as swapped:
+        with pytest.raises(ValueError, match="Invalid learning rate: -1") as caught:
+            theirs.Adam(make_params(), lr=-1)
+        with pytest.raises(TypeError, match="params"):
+            theirs.Adam()
+        with pytest.raises(TypeError, match=r"iterable of Tensors or dicts"):
+            theirs.SGD(torch.ones(2))
+    assert caught.value.__context__ is None
+    assert not swapped.replaced
+    assert not swapped.left_alone
+
+
+def test_derived_classes_are_left_alone_and_named(theirs: Any) -> None:
+    class Derived(theirs.AdamW):
         pass
 
+    with swap() as swapped:
+        assert type(Derived(make_params())) is Derived
+        Derived(make_params())
+    name = f"{__name__}.test_derived_classes_are_left_alone_and_named.<locals>.Derived"
+    assert swapped.left_alone == [(name, "it is derived from torch.optim.AdamW")] * 2
+    assert swapped.report().splitlines() == [
+        "no optimizer was replaced in this process",
+        f"  not replaced: {name} (2 times): it is derived from torch.optim.AdamW",
+    ]
+
+
+def test_copies_and_signatures_stay_pytorchs(theirs: Any) -> None:
     signature = inspect.signature(theirs.Adam)
     original = theirs.Adam(make_params())
     with swap():
-        assert type(Derived(make_params())) is Derived
         assert type(copy.deepcopy(original)) is theirs.Adam
         assert type(pickle.loads(pickle.dumps(original))) is theirs.Adam
         assert inspect.signature(theirs.Adam) == signature
-        with pytest.raises(TypeError, match="params"):
-            theirs.Adam()
-        with pytest.raises(ValueError, match="Invalid learning rate: -1"):
-            theirs.Adam(make_params(), lr=-1)
+        ours = Adam(make_params())
     assert type(theirs.Adam(params=make_params(), lr=0.1)) is theirs.Adam
+    assert type(ours) is Adam
+
+
+def test_ours_built_by_name_are_not_recorded(theirs: Any) -> None:
+    class Mine(Adam):
+        pass
+
+    with swap() as swapped:
+        Adam(make_params())
+        Mine(make_params())
+        SGD(make_params())
+    assert swapped.report() == "no optimizer was replaced in this process"
+
+
+def test_a_compiled_function_builds_ours_too(theirs: Any) -> None:
+    def build() -> torch.optim.Optimizer:
+        return torch.optim.Adam(make_params())
+
+    with swap():
+        assert type(torch.compile(build, backend="eager")()) is Adam
 
 
 def test_what_was_built_is_recorded_and_survives_the_swap(theirs: Any) -> None:
@@ -130,7 +249,7 @@ def test_a_running_optimizer_is_taken_over(make: type[Adam], amsgrad: bool) -> N
     assert same_bits(ours.state_dict()["state"], saved["state"])
     for new, old in zip(ours.state_dict()["param_groups"], saved["param_groups"], strict=True):
         assert same_bits({name: new[name] for name in old}, old)
-        assert new["epsilon_hat"] is False
+    assert [group.get("epsilon_hat", False) for group in ours.param_groups] == [False, False]
     assert ours.param_groups[0]["lr"] is lr
     set_grads(params, 3)
     judged_step(ours)

@@ -32,4 +32,4 @@ for _name in set(os.environ) - set(_environment):
 all_inputs = _get_optim_inputs_including_global_cliquey_kwargs
 INFOS = [info for info in optim_db if info.optim_cls in (torch.optim.Adam, torch.optim.AdamW)]
 
-__all__ = ["INFOS", "OptimizerErrorEnum", "OptimizerInfo", "all_inputs"]
+__all__ = ["INFOS", "OptimizerErrorEnum", "OptimizerInfo", "all_inputs", "optim_db"]

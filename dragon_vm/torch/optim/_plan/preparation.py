@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local, local_state
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
-from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, check_state, has_memory, label
+from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, check_state, has_memory, labels
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State, flatten_groups
 from dragon.vm.torch.optim._groups.layout import is_dense, same_walk
@@ -88,7 +88,9 @@ def prepare(
     """
     check_grads(shards, grads, recipe.owner)
     solid = [i for i, (shard, grad) in enumerate(zip(shards, grads, strict=True)) if _has_memory(shard, grad)]
-    check_memory([shards[i] for i in solid], lambda position: label(recipe.groups, params[solid[position]]))
+    check_memory(
+        [shards[i] for i in solid], lambda: [labels(recipe.groups)[among_all[position]] for position in solid]
+    )
     states, signatures = _with_states(recipe, params, shards, grads, group_index, among_all)
     joined, parted = _joined(recipe, params, shards, grads, group_index, states, signatures)
     inside = {position for member in joined for position in member.positions}
@@ -105,6 +107,9 @@ def prepare(
         together = {id(member.buffer.state.get("step")) for member in joined}
         every = [state for state in recipe.state.values() if isinstance(state, dict)]
         _part_counters([state for state in every if id(state.get("step")) not in together])
+        for param, state in zip(params, states, strict=True):
+            if state:
+                state.update(recipe.state[param])
     for buffer in parted:
         recipe.buffers.remove(buffer)
     entries, chosen_signatures = [], []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +68,7 @@ class StepPlan:
             states = self._states.read(recipe.state, prepared.params)
             assert states is not None
             # The last write makes the plan valid.
-            self._guard = Guard(prepared.grads, prepared.shards, *_guarded(states))
+            self._guard = Guard(prepared.grads, prepared.shards, states)
 
     def gather(
         self, state: Mapping[Any, Any], params: list[Tensor], shards: list[Tensor], grads: list[Any]
@@ -88,7 +87,7 @@ class StepPlan:
             states = self._states.read(state, params)
             if states is None:
                 return None
-            addresses = self._guard.check(grads, shards, *_guarded(states))
+            addresses = self._guard.check(grads, shards, states)
         except (KeyError, TypeError, AttributeError, IndexError):
             # Something is no tensor any more, or is not there.
             return None
@@ -238,12 +237,6 @@ class StepPlan:
             without = settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
             device.update(tensors.addresses, groups, recipe.algorithm, version, without, decided)
         return Outcome(factors.norm)
-
-
-def _guarded(states: Mapping[str, list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """All state tensors, and the step counters apart."""
-    columns = (column for key, column in states.items() if key != "step")
-    return list(chain.from_iterable(columns)), states.get("step", [])
 
 
 def _divisor(factor: float) -> Tensor:

@@ -1,0 +1,72 @@
+"""Swap in the processes that a script starts by `multiprocessing`, and report once for all ranks."""
+
+from __future__ import annotations
+
+import multiprocessing.spawn
+import multiprocessing.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from dragon.vm.torch.optim import swap
+from dragon.vm.torch.optim._swap import Swap
+
+
+def print_report(swapped: Swap) -> None:
+    """Print a report on stderr, in the process of rank 0 alone."""
+    sys.stdout.flush()
+    if swapped.rank == 0:
+        print(f"dragon.vm.run: {swapped.report()}", file=sys.stderr, flush=True)
+
+
+class SwapInChild:
+    """A swap that is put in force where it is unpickled."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _swap_in_child, (self._options,)
+
+
+def include_children(swapped: Swap) -> Callable[[], None]:
+    """Let the processes that `multiprocessing` starts from now on swap too, and report what they have built.
+
+    Args:
+        swapped: the swap of this process.
+
+    Returns:
+        What undoes it.
+    """
+    plain = multiprocessing.spawn.get_preparation_data
+
+    def with_swap(name: str) -> dict[str, Any]:
+        return {**plain(name), "dragon.vm.run": SwapInChild(swapped.options)}
+
+    # The child unpickles this before it imports the script, and ignores names that it does not know.
+    multiprocessing.spawn.get_preparation_data = with_swap
+    # A forked child has the swap already, with what its parent has built.
+    multiprocessing.util.register_after_fork(swapped, _begin_anew)
+
+    def undo() -> None:
+        multiprocessing.spawn.get_preparation_data = plain
+
+    return undo
+
+
+def _begin_anew(swapped: Swap) -> None:
+    swapped.replaced.clear()
+    swapped.left_alone.clear()
+    multiprocessing.util.Finalize(None, _print_findings, args=(swapped,), exitpriority=0)
+
+
+def _swap_in_child(options: dict[str, Any]) -> None:
+    swapped = swap(**options)
+    include_children(swapped)
+    _begin_anew(swapped)
+
+
+def _print_findings(swapped: Swap) -> None:
+    """Print a child's report if it has built anything: most children load data."""
+    if swapped.replaced or swapped.left_alone:
+        print_report(swapped)

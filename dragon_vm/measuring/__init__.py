@@ -1,0 +1,1 @@
+"""Devices, model shapes and the timer: what tuning, the benchmarks and the doctor share."""

@@ -1,0 +1,1 @@
+"""Handwritten digits, trained with torch's Adam and ours from one seed."""

@@ -1,0 +1,118 @@
+"""The GPU stages run with the packages of a GPU machine, and leave an archive and a summary after each part."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as benchmarks
+
+from .only_these import only
+
+ROOT = Path(benchmarks.__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+PACKAGES = ("torch", "triton", "numpy", "pytest", "hypothesis", "rich", "matplotlib")
+
+STEP = """
+import torch
+from dragon.vm.torch.optim import Adam
+
+param = torch.nn.Parameter(torch.ones(3))
+param.grad = torch.ones(3)
+Adam([param], lr=0.5, backend="triton", max_grad_norm=10.0).step()
+assert [round(value, 3) for value in param.tolist()] == [0.5, 0.5, 0.5], param
+"""
+
+
+def run_stage(stage: str, folder: Path, parts: str, environment: dict[str, str]) -> tuple[int, str]:
+    """Run some parts of a stage without a GPU; the exit status and the summary."""
+    done = subprocess.run(
+        [SCRIPT, stage, "--dry", folder],
+        env={**environment, "PYTHON": sys.executable, "ONLY": f"about|{parts}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, (folder / f"summary-{stage}.txt").read_text() + done.stderr
+
+
+# The other parts are tests that run anyway, or repeat these with other cases.
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("stage", "parts", "held"),
+    [
+        ("a", ("headline", "probe", "report"), {"benchmarks.jsonl", "probe.jsonl", "performance.md", "probe.log"}),
+        ("b", ("ncu", "racecheck", "tune", "export"), {"tuning.json", "racecheck.log", "summary.txt"}),
+    ],
+)
+def test_a_dry_stage_passes_with_the_packages_of_a_gpu_machine(
+    stage: str, parts: tuple[str, ...], held: set[str], tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    out = tmp_path / "out"
+    status, summary = run_stage(stage, out, "|".join(parts), only(tmp_path / "site", *PACKAGES))
+    assert status == 0, summary
+    assert re.findall(r"^(\w+): passed in", summary, re.MULTILINE) == ["about", *parts]
+    assert {path.name for path in out.iterdir()} == {f"{stage}.tgz", f"summary-{stage}.txt"}
+    with tarfile.open(out / f"{stage}.tgz") as archive:
+        assert {Path(name).name for name in archive.getnames()} >= held
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_step_needs_torch_triton_and_numpy_alone(tmp_path: Path) -> None:
+    environment = {**only(tmp_path, "torch", "triton", "numpy"), "TRITON_INTERPRET": "1"}
+    environment.pop("DRAGON_VM_TUNING_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", STEP], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    refused = subprocess.run(
+        [sys.executable, "-c", "import pytest"], env=environment, capture_output=True, check=False
+    )
+    assert refused.returncode != 0, "nothing was hidden"
+
+
+def test_a_failed_part_is_the_exit_status_and_a_part_without_time_does_not_count(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "ONLY": "about|report|headline"}
+    environment.pop("PYTHONPATH", None)
+    script = tmp_path / "benchmarks" / "gpu.sh"
+    script.parent.mkdir()
+    for name in ("dragon_vm", "kernels", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    script.write_text(SCRIPT.read_text(encoding="utf-8"))
+    script.chmod(0o755)
+    command = [script, "a", "--dry", tmp_path / "out"]
+    # There are no benchmarks beside this copy of the script.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.findall(r"^(\w+): FAILED", done.stdout, re.MULTILINE) == ["headline", "report"]
+    late = subprocess.run(
+        command, env={**environment, "TOTAL_S": "1", "ONLY": "report"}, capture_output=True, text=True, check=False
+    )
+    assert late.returncode == 0
+    assert "report: not run: no time is left" in late.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["c"], ["--dry"]])
+def test_a_stage_must_be_named(arguments: list[str]) -> None:
+    done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "gpu.sh a|b" in done.stderr
+
+
+def test_the_script_names_test_files_that_exist() -> None:
+    text = SCRIPT.read_text(encoding="utf-8")
+    assert SCRIPT.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
+    names = subprocess.run(
+        ["bash", "-c", "echo " + " ".join(re.findall(r"tests/[\w/{},.]+", text))],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert len(names) > 5
+    assert [name for name in names if not (ROOT / name).exists()] == []

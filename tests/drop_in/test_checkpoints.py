@@ -1,0 +1,152 @@
+"""Checkpoints that PyTorch's optimizers write and ours read, and the other way round."""
+
+import copy
+import io
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from dragon.vm.torch import optim as ours
+
+from .both import NAMES
+
+# PyTorch's own, of a checkpoint in one process.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
+]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "Adam": {"lr": 0.1, "weight_decay": 0.01},
+    "AdamW": {"lr": 0.1, "amsgrad": True},
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+}
+DIRECTIONS = [
+    pytest.param(torch.optim, torch.optim, id="torch-to-torch"),
+    pytest.param(torch.optim, ours, id="torch-to-ours"),
+    pytest.param(ours, torch.optim, id="ours-to-torch"),
+    pytest.param(ours, ours, id="ours-to-ours"),
+]
+each_direction = pytest.mark.parametrize(("writer", "reader"), DIRECTIONS)
+each_name = pytest.mark.parametrize("name", [*NAMES, "SGD without momentum"])
+
+
+class Training:
+    """A model and an optimizer in the middle of a training."""
+
+    def __init__(self, module: ModuleType, name: str, seed: int, n_steps: int, **options: Any) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        last = list(self.model[2].parameters())
+        groups = [{"params": list(self.model[0].parameters())}, {"params": last, "lr": 0.02}]
+        plain = {"lr": 0.1} if name == "SGD without momentum" else OPTIONS[name]
+        self.optimizer = getattr(module, name.split()[0])(groups, **plain, **options)
+        for number in range(n_steps):
+            self.step(number)
+
+    def step(self, number: int) -> None:
+        self.optimizer.zero_grad()
+        inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(number))
+        self.model(inputs).square().mean().backward()
+        self.optimizer.step()
+
+    def go_on_as(self, other: "Training") -> None:
+        """Assert that both train alike from here."""
+        self.model.load_state_dict(other.model.state_dict())
+        for number in range(10, 13):
+            self.step(number)
+            other.step(number)
+        for mine, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoint"
+
+
+@each_direction
+@each_name
+def test_a_state_dict_is_taken_over(writer: ModuleType, reader: ModuleType, name: str) -> None:
+    saved, fresh = Training(writer, name, 0, 3), Training(reader, name, 1, 0)
+    file = io.BytesIO()
+    torch.save(saved.optimizer.state_dict(), file)
+    file.seek(0)
+    fresh.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    fresh.go_on_as(saved)
+
+
+@each_name
+def test_the_state_dicts_are_alike(name: str) -> None:
+    theirs, mine = (Training(module, name, 0, 3).optimizer.state_dict() for module in (torch.optim, ours))
+    assert mine["param_groups"] == theirs["param_groups"]
+    assert mine["state"].keys() == theirs["state"].keys()
+    for key, state in theirs["state"].items():
+        assert {k: v for k, v in mine["state"][key].items() if v is not None}.keys() == {
+            k for k, v in state.items() if v is not None
+        }
+
+
+@each_direction
+@each_name
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+def test_the_default_planner_saves_and_loads(
+    writer: ModuleType, reader: ModuleType, name: str, flat: bool, folder: Path
+) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved, fresh = Training(writer, name, 0, 3), Training(reader, name, 1, 1)
+    expected = copy.deepcopy(saved.model.state_dict())
+    dcp.save(
+        {"optim": get_optimizer_state_dict(saved.model, saved.optimizer, options=options)},
+        checkpoint_id=folder,
+        no_dist=True,
+    )
+    state = {"optim": get_optimizer_state_dict(fresh.model, fresh.optimizer, options=options)}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    set_optimizer_state_dict(fresh.model, fresh.optimizer, state["optim"], options=options)
+    assert all(map(torch.equal, saved.model.state_dict().values(), expected.values())), "saving wrote a parameter"
+    fresh.go_on_as(saved)
+
+
+@each_direction
+@each_name
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+def test_the_state_dict_utilities_convert(writer: ModuleType, reader: ModuleType, name: str, flat: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved, fresh = Training(writer, name, 0, 3), Training(reader, name, 1, 0)
+    state = get_optimizer_state_dict(saved.model, saved.optimizer, options=options)
+    set_optimizer_state_dict(fresh.model, fresh.optimizer, copy.deepcopy(state), options=options)
+    fresh.go_on_as(saved)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_option_that_the_dict_does_not_know_survives_loading(name: str) -> None:
+    saved = Training(torch.optim, name, 0, 3)
+    fresh = Training(ours, name, 1, 0, ema_decay=0.5, max_grad_norm=1.0)
+    fresh.optimizer.load_state_dict(saved.optimizer.state_dict())
+    assert [group["ema_decay"] for group in fresh.optimizer.param_groups] == [0.5, 0.5]
+    fresh.step(3)
+    assert all("ema" in state for state in fresh.optimizer.state.values())
+    assert float(fresh.optimizer.grad_norm) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_own_states_and_options_come_back(name: str, folder: Path) -> None:
+    saved, fresh = (Training(ours, name, seed, 3, ema_decay=0.5) for seed in (0, 1))
+    dcp.save({"optim": get_optimizer_state_dict(saved.model, saved.optimizer)}, checkpoint_id=folder, no_dist=True)
+    state = {"optim": get_optimizer_state_dict(fresh.model, fresh.optimizer)}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    set_optimizer_state_dict(fresh.model, fresh.optimizer, state["optim"])
+    for mine, theirs in zip(fresh.optimizer.state.values(), saved.optimizer.state.values(), strict=True):
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            assert mine[key] is theirs[key] is None or torch.equal(mine[key], theirs[key]), key

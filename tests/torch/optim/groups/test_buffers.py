@@ -1,0 +1,271 @@
+"""`flatten=True`: the same bits as without it, whatever happens to parameters and gradients around it."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dragon.vm.torch.optim import SGD, Adam
+
+SHAPES = [(3, 5), (17,), (), (0,), (1100,), (4, 4), (16,)]
+BACKENDS = ["native", "triton", "eager"]
+
+
+def parameters(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def give_grads(params, seed, present, in_place):
+    generator = torch.Generator().manual_seed(seed)
+    for param, has_grad in zip(params, present, strict=True):
+        grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        if not has_grad:
+            param.grad = None
+        elif in_place and param.grad is not None:
+            param.grad.copy_(grad)
+        else:
+            param.grad = grad
+
+
+def pair(make, backend):
+    """Two optimizers of equal parameters in two groups, one of them flat."""
+    pairs = []
+    for flatten in (False, True):
+        params = parameters()
+        groups = [{"params": params[:3], "lr": 1e-2}, {"params": params[3:]}]
+        pairs.append((params, make(groups, backend=backend, flatten=flatten)))
+    return pairs
+
+
+def same(left, right, backend="triton"):
+    """Equal bits; on the native backend a few eps, since torch rounds vectors and their tails differently."""
+    if backend != "native":
+        return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    return all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(left, right, strict=True))
+
+
+def n_joined(optimizer):
+    """Entries that the latest step updates, joined ones counted once."""
+    return len(optimizer._plans.latest()[-1]._walked)
+
+
+HISTORIES = st.lists(
+    st.tuples(st.lists(st.booleans(), min_size=len(SHAPES), max_size=len(SHAPES)), st.booleans(), st.booleans()),
+    min_size=1,
+    max_size=5,
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(history=HISTORIES, amsgrad=st.booleans(), epsilon_hat=st.booleans())
+def test_flat_buffers_change_no_result(backend, history, amsgrad, epsilon_hat):
+    def make(groups, **options):
+        return Adam(groups, amsgrad=amsgrad, epsilon_hat=epsilon_hat, weight_decay=0.1, **options)
+
+    (params, optimizer), (flat_params, flat) = pair(make, backend)
+    for seed, (present, in_place, to_none) in enumerate(history):
+        give_grads(params, seed, present, in_place)
+        give_grads(flat_params, seed, present, in_place)
+        optimizer.step()
+        flat.step()
+        optimizer.zero_grad(set_to_none=to_none)
+        flat.zero_grad(set_to_none=to_none)
+        assert same(params, flat_params, backend)
+        for param, flat_param in zip(params, flat_params, strict=True):
+            grads = param.grad, flat_param.grad
+            assert (grads[0] is None) == (grads[1] is None)
+            assert grads[0] is None or torch.equal(*grads)
+            states = optimizer.state.get(param, {}), flat.state.get(flat_param, {})
+            assert states[0].keys() == states[1].keys()
+            assert same(states[0].values(), states[1].values(), backend)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_buffer_is_one_entry_until_a_step_of_some_splits_it_for_good(backend):
+    params = [torch.nn.Parameter(torch.randn(10)) for _ in range(20)]
+    optimizer = Adam(params, backend=backend, flatten=True)
+    for _ in range(2):
+        give_grads(params, 0, [True] * 20, in_place=False)
+        optimizer.step()
+        assert n_joined(optimizer) == 1
+    params[7].grad = None
+    optimizer.step()
+    assert n_joined(optimizer) == 19
+    for _ in range(2):
+        params[7].grad = torch.randn(10)
+        optimizer.step()
+        assert n_joined(optimizer) == 20
+    assert [float(optimizer.state[p]["step"]) for p in params] == [5.0] * 7 + [4.0] + [5.0] * 12
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_first_step_of_some_splits_a_buffer_too(backend):
+    params = [torch.nn.Parameter(torch.randn(10)) for _ in range(3)]
+    optimizer = Adam(params, backend=backend, flatten=True)
+    for present in ([True, False, True], [True] * 3):
+        give_grads(params, 0, present, in_place=False)
+        optimizer.step()
+        assert n_joined(optimizer) == sum(present)
+    assert [float(optimizer.state[p]["step"]) for p in params] == [2.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_tensor_has_a_storage_of_its_own_all_the_same(backend):
+    params = parameters()
+    optimizer = Adam(params, backend=backend, flatten=True)
+    give_grads(params, 0, [True] * len(params), in_place=False)
+    optimizer.step()
+    for param in params:
+        for tensor in (param, *optimizer.state[param].values()):
+            assert tensor.storage_offset() == 0
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_shared_memory_is_refused_with_the_reason():
+    params = [torch.nn.Parameter(torch.randn(4)) for _ in range(2)]
+    params[1].share_memory_()
+    before = [param.data_ptr() for param in params]
+    with pytest.raises(ValueError, match=r"flatten=True .* one of shape \(4,\) is in shared memory"):
+        Adam(params, flatten=True)
+    assert [param.data_ptr() for param in params] == before
+    assert params[1].is_shared()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_swapped_parameter_is_the_one_that_is_updated(backend):
+    (params, optimizer), (flat_params, flat) = pair(Adam, backend)
+    for seed in range(4):
+        for each in (params, flat_params):
+            give_grads(each, seed, [True] * len(each), in_place=True)
+            if seed == 2:
+                each[4].data = each[4].data.clone() * 2
+        optimizer.step()
+        flat.step()
+        assert same(params, flat_params, backend)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_parameters_of_a_buffer_share_a_count_until_one_gets_its_own(backend, in_place):
+    params = [torch.nn.Parameter(torch.randn(10)) for _ in range(4)]
+    optimizer = Adam(params, backend=backend, flatten=True)
+    for step in range(3):
+        for param in params:
+            param.grad = torch.ones(10)
+        if step == 2 and in_place:
+            optimizer.state[params[1]]["step"].fill_(7)
+        elif step == 2:
+            optimizer.state[params[1]]["step"] = torch.tensor(7.0)
+        optimizer.step()
+    counts = [float(optimizer.state[param]["step"]) for param in params]
+    assert counts == ([8.0] * 4 if in_place else [3.0, 8.0, 3.0, 3.0])
+    assert n_joined(optimizer) == (1 if in_place else 4)
+
+
+def test_saving_one_parameter_does_not_drag_the_buffer_along():
+    params = [torch.nn.Parameter(torch.randn(1000)) for _ in range(50)]
+    Adam(params, flatten=True)
+    file = io.BytesIO()
+    torch.save(params[3], file)
+    assert len(file.getvalue()) < 2 * 4000
+    assert copy.deepcopy(params[3]).untyped_storage().nbytes() == 4000
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_is_flat_on_its_own(copied):
+    params = parameters()
+    optimizer = Adam(params, flatten=True)
+    give_grads(params, 0, [True] * len(params), in_place=False)
+    optimizer.step()
+    twin_params, twin = copied((params, optimizer))
+    assert same(params, twin_params)
+    for each, its in ((params, optimizer), (twin_params, twin)):
+        give_grads(each, 1, [True] * len(each), in_place=True)
+        its.step()
+    assert same(params, twin_params)
+    with torch.no_grad():
+        twin_params[0].add_(1)
+    assert not torch.equal(params[0], twin_params[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_added_later_and_loaded_states_stay_right(backend):
+    (params, optimizer), (flat_params, flat) = pair(Adam, backend)
+    for seed in range(4):
+        for each, its in ((params, optimizer), (flat_params, flat)):
+            if seed == 1:
+                each.append(torch.nn.Parameter(torch.ones(33)))
+                its.add_param_group({"params": each[-1], "lr": 0.5})
+            if seed == 3:
+                its.load_state_dict(copy.deepcopy(its.state_dict()))
+            give_grads(each, seed, [True] * len(each), in_place=True)
+            its.step()
+        assert same(params, flat_params, backend)
+
+
+def test_tied_weights_stay_tied():
+    embedding = torch.nn.Embedding(7, 5)
+    head = torch.nn.Linear(5, 7, bias=False)
+    head.weight = embedding.weight
+    model = torch.nn.Sequential(embedding, head)
+    optimizer = SGD(model.parameters(), lr=0.1, flatten=True)
+    model(torch.arange(7)).sum().backward()
+    optimizer.step()
+    assert head.weight is embedding.weight
+    assert head.weight.data_ptr() == embedding.weight.data_ptr()
+
+
+def test_parameters_that_are_not_dense_stay_where_they_are():
+    base = torch.randn(6, 2)
+    param = torch.nn.Parameter(base[:, 0])
+    optimizer = Adam([param, torch.nn.Parameter(torch.ones(3))], flatten=True)
+    assert param.data_ptr() == base.data_ptr()
+    neighbours = base[:, 1].clone()
+    param.grad = torch.ones(6)
+    optimizer.step()
+    assert torch.equal(base[:, 1], neighbours)
+    assert torch.equal(base[:, 0], param)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_nan_does_not_stay_in_the_padding_between_joined_gradients(backend):
+    params = parameters()
+    optimizer = Adam(params, backend=backend, flatten=True, max_grad_norm=1.0)
+    for value, expected in ((math.nan, math.nan), (math.inf, math.inf), (1.0, None)):
+        optimizer.zero_grad(set_to_none=True)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        params[1].grad.flatten()[0] = value
+        optimizer.step()
+        numel = sum(param.numel() for param in params)
+        norm = math.sqrt(numel) if expected is None else expected
+        assert float(optimizer.grad_norm) == pytest.approx(norm, nan_ok=True)
+
+
+def test_an_empty_parameter_does_not_hold_the_buffer():
+    params = [torch.nn.Parameter(torch.ones(300)), torch.nn.Parameter(torch.zeros(0))]
+    Adam(params, flatten=True)
+    assert params[1].untyped_storage().nbytes() == 0
+
+
+def test_a_gradient_object_that_moves_away_is_not_followed():
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    options = {"lr": 0.1, "backend": "native"}
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.2}]
+    optimizer = Adam(groups, flatten=True, **options)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones(2)
+        optimizer.step()
+    moved = params[2].grad
+    params[2].grad = moved.detach()
+    moved.data = torch.full((2,), -100.0)
+    before = params[2].detach().clone()
+    optimizer.step()
+    assert (params[2] < before).all()

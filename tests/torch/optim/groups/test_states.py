@@ -1,0 +1,82 @@
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dragon.vm.testing import DENSE_LAYOUTS, tensor_cases
+from dragon.vm.torch.optim._groups.layout import same_walk
+from dragon.vm.torch.optim._groups.states import _buffer_of, counter_buffer, step_counters, zeros_for
+
+CPU = torch.device("cpu")
+
+
+@given(tensor_cases(layouts=DENSE_LAYOUTS), st.sampled_from([None, torch.bfloat16, torch.float64]))
+def test_a_state_is_zero_and_laid_out_as_its_parameter_in_a_storage_of_its_own(case, dtype):
+    param = case.build().tensor
+    state = zeros_for(param, dtype)
+    assert state.dtype == (dtype or param.dtype)
+    assert state.shape == param.shape
+    assert same_walk(state, param)
+    assert not state.any()
+    assert state.storage_offset() == 0
+    assert state.untyped_storage().nbytes() == state.nbytes
+
+
+def test_complex_parameters_keep_their_dtype_in_their_states():
+    assert zeros_for(torch.zeros(3, dtype=torch.complex64), torch.float32).dtype == torch.complex64
+
+
+@given(st.integers(1, 9), st.integers(0, 8), st.integers(0, 8))
+def test_counters_that_lie_in_order_are_counted_as_one_tensor(n_counters, start, end):
+    counters = step_counters([float(i) for i in range(n_counters)], CPU)
+    chosen = counters[start:end]
+    if not chosen:
+        return
+    buffer = counter_buffer(chosen)
+    assert buffer is not None
+    buffer += 1
+    assert [float(counter) for counter in counters] == [i + float(start <= i < end) for i in range(n_counters)]
+
+
+def test_each_counter_has_a_storage_of_its_own():
+    first, second = step_counters([0.0, 0.0], CPU)
+    for counter in (first, second):
+        assert counter.storage_offset() == 0
+        assert counter.untyped_storage().nbytes() == counter.nbytes
+    first += 1
+    assert float(second) == 0
+
+
+def test_counters_of_somebody_else_are_in_no_buffer():
+    assert counter_buffer([torch.zeros(()), torch.zeros(())]) is None
+
+
+def test_a_buffer_ends_where_its_counters_end():
+    counters = step_counters([0.0, 0.0], CPU)
+    assert counter_buffer([counters[1], torch.zeros(())]) is None
+
+
+def test_the_memory_of_counters_goes_with_the_last_of_them():
+    counters = step_counters([0.0] * 3, CPU)
+    buffer = weakref.ref(_buffer_of[counters[0]])
+    last = counters.pop()
+    counters.clear()
+    gc.collect()
+    assert buffer() is not None
+    last += 1
+    assert float(last) == 1
+    del last
+    gc.collect()
+    assert buffer() is None
+
+
+@pytest.mark.parametrize(("default", "dtype"), [(torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_counters_have_the_dtype_that_pytorchs_have(default, dtype):
+    torch.set_default_dtype(default)
+    try:
+        assert step_counters([0.0], CPU)[0].dtype == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -1,0 +1,483 @@
+"""A plan notices whatever changed under it: the step does what a fresh optimizer would do."""
+
+import copy
+from collections import defaultdict
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim._plan import guards
+from dragon.vm.torch.optim._plan.guards import LayoutGuard
+
+from ..support import BACKENDS, everything, give_gradients, home, like, parameters, twin
+
+SHAPES = ((4, 4), (4, 4), (5,), (17,))
+
+
+def transposed(tensor):
+    """The same numbers, and the same strides backwards, in new memory."""
+    return tensor.detach().t().clone(memory_format=torch.contiguous_format).t()
+
+
+def swap_param_memory(optimizer, params):
+    params[0].data = like(params[0])
+
+
+def swap_param_memory_among_two(optimizer, params):
+    params[0].data, params[1].data = like(params[1]), like(params[0])
+
+
+def transpose_param_in_place(optimizer, params):
+    params[0].data = params[0].data.t()
+
+
+def widen_param(optimizer, params):
+    grad, params[0].grad = params[0].grad, None
+    params[0].data = params[0].data.double()
+    params[0].grad = grad.double()
+
+
+def swap_grad_object(optimizer, params):
+    params[0].grad = like(params[0].grad) * 2
+
+
+def swap_grad_memory(optimizer, params):
+    params[0].grad.data = like(params[0].grad) * 2
+
+
+def transpose_grad_at_the_same_address(optimizer, params):
+    params[0].grad = params[0].grad.t()
+
+
+def transpose_grad_object_at_the_same_address(optimizer, params):
+    params[0].grad.data = params[0].grad.data.t()
+
+
+def widen_grad(optimizer, params):
+    params[0].grad_dtype = None
+    params[0].grad = params[0].grad.double()
+
+
+def shift_grad(optimizer, params):
+    params[0].grad = torch.cat([params[0].grad.flatten()] * 2)[1:17].view(4, 4)
+
+
+def negate_grad_at_the_same_address(optimizer, params):
+    params[0].grad = torch._neg_view(params[0].grad)
+
+
+def exchange_grads(optimizer, params):
+    params[0].grad, params[1].grad = params[1].grad, params[0].grad
+
+
+def expand_grad(optimizer, params):
+    params[0].grad = torch.full((), 0.5, device=params[0].device).expand(4, 4)
+
+
+def exchange_owners_of_states(optimizer, params):
+    first, second = optimizer.state.pop(params[0]), optimizer.state.pop(params[1])
+    rest = {param: optimizer.state.pop(param) for param in params[2:]}
+    optimizer.state[params[1]], optimizer.state[params[0]] = first, second
+    optimizer.state.update(rest)
+
+
+def drop_grad(optimizer, params):
+    params[1].grad = None
+
+
+def swap_state_tensor(optimizer, params):
+    key = state_key(optimizer)
+    optimizer.state[params[0]][key] = like(optimizer.state[params[0]][key])
+
+
+def swap_state_tensor_for_another_layout(optimizer, params):
+    key = state_key(optimizer)
+    optimizer.state[params[0]][key] = transposed(optimizer.state[params[0]][key])
+
+
+def swap_all_states_for_another_dtype(optimizer, params):
+    for state in optimizer.state.values():
+        for key in set(state) - {"step"}:
+            state[key] = state[key].double()
+
+
+def swap_state_memory(optimizer, params):
+    state = optimizer.state[params[0]][state_key(optimizer)]
+    state.data = like(state)
+
+
+def move_all_states_as_optimizer_to_does(optimizer, params):
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                # What `.to(device)` of another device gives.
+                value.data = value.data.clone()
+
+
+def swap_state_memory_for_another_layout(optimizer, params):
+    state = optimizer.state[params[0]][state_key(optimizer)]
+    state.data = transposed(state)
+
+
+def swap_step_memory(optimizer, params):
+    step = optimizer.state[params[0]]["step"]
+    step.data = torch.full_like(step, 7)
+
+
+def view_step_as_another_dtype(optimizer, params):
+    step = optimizer.state[params[0]]["step"]
+    step.data = step.data.view(torch.int32)
+
+
+def transpose_state_in_place(optimizer, params):
+    state = optimizer.state[params[0]][state_key(optimizer)]
+    state.data = state.data.t()
+
+
+def swap_step_for_a_number(optimizer, params):
+    optimizer.state[params[0]]["step"] = 7
+
+
+def fill_step(optimizer, params):
+    optimizer.state[params[0]]["step"].fill_(7)
+
+
+def clear_state(optimizer, params):
+    optimizer.state.clear()
+
+
+def replace_state(optimizer, params):
+    optimizer.state = defaultdict(dict, {param: dict(state) for param, state in optimizer.state.items()})
+
+
+def replace_state_by_copies(optimizer, params):
+    optimizer.state = defaultdict(dict, {p: copy.deepcopy(state) for p, state in optimizer.state.items()})
+
+
+def replace_entry(optimizer, params):
+    optimizer.state[params[0]] = copy.deepcopy(optimizer.state[params[0]])
+
+
+def delete_entry(optimizer, params):
+    del optimizer.state[params[0]]
+
+
+def empty_entry(optimizer, params):
+    optimizer.state[params[0]].clear()
+
+
+def move_param_to_the_other_group(optimizer, params):
+    first, second = optimizer.param_groups
+    first["params"].append(second["params"].pop(0))
+
+
+def exchange_params_between_groups(optimizer, params):
+    first, second = (group["params"] for group in optimizer.param_groups)
+    first[0], second[0] = second[0], first[0]
+
+
+def take_a_param_away(optimizer, params):
+    optimizer.param_groups[1]["params"].pop()
+
+
+def append_a_param(optimizer, params):
+    new = torch.nn.Parameter(like(params[2]))
+    new.grad = like(params[2].grad)
+    optimizer.param_groups[0]["params"].append(new)
+
+
+def replace_a_param(optimizer, params):
+    new = torch.nn.Parameter(like(params[2]))
+    new.grad = like(params[2].grad)
+    optimizer.param_groups[1]["params"][0] = new
+
+
+def load_another_state_dict(optimizer, params):
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state[state_key(optimizer)] *= 2
+    optimizer.load_state_dict(saved)
+
+
+def remove_group(optimizer, params):
+    optimizer.param_groups.pop(0)
+
+
+def insert_group(optimizer, params):
+    optimizer.param_groups.insert(0, {**optimizer.param_groups[0], "params": []})
+
+
+def swap_groups(optimizer, params):
+    optimizer.param_groups.reverse()
+
+
+def exchange_params_of_groups(optimizer, params):
+    first, second = optimizer.param_groups
+    first["params"], second["params"] = second["params"], first["params"]
+
+
+def replace_group_and_change_the_old_one(optimizer, params):
+    old = optimizer.param_groups[0]
+    optimizer.param_groups[0] = dict(old)
+    old.update(lr=100.0, weight_decay=5.0)
+
+
+def add_group(optimizer, params):
+    new = torch.nn.Parameter(like(params[2]))
+    new.grad = like(params[2].grad)
+    optimizer.add_param_group({"params": [new], "lr": 0.5})
+
+
+def setting(**options):
+    """An edit of a group's options, named after them."""
+
+    def edit(optimizer, params):
+        optimizer.param_groups[1].update(options)
+
+    edit.__name__ = ", ".join(f"{key}={value}" for key, value in options.items())
+    return edit
+
+
+def make_lr_a_tensor(optimizer, params):
+    optimizer.param_groups[1]["lr"] = torch.tensor(0.3)
+
+
+def state_key(optimizer):
+    return "exp_avg" if isinstance(optimizer, Adam) else "momentum_buffer"
+
+
+COMMON = [
+    swap_param_memory, swap_param_memory_among_two, transpose_param_in_place, widen_param, swap_grad_object,
+    widen_grad, shift_grad, negate_grad_at_the_same_address, exchange_grads, move_all_states_as_optimizer_to_does,
+    exchange_params_between_groups, take_a_param_away, append_a_param, replace_a_param, load_another_state_dict,
+    swap_grad_memory, transpose_grad_at_the_same_address, transpose_grad_object_at_the_same_address, expand_grad,
+    drop_grad, swap_state_tensor, swap_state_tensor_for_another_layout, swap_all_states_for_another_dtype,
+    exchange_owners_of_states, swap_state_memory, swap_state_memory_for_another_layout,
+    swap_step_for_a_number, clear_state, transpose_state_in_place, replace_state, replace_state_by_copies,
+    replace_entry, delete_entry, empty_entry, move_param_to_the_other_group, remove_group, insert_group,
+    swap_groups, exchange_params_of_groups, replace_group_and_change_the_old_one, add_group, make_lr_a_tensor,
+    setting(lr=0.5), setting(weight_decay=0.1), setting(maximize=True), setting(clip_value=0.1),
+    setting(clip_norm=0.1), setting(ema_decay=0.9), setting(capturable=True),
+]  # fmt: skip
+ADAMS = [
+    swap_step_memory, fill_step, view_step_as_another_dtype, setting(betas=(0.5, 0.5)), setting(eps=0.1), setting(amsgrad=True), setting(decoupled_weight_decay=True),
+    setting(epsilon_hat=False),
+]  # fmt: skip
+SGDS = [setting(momentum=0), setting(dampening=0.5), setting(nesterov=True), setting(momentum=0.5)]
+CASES = [(Adam, change) for change in COMMON + ADAMS] + [(SGD, change) for change in COMMON + SGDS]
+
+
+def warm(algorithm, backend, **options):
+    """An optimizer of two groups that has taken steps, with gradients for the next one."""
+    params = parameters(SHAPES, device=home(backend))
+    groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.2}]
+    momentum = {} if algorithm is Adam else {"momentum": 0.9}
+    optimizer = algorithm(groups, backend=backend, **momentum, **options)
+    for seed in range(2):
+        give_gradients(params, seed)
+        optimizer.step()
+    # In the same memory as before: only what the test changes is new.
+    for param in params:
+        param.grad.mul_(-0.5)
+    return optimizer, params
+
+
+def attempt(optimizer):
+    try:
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        return type(error), str(error)
+    return None
+
+
+def outcome(optimizer):
+    """What two more steps make of it, or the error of the first."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    error = attempt(optimizer)
+    if error is None:
+        give_gradients(params, 5)
+        error = attempt(optimizer)
+    return error, everything(optimizer)
+
+
+def check_change(algorithm, change, backend):
+    optimizer, params = warm(algorithm, backend)
+    assert optimizer._plans.latest()[-1]._guard is not None
+    change(optimizer, params)
+    fresh = twin(optimizer)
+    assert outcome(optimizer) == outcome(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("algorithm", "change"), CASES, ids=lambda value: value.__name__)
+def test_a_change_has_the_effect_that_it_has_on_a_fresh_optimizer(algorithm, change, backend):
+    check_change(algorithm, change, backend)
+
+
+class NoTensorGuards:
+    """PyTorch's guards as they are under a dispatch mode: they hold for no tensor."""
+
+    def __init__(self, *tensors, **sizes):
+        pass
+
+    def check(self, *tensors):
+        return False
+
+
+@pytest.mark.parametrize(("algorithm", "change"), CASES, ids=lambda value: value.__name__)
+def test_public_calls_notice_what_pytorchs_guards_notice(algorithm, change, monkeypatch):
+    monkeypatch.setattr(guards, "TensorGuards", NoTensorGuards)
+    check_change(algorithm, change, "native")
+
+
+def replace_by_view(state, key, dtype):
+    state[key] = state[key].view(dtype)
+
+
+def view_in_place(state, key, dtype):
+    state[key].data = state[key].data.view(dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", [replace_by_view, view_in_place])
+def test_a_state_of_another_dtype_at_the_same_address_is_noticed(change, backend):
+    params = parameters(SHAPES, torch.bfloat16, home(backend))
+    optimizer = Adam(params, backend=backend)
+    give_gradients(params, 0)
+    optimizer.step()
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    address = state["exp_avg"].data_ptr()
+    change(state, "exp_avg", torch.float16)
+    assert state["exp_avg"].data_ptr() == address
+    fresh = twin(optimizer)
+    assert outcome(optimizer) == outcome(fresh)
+
+
+def alike():
+    return torch.arange(6.0).view(2, 3)
+
+
+OTHERS = {
+    "shape": lambda t: t.view(3, 2),
+    "strides": lambda t: t.as_strided((2, 3), (1, 2)),
+    "dtype": lambda t: t.view(torch.int32),
+    "negative": torch._neg_view,
+    "conjugate": lambda t: torch.zeros(2, 3, dtype=torch.complex64).conj(),
+    "device": lambda t: t.to("meta"),
+    "layout": lambda t: t.to_sparse(),
+    "type": lambda t: torch.nn.Parameter(t),
+    "nothing": lambda t: None,
+    "a number": lambda t: 0.5,
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("with_torch", [True, False], ids=["PyTorch's guards", "public calls"])
+def test_a_layout_guard_holds_for_tensors_laid_out_alike_only(what, with_torch, monkeypatch):
+    if not with_torch:
+        monkeypatch.setattr(guards, "TensorGuards", NoTensorGuards)
+    tensors = [alike(), alike()]
+    guard = LayoutGuard(tensors)
+    assert guard.check([alike(), tensors[0]])
+    try:
+        holds = guard.check([tensors[0], OTHERS[what](tensors[1])])
+    except (TypeError, AttributeError, RuntimeError):
+        holds = False
+    assert not holds
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("algorithm", [Adam, SGD])
+def test_a_tensor_learning_rate_is_read_at_every_step(algorithm, backend):
+    lr = torch.tensor(0.1, device=home(backend))
+    optimizer, _ = warm(algorithm, backend)
+    for group in optimizer.param_groups:
+        group["lr"] = lr.clone()
+    attempt(optimizer)
+    for group in optimizer.param_groups:
+        group["lr"].fill_(0.7)
+    fresh = twin(optimizer)
+    for group in fresh.param_groups:
+        group["lr"] = 0.7 if home(backend) == "cpu" and lr.dtype == torch.float64 else float(torch.tensor(0.7))
+    assert outcome(optimizer) == outcome(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_learning_rate_may_be_replaced_by_an_equal_one(backend):
+    optimizer, _ = warm(Adam, backend)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    attempt(optimizer)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    expected = twin(optimizer)
+    optimizer.param_groups[0]["lr"].mul_(1)
+    assert outcome(optimizer) == outcome(expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_that_was_refused_leaves_no_parameter_behind(backend):
+    optimizer, params = warm(Adam, backend)
+    fresh = twin(optimizer)
+    group = optimizer.param_groups[1]
+    last, lr = group["params"].pop(), group["lr"]
+    group["lr"] = "fast"
+    with pytest.raises(TypeError, match="lr must be a number"):
+        optimizer.step()
+    group["params"].append(last)
+    group["lr"] = lr
+    assert outcome(optimizer) == outcome(fresh)
+    assert len({float(optimizer.state[param]["step"]) for param in params}) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plan_outlives_inference_mode(backend):
+    optimizer, params = warm(Adam, backend)
+    params[0].data = like(params[0])
+    fresh = twin(optimizer)
+    with torch.inference_mode():
+        optimizer.step()
+    fresh.step()
+    assert outcome(optimizer) == outcome(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_may_be_set_back_to_where_they_were_joined(backend):
+    params = parameters([(3,)] * 3, device=home(backend))
+    optimizer = Adam(params, lr=0.1, eps=0.1, backend=backend)
+    give_gradients(params, 0)
+    optimizer.step()
+    for counts in [(4, 4, 5), (3, 4, 5), (4, 4, 4), (7, 1, 1), (7, 7, 1)]:
+        for param, count in zip(params, counts, strict=True):
+            optimizer.state[param]["step"].fill_(count)
+        fresh = twin(optimizer)
+        optimizer.step()
+        fresh.step()
+        assert everything(optimizer) == everything(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sparse_tensor_of_somebody_else_may_stand_in_a_state(backend):
+    optimizer, params = warm(Adam, backend)
+    optimizer.state[params[0]]["mask"] = torch.ones(4, 4).to_sparse()
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, params[0])
+
+
+def test_equal_copies_of_groups_and_states_are_followed():
+    params = parameters([(8,)] * 3)
+    optimizer = Adam([{"params": [param]} for param in params], lr=0.1, backend="native")
+    give_gradients(params, 0)
+    for _ in range(4):
+        optimizer.step()
+    optimizer.param_groups[:] = [dict(group) for group in optimizer.param_groups]
+    optimizer.state[params[1]] = dict(optimizer.state[params[1]])
+    for _ in range(2):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.state[params[1]]["exp_avg"] = torch.full((8,), -100.0)
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert torch.equal(params[0], before[0])
+    assert (params[1] - before[1]).abs().max() > 1

@@ -1,0 +1,119 @@
+"""Hyperparameters are read at each step, and have a new version when, and only when, one of them changed."""
+
+import numpy as np
+import pytest
+import torch
+
+from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
+
+NAMES = ("lr", "betas", "maximize", "foreach")
+
+
+def group(**changes):
+    return {"params": [], "lr": 0.1, "betas": (0.9, 0.99), "maximize": False, "foreach": None, **changes}
+
+
+def reader():
+    return Hyperparameters(NAMES, lambda group: group["maximize"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda g: g.update(lr=0.2),
+        lambda g: g.update(lr=torch.tensor(0.2)),
+        lambda g: g.update(lr=np.array(0.2)),
+        lambda g: g.update(lr=np.float32(0.2)),
+        lambda g: g.update(betas=[0.9, 0.5]),
+        lambda g: g.update(betas=(torch.tensor(0.9), torch.tensor(0.5))),
+        lambda g: g.update(maximize=True),
+        lambda g: g.update(foreach=False),
+    ],
+)
+def test_what_changed_is_read(change):
+    values, groups = reader(), [group(), group()]
+    values.read(groups)
+    first = values.version
+    values.read(groups)
+    assert values.version == first
+    change(groups[1])
+    values.read(groups)
+    assert values.version > first
+    second = values.version
+    values.read(groups)
+    assert values.version == second
+
+
+@pytest.mark.parametrize(
+    ("value", "write"),
+    [
+        ({"betas": [0.9, 0.99]}, lambda g: g["betas"].__setitem__(1, 0.5)),
+        ({"lr": torch.tensor(0.1)}, lambda g: g["lr"].fill_(0.5)),
+        ({"lr": np.array(0.1)}, lambda g: g["lr"].fill(0.5)),
+        ({"betas": (torch.tensor(0.9), torch.tensor(0.99))}, lambda g: g["betas"][0].fill_(0.5)),
+    ],
+    ids=["list", "tensor", "array without dimensions", "tuple of tensors"],
+)
+def test_what_is_written_in_place_is_read(value, write):
+    values, groups = reader(), [group(), group(**value)]
+    values.read(groups)
+    values.read(groups)
+    first = values.version
+    write(groups[1])
+    values.read(groups)
+    assert values.version > first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda groups: groups.append(group()),
+        lambda groups: groups.pop(),
+        lambda groups: groups.reverse(),
+        lambda groups: groups.__setitem__(0, group(lr=0.7)),
+    ],
+    ids=["appended", "taken away", "reversed", "replaced"],
+)
+def test_other_groups_are_read(change):
+    values, groups = reader(), [group(), group(lr=0.3)]
+    values.read(groups)
+    first = values.version
+    change(groups)
+    values.read(groups)
+    assert values.version > first
+
+
+def test_the_structure_is_new_only_where_a_group_says_so():
+    values, groups = reader(), [group(), group()]
+    values.read(groups)
+    first = values.structure
+    groups[0]["lr"] = 0.5
+    values.read(groups)
+    assert values.structure == first
+    groups[0]["maximize"] = True
+    values.read(groups)
+    assert values.structure > first
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "error", "text"),
+    [
+        ("lr", "fast", TypeError, "lr must be a number, but got 'fast'"),
+        ("lr", torch.ones(2), ValueError, "Tensor lr must be 1-element"),
+        ("betas", (0.9,), ValueError, "betas must be two numbers"),
+        ("betas", (0.9, None), TypeError, r"betas\[1\] must be a number, but got None"),
+    ],
+    ids=["string", "vector", "one beta", "no beta"],
+)
+def test_a_bad_number_is_refused_at_every_reading_and_a_mended_one_is_read(name, bad, error, text):
+    values, groups = reader(), [group()]
+    values.read(groups)
+    first, good = values.version, groups[0][name]
+    groups[0][name] = bad
+    for _ in range(2):
+        with pytest.raises(error, match=text):
+            values.read(groups)
+    groups[0][name] = good
+    groups[0]["foreach"] = True
+    values.read(groups)
+    assert values.version > first

@@ -1,0 +1,170 @@
+import struct
+from array import array
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dragon.vm.torch.optim._table import staging
+from dragon.vm.torch.optim._table.staging import StagingRing
+from dragon.vm.torch.optim._table.table import DeviceTable, packed, words_of
+
+CPU = torch.device("cpu")
+
+words = st.integers(-(2**63), 2**63 - 1)
+sections = st.lists(st.lists(words, max_size=9), min_size=1, max_size=4)
+
+
+@given(sections, st.data())
+def test_a_section_holds_what_was_written_after_the_next_upload(sections, data):
+    table = DeviceTable({str(i): array("q", section) for i, section in enumerate(sections)}, CPU)
+    table.upload()
+    expected = [list(section) for section in sections]
+    for _ in range(data.draw(st.integers(0, 3))):
+        index = data.draw(st.integers(0, len(sections) - 1))
+        # The first words of a section may be written without the others.
+        values = data.draw(st.lists(words, max_size=len(sections[index])))
+        table.write(str(index), array("q", values))
+        expected[index][: len(values)] = values
+    table.upload()
+    for index, section in enumerate(expected):
+        assert table.section(str(index)).tolist()[: len(section)] == section
+        assert table.section(str(index)).data_ptr() % 16 == 0 or not section
+
+
+@given(sections, st.data())
+def test_an_upload_copies_all_that_was_written_and_little_else(sections, data):
+    table = DeviceTable({str(i): array("q", section) for i, section in enumerate(sections)}, CPU)
+    table.upload()
+    table.buffer.fill_(-7)
+    chosen = data.draw(st.sampled_from(range(len(sections))))
+    table.write(str(chosen), array("q", sections[chosen]))
+    table.upload()
+    for index, section in enumerate(sections):
+        copied = section if index == chosen else [-7] * len(section)
+        assert table.section(str(index)).tolist()[: len(section)] == copied
+
+
+@given(st.lists(words, min_size=1, max_size=9))
+def test_an_upload_without_a_change_copies_nothing(section):
+    table = DeviceTable({"a": array("q", section)}, CPU)
+    assert not table.is_uploaded
+    table.upload()
+    table.upload()
+    assert table.n_uploads == 1
+    assert table.is_uploaded
+    table.write("a", array("q", section))
+    assert not table.is_uploaded
+    table.upload()
+    assert table.n_uploads == 2
+
+
+@given(st.lists(words, min_size=3, max_size=9))
+def test_a_captured_copy_is_another_section_of_these_words(section):
+    table = DeviceTable({"a": array("q", section), "b": array("q", section)}, CPU)
+    table.upload()
+    copy = table.captured_copy("a", array("q", [5, 6]))
+    assert copy.tolist()[:2] == [5, 6]
+    assert len(copy) == len(table.section("a"))
+    assert table.section("a").tolist()[: len(section)] == section
+    table.write("a", array("q", [1, 2]))
+    table.upload()
+    assert copy.tolist()[:2] == [5, 6]
+
+
+@given(st.lists(st.floats()))
+def test_numbers_are_kept_bit_by_bit(numbers):
+    assert words_of(numbers).tobytes() == struct.pack(f"{len(numbers)}d", *numbers)
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 2**31 - 1)] * 2)))
+def test_pairs_are_kept_bit_by_bit(pairs):
+    flat = array("i", [number for pair in pairs for number in pair])
+    assert packed(flat).tobytes() == flat.tobytes()
+
+
+class FakeDevice:
+    """A stream without a GPU: copies wait until `run`, as a device's or a graph's do."""
+
+    def __init__(self, monkeypatch):
+        self.copies, self.is_capturing, self.n_queries = [], False, 0
+        device = self
+
+        class Event:
+            def __init__(self):
+                self.index = 0
+
+            def record(self):
+                assert not device.is_capturing
+                self.index = len(device.copies)
+
+            def query(self):
+                assert not device.is_capturing, "an event was asked for its state within a capture"
+                device.n_queries += 1
+                return all(copy is None for copy in device.copies[: self.index])
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.is_capturing)
+        monkeypatch.setattr(staging, "_new_buffer", lambda length: torch.empty(length, dtype=torch.int64))
+        monkeypatch.setattr(
+            staging, "_copy_to_device", lambda buffer, target: self.copies.append((buffer, target))
+        )
+
+    def run(self):
+        """Do the copies that wait, in order."""
+        for index, copy in enumerate(self.copies):
+            if copy is not None:
+                copy[1].copy_(copy[0])
+                self.copies[index] = None
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    return FakeDevice(monkeypatch)
+
+
+def test_a_buffer_is_not_written_while_its_copy_waits(fake):
+    ring, targets = StagingRing(3), [torch.zeros(3, dtype=torch.int64) for _ in range(4)]
+    for number, target in enumerate(targets):
+        ring.copy(torch.full((3,), number), target)
+    fake.run()
+    assert [target.tolist() for target in targets] == [[number] * 3 for number in range(4)]
+    n_slots = sum(map(len, ring._slots.values()))
+    for number, target in enumerate(targets):
+        ring.copy(torch.full((3,), -number), target)
+        fake.run()
+        assert target.tolist() == [-number] * 3
+    assert sum(map(len, ring._slots.values())) == n_slots
+
+
+def test_a_captured_copy_keeps_its_buffer(fake):
+    ring, captured, target = StagingRing(2), [], torch.zeros(2, dtype=torch.int64)
+    ring.copy(torch.tensor([1, 1]), target)
+    for number in (2, 3):
+        ring.expect_capture(2)
+        fake.is_capturing = True
+        ring.copy_captured(torch.tensor([number, number]), target)
+        captured.append(fake.copies.pop())
+        fake.is_capturing = False
+    for number in (4, 5, 6):
+        ring.copy(torch.tensor([number, number]), target)
+        fake.run()
+        assert target.tolist() == [number, number]
+    assert [buffer.tolist() for buffer, _ in captured] == [[2, 2], [3, 3]]
+
+
+def test_a_buffer_is_ready_before_a_capture(fake, monkeypatch):
+    ring, target = StagingRing(2), torch.zeros(2, dtype=torch.int64)
+
+    def refuse(length):
+        raise AssertionError("pinned memory was allocated within a capture")
+
+    for _ in range(2):
+        ring.expect_capture(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(staging, "_new_buffer", refuse)
+            fake.is_capturing = True
+            ring.copy_captured(torch.tensor([1, 2]), target)
+        fake.is_capturing = False
+        ring.copy(torch.tensor([3, 4]), target)
