@@ -161,8 +161,9 @@ def split_8(tile, words, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def clamp_moment(exp_avg, root, bound):
-    """The first moment within `bound` times the root of the second; a NaN stays."""
-    magnitude = tl.minimum(tl.abs(exp_avg), root * bound, tl.PropagateNan.ALL)
+    """The first moment within `bound` times the root of the second; a NaN stays, and all if there is no bound."""
+    limit = tl.where(bound < float("inf"), root * bound, float("inf"))
+    magnitude = tl.minimum(tl.abs(exp_avg), limit, tl.PropagateNan.ALL)
     sign = exp_avg.to(tl.int32, bitcast=True) & ~MAGNITUDE
     return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 

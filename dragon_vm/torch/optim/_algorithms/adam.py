@@ -35,7 +35,10 @@ def _check(group: Group) -> None:
 
 def _columns(group: Group) -> dict[str, float]:
     beta1, beta2 = map(host_number, group["betas"])
+    bound_beta1, bound_beta2 = group.get("bound_betas") or (beta1, beta2)
     return {
+        "BOUND_BETA1": bound_beta1,
+        "BOUND_BETA2": bound_beta2,
         "BETA1": beta1,
         "BETA2": beta2,
         "EPS": float(group["eps"]),

@@ -16,7 +16,7 @@ from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import is_dense
-from dragon.vm.torch.optim._groups.storage import flat
+from dragon.vm.torch.optim._groups.storage import walker
 
 Group = dict[str, Any]
 
@@ -69,13 +69,13 @@ class StoredUpdate:
         self, param: Tensor, grad: Tensor, state: dict[str, Tensor], group: Group, factor: float, rounding: Rounding
     ) -> None:
         own, *states = self._keys
-        walk = flat if is_dense(param) else _same
+        walk = walker(param)
         parts = [[walk(as_real(param)), *(walk(state[key]) for key in own[1:])]]
         parts += [[walk(as_real(state[key])) for key in keys] for keys in states]
         averages = [walk(as_real(state["ema"]))] if "ema" in state else []
         gradient = walk(as_real(grad))
         step, numel = state.get("step"), gradient.numel()
-        if walk is _same or self._piece is None:
+        if self._piece is None or not is_dense(param):
             self._update_piece(parts, gradient, averages, step, group, factor, rounding)
             return
         for start in range(0, numel, self._piece):
@@ -132,7 +132,3 @@ class StoredUpdate:
 
 def _widths(form: Format) -> list[int]:
     return [part.elements for part in form.parts]
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

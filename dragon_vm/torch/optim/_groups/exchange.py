@@ -11,6 +11,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats import Format, Master, Plain, Split8, Split16
+from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense
 from dragon.vm.torch.optim._groups.storage import (
     State,
     decode_entry,
@@ -128,7 +129,5 @@ def _placed(param: Tensor, saved: Mapping[str, Any], keys: Sequence[str]) -> Sta
     shard, found = local(param), {}
     for key in keys:
         value = local(placed_like(param, saved[key])).to(shard.device)
-        if value.shape == shard.shape and value.stride() != shard.stride():
-            value = torch.empty_strided(shard.shape, shard.stride(), dtype=value.dtype, device=value.device).copy_(value)
-        found[key] = value
+        found[key] = in_layout_of(shard, value) if value.shape == shard.shape and is_dense(shard) else value
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,10 +116,13 @@ def first_index(param: Any) -> int:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """A view of a dense tensor in walking order; any other tensor itself."""
-    if not is_dense(tensor):
-        return tensor
+    """A view of a dense tensor in walking order."""
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def walker(shard: Tensor) -> Callable[[Tensor], Tensor]:
+    """What turns a tensor that is laid out as a parameter is into the order in which it is walked."""
+    return flat if is_dense(shard) else lambda tensor: tensor
 
 
 def part_keys(name: str, form: Format) -> tuple[str, ...]:
@@ -182,23 +185,24 @@ def _distributed_scale(param: Any, scale: Tensor, shape: Size) -> Tensor:
 def decode_entry(param: Tensor, state: Mapping[str, Any], name: str, form: Format) -> Tensor:
     """A value of a state or the master of a parameter, in walking order; it may be a view of the entry."""
     shard = local(param)
-    own = [shard.detach()] if name == "param" else []
-    parts = [flat(part) for part in (*own, *(local(state[key]) for key in part_keys(name, form)))]
+    own, walk = [shard.detach()] if name == "param" else [], walker(shard)
+    parts = [walk(part) for part in (*own, *(local(state[key]) for key in part_keys(name, form)))]
     return form.decode(parts)
 
 
 def encode_entry(value: Tensor, param: Tensor, entries: Mapping[str, Any], name: str, form: Format) -> None:
     """Round a value to nearest, and write it to its entries; a parameter's own tensor stays as it is."""
-    own = [torch.empty_like(flat(local(param).detach()))] if name == "param" else []
-    parts = [flat(local(entries[key])) for key in part_keys(name, form)]
+    walk = walker(local(param))
+    own = [torch.empty_like(walk(local(param).detach()))] if name == "param" else []
+    parts = [walk(local(entries[key])) for key in part_keys(name, form)]
     nearest(form).encode(value, [*own, *parts])
 
 
 def unflat(param: Any, value: Tensor) -> Tensor:
     """A value in walking order as a tensor that is laid out and distributed as the parameter is."""
     shard = local(param)
-    if value.shape != shard.shape or value.stride() != shard.stride():
-        value = value.as_strided(shard.shape, shard.stride()) if is_dense(shard) else value
+    if is_dense(shard):
+        value = value.as_strided(shard.shape, shard.stride())
     return distributed_like(param, value)
 
 

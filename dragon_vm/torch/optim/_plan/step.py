@@ -272,7 +272,9 @@ def _on_devices(
         context, is_first = recipe.devices[device], not devices
         devices.append(
             TritonDevice(
-                groups, recipe.algorithm.name, context, len(recipe.groups), n_gathered, zero_grad, counts=is_first
+                *(groups, recipe.algorithm.name, context, len(recipe.groups), n_gathered, zero_grad),
+                counts=is_first,
+                seed=recipe.settings.rounding_seed,
             )
         )
     return devices
