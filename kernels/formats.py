@@ -50,16 +50,6 @@ PARTS: dict[str, tuple[tl.dtype, ...]] = {
 BLOCK = blockwise.BLOCK
 
 
-def is_blockwise(name: str) -> bool:
-    """Whether blocks of elements share a scale."""
-    return name.startswith("q8_")
-
-
-def is_stochastic(name: str) -> bool:
-    """Whether a tile needs random words to be stored."""
-    return name.endswith("_stochastic")
-
-
 @triton.constexpr_function
 def dtype_of(name):
     """The dtype of a plain format."""

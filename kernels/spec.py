@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from dragon.kernels.constant import Constant
-from dragon.kernels.formats import DTYPES, PARTS, is_blockwise, is_stochastic
+from dragon.kernels.formats import DTYPES, PARTS
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,19 @@ def average_format(spec):
 @triton.constexpr_function
 def has_blocks(spec):
     """Whether blocks of some state share a scale: such tensors have whole blocks only."""
-    return any(map(is_blockwise, spec.states))
+    return any(name.startswith("q8_") for name in spec.states)
 
 
 @triton.constexpr_function
 def single_numel(spec, n_threads):
     """Elements of a tile on the path of misaligned tensors."""
-    return max(n_threads, 64) if any(map(is_blockwise, spec.states)) else n_threads
+    return max(n_threads, 64) if any(name.startswith("q8_") for name in spec.states) else n_threads
 
 
 @triton.constexpr_function
 def has_words(spec):
     """Whether an update needs random words."""
-    return any(map(is_stochastic, (spec.param, *spec.states)))
+    return any(name.endswith("_stochastic") for name in (spec.param, *spec.states))
 
 
 @triton.constexpr_function
