@@ -17,7 +17,6 @@ from torch._compile import _disable_dynamo
 from dragon.vm.torch.optim._accumulate import GradientSums
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._averages import exchange, restore
-from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
 from dragon.vm.torch.optim._distributed.hidden import check_norms, split_by_fsdp1
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local
@@ -35,12 +34,13 @@ from dragon.vm.torch.optim._options import Settings, check_common, complete, nee
 from dragon.vm.torch.optim._plan.cache import PlanCache
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
 from dragon.vm.torch.optim._plan.recipe import Recipe
+from dragon.vm.torch.optim._storage import StoringOptimizer
 from dragon.vm.torch.tensor_type import Tensor as DragonTensor
 
 _PLAIN = torch.zeros(())
 
 
-class Optimizer(CheckpointedOptimizer):
+class Optimizer(StoringOptimizer):
     """Base class of the optimizers; a `torch.optim.Optimizer` that updates all its groups at once.
 
     It differs from PyTorch's in Dragon's methods: `sum_grad`, and rules of Dragon's own parameters.
@@ -80,6 +80,7 @@ class Optimizer(CheckpointedOptimizer):
         self._members = MemberReader()
         # Sums over processes, and the parameters that they are for, by id.
         self._reductions: tuple[list[int], bool, Reductions | None] | None = None
+        self._versions = {}
         self._n_skipped: int | Tensor = 0
         self._grad_norm: Tensor | None = None
 
@@ -152,6 +153,7 @@ class Optimizer(CheckpointedOptimizer):
                 check_param(param)
                 check_backend(None if group["differentiable"] else self._settings.backend, param.device)
         check_storage(group, self._algorithm.state_keys(group))
+        self._warn_of_rounding(group)
         self._drop_defaults(group, group)
 
     def _follows_dragon(self, group: Mapping[str, Any]) -> bool:
@@ -219,6 +221,7 @@ class Optimizer(CheckpointedOptimizer):
         if self._hyperparameters is None:
             self._hyperparameters = self._new_hyperparameters()
         values = self._hyperparameters
+        self._widen_bounds()
         values.read(groups)
         members = self._members.read(groups)
         groups, grads = values.groups, members.grads
@@ -249,7 +252,10 @@ class Optimizer(CheckpointedOptimizer):
             return
         if is_capturing():
             self._plans.capture(found.plan, settings)
+        else:
+            self._notice_writes()
         outcome = found.plan.run(recipe, found.params, found.tensors, values.version, scaling, are_own=not summed)
+        self._note_versions()
         self._grad_norm = outcome.grad_norm
         self._n_skipped += outcome.n_skipped
         if summed:
@@ -335,10 +341,13 @@ class Optimizer(CheckpointedOptimizer):
             raise RuntimeError("swap_ema() was called inside swap_ema(): the parameters are exchanged already")
         try:
             try:
+                self._notice_writes()
                 exchange(self.state, self._originals)
                 yield
             finally:
                 restore(self._originals)
+                if self._versions:
+                    self._note_versions()
         finally:
             # Once more: an interrupt may have hit the line above.
             restore(self._originals)
@@ -375,6 +384,7 @@ class Optimizer(CheckpointedOptimizer):
             self._reset()
         else:
             self._plans.forget()
+            self._versions = {}
         self._is_built = True
         torch.optim.Optimizer.__setstate__(self, state)
         self.state.update(self._restored or {})

@@ -141,6 +141,8 @@ ADAM = Algorithm(
     fused=_fused,
     fused_names=("lr", "betas", "eps", "weight_decay", "amsgrad", "epsilon_hat", "decoupled_weight_decay"),
     depends_on_step=lambda group: bool(group["epsilon_hat"] and group["eps"]),
+    # Betas that a narrow group had: what `_bound` must allow for.
+    own_group_defaults={"bound_betas": None},
     # Nor has a saved group that knows nothing of AMSGrad its maximum.
     optional_keys=lambda saved_group: frozenset() if "amsgrad" in saved_group else frozenset({"max_exp_avg_sq"}),
 )
