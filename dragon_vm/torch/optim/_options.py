@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     backend: str | None = None
     flatten: bool = False
     process_group: Any = None
+    release_gradients: Any = False
     rounding_seed: int = 0
     native_state_dict: bool = False
 

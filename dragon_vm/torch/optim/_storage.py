@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._accumulate import GradientSums
-from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
+from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats import cannot_forget, moment_bound
 from dragon.vm.torch.optim._groups.exchange import held_master
+from dragon.vm.torch.optim._groups.masters import resync
 from dragon.vm.torch.optim._groups.storage import (
     decode_entry,
     kept_format,
@@ -30,12 +30,9 @@ Group = Mapping[str, Any]
 _LATE = 1e9
 
 
-class StoringOptimizer(CheckpointedOptimizer):
+class StoringOptimizer(AccumulatingOptimizer):
     """An optimizer that tells what it stores, and keeps masters in step with their parameters."""
 
-    _sums: GradientSums
-    # Versions of the parameters with masters after the last step, by id.
-    _versions: dict[int, int]
     _has_warned = False
 
     def state_formats(self) -> dict[str, dict[str, str]]:
@@ -71,16 +68,7 @@ class StoringOptimizer(CheckpointedOptimizer):
         Call it after you wrote to them in a way that PyTorch does not count, as through `Tensor.data`. Other writes
         between steps are noticed.
         """
-        self._resync(list(chain.from_iterable(group["params"] for group in self.param_groups)))
-
-    @torch.no_grad()
-    def _resync(self, params: list[Tensor]) -> None:
-        for param in params:
-            state = self.state.get(param, {})
-            if isinstance(state.get("param_remainder"), Tensor):
-                local(state["param_remainder"]).zero_()
-            if isinstance(state.get("param_master"), Tensor):
-                local(state["param_master"]).copy_(local(param))
+        resync(self._all_params(), self.state)
 
     def memory(self) -> dict[str, int]:
         """Bytes that the tensors of this process take, by kind; the tables of kernels are not among them.
@@ -114,17 +102,6 @@ class StoringOptimizer(CheckpointedOptimizer):
         groups = [group for group in self.param_groups if group.get("master_weights") is not None]
         return list(chain.from_iterable(group["params"] for group in groups))
 
-    def _notice_writes(self) -> None:
-        """Make parameters that somebody wrote to since the last step their own masters."""
-        if self._versions:
-            params = self._params_with_masters()
-            seen = self._versions
-            self._resync([param for param in params if seen.get(id(param), _version(param)) != _version(param)])
-
-    def _note_versions(self) -> None:
-        """Remember what is written now as this optimizer's own doing."""
-        self._versions = {id(param): _version(param) for param in self._params_with_masters()}
-
     def _widen_bounds(self) -> None:
         """Keep for each narrow group those betas, of all that it had, which allow the largest first moment."""
         for group in self.param_groups:
@@ -156,10 +133,6 @@ class StoringOptimizer(CheckpointedOptimizer):
                     stacklevel=2,
                 )
                 return
-
-
-def _version(param: Tensor) -> int:
-    return int(local(param)._version)
 
 
 def _is_on_device(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def prepare(
     check_memory(
         [shards[i] for i in solid], lambda: [labels(recipe.groups)[among_all[position]] for position in solid]
     )
-    states, signatures = _with_states(recipe, params, shards, grads, group_index, among_all)
+    states, signatures = _with_states(recipe, params, shards, grads, group_index)
     joined, parted = _joined(recipe, params, shards, grads, group_index, states, signatures)
     inside = {position for member in joined for position in member.positions}
     outside = [states[i] for i in range(len(params)) if i not in inside]
@@ -151,7 +152,6 @@ def _with_states(
     shards: Sequence[Tensor],
     grads: Sequence[Tensor],
     group_index: Sequence[int],
-    among_all: Sequence[int],
 ) -> tuple[list[State], list[Signature]]:
     """For each parameter its state, complete and settled, and what it must have in common with others."""
     algorithm, settings = recipe.algorithm, recipe.settings
@@ -183,7 +183,7 @@ def _with_states(
         states.append({**kept, **entries, **new})
     for param, state, signature, device in zip(params, states, signatures, devices, strict=True):
         state.update(settled_entries(param, state, signature.tensor_keys, device))
-    _give_streams(recipe, states, signatures, among_all)
+    _give_streams(recipe, params, states, signatures)
     return states, signatures
 
 
@@ -214,19 +214,22 @@ def _signature(
 
 
 def _give_streams(
-    recipe: Recipe, states: Sequence[State], signatures: Sequence[Signature], among_all: Sequence[int]
+    recipe: Recipe, params: Sequence[Tensor], states: Sequence[State], signatures: Sequence[Signature]
 ) -> None:
     """Give each state that needs random words a number of its own: at first its parameter's position.
 
     It is a Python int: PyTorch's loader casts every tensor of a state.
     """
-    taken = {entries.get("stream") for entries in recipe.state.values() if isinstance(entries, dict)}
-    for state, signature, position in zip(states, signatures, among_all, strict=True):
-        if signature.is_stochastic and not isinstance(state.get("stream"), int):
-            if position in taken:
-                position = 1 + max(stream for stream in taken if stream is not None)
-            state["stream"] = position
-            taken.add(position)
+    new = [i for i, signature in enumerate(signatures) if signature.is_stochastic and "stream" not in states[i]]
+    if not new:
+        return
+    every = chain.from_iterable(group["params"] for group in recipe.groups)
+    positions = {id(param): position for position, param in enumerate(every)}
+    taken = {entries["stream"] for entries in recipe.state.values() if "stream" in entries}
+    for i in new:
+        stream = positions[id(params[i])]
+        states[i]["stream"] = 1 + max(taken) if stream in taken else stream
+        taken.add(states[i]["stream"])
 
 
 def _joined(
