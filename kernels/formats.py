@@ -1,7 +1,7 @@
 """How a tensor is stored. The other kernel modules see tiles in the dtype of the maths, and addresses.
 
-A tensor has one part or two, each with an address of its own in the tensor table. Three functions know the formats;
-each takes its branch at compile time:
+A tensor has one part or two, each with an address of its own in the tensor table. Three functions know the
+formats; each takes its branch at compile time:
 
 * `open_parts` turns the addresses of a tensor's parts into typed pointers;
 * `load_tile` reads the parts of a tile and decodes them;
@@ -14,8 +14,8 @@ A plain tensor has one part, and its format is the name of its dtype. The others
 * "bfloat16_master", "float16_master": an fp32 master beside the parameter;
 * "q8_signed", "q8_square", "q8_square_stochastic": 8-bit codes, and a scale for each block of 64.
 
-A tile is described by `place`, the tuple ``(offsets, mask, first, end)``: elements ``first + arange``, of which those
-before `end` exist.
+A tile is described by `place`, the tuple ``(offsets, mask, first, end)``: elements ``first + arange``, of which
+those before `end` exist.
 """
 
 from __future__ import annotations

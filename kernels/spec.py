@@ -94,7 +94,7 @@ def has_rest(spec):
 
 @triton.constexpr_function
 def has_bound(spec):
-    """Whether the first moment is clamped to what the second one allows: where some state is not a plain tensor."""
+    """Whether the first moment is clamped to what the second one allows: if some state is not plain."""
     return any(name not in DTYPES for name in spec.states)
 
 

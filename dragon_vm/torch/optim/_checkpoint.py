@@ -208,7 +208,9 @@ def _checked(
             value = state.get(part_key)
             shape = part.shape(param.shape) if part.elements > 1 else param.shape
             if not isinstance(value, Tensor) or value.shape != shape or value.is_complex() != param.is_complex():
-                found = f"shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else repr(value)
+                found = (
+                    f"shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else repr(value)
+                )
                 raise ValueError(
                     f"loaded state dict has {part_key} of {found} for {label} "
                     f"of shape {tuple(param.shape)} and {param.dtype}"

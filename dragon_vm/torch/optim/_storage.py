@@ -38,7 +38,7 @@ class StoringOptimizer(AccumulatingOptimizer):
     def state_formats(self) -> dict[str, dict[str, str]]:
         """How each parameter and its states are stored, by its name, or its position if it has none.
 
-        A plain tensor's format is its dtype. Before the first step these are the formats that the states will have.
+        A plain tensor's format is its dtype. Before the first step these are the formats that will be.
         """
         found = {}
         for name, param, group in self._named_params():
@@ -65,8 +65,8 @@ class StoringOptimizer(AccumulatingOptimizer):
     def resync_master(self) -> None:
         """Make the parameters, as they are now, their own masters.
 
-        Call it after you wrote to them in a way that PyTorch does not count, as through `Tensor.data`. Other writes
-        between steps are noticed.
+        Call it after you wrote to them in a way that PyTorch does not count, as through `Tensor.data`. The next
+        step notices other writes itself.
         """
         resync(self._all_params(), self.state)
 
@@ -107,9 +107,11 @@ class StoringOptimizer(AccumulatingOptimizer):
         for group in self.param_groups:
             if group.get("state_dtype") is None or any(map(_is_on_device, group.get("betas", ()))):
                 continue
-            now = tuple(map(float, group.get("betas", ())))
+            if "betas" not in group:
+                continue
+            now = float(group["betas"][0]), float(group["betas"][1])
             before = group.get("bound_betas")
-            if now and (before is None or moment_bound(*now, _LATE) > moment_bound(*before, _LATE)):
+            if before is None or _bound(now) > _bound(before):
                 group["bound_betas"] = now
 
     def _warn_of_rounding(self, group: Group) -> None:
@@ -126,13 +128,17 @@ class StoringOptimizer(AccumulatingOptimizer):
             if cannot_forget(storage_of(param, group, names), float(beta2)):
                 self._has_warned = True
                 warnings.warn(
-                    f"exp_avg_sq is rounded to nearest in so few bits that with beta2={float(beta2)} it cannot decay: "
-                    "learning rates stay too small for thousands of steps, and losses are worse. Leave "
+                    f"exp_avg_sq is rounded to nearest in so few bits that with beta2={float(beta2)} it cannot "
+                    "decay: learning rates stay too small for thousands of steps, and losses are worse. Leave "
                     'stochastic_rounding=None, or use state_dtype={"exp_avg_sq": torch.float32}',
                     UserWarning,
                     stacklevel=2,
                 )
                 return
+
+
+def _bound(betas: tuple[float, float]) -> float:
+    return moment_bound(betas[0], betas[1], _LATE)
 
 
 def _is_on_device(value: Any) -> bool:

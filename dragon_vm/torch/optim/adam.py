@@ -15,7 +15,6 @@ from dragon.vm.torch.optim._checkpoint import take_over
 from dragon.vm.torch.optim._options import given
 from dragon.vm.torch.optim.optimizer import Optimizer
 
-
 StateDtypes = torch.dtype | str | Mapping[str, torch.dtype | str | None] | None
 
 

@@ -64,9 +64,7 @@ class Algorithm:
     counts_steps: Callable[[Group], bool]
     check: Callable[[Group], None]
     columns: Callable[[Group], dict[str, float]]
-    update: Callable[
-        [Tensor, Tensor, Sequence[Tensor], Tensor | None, Group, Maths], tuple[Tensor, list[Tensor]]
-    ]
+    update: Callable[[Tensor, Tensor, Sequence[Tensor], Tensor | None, Group, Maths], tuple[Tensor, list[Tensor]]]
     fused: Callable[[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor], FusedOptions, float], None]
     fused_names: tuple[str, ...]
     depends_on_step: Callable[[Group], bool]

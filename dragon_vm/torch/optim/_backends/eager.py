@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, Maths
 from dragon.vm.torch.optim._algorithms.average import average_update
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._backends.stored import StoredUpdate
@@ -92,7 +92,7 @@ class EagerGroup:
         target = as_real(param)
         old = [as_real(states[key]) for key in self._signature.state_keys]
         value, new = self._algorithm.update(
-            _wide(target, dtype), ready, [_wide(state, dtype) for state in old], step, group
+            _wide(target, dtype), ready, [_wide(state, dtype) for state in old], step, group, Maths()
         )
         for state, new_state in zip(old, new, strict=True):
             state.copy_(new_state)

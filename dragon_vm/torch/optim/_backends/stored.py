@@ -31,9 +31,7 @@ class StoredUpdate:
         piece: elements that are decoded at a time, a multiple of 64; None for whole tensors.
     """
 
-    def __init__(
-        self, group: FlattenedGroup, algorithm: Algorithm, seed: int, piece: int | None = None
-    ) -> None:
+    def __init__(self, group: FlattenedGroup, algorithm: Algorithm, seed: int, piece: int | None = None) -> None:
         self._algorithm, self._signature = algorithm, group.signature
         self._seed, self._piece = seed, piece
         self._keys = group.signature.part_keys
@@ -66,7 +64,13 @@ class StoredUpdate:
             self._update_one(param, grad, state, group, factors.of(position, group), rounding)
 
     def _update_one(
-        self, param: Tensor, grad: Tensor, state: dict[str, Tensor], group: Group, factor: float, rounding: Rounding
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        group: Group,
+        factor: float,
+        rounding: Rounding,
     ) -> None:
         own, *states = self._keys
         walk = walker(param)
@@ -116,9 +120,7 @@ class StoredUpdate:
             ready = ready * factor
         if bound := clip_value(group):
             ready = ready.clamp(-bound, bound)
-        param, *states = (
-            form.decode(stored).to(dtype) for form, stored in zip(formats, parts, strict=True)
-        )
+        param, *states = (form.decode(stored).to(dtype) for form, stored in zip(formats, parts, strict=True))
         param, states = self._algorithm.update(param, ready, states, step, group, self._maths)
         words: list[Tensor] = []
         if self._signature.is_stochastic:

@@ -25,7 +25,14 @@ from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup, Signature
 from dragon.vm.torch.optim._options import Settings, needs_norm
 from dragon.vm.torch.optim._table.chunks import n_chunks, plan_chunks
-from dragon.vm.torch.optim._table.rows import dtype_name, format_name, group_row, real_numel, source_row, tensor_rows
+from dragon.vm.torch.optim._table.rows import (
+    dtype_name,
+    format_name,
+    group_row,
+    real_numel,
+    source_row,
+    tensor_rows,
+)
 from dragon.vm.torch.optim._table.table import DeviceTable, packed, words_of
 
 _SPAN = int(norm.SPAN)

@@ -47,7 +47,7 @@ def held_master(state: Mapping[str, Any], param: Tensor) -> Format | None:
 
 @torch.no_grad()
 def pytorch_state(param: Tensor, state: State) -> State:
-    """A state in PyTorch's form: 8-bit moments in fp32, and the master as `master_param`. Nothing else is copied."""
+    """A state in PyTorch's form: 8-bit moments in fp32, the master as `master_param`, and the rest as it is."""
     found: State = {}
     for key, value in state.items():
         if key.endswith("_q8"):
@@ -58,7 +58,9 @@ def pytorch_state(param: Tensor, state: State) -> State:
         elif key in _MASTER_PARTS:
             form = held_master(state, param)
             assert form is not None
-            found[MASTER] = value if key == "param_master" else unflat(param, decode_entry(param, state, "param", form))
+            found[MASTER] = (
+                value if key == "param_master" else unflat(param, decode_entry(param, state, "param", form))
+            )
         elif not key.endswith("_scale"):
             found[key] = value
     return found

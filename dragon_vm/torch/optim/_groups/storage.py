@@ -1,4 +1,4 @@
-"""Where formats meet the entries of a state: which formats a parameter has, and the tensors that hold its values."""
+"""The formats of a parameter, and the entries of its state that hold its values."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dragon.vm.torch.optim._formats import (
     SignedQ8,
     Split8,
     SquareQ8,
+    StochasticBfloat16,
     Storage,
     StorageOptions,
-    StochasticBfloat16,
     check_options,
     resolve,
 )

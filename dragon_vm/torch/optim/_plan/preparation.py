@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import is_distributed, local, local_state
+from dragon.vm.torch.optim._distributed.shards import is_distributed, local_state
+from dragon.vm.torch.optim._formats import Plain, Storage
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, check_state, has_memory, labels
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State, flatten_groups
 from dragon.vm.torch.optim._groups.layout import is_dense, same_walk
-from dragon.vm.torch.optim._formats import Plain, Storage
 from dragon.vm.torch.optim._groups.members import has_own_memory
 from dragon.vm.torch.optim._groups.states import missing_states, settled_entries
 from dragon.vm.torch.optim._groups.storage import first_index, kept_format, storage_of, stored_entries
@@ -154,14 +154,13 @@ def _with_states(
     group_index: Sequence[int],
 ) -> tuple[list[State], list[Signature]]:
     """For each parameter its state, complete and settled, and what it must have in common with others."""
-    algorithm, settings = recipe.algorithm, recipe.settings
+    algorithm = recipe.algorithm
     groups = [recipe.groups[index] for index in group_index]
     held: list[State] = [recipe.state.get(param, {}) for param in params]
     for param, state, group in zip(params, held, groups, strict=True):
         check_state(param, state, algorithm.all_state_keys(group), algorithm.counts_steps(group))
     storages = [
-        storage_of(param, group, algorithm.state_keys(group))
-        for param, group in zip(params, groups, strict=True)
+        storage_of(param, group, algorithm.state_keys(group)) for param, group in zip(params, groups, strict=True)
     ]
     signatures = []
     for shard, grad, state, storage, group in zip(shards, grads, held, storages, groups, strict=True):
