@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor
+
+from dragon.vm.torch.optim._distributed.shards import local
 
 
 def detach_all(grads: Sequence[Tensor]) -> None:
@@ -31,6 +33,24 @@ def zero_all(grads: Sequence[Tensor]) -> None:
             grad.zero_()
     if strided:
         torch._foreach_zero_(strided)
+
+
+def zero_or_remove(params: Iterable[Tensor], is_removed: Callable[[Tensor], bool]) -> None:
+    """Remove the gradients of some parameters, and set the others' to zero.
+
+    Args:
+        params: parameters, with a gradient or not.
+        is_removed: whether a parameter's gradient is removed.
+    """
+    zeroed = []
+    for param in params:
+        if param.grad is None:
+            continue
+        if is_removed(param):
+            param.grad = None
+        else:
+            zeroed.append(local(param.grad))
+    zero_all(zeroed)
 
 
 def apart(grads: list[Tensor]) -> list[Tensor]:
