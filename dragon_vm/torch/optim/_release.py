@@ -16,6 +16,7 @@ from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._groups.members import MemberReader, Members
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._plan.cache import N_LATEST
+from dragon.vm.torch.optim._plan.modes import undisturbed
 from dragon.vm.torch.optim._plan.updater import Updater
 
 # Enough elements for kernels to run at full speed, few enough that their gradients do not count.
@@ -77,11 +78,6 @@ class Bucket:
         """The parameters and their gradients."""
         return self._reader.read(self._groups)
 
-    @property
-    def are_distributed(self) -> bool:
-        """Whether some parameter was distributed when `members` was last called."""
-        return self._reader.are_distributed
-
     def begin(self) -> None:
         """Wait for all gradients anew."""
         self.waiting, self.is_done = set(self.ids), False
@@ -92,14 +88,12 @@ class GradientRelease:
 
     Args:
         update: a method that updates the parameters of a bucket. It is called on the thread and stream of the
-            backward pass.
+            backward pass, and asks for `scaling`.
         updater: of the optimizer.
         settings: of the optimizer.
     """
 
-    def __init__(
-        self, update: Callable[[Bucket, Members, Scaling], None], updater: Updater, settings: Settings
-    ) -> None:
+    def __init__(self, update: Callable[[Bucket], None], updater: Updater, settings: Settings) -> None:
         # The hooks must not keep the optimizer alive.
         self._update, self._updater, self._settings = weakref.WeakMethod(update), updater, settings
         release = settings.release_gradients
@@ -197,14 +191,13 @@ class GradientRelease:
         update = self._update()
         if update is None:
             return
-        members = bucket.members()
-        update(bucket, members, self._scaling(bucket, members))
+        undisturbed(update, bucket)
         bucket.is_done = True
-        for param in members.params:
+        for param in bucket.params:
             param.grad = None
         self._tell_scaler()
 
-    def _scaling(self, bucket: Bucket, members: Members) -> Scaling:
+    def scaling(self, bucket: Bucket, members: Members) -> Scaling:
         """The scale of the gradients, and whether some are infinite or NaN on any process."""
         if self._scaler is None or not self._scaler.is_enabled():
             return Scaling()
@@ -215,7 +208,7 @@ class GradientRelease:
         if filled:
             norms = torch.stack(torch._foreach_norm(filled, torch.inf))
             found = torch.isfinite(norms).all().logical_not().float().reshape(1)
-        if bucket.are_distributed:
+        if members.are_distributed:
             found = self._updater.agreed(members, self._settings, found, bucket.index)
         self._found_inf.append(found)
         return Scaling(scale, found)
