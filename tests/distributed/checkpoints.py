@@ -159,3 +159,43 @@ def die_while_saving(kind: str, name: str, folder: str) -> None:
 
         writer.write_data = killed
     dcp.save(dicts(wrapped, optimizer, False), storage_writer=writer)
+
+
+def saved_sums(name: str, is_full: bool) -> float:
+    """How far a run is that goes on from a checkpoint with sums that no step has used."""
+    wrapped, optimizer = built("fsdp2", name)
+    train(wrapped, optimizer, range(1))
+    backward(wrapped, 1)
+    optimizer.sum_grad()
+    options = StateDictOptions(full_state_dict=is_full)
+    model = get_model_state_dict(wrapped.model, options=options)
+    state = copy.deepcopy(get_optimizer_state_dict(wrapped.model, optimizer, options=options))
+    fresh, resumed = built("fsdp2", name)
+    set_model_state_dict(fresh.model, copy.deepcopy(model), options=options)
+    set_optimizer_state_dict(fresh.model, resumed, state, options=options)
+    backward(wrapped, 2)
+    backward(fresh, 2)
+    for each in (optimizer, resumed):
+        each.step()
+    # An optimizer that lost the sum would differ.
+    other, without = built("fsdp2", name)
+    train(other, without, range(1))
+    backward(other, 2)
+    without.step()
+    assert largest_difference(weights(other), weights(wrapped)) > 1e-3
+    return largest_difference(weights(fresh), weights(wrapped))
+
+
+def borrowed_group(name: str) -> tuple[bool, str]:
+    """Whether a deep copy has the process group of its original, and what is said of pickling it."""
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = make(name, [param], max_grad_norm=1.0, process_group=dist.group.WORLD)
+    copied = copy.deepcopy(optimizer)
+    (mine,) = params_of(copied)
+    mine.grad = torch.ones(2)
+    copied.step()
+    try:
+        torch.save(optimizer, io.BytesIO())
+    except TypeError as error:
+        return float(copied.grad_norm) == (2 * dist.get_world_size()) ** 0.5, str(error)
+    return False, "accepted"

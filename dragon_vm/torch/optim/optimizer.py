@@ -71,7 +71,7 @@ class Optimizer(AccumulatingOptimizer):
         self._members = MemberReader()
 
     def _check_params(self) -> None:
-        """Check that trained parameters share no memory, and that the options fit how parameters are distributed."""
+        """Check that trained parameters share no memory, and that options fit how they are distributed."""
         params = [param for param in self._all_params() if param.requires_grad and has_memory(local(param))]
         check_memory(list(map(local, params)), lambda position: label(self.param_groups, params[position]))
         check_sharding(self.param_groups, self._settings)
@@ -154,9 +154,7 @@ class Optimizer(AccumulatingOptimizer):
         loss = None
         if closure is not None:
             if self._release is not None:
-                raise RuntimeError(
-                    "step() takes no closure with release_gradients, which updates in each backward"
-                )
+                raise RuntimeError("release_gradients updates in each backward pass: step() takes no closure then")
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_dynamo_compiling():
@@ -280,11 +278,9 @@ class Optimizer(AccumulatingOptimizer):
         else:
             self._plans.forget()
         self._is_built = True
-        state = dict(state)
         if "_settings" in state:
-            state["_settings"] = Settings(**returned(state["_settings"]))
-            state["defaults"] = returned(state["defaults"])
-            self._updater.n_skipped = state.pop("_n_skipped")
+            settings, self._updater.n_skipped = Settings(**returned(state["_settings"])), state["_n_skipped"]
+            state = {**state, "_settings": settings, "defaults": returned(state["defaults"])}
         torch.optim.Optimizer.__setstate__(self, state)
         self.state.update(self._restored or {})
         for index, group in enumerate(self.param_groups):
