@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import distribute_tensor
 
 from .factories import largest_difference, make, params_of, whole
 from .wrappers import WRAPPERS, Wrapped, backward
@@ -199,3 +200,30 @@ def borrowed_group(name: str) -> tuple[bool, str]:
     except TypeError as error:
         return float(copied.grad_norm) == (2 * dist.get_world_size()) ** 0.5, str(error)
     return False, "accepted"
+
+
+def whole_dicts(name: str) -> tuple[float, bool]:
+    """A state dict of whole tensors goes into sharded parameters, and one of shards into whole parameters."""
+    wrapped, optimizer = built("fsdp2", name)
+    train(wrapped, optimizer, range(2))
+    saved = optimizer.state_dict()
+    state = {
+        index: {key: whole(value) for key, value in entries.items()} for index, entries in saved["state"].items()
+    }
+    resumed = make(name, wrapped.groups)
+    resumed.load_state_dict({**saved, "state": state})
+    alone = make(name, [torch.nn.Parameter(whole(param)) for param in params_of(optimizer)])
+    alone.load_state_dict(saved)
+    are_same = all(
+        torch.equal(entries[key], state[index][key])
+        for index, entries in enumerate(alone.state.values())
+        for key in state[index]
+    )
+    before = weights(wrapped)
+    train(wrapped, optimizer, range(2, 4))
+    expected = weights(wrapped)
+    with torch.no_grad():
+        for param, value in zip(params_of(optimizer), before, strict=True):
+            param.copy_(distribute_tensor(value, param.device_mesh, param.placements))
+    train(wrapped, resumed, range(2, 4))
+    return largest_difference(weights(wrapped), expected), are_same

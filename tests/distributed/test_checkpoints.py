@@ -78,3 +78,8 @@ def test_a_process_group_is_borrowed_by_copies_and_refused_by_pickles(cluster: C
         assert is_right
         assert "process_group" in text
         assert "state_dict()" in text
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+def test_whole_and_sharded_state_dicts_go_into_each_other(cluster: Cluster, n_processes: int) -> None:
+    assert cluster.run(n_processes, "checkpoints:whole_dicts", name=OPT) == [(0, True)] * n_processes
