@@ -63,10 +63,14 @@ class Updater:
         self._hyperparameters.read(groups)
         return self._hyperparameters.groups
 
-    def publish(self, index: int, group: Group, defaults: Mapping[str, Any], settings: Settings) -> None:
+    def publish(
+        self, groups: Sequence[Group], changed: Group, defaults: Mapping[str, Any], settings: Settings
+    ) -> None:
         """Check a group that has changed, and upload its hyperparameters to wherever kernels read them."""
-        self._new_hyperparameters(defaults).read([group])
-        self.plans.publish(index, complete(group, self._algorithm.own_defaults), settings)
+        self._new_hyperparameters(defaults).read([changed])
+        for index, group in enumerate(groups):
+            if group is changed:
+                self.plans.publish(index, complete(group, self._algorithm.own_defaults), settings)
 
     def _new_hyperparameters(self, defaults: Mapping[str, Any]) -> Hyperparameters:
         own = self._algorithm.own_defaults
@@ -89,7 +93,6 @@ class Updater:
         *,
         zero_grad: bool,
         are_own: bool = True,
-        are_distributed: bool = False,
         part: int = 0,
     ) -> None:
         """Update the parameters that have a gradient, as the hyperparameters were last read.
@@ -102,13 +105,12 @@ class Updater:
             scaling: a `GradScaler`'s.
             zero_grad: set the gradients to zero as well.
             are_own: whether the gradients are the parameters' own, and not sums of them.
-            are_distributed: whether some parameter is distributed.
             part: which parameters of the optimizer these are; 0 for all of them.
         """
         values = self._hyperparameters
         assert values is not None
         reductions = None
-        if are_distributed or settings.process_group is not None:
+        if members.are_distributed or settings.process_group is not None:
             agreement = self._agreements.setdefault(part, Agreement())
             # What is found in a part has been agreed on.
             decides = scaling.found_inf is not None and not part
