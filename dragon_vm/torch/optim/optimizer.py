@@ -196,6 +196,7 @@ class Optimizer(StoringOptimizer):
         self._updater.update(
             members,
             grads,
+            self.param_groups,
             self.state,
             self._settings,
             scaling,
@@ -223,6 +224,7 @@ class Optimizer(StoringOptimizer):
         self._updater.update(
             members,
             members.grads,
+            self.param_groups,
             self.state,
             self._settings,
             self._release.scaling(bucket, members),
