@@ -73,12 +73,12 @@ def main() -> None:
 
     model, optimizer = build()
     train(model, optimizer, range(N_STEPS // 2))
-    dcp.save(state_of(model, optimizer), checkpoint_id=checkpoint)
+    dcp.save(state_of(model, optimizer), checkpoint_id=checkpoint)  # type: ignore[attr-defined]  # it is public
     loss = train(model, optimizer, range(N_STEPS // 2, N_STEPS))
 
     resumed_model, resumed = build()
     state = state_of(resumed_model, resumed)
-    dcp.load(state, checkpoint_id=checkpoint)
+    dcp.load(state, checkpoint_id=checkpoint)  # type: ignore[attr-defined]  # it is public
     set_state_dict(
         resumed_model,
         resumed,
@@ -91,6 +91,7 @@ def main() -> None:
         x, y = batch(0, 0)
         averaged = (resumed_model(x) - y).square().mean().item()
     if dist.get_rank() == 0:
+        assert resumed.grad_norm is not None  # max_grad_norm needs it
         print(f"gradient norm {float(resumed.grad_norm):.4f}, loss {loss:.4f}, of the averages {averaged:.4f}")
         print("resumed bit by bit" if same else "the resumed run differs")
     dist.destroy_process_group()
