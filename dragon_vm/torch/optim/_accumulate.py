@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._C import _disabled_torch_function_impl as without_torch_function
+from torch._compile import _disable_dynamo
 
-from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
+from dragon.vm.torch.optim._distributed.owners import Replicas
+from dragon.vm.torch.optim._distributed.placement import placed_like
+from dragon.vm.torch.optim._distributed.shards import distributed_like, local
+from dragon.vm.torch.optim._distributed.unreduced import SUM_DTYPES, UnreducedSums, by_buffer
 from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense
@@ -16,39 +24,156 @@ from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense
 if TYPE_CHECKING:
     from dragon.vm.torch.optim._backends.triton import TritonDevice
 
-_HALF = (torch.float16, torch.bfloat16)
+# Of a parameter in state dicts.
+_SUM = "grad_sum"
+
+
+class AccumulatingOptimizer(CheckpointedOptimizer):
+    """An optimizer that sums gradients over backward passes. Its state dicts have sums that no step has used."""
+
+    _sums: GradientSums
+
+    @torch.no_grad()
+    @_disable_dynamo
+    def sum_grad(self) -> None:
+        """Sum the gradients of all parameters.
+
+        Call it after each backward pass; the next `step` uses the sum, together with any gradient that came after
+        the last call, and starts a new one. The gradients themselves are dropped. Sums of half precision gradients
+        are kept in float32. Gradients that DDP has not reduced, inside `no_sync`, are reduced once, by the step.
+
+        Raises:
+            RuntimeError: with `release_gradients`.
+            ValueError: for gradients of FSDP1 inside `no_sync`.
+        """
+        if self._settings.release_gradients:
+            raise RuntimeError("sum_grad() cannot sum gradients that release_gradients has used and freed")
+        params = self._all_params()
+        launch = self._settings.backend == "triton" or any(param.is_cuda for param in params)
+        without_torch_function(self._sums.take, (), (params, launch), {})
+
+    def _all_params(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in PyTorch's format, with a "grad_sum" for each parameter whose sum no step has used.
+
+        Raises:
+            RuntimeError: for sums of which other processes have parts.
+        """
+        self._sums.check_reduced()
+        saved = super().state_dict()
+        if self._sums:
+            states = saved["state"] = dict(saved["state"])
+            for index, param in enumerate(self._all_params()):
+                if param in self._sums.totals:
+                    total = distributed_like(param, self._sums.totals[param])
+                    states[index] = {**states.get(index, {}), _SUM: total}
+        return saved
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of PyTorch's counterpart, sharing no memory with it.
+
+        Hyperparameters that it does not know keep their values; so does the count of skipped steps, and sums of
+        gradients if it has none. State tensors get the optimizer's `state_dtype`, or the wider of their and the
+        parameter's dtype.
+
+        Raises:
+            ValueError: as PyTorch, and for missing or misshapen states. Nothing has changed then.
+        """
+        saved = {key: entries[_SUM] for key, entries in state_dict["state"].items() if _has_sum(entries)}
+        if not saved:
+            super().load_state_dict(state_dict)
+            return
+        states = {
+            key: {name: value for name, value in entries.items() if name != _SUM} if key in saved else entries
+            for key, entries in state_dict["state"].items()
+        }
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        super().load_state_dict({**state_dict, "state": {key: value for key, value in states.items() if value}})
+        self._sums.clear()
+        with torch.no_grad():
+            for key, param in zip(keys, self._all_params(), strict=True):
+                if key in saved:
+                    total = local(placed_like(param, saved[key].to(param.device)))
+                    self._sums.totals[param] = _as_sum(local(param), total)
+        self._sums.are_outside = True
+
+
+def _has_sum(entries: Any) -> bool:
+    return isinstance(entries, Mapping) and _SUM in entries
 
 
 class GradientSums:
-    """The sums of one optimizer by parameter; of a distributed parameter, those of its shard."""
+    """The sums of one optimizer by parameter; of a distributed parameter, those of its shard.
+
+    Attributes:
+        totals: sums of gradients that are the same on all processes, or of one process alone.
+    """
 
     def __init__(self) -> None:
         self.totals: dict[Tensor, Tensor] = {}
         # Whether some were gathered outside of a capture.
         self.are_outside = False
         self._launches: dict[Signature, _SumLaunch] = {}
+        self._unreduced: list[UnreducedSums] = []
+        # The DDP modules of parameters, which are kept by id.
+        self._replicas: tuple[list[int], Replicas] = ([], Replicas([]))
 
     def __bool__(self) -> bool:
-        return bool(self.totals)
+        return bool(self.totals or self._unreduced)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {"totals": self.totals, "are_outside": bool(self.totals), "_launches": {}}
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickles and copies hold.
+
+        Raises:
+            RuntimeError: for sums that other processes have their parts of.
+        """
+        self.check_reduced()
+        return {"totals": self.totals}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]  # what a new one has
+        self.totals = state["totals"]
+        self.are_outside = bool(self.totals)
+
+    def check_reduced(self) -> None:
+        """Check that the sums can be saved.
+
+        Raises:
+            RuntimeError: if not.
+        """
+        if self._unreduced:
+            raise RuntimeError(
+                "sums of gradients from DDP's no_sync() cannot be saved: each process has a part of them. "
+                "Call step() first"
+            )
 
     def clear(self) -> None:
         """Start anew."""
         self.totals.clear()
+        self._unreduced.clear()
         self.are_outside = False
 
     def take(self, params: Sequence[Tensor], launch: bool) -> None:
         """Add the gradients of the parameters to their sums and drop them.
 
+        Gradients that DDP has not reduced are summed apart, to be reduced once.
+
         Args:
             params: all parameters; those without a gradient keep their sums.
             launch: add by a kernel, in one launch for each signature, rather than by torch operations.
+
+        Raises:
+            ValueError: for a gradient that is not of its parameter's shape. Nothing has changed then.
         """
-        totals, grads = [], []
-        self.are_outside |= not is_capturing()
         for param in params:
+            _check_shape(param)
+        self.are_outside |= not is_capturing()
+        others = self._take_unreduced(params)
+        totals, grads = [], []
+        for param in others:
             grad = local(param.grad)
             if grad is None:
                 continue
@@ -64,6 +189,35 @@ class GradientSums:
             self._launch(totals, grads)
         else:
             torch._foreach_add_(totals, grads)
+
+    def _take_unreduced(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Take the gradients that DDP has not reduced, and return the other parameters."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return params
+        ids = list(map(id, params))
+        if self._replicas[0] != ids:
+            self._replicas = ids, Replicas(params)
+        groups = self._replicas[1].unreduced()
+        chosen = [param for param in params if id(param) in groups and param.requires_grad]
+        if not chosen:
+            return params
+        for key, members in by_buffer(chosen, groups).items():
+            ids = list(map(id, members))
+            kept = (sums for sums in self._unreduced if sums.key == key and list(map(id, sums.params)) == ids)
+            sums = next(kept, None)
+            if sums is None:
+                sums = UnreducedSums(key, members)
+                self._unreduced.append(sums)
+            sums.take()
+        return [param for param in params if id(param) not in groups]
+
+    def reduce(self) -> None:
+        """Reduce the sums that are not yet, by one collective for each process group, device and dtype."""
+        while self._unreduced:
+            # A step that fails after this one finds them reduced.
+            reduced = self._unreduced.pop(0).reduced()
+            for param, total in reduced.items():
+                self.totals[param] = total if param not in self.totals else self.totals[param].add_(total)
 
     def added_to(self, params: Sequence[Tensor], grads: Sequence[Any]) -> list[Any]:
         """For each parameter its sum, with its gradient if there is one too; None where both are missing."""
@@ -111,6 +265,18 @@ class _SumLaunch:
 
 def _as_sum(param: Tensor, grad: Tensor) -> Tensor:
     """A first gradient as a sum: a copy, since others may hold the gradient, as DDP does its buckets."""
-    dtype = torch.float32 if grad.dtype in _HALF else grad.dtype
+    dtype = SUM_DTYPES.get(grad.dtype, grad.dtype)
     copy = grad.to(dtype, copy=True) if grad.layout == torch.strided else grad.clone()
     return in_layout_of(param, copy) if copy.layout == torch.strided and is_dense(param) else copy
+
+
+def _check_shape(param: Tensor) -> None:
+    grad = param.grad
+    if grad is None or grad.shape == param.shape:
+        return
+    if getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            "sum_grad() cannot sum gradients of FullyShardedDataParallel inside no_sync(), which are not sharded "
+            "yet. Leave no_sync() out, or leave sum_grad() out and let the last backward pass reduce the sum"
+        )
+    raise ValueError(f"a gradient has shape {tuple(grad.shape)}, but its parameter {tuple(param.shape)}")

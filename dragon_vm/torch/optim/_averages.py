@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
+from torch.autograd.graph import increment_version
+
+from dragon.vm.torch.optim._distributed.hidden import split_by_fsdp1
+from dragon.vm.torch.optim._distributed.owners import reshard
+from dragon.vm.torch.optim._distributed.shards import is_distributed, local
 
 
-def exchange(state: Mapping[Any, Any], originals: dict[Tensor, Tensor]) -> None:
-    """Give each parameter the value of its average, rounded to its dtype.
+@contextmanager
+def exchanged(state: Mapping[Any, Any], originals: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Give each parameter the value of its average, rounded to its dtype, inside a ``with`` block.
 
     Args:
         state: of an optimizer; parameters without an "ema" stay as they are.
-        originals: filled with copies of the parameters' own values before the first parameter changes.
+        originals: holds copies of the parameters' own values, of distributed ones their shards, inside the block.
 
     Raises:
-        RuntimeError: if no parameter has an average.
+        RuntimeError: if no parameter has an average, if FSDP1 splits one, and inside another such block.
     """
+    if originals:
+        raise RuntimeError("swap_ema() was called inside swap_ema(): the parameters are exchanged already")
+    try:
+        try:
+            _exchange(state, originals)
+            yield
+        finally:
+            _restore(originals)
+    finally:
+        # Once more: an interrupt may have hit the line above.
+        _restore(originals)
+
+
+def _exchange(state: Mapping[Any, Any], originals: dict[Tensor, Tensor]) -> None:
     params = [p for p, entries in state.items() if isinstance(entries, Mapping) and "ema" in entries]
     if not params:
         raise RuntimeError("swap_ema() needs averages: give an ema_decay above 0, and take a step")
-    averages = [state[param]["ema"] for param in params]
+    if any(split_by_fsdp1(params)):
+        raise RuntimeError(
+            "swap_ema() cannot exchange parameters of FullyShardedDataParallel, which writes those that it "
+            "gathered over them. Use FSDP2's fully_shard"
+        )
+    averages = [local(state[param]["ema"]) for param in params]
     originals.update(without_torch_function(_copies, (), (params,), {}))
     without_torch_function(_write, (), (params, averages), {})
 
 
-def restore(originals: dict[Tensor, Tensor]) -> None:
+def _restore(originals: dict[Tensor, Tensor]) -> None:
     """Give each parameter its own value back, and forget the copies."""
     without_torch_function(_write, (), (list(originals), list(originals.values())), {})
     originals.clear()
@@ -36,10 +62,16 @@ def restore(originals: dict[Tensor, Tensor]) -> None:
 
 @torch.no_grad()
 def _copies(params: list[Tensor]) -> dict[Tensor, Tensor]:
-    return {param: param.detach().clone() for param in params}
+    return {param: local(param).detach().clone() for param in params}
 
 
 @torch.no_grad()
 def _write(params: list[Tensor], values: list[Tensor]) -> None:
-    if params:
-        torch._foreach_copy_(params, values)
+    if not params:
+        return
+    torch._foreach_copy_(list(map(local, params)), values)
+    distributed = list(filter(is_distributed, params))
+    if distributed:
+        increment_version(distributed)
+        # FSDP2 may have gathered what was there before.
+        reshard(distributed)

@@ -32,6 +32,7 @@ class Settings(NamedTuple):
     backend: str | None = None
     flatten: bool = False
     process_group: Any = None
+    release_gradients: Any = False
 
 
 def given(arguments: Mapping[str, Any]) -> dict[str, Any]:

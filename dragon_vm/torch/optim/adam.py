@@ -53,6 +53,9 @@ class Adam(Optimizer, torch.optim.Adam):
         flatten: move parameters, gradients and states into flat buffers.
         process_group: processes that hold other parts of the model than meshes say, over which norms and decisions
             to skip are summed; for FSDP1, ZeroRedundancyOptimizer, pipeline stages and tensor parallelism by hand.
+        release_gradients: update parameters in the backward pass, bucket by bucket, and free their gradients. Each
+            backward pass needs a step. In place of True, give the `GradScaler` that scales the loss, if there is
+            one: it skips each bucket with infinite or NaN gradients.
 
     Raises:
         TypeError, ValueError, RuntimeError: as PyTorch; for an option out of range, one that names it.
@@ -87,6 +90,7 @@ class Adam(Optimizer, torch.optim.Adam):
         backend: str | None = None,
         flatten: bool = False,
         process_group: Any = None,
+        release_gradients: bool | torch.amp.GradScaler = False,
     ) -> None:
         Optimizer.__init__(self, params, given(locals()))
 
@@ -139,6 +143,7 @@ class AdamW(Adam, torch.optim.AdamW):
         backend: str | None = None,
         flatten: bool = False,
         process_group: Any = None,
+        release_gradients: bool | torch.amp.GradScaler = False,
     ) -> None:
         if not decoupled_weight_decay:
             raise ValueError("decoupled_weight_decay must be True for AdamW; Adam takes False")

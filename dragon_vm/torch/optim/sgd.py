@@ -30,6 +30,7 @@ class SGD(Optimizer, torch.optim.SGD):
         maximize, foreach, capturable, differentiable, fused: see `Adam`.
         grad_scale, clip_norm, clip_value, ema_decay: see `Adam`.
         max_grad_norm, norm_type, skip_nonfinite, state_dtype, backend, flatten, process_group: see `Adam`.
+        release_gradients: see `Adam`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as PyTorch; for an option out of range, one that names it.
@@ -62,6 +63,7 @@ class SGD(Optimizer, torch.optim.SGD):
         backend: str | None = None,
         flatten: bool = False,
         process_group: Any = None,
+        release_gradients: bool | torch.amp.GradScaler = False,
     ) -> None:
         Optimizer.__init__(self, params, given(locals()))
 

@@ -89,6 +89,20 @@ def split_by_fsdp1(params: Sequence[Tensor]) -> list[bool | None]:
     return [sharded.get(id(param), True) if flag else None for flag, param in zip(flattened, params, strict=True)]
 
 
+def is_state_asked_for() -> bool:
+    """Whether PyTorch's checkpoint functions call a step on this thread only to make it create states.
+
+    They give zeros as gradients and as learning rates then.
+    """
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    frame = sys._getframe() if module is not None else None
+    while frame is not None and module is not None:
+        if frame.f_code.co_name == "_init_optim_state" and frame.f_globals is vars(module):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _is_built_by_zero() -> bool:
     """Whether ZeroRedundancyOptimizer is constructing an optimizer on this thread."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")

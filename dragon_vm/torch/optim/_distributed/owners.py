@@ -32,6 +32,24 @@ def reshard(params: Sequence[Tensor]) -> None:
             group.reshard()
 
 
+def check_accumulated(params: Sequence[Tensor]) -> None:
+    """Check, where no parameter has a gradient, that FSDP2 holds none that it has not reduced.
+
+    Raises:
+        RuntimeError: if it does: a step would ignore them.
+    """
+    wanted = set(map(id, params))
+    for group in instances("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup"):
+        for each in group.fsdp_params:
+            whole = getattr(each, "_unsharded_param", None)
+            held = each.unsharded_accumulated_grad, None if whole is None else whole.grad
+            if id(each.sharded_param) in wanted and any(grad is not None for grad in held):
+                raise RuntimeError(
+                    "step() finds no gradient, for FSDP2 has not reduced those of the last backward passes: "
+                    "call set_requires_gradient_sync(True) before the last one of a step"
+                )
+
+
 class Replicas:
     """The DDP modules that hold parameters, and whether they have reduced the last gradients.
 

@@ -48,10 +48,12 @@ def local(tensor: Any) -> Any:
 
 def locals_of(tensors: Sequence[Any]) -> list[Any]:
     """The shards of tensors that are ready; plain tensors and None as they are."""
-    try:
+    are_distributed = set(map(is_distributed_type, set(map(type, tensors))))
+    if are_distributed == {True}:
         return list(map(_LOCAL, tensors))
-    except AttributeError:
-        return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+    if True not in are_distributed:
+        return list(tensors)
+    return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
 
 
 def local_state(state: dict[str, Any]) -> dict[str, Any]:

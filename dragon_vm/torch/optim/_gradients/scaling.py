@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._distributed.placement import placed_like
+from dragon.vm.torch.optim._distributed.shards import is_distributed
 from dragon.vm.torch.optim._gradients.norms import SquareSum, inf_norms, l2_norms
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
 from dragon.vm.torch.optim._options import Settings, needs_norm
 
 # `torch.nn.utils.clip_grad_norm_` divides by the norm plus this.
 CLIP_EPS = 1e-6
+
+_PLAIN = torch.zeros((), device="cpu")
 
 
 class Scaling(NamedTuple):
@@ -30,6 +34,15 @@ class Scaling(NamedTuple):
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+
+
+def handed_over(optimizer: object) -> Scaling:
+    """What a `GradScaler` has set on an optimizer for this step; a finding is one for all processes."""
+    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if not isinstance(found_inf, Tensor):
+        # The 0 that stands for no gradient.
+        return Scaling(scale, None)
+    return Scaling(scale, placed_like(_PLAIN, found_inf) if is_distributed(found_inf) else found_inf)
 
 
 class Factors(NamedTuple):

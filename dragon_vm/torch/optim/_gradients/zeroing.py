@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor
+
+from dragon.vm.torch.optim._distributed.shards import local
 
 
 def detach_all(grads: Sequence[Tensor]) -> None:
@@ -33,12 +35,32 @@ def zero_all(grads: Sequence[Tensor]) -> None:
         torch._foreach_zero_(strided)
 
 
+def zero_or_remove(params: Iterable[Tensor], is_removed: Callable[[Tensor], bool]) -> None:
+    """Remove the gradients of some parameters, and set the others' to zero.
+
+    Args:
+        params: parameters, with a gradient or not.
+        is_removed: whether a parameter's gradient is removed.
+    """
+    zeroed = []
+    for param in params:
+        if param.grad is None:
+            continue
+        if is_removed(param):
+            param.grad = None
+        else:
+            zeroed.append(local(param.grad))
+    zero_all(zeroed)
+
+
 def apart(grads: list[Tensor]) -> list[Tensor]:
     """Gradients of which no two are the same memory, so that one may be written after it was read."""
+    addresses = list(map(Tensor.data_ptr, grads))
+    if len(set(addresses)) == len(addresses):
+        return grads
     seen: set[int] = set()
     chosen = []
-    for grad in grads:
-        address = grad.data_ptr()
+    for grad, address in zip(grads, addresses, strict=True):
         chosen.append(grad.clone() if address in seen and grad.numel() else grad)
         seen.add(address)
     return chosen

@@ -18,7 +18,7 @@ from dragon.vm.torch.optim._plan.recipe import Recipe
 from dragon.vm.torch.optim._plan.step import StepPlan
 
 # Sets of parameters with a gradient whose plans are kept.
-_N_LATEST = 8
+N_LATEST = 8
 
 
 class Found:
@@ -29,9 +29,14 @@ class Found:
 
 
 class PlanCache:
-    """Plans by what they were asked to do, and with which of the parameters."""
+    """Plans by what they were asked to do, and with which of the parameters.
+
+    Attributes:
+        n_kept: how many of the latest plans are kept.
+    """
 
     def __init__(self) -> None:
+        self.n_kept = N_LATEST
         self._latest: dict[Hashable, StepPlan] = {}
         # Their tables are read by graphs: they stay, whatever becomes of the latest.
         self._captured: list[StepPlan] = []
@@ -92,7 +97,7 @@ class PlanCache:
         # The last one used stands at the end.
         self._latest.pop(key, None)
         self._latest[key] = plan
-        while len(self._latest) > _N_LATEST:
+        while len(self._latest) > self.n_kept:
             self._latest.pop(next(iter(self._latest)))
         return Found(plan, params, tensors)
 

@@ -45,8 +45,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         grad_norm: norm of all gradients together, float64 0-dim; None if it is a device's or nobody asked.
-        n_skipped: 1 for a skipped step, else 0.
+        n_skipped: 1 for a skipped step, else 0; a tensor where other processes decided.
     """
 
     grad_norm: Tensor | None = None
-    n_skipped: int = 0
+    n_skipped: int | Tensor = 0

@@ -380,9 +380,9 @@ def test_a_layout_guard_holds_for_tensors_laid_out_alike_only(what, with_torch, 
         monkeypatch.setattr(guards, "TensorGuards", NoTensorGuards)
     tensors = [alike(), alike()]
     guard = LayoutGuard(tensors)
-    assert guard.check([alike(), tensors[0]])
+    assert guard.check(alike(), tensors[0])
     try:
-        holds = guard.check([tensors[0], OTHERS[what](tensors[1])])
+        holds = guard.check(tensors[0], OTHERS[what](tensors[1]))
     except (TypeError, AttributeError, RuntimeError):
         holds = False
     assert not holds

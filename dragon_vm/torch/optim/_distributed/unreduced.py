@@ -1,0 +1,92 @@
+"""Sums of gradients that each process has its part of, in flat buffers that are reduced once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Half precision gradients are summed in float32.
+SUM_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+
+class BufferKey(NamedTuple):
+    """What the gradients of a buffer have in common."""
+
+    group: Any
+    device: torch.device
+    dtype: torch.dtype
+
+
+def by_buffer(params: Sequence[Tensor], groups: Mapping[int, Any]) -> dict[BufferKey, list[Tensor]]:
+    """Arrange parameters by buffers, in an order that all processes share.
+
+    Args:
+        params: parameters.
+        groups: by their ids, the process groups that replicate them.
+    """
+    found: dict[BufferKey, list[Tensor]] = {}
+    for param in params:
+        dtype = SUM_DTYPES.get(param.dtype, param.dtype)
+        found.setdefault(BufferKey(groups[id(param)], param.device, dtype), []).append(param)
+    return found
+
+
+class UnreducedSums:
+    """The sums of parameters that share a buffer.
+
+    The buffer has room for all of them, for other processes may have gradients that this one lacks. One more
+    element for each tells how many processes have one.
+
+    Args:
+        key: of the parameters.
+        params: parameters; which of them have a gradient may change from call to call.
+
+    Attributes:
+        key, params: as given.
+    """
+
+    def __init__(self, key: BufferKey, params: list[Tensor]) -> None:
+        self.key, self.params = key, params
+        self._is_present = [False] * len(params)
+        numels = [param.numel() for param in params]
+        self._flat = torch.zeros(sum(numels) + len(params), dtype=key.dtype, device=key.device)
+        *pieces, self._counts = self._flat.split([*numels, len(params)])
+        # In the memory order of the parameters.
+        strides = [torch.empty_like(param, device="meta").stride() for param in params]
+        self._views = [
+            piece.as_strided(param.shape, stride, piece.storage_offset())
+            for piece, param, stride in zip(pieces, params, strides, strict=True)
+        ]
+
+    def take(self) -> None:
+        """Add the gradients that there are, and drop them."""
+        views, grads = [], []
+        for index, param in enumerate(self.params):
+            if param.grad is not None:
+                self._is_present[index] = True
+                views.append(self._views[index])
+                grads.append(param.grad if param.grad.layout == torch.strided else param.grad.to_dense())
+                param.grad = None
+        if views:
+            torch._foreach_add_(views, grads)
+
+    def reduced(self) -> dict[Tensor, Tensor]:
+        """The mean over the processes, as DDP takes it, of each parameter that has a gradient on one of them."""
+        are_whole = all(self._is_present)
+        if are_whole:
+            self._counts.fill_(1)
+        else:
+            self._counts.copy_(torch.tensor(self._is_present))
+        dist.all_reduce(self._flat, group=self.key.group)
+        self._flat.div_(self.key.group.size())
+        # Where this process has all gradients there is nothing to ask the device.
+        present = self._is_present if are_whole else (self._counts != 0).tolist()
+        return {
+            param: view
+            for param, view, is_there in zip(self.params, self._views, present, strict=True)
+            if is_there
+        }

@@ -1,0 +1,162 @@
+"""Updates parameters of one optimizer, all or some of them, by plans that are prepared once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._gradients.scaling import Scaling
+from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
+from dragon.vm.torch.optim._graphs.capture import is_capturing
+from dragon.vm.torch.optim._groups.buffers import FlatBuffer
+from dragon.vm.torch.optim._groups.members import Members
+from dragon.vm.torch.optim._options import Settings, complete
+from dragon.vm.torch.optim._plan.agreement import Agreement
+from dragon.vm.torch.optim._plan.cache import PlanCache
+from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
+from dragon.vm.torch.optim._plan.recipe import Recipe
+
+Group = dict[str, Any]
+
+
+class Updater:
+    """What an optimizer derives from its groups and states, and needs to update parameters.
+
+    Args:
+        owner: name of the optimizer's class, for errors.
+        algorithm: what is computed.
+
+    Attributes:
+        plans: the latest few.
+        buffers: flat buffers.
+    """
+
+    def __init__(self, owner: str, algorithm: Algorithm) -> None:
+        self._owner, self._algorithm = owner, algorithm
+        self.plans = PlanCache()
+        self.buffers: list[FlatBuffer] = []
+        self._devices: dict[torch.device, Any] = {}
+        self._agreements: dict[int, Agreement] = {}
+        self._hyperparameters: Hyperparameters | None = None
+        self._n_skipped: int | Tensor = 0
+        self._grad_norm: Tensor | None = None
+
+    def read(self, groups: Sequence[Group], defaults: Mapping[str, Any]) -> list[Group]:
+        """Read and check the hyperparameters of all groups.
+
+        Args:
+            groups: parameter groups.
+            defaults: of the optimizer.
+
+        Returns:
+            The groups, with all options.
+        """
+        if self._hyperparameters is None:
+            self._hyperparameters = self._new_hyperparameters(defaults)
+        self._hyperparameters.read(groups)
+        return self._hyperparameters.groups
+
+    def publish(self, index: int, group: Group, defaults: Mapping[str, Any], settings: Settings) -> None:
+        """Check a group that has changed, and upload its hyperparameters to wherever kernels read them."""
+        self._new_hyperparameters(defaults).read([group])
+        self.plans.publish(index, complete(group, self._algorithm.own_defaults), settings)
+
+    def _new_hyperparameters(self, defaults: Mapping[str, Any]) -> Hyperparameters:
+        own = self._algorithm.own_defaults
+        names = [name for name in defaults if name not in own and name not in Settings._fields]
+        return Hyperparameters(names, own, self._structure)
+
+    def _structure(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The options of a group that decide which tensors and kernels take part."""
+        flags = (bool(group[name]) for name in ("differentiable", "clip_norm", "capturable"))
+        return self._algorithm.all_state_keys(group), self._algorithm.counts_steps(group), *flags
+
+    def update(
+        self,
+        members: Members,
+        grads: list[Any],
+        state: MutableMapping[Any, Any],
+        settings: Settings,
+        scaling: Scaling,
+        *,
+        zero_grad: bool,
+        are_own: bool = True,
+        are_distributed: bool = False,
+        part: int = 0,
+    ) -> None:
+        """Update the parameters that have a gradient, as the hyperparameters were last read.
+
+        Args:
+            members: parameters.
+            grads: for each its gradient; None where it is missing.
+            state: of the optimizer.
+            settings: options of the optimizer as a whole.
+            scaling: a `GradScaler`'s.
+            zero_grad: set the gradients to zero as well.
+            are_own: whether the gradients are the parameters' own, and not sums of them.
+            are_distributed: whether some parameter is distributed.
+            part: which parameters of the optimizer these are; 0 for all of them.
+        """
+        values = self._hyperparameters
+        assert values is not None
+        reductions = None
+        if are_distributed or settings.process_group is not None:
+            agreement = self._agreements.setdefault(part, Agreement())
+            # What is found in a part has been agreed on.
+            decides = scaling.found_inf is not None and not part
+            reductions = agreement.find(members.params, values.groups, settings, decides=decides)
+        recipe = Recipe(
+            self._owner,
+            self._algorithm,
+            settings,
+            values.groups,
+            state,
+            self.buffers,
+            self._devices,
+            reductions,
+            len(members.params),
+        )
+        key = (zero_grad, are_own, values.structure, reductions is not None, part, *members.lengths)
+        found = self.plans.find(recipe, members, grads, key, zero_grad)
+        if found is None:
+            if reductions is None:
+                return
+            outcome = agreement.take_part(members.params, values.groups, settings, scaling)
+        else:
+            if is_capturing():
+                self.plans.capture(found.plan, settings)
+            outcome = found.plan.run(recipe, found.params, found.tensors, values.version, scaling, are_own=are_own)
+        self._grad_norm = outcome.grad_norm
+        self._n_skipped = self._n_skipped + outcome.n_skipped
+
+    def agreed(self, members: Members, settings: Settings, found_inf: Tensor, part: int) -> Tensor:
+        """A finding about the gradients of a part, positive if it is on any process that shares the parameters."""
+        agreement = self._agreements.setdefault(part, Agreement())
+        assert self._hyperparameters is not None
+        groups = self._hyperparameters.groups
+        reductions: Reductions | None = agreement.find(members.params, groups, settings, decides=True)
+        if reductions is None:
+            return found_inf
+        none = torch.zeros(0, dtype=torch.float64, device=found_inf.device)
+        return SharedNorm(reductions._replace(each=None), [], 0).total(none, found_inf, largest=False)[1]
+
+    @property
+    def n_skipped(self) -> int:
+        """Skipped updates so far. Reading it waits for the device."""
+        return int(self._n_skipped) + sum(int(context.status[0]) for context in self._devices.values())
+
+    @n_skipped.setter
+    def n_skipped(self, value: int) -> None:
+        self._n_skipped = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients at the last update that needed it, 0-dim float64; None before the first."""
+        if self._grad_norm is None and self._devices:
+            status: Tensor = next(iter(self._devices.values())).status
+            return status[1].clone()
+        return self._grad_norm

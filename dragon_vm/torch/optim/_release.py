@@ -1,0 +1,240 @@
+"""Gradient release: parameters are updated in the backward pass, and their gradients freed, bucket by bucket."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._distributed.owners import Replicas
+from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._gradients.scaling import Scaling
+from dragon.vm.torch.optim._groups.members import MemberReader, Members
+from dragon.vm.torch.optim._options import Settings
+from dragon.vm.torch.optim._plan.cache import N_LATEST
+from dragon.vm.torch.optim._plan.updater import Updater
+
+# Enough elements for kernels to run at full speed, few enough that their gradients do not count.
+BUCKET_BYTES = 8 * 2**20
+
+_INSTEAD = {
+    "max_grad_norm": "all gradients are never there at once; use clip_norm or clip_value",
+    "skip_nonfinite": "the first update comes before the last gradient; use a GradScaler",
+    "flatten": "a buffer needs all its gradients at once",
+}
+
+
+def check_release(groups: Sequence[Mapping[str, Any]], settings: Settings) -> None:
+    """Check that gradients can be released.
+
+    Raises:
+        TypeError: for a `release_gradients` that is neither a bool nor a `GradScaler`.
+        ValueError: for an option that needs all gradients, and for parameters of FSDP1.
+    """
+    release = settings.release_gradients
+    if not isinstance(release, bool | torch.amp.GradScaler):
+        raise TypeError(f"release_gradients must be a bool or a GradScaler, but got {release!r}")
+    if release is False:
+        return
+    for name, reason in _INSTEAD.items():
+        if value := getattr(settings, name):
+            raise ValueError(f"release_gradients with {name}={value}: {reason}")
+    if any(group.get("differentiable") for group in groups):
+        raise ValueError("release_gradients with differentiable=True: a backward pass cannot see its own update")
+    if any(getattr(param, "_fsdp_flattened", False) for group in groups for param in group["params"]):
+        raise ValueError(
+            "release_gradients with FullyShardedDataParallel: its hooks run before the reduction. "
+            "Use FSDP2's fully_shard"
+        )
+
+
+class Bucket:
+    """Parameters that are updated together.
+
+    Args:
+        index: its number, from 1.
+        groups: for each parameter group, the parameters of the bucket.
+    """
+
+    def __init__(self, index: int, groups: list[list[Tensor]]) -> None:
+        self.index = index
+        self._groups = [{"params": params} for params in groups]
+        self.ids = {id(param) for params in groups for param in params}
+        self.waiting = set(self.ids)
+        self.is_done = False
+        self._reader = MemberReader()
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All its parameters."""
+        return [param for group in self._groups for param in group["params"]]
+
+    def members(self) -> Members:
+        """The parameters and their gradients."""
+        return self._reader.read(self._groups)
+
+    @property
+    def are_distributed(self) -> bool:
+        """Whether some parameter was distributed when `members` was last called."""
+        return self._reader.are_distributed
+
+    def begin(self) -> None:
+        """Wait for all gradients anew."""
+        self.waiting, self.is_done = set(self.ids), False
+
+
+class GradientRelease:
+    """The buckets of one optimizer, and the hooks that update them.
+
+    Args:
+        update: a method that updates the parameters of a bucket. It is called on the thread and stream of the
+            backward pass.
+        updater: of the optimizer.
+        settings: of the optimizer.
+    """
+
+    def __init__(
+        self, update: Callable[[Bucket, Members, Scaling], None], updater: Updater, settings: Settings
+    ) -> None:
+        # The hooks must not keep the optimizer alive.
+        self._update, self._updater, self._settings = weakref.WeakMethod(update), updater, settings
+        release = settings.release_gradients
+        self._scaler: torch.amp.GradScaler | None = None if release is True else release
+        self._buckets: list[Bucket] = []
+        self._bucket_of: dict[int, Bucket] = {}
+        self._handles: list[Any] = []
+        weakref.finalize(self, _remove, self._handles)
+        self._is_checked = False
+        # A scaler must find gradients to check: those of the last bucket wait for the step.
+        self._kept: Bucket | None = None
+        self._found_inf: list[Tensor] = []
+        # One thread a device runs backward passes.
+        self._lock = threading.RLock()
+
+    def watch(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Arrange the trained parameters of groups in buckets, in reverse order, and hook them."""
+        _remove(self._handles)
+        self._buckets, self._is_checked = [], False
+        chosen: list[tuple[int, Tensor]] = []
+        nbytes = 0
+        ordered = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
+        for index, param in reversed([each for each in ordered if each[1].requires_grad]):
+            size = local(param).nbytes
+            if chosen and (nbytes + size > BUCKET_BYTES or param.device != chosen[-1][1].device):
+                self._close(chosen, len(groups))
+                chosen, nbytes = [], 0
+            chosen.append((index, param))
+            nbytes += size
+        if chosen:
+            self._close(chosen, len(groups))
+        self._kept = self._buckets[-1] if self._scaler is not None and self._buckets else None
+        self._bucket_of = {key: bucket for bucket in self._buckets for key in bucket.ids}
+        reference = weakref.ref(self)
+
+        def hook(param: Tensor) -> None:
+            release = reference()
+            if release is not None:
+                release._arrived(param)
+
+        for bucket in self._buckets:
+            self._handles += [param.register_post_accumulate_grad_hook(hook) for param in bucket.params]
+        self._updater.plans.n_kept = N_LATEST + 2 * len(self._buckets)
+
+    def _close(self, chosen: Sequence[tuple[int, Tensor]], n_groups: int) -> None:
+        groups: list[list[Tensor]] = [[] for _ in range(n_groups)]
+        for index, param in reversed(chosen):
+            groups[index].append(param)
+        self._buckets.append(Bucket(len(self._buckets) + 1, groups))
+
+    def begin(self) -> None:
+        """Wait for the gradients of the next backward pass."""
+        for bucket in self._buckets:
+            bucket.begin()
+        self._found_inf.clear()
+
+    def check_scaling(self, scaling: Scaling) -> None:
+        """Check at a step that the gradients were scaled as this object was told.
+
+        Raises:
+            RuntimeError: if a `GradScaler` scaled them that it does not know.
+        """
+        if self._scaler is None and scaling.grad_scale is not None:
+            raise RuntimeError(
+                "release_gradients=True has updated parameters from gradients that a GradScaler had scaled: "
+                "give release_gradients=scaler"
+            )
+
+    def _arrived(self, param: Tensor) -> None:
+        with self._lock:
+            bucket = self._bucket_of[id(param)]
+            if not self._is_checked:
+                self._check_owner()
+            if bucket.is_done:
+                raise RuntimeError(
+                    "a second backward pass since the last step(): release_gradients has updated the parameters "
+                    "already. Call step() after each backward pass; gradients cannot be accumulated"
+                )
+            bucket.waiting.discard(id(param))
+            if bucket is self._kept:
+                self._tell_scaler()
+            elif not bucket.waiting:
+                self._release(bucket)
+
+    def _check_owner(self) -> None:
+        params = [param for bucket in self._buckets for param in bucket.params]
+        if Replicas(params):
+            raise RuntimeError(
+                "release_gradients cannot update parameters of DistributedDataParallel, which reduces gradients "
+                "after this hook. Use FSDP2's fully_shard"
+            )
+        self._is_checked = True
+
+    def _release(self, bucket: Bucket) -> None:
+        update = self._update()
+        if update is None:
+            return
+        members = bucket.members()
+        update(bucket, members, self._scaling(bucket, members))
+        bucket.is_done = True
+        for param in members.params:
+            param.grad = None
+        self._tell_scaler()
+
+    def _scaling(self, bucket: Bucket, members: Members) -> Scaling:
+        """The scale of the gradients, and whether some are infinite or NaN on any process."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return Scaling()
+        device = members.shards[0].device
+        scale = self._scaler.scale(torch.ones(1, device=device))
+        filled = [grad for grad in members.grads if grad is not None and grad.numel()]
+        found = torch.zeros(1, device=device)
+        if filled:
+            norms = torch.stack(torch._foreach_norm(filled, torch.inf))
+            found = torch.isfinite(norms).all().logical_not().float().reshape(1)
+        if bucket.are_distributed:
+            found = self._updater.agreed(members, self._settings, found, bucket.index)
+        self._found_inf.append(found)
+        return Scaling(scale, found)
+
+    @torch.no_grad()
+    def _tell_scaler(self) -> None:
+        """Make a gradient that waits for the step infinite if a released one was, for the scaler to find."""
+        if self._kept is None or not self._found_inf:
+            return
+        grads = [local(param.grad) for param in self._kept.params if param.grad is not None]
+        grad = next((each for each in grads if each.numel()), None)
+        if grad is not None:
+            element = grad[(0,) * grad.dim()]
+            for found in self._found_inf:
+                element.add_(torch.where(found.to(grad.device) > 0, torch.inf, 0.0).reshape(()))
+            self._found_inf.clear()
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
