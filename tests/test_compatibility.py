@@ -9,7 +9,9 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 REFERENCE = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 NAMED = sorted(set(REFERENCE.findall(PAGE.read_text(encoding="utf-8"))))
-ALL_NAMED = {found for page in (ROOT / "docs").rglob("*.md") for found in REFERENCE.findall(page.read_text("utf-8"))}
+ALL_NAMED = {
+    found for page in (ROOT / "docs").rglob("*.md") for found in REFERENCE.findall(page.read_text("utf-8"))
+}
 
 
 def names_in(path: Path) -> set[str]:
