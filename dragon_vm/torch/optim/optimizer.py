@@ -13,7 +13,7 @@ from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._compile import _disable_dynamo
 
-from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer, GradientSums
+from dragon.vm.torch.optim._accumulate import GradientSums
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._averages import exchanged
 from dragon.vm.torch.optim._distributed.handles import borrowed, returned
@@ -29,13 +29,15 @@ from dragon.vm.torch.optim._groups.checks import check_memory, check_param, has_
 from dragon.vm.torch.optim._groups.eligibility import check_backend
 from dragon.vm.torch.optim._groups.members import MemberReader, Members
 from dragon.vm.torch.optim._groups.sharding import check_sharding
+from dragon.vm.torch.optim._groups.storage import check_storage
 from dragon.vm.torch.optim._options import Settings, check_common, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.updater import Updater
 from dragon.vm.torch.optim._release import Bucket, GradientRelease, check_release
+from dragon.vm.torch.optim._storage import StoringOptimizer
 from dragon.vm.torch.tensor_type import Tensor as DragonTensor
 
 
-class Optimizer(AccumulatingOptimizer):
+class Optimizer(StoringOptimizer):
     """Base class of the optimizers; a `torch.optim.Optimizer` that updates all its groups at once.
 
     It differs from PyTorch's in Dragon's methods: `sum_grad`, and rules of Dragon's own parameters.
@@ -53,6 +55,7 @@ class Optimizer(AccumulatingOptimizer):
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
         self._settings = read_settings(options)
         check_common(options, self._settings)
+        check_storage(options)
         self._algorithm.check(options)
         self._reset()
         # By name: between this class and PyTorch's there is another of PyTorch's, for `isinstance`.
@@ -135,6 +138,8 @@ class Optimizer(AccumulatingOptimizer):
             if param.requires_grad:
                 check_param(param)
                 check_backend(None if group["differentiable"] else self._settings.backend, param.device)
+        check_storage(group, self._algorithm.state_keys(group))
+        self._warn_of_rounding(group)
         self._drop_defaults(group, group)
 
     def _follows_dragon(self, group: Mapping[str, Any]) -> bool:
@@ -222,6 +227,7 @@ class Optimizer(AccumulatingOptimizer):
         if self._originals:
             raise RuntimeError("step() was called inside swap_ema(): the averages would be updated as parameters")
         make_live(self.param_groups, self._publish)
+        self._widen_bounds()
         return self._updater.read(self.param_groups, self.defaults)
 
     def _update_bucket(self, bucket: Bucket, members: Members, scaling: Scaling) -> None:
@@ -261,7 +267,8 @@ class Optimizer(AccumulatingOptimizer):
             RuntimeError: if no parameter has an average: `ema_decay` is 0, or no step has been taken; if FSDP1
                 splits parameters; from `step`, if it is called inside the block.
         """
-        return exchanged(self.state, self._originals)
+        exchange, params = exchanged(self.state, self._originals), self._params_with_masters()
+        return self._updater.masters.undisturbed(params, self.state, exchange) if params else exchange
 
     @property
     def n_skipped_steps(self) -> int:
@@ -294,6 +301,7 @@ class Optimizer(AccumulatingOptimizer):
             self._reset()
         else:
             self._plans.forget()
+            self._updater.masters.forget()
         self._is_built = True
         state = dict(state)
         if "_settings" in state:

@@ -11,13 +11,14 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 
 def instances(module: str, name: str) -> Iterator[Any]:
-    """All objects of exactly one class, if the module that defines it is imported."""
+    """All objects of exactly one class, if its module is imported and there are several processes."""
     found = getattr(sys.modules.get(module), name, None)
-    if found is not None:
+    if found is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         yield from [each for each in gc.get_objects() if type(each) is found]
 
 
@@ -61,7 +62,7 @@ class Replicas:
         wanted = set(map(id, params))
         self._modules = [
             weakref.ref(module)
-            for module in instances("torch.nn.parallel.distributed", "DistributedDataParallel")
+            for module in (instances("torch.nn.parallel.distributed", "DistributedDataParallel") if wanted else ())
             if any(id(param) in wanted for param in module.parameters())
         ]
 

@@ -5,7 +5,7 @@ A guard holds no tensor. Another tensor at the same address in the same layout i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -68,9 +68,10 @@ class Guard:
     def __init__(
         self, grads: Sequence[Tensor], params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]
     ) -> None:
-        self._layouts, self._state_layouts = LayoutGuard([*grads, *params]), LayoutGuard(list(_moments(states)))
+        self._layouts = LayoutGuard([*grads, *params])
+        self._state_layouts = LayoutGuard(list(chain(*states.values())))
         self._addresses = addresses_of(chain(params, *states.values()))
-        self._state_ids = list(map(id, _moments(states)))
+        self._state_ids = list(map(id, chain(*states.values())))
 
     def check(
         self, grads: Sequence[Tensor], params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]
@@ -81,16 +82,11 @@ class Guard:
             return None
         if not self._layouts.check(*grads, *params):
             return None
-        if (ids := list(map(id, _moments(states)))) != self._state_ids:
-            if not self._state_layouts.check(*_moments(states)):
+        if (ids := list(map(id, chain(*states.values())))) != self._state_ids:
+            if not self._state_layouts.check(*chain(*states.values())):
                 return None
             self._state_ids = ids
         return addresses
-
-
-def _moments(states: Mapping[str, Sequence[Tensor]]) -> Iterator[Tensor]:
-    """All state tensors but the step counters, whose layout is known."""
-    return chain.from_iterable(column for key, column in states.items() if key != "step")
 
 
 def addresses_of(tensors: Iterable[Tensor]) -> list[int]:
