@@ -29,17 +29,20 @@ def table(runs: dict[str, Run], title: str) -> Table:
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:
-    """Write a PNG: the training loss of every mode, and the bytes that it keeps a parameter."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    losses, memory = figure.subplots(1, 2, width_ratios=(3, 2))
+    """Write a PNG: the loss of every mode, how far it is from the first mode's, and the bytes that it keeps."""
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    losses, differences, memory = figure.subplots(1, 3)
+    first = next(iter(runs))
     for number, (name, run) in enumerate(runs.items()):
-        # Curves that coincide are seen all the same: the later ones are thinner.
-        width = 5.0 - 4.0 * number / len(runs)
-        losses.plot(smoothed(run.losses), label=name, color=f"C{number}", linewidth=width)
+        curve = smoothed(run.losses)
+        losses.plot(curve, label=name, color=f"C{number}")
+        differences.plot(curve - smoothed(runs[first].losses), label=name, color=f"C{number}")
         memory.barh(name, run.bytes_per_param, color=f"C{number}")
     losses.set(xlabel="step", ylabel="training loss", title="A small GPT learns Python's documentation")
-    losses.grid(alpha=0.3)
-    losses.legend()
+    differences.set(xlabel="step", ylabel="difference of training losses", title=f"Difference from {first}")
+    for axes in (losses, differences):
+        axes.grid(alpha=0.3)
+        axes.legend()
     memory.invert_yaxis()
     memory.set(xlabel="bytes a parameter", title="Weights and states")
     path.parent.mkdir(parents=True, exist_ok=True)
