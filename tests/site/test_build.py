@@ -117,6 +117,10 @@ def test_the_reference_names_every_public_class_and_function(site: Path) -> None
     expected = {f"dragon.vm.torch.optim.{name}" for name in optim.__all__}
     expected |= {f"dragon.vm.testing.{name}" for name in testing.__all__ if callable(getattr(testing, name))}
     expected |= {f"dragon.kernels.{name}" for name in exported(ROOT / "kernels")}
+    methods = {name for kind in optim.Adam.__mro__ if kind.__module__.startswith("dragon.") for name in vars(kind)}
+    expected |= {
+        f"dragon.vm.torch.optim.Optimizer.{name}" for name in methods if name[0] != "_" and name != "from_torch"
+    }
     assert expected - anchors == set()
 
     def words(page: str) -> set[str]:
