@@ -43,3 +43,14 @@ def test_a_compiled_function_cannot_read_groups_that_a_graph_follows() -> None:
 
     with pytest.raises(torch._dynamo.exc.InternalTorchDynamoError):
         scaled(torch.ones(2))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_groups_that_a_graph_follows_are_copies_of_the_constructors_dicts(capturable: bool) -> None:
+    rates = []
+    for module in (torch.optim, ours):
+        group = {"params": [nn.Parameter(torch.ones(3))], "lr": 0.1}
+        optimizer = module.Adam([group], capturable=capturable)
+        group["lr"] = 0.5
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [0.5, 0.1 if capturable else 0.5]
