@@ -1,4 +1,4 @@
-"""The three backends agree bit for bit in every mode: parameters, codes, scales, remainders, averages, counters."""
+"""The three backends agree bit for bit in every mode: in parameters and in all that is kept."""
 
 import pytest
 import torch
