@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -18,13 +17,12 @@ from dragon.vm.torch.optim._averages import exchanged
 from dragon.vm.torch.optim._distributed.handles import borrowed, returned
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._distributed.owners import check_accumulated
-from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._gradients.scaling import handed_over
 from dragon.vm.torch.optim._gradients.zeroing import is_dragon, zero_or_remove
 from dragon.vm.torch.optim._graphs.capture import check_capture, is_capturing
 from dragon.vm.torch.optim._graphs.live import make_live
 from dragon.vm.torch.optim._groups.buffers import make_buffers
-from dragon.vm.torch.optim._groups.checks import check_memory, check_param, has_memory, labels
+from dragon.vm.torch.optim._groups.checks import check_param, check_trained
 from dragon.vm.torch.optim._groups.eligibility import check_backend
 from dragon.vm.torch.optim._groups.members import MemberReader
 from dragon.vm.torch.optim._groups.sharding import check_sharding
@@ -76,9 +74,7 @@ class Optimizer(StoringOptimizer):
 
     def _check_params(self, groups: list[dict[str, Any]]) -> None:
         """Check the memory of trained parameters, that of others at their first step, and what sharding allows."""
-        params = list(chain.from_iterable(group["params"] for group in groups))
-        trained = [i for i, param in enumerate(params) if param.requires_grad and has_memory(local(param))]
-        check_memory([local(params[i]) for i in trained], lambda: [labels(groups)[i] for i in trained])
+        check_trained(groups)
         check_sharding(self.param_groups, self._settings)
         check_release(self.param_groups, self._settings)
 
@@ -295,15 +291,7 @@ class Optimizer(StoringOptimizer):
             state = {**state, "_settings": settings, "defaults": returned(state["defaults"])}
         torch.optim.Optimizer.__setstate__(self, state)
         self.state.update(self._restored or {})
-        for index, group in enumerate(self.param_groups):
-            old = earlier[index] if index < len(earlier) else {}
-            own = self._algorithm.own_defaults
-            for name in self.defaults:
-                if name in old or name not in (*own, *Settings._fields):
-                    group.setdefault(name, old.get(name, self.defaults[name]))
-            for name in Settings._fields:
-                group.pop(name, None)
-            self._drop_defaults(group, group)
+        self._complete_groups(earlier)
         make_live(self.param_groups, self._publish)
         if is_copy:
             self._make_buffers(self.param_groups)

@@ -10,8 +10,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from dragon.vm.torch.optim._algorithms.sgd import SGD as ALGORITHM
-from dragon.vm.torch.optim._checkpoint import take_over
 from dragon.vm.torch.optim._options import given
+from dragon.vm.torch.optim._takeover import take_over
 from dragon.vm.torch.optim.optimizer import Optimizer
 
 
