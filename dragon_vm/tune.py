@@ -1,4 +1,4 @@
-"""``dragon-vm tune`` and ``dragon-vm doctor``; ``python -m dragon.vm.tune`` is the first of them."""
+"""``dragon-vm tune``, ``doctor`` and ``memory``; ``python -m dragon.vm.tune`` is the first of them."""
 
 from __future__ import annotations
 
@@ -44,6 +44,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--import", type=Path, metavar="FILE", dest="imported", help="store an exported file's results"
     )
     commands.add_parser("doctor", help="print versions, devices, backends and tuning files, and test each backend")
+    memory = commands.add_parser("memory", help="print the bytes that each memory mode takes for a model")
+    memory.add_argument(
+        "--model", required=True, metavar="MODULE:FACTORY", help="what builds it; no memory is used"
+    )
     return parser
 
 
@@ -59,6 +63,13 @@ def console(arguments: Sequence[str] | None = None) -> int:
         from dragon.vm.doctor import main as examine
 
         return examine()
+    if options.command == "memory":
+        from dragon.vm.memory import main as tabulate
+
+        try:
+            return tabulate(options.model)
+        except (AttributeError, ImportError, ValueError) as error:
+            parser.error(str(error))
     if importlib.util.find_spec("triton") is None:
         print("triton is not installed, and there are no kernels to tune without it.")
         return 1

@@ -7,8 +7,9 @@ import triton.language as tl
 
 from dragon.kernels import table
 from dragon.kernels.maths import divide, one_minus_power, square_root
+from dragon.kernels.rounding import clamp_moment, moment_bound
 from dragon.kernels.scalars import hyperparameter, store_scalar, tensor_hyperparameter
-from dragon.kernels.spec import n_states
+from dragon.kernels.spec import has_bound, n_states
 
 
 @triton.jit
@@ -20,11 +21,14 @@ def adam_update(param, grad, states, scalars, SPEC: tl.constexpr):
     with step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t), and eps' = eps for the epsilon-hat of section 2 of
     Kingma & Ba, https://arxiv.org/abs/1412.6980, or eps' = eps sqrt(1 - beta2^t) for their algorithm 1, which is
     PyTorch's. With three states it is AMSGrad (Reddi et al., https://openreview.net/forum?id=ryQu7f-RZ), which
-    divides by the largest v so far.
+    divides by the largest v so far. Where states are stored in parts, m is bounded by K sqrt(v), as that of exact
+    Adam is: see `dragon.kernels.rounding.moment_bound`.
     """
     # Not m + (1 - beta1) (g - m): for a small beta1 that leaves the rounding of a large m in the result.
     exp_avg = scalars[table.BETA1_FACTOR] * states[0] + scalars[table.ONE_MINUS_BETA1] * grad
     exp_avg_sq = scalars[table.BETA2_FACTOR] * states[1] + scalars[table.ONE_MINUS_BETA2] * grad * grad
+    if has_bound(SPEC):
+        exp_avg = clamp_moment(exp_avg, square_root(exp_avg_sq), scalars[table.MOMENT_BOUND])
     largest = exp_avg_sq
     if n_states(SPEC) > 2:
         largest = tl.maximum(states[2], exp_avg_sq, tl.PropagateNan.ALL)
@@ -50,3 +54,6 @@ def adam_scalars(group, target, lr, step):
     eps = hyperparameter(group, table.EPS)
     epsilon_hat = hyperparameter(group, table.EPSILON_HAT)
     store_scalar(target, table.DENOM_EPS, tl.where(epsilon_hat != 0, eps, eps * correction2))
+    bound_beta1 = hyperparameter(group, table.BOUND_BETA1)
+    earlier = moment_bound(bound_beta1, hyperparameter(group, table.BOUND_BETA2), step)
+    store_scalar(target, table.MOMENT_BOUND, tl.maximum(moment_bound(beta1, beta2, step), earlier))

@@ -19,6 +19,10 @@ class Constant(str):
         """Make a text that names the class; the dataclass fills in the fields."""
         return super().__new__(cls, cls.__name__)
 
+    def __ne__(self, other: object) -> bool:
+        """The opposite of the dataclass's comparison, which does not replace that of a text."""
+        return not self == other
+
     def __str__(self) -> str:
         return repr(self)
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dragon.kernels.constant import Constant
+from dragon.kernels.formats import DTYPES, PARTS
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,36 @@ def state_format(spec, index):
 def average_format(spec):
     """The storage format of the ema."""
     return spec.average
+
+
+@triton.constexpr_function
+def has_blocks(spec):
+    """Whether blocks of some state share a scale: such tensors have whole blocks only."""
+    return any(name.startswith("q8_") for name in spec.states)
+
+
+@triton.constexpr_function
+def single_numel(spec, n_threads):
+    """Elements of a tile on the path of misaligned tensors."""
+    return max(n_threads, 64) if any(name.startswith("q8_") for name in spec.states) else n_threads
+
+
+@triton.constexpr_function
+def has_words(spec):
+    """Whether an update needs random words."""
+    return any(name.endswith("_stochastic") for name in (spec.param, *spec.states))
+
+
+@triton.constexpr_function
+def has_rest(spec):
+    """Whether the parameter has a second part."""
+    return spec.param not in DTYPES and len(PARTS[spec.param]) > 1
+
+
+@triton.constexpr_function
+def has_bound(spec):
+    """Whether the first moment is clamped to what the second one allows: if some state is not plain."""
+    return any(name not in DTYPES for name in spec.states)
 
 
 @triton.constexpr_function

@@ -37,8 +37,18 @@ WIDE = tl.constexpr(8)
 # The tensor's partial norms: [FIRST_PARTIAL, END_PARTIAL) in the partials that `norm_kernel` writes.
 FIRST_PARTIAL = tl.constexpr(9)
 END_PARTIAL = tl.constexpr(10)
+# The second part of the parameter: what it lacks of its master, or the master.
+PARAM_REST = tl.constexpr(11)
+# The second parts of the first two states: the scales of their blocks.
+SCALE_0 = tl.constexpr(12)
+SCALE_1 = tl.constexpr(13)
+# What decides the random words, beside the step: the global index of the first element, a number of the tensor's
+# own, and the seed.
+INDEX_BASE = tl.constexpr(14)
+STREAM = tl.constexpr(15)
+SEED = tl.constexpr(16)
 # One more than there are, so that each pair is a multiple of 16 bytes.
-TENSOR_COLUMNS = tl.constexpr(12)
+TENSOR_COLUMNS = tl.constexpr(18)
 
 # Groups.
 LR = tl.constexpr(0)
@@ -59,7 +69,10 @@ EPSILON_HAT = tl.constexpr(12)
 MOMENTUM = tl.constexpr(13)
 DAMPENING = tl.constexpr(14)
 NESTEROV = tl.constexpr(15)
-GROUP_COLUMNS = tl.constexpr(16)
+# Betas that the group had, for which the bound of the first moment must hold as well.
+BOUND_BETA1 = tl.constexpr(16)
+BOUND_BETA2 = tl.constexpr(17)
+GROUP_COLUMNS = tl.constexpr(18)
 
 # Sources: 0, or the address of a device tensor to read instead of the group's column.
 # A float32 address is a multiple of 4; the lowest bit set marks a float64 tensor.
@@ -90,7 +103,8 @@ ONE_MINUS_BETA2 = tl.constexpr(11)
 MOMENTUM_DECAY = tl.constexpr(12)
 MOMENTUM_GAIN = tl.constexpr(13)
 NESTEROV_FLAG = tl.constexpr(14)
-# One more than there are, to fill the last four.
+# The largest first moment for a root of the second one of 1.
+MOMENT_BOUND = tl.constexpr(15)
 SCALAR_COLUMNS = tl.constexpr(16)
 
 # Status, float64 [STATUS_COLUMNS], written on the device and read only on request.

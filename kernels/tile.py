@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from dragon.kernels import table
-from dragon.kernels.spec import compute_dtype, n_states
+from dragon.kernels.rounding import random_words, random_words_each
+from dragon.kernels.spec import compute_dtype, has_rest, has_words, n_states
 
 # Elements of the widest vector path: 16 bytes of an 8-bit type, two accesses of bf16, four of fp32.
 VECTOR_NUMEL = tl.constexpr(16)
@@ -50,28 +51,54 @@ def load_scalars(scalars_ptr, row, SPEC: tl.constexpr, WARP_SIZE: tl.constexpr):
 
 @triton.jit
 def load_tensors(tensors_ptr, grads_ptr, row, WARP_SIZE: tl.constexpr):
-    """The element count of a tensor, and the addresses of parameter, gradient, states and ema.
+    """The element count of a tensor, the addresses of parameter, gradient, states and ema, and what rounds them.
 
-    Each of these has a tuple of addresses, one for each part of its format. The compiler drops unused accesses.
+    Each of these has a tuple of addresses, one for each part of its format. What decides the random words are the
+    index of the first element, stream and seed, and the address of the step counter. The compiler drops unused
+    accesses.
     """
     row_ptr = tensors_ptr + row * table.TENSOR_COLUMNS
     param, numel = load_pair(row_ptr + table.PARAM, WARP_SIZE)
     state_0, state_1 = load_pair(row_ptr + table.STATE_0, WARP_SIZE)
     state_2, ema = load_pair(row_ptr + table.STATE_2, WARP_SIZE)
+    scale_0, scale_1 = load_pair(row_ptr + table.SCALE_0, WARP_SIZE)
+    index_base, stream = load_pair(row_ptr + table.INDEX_BASE, WARP_SIZE)
+    rest = tl.load(row_ptr + table.PARAM_REST)
+    step = tl.load(row_ptr + table.STEP)
+    seed = tl.load(row_ptr + table.SEED)
     grad = tl.load(grads_ptr + row)
-    return numel, ((param,), (grad,), ((state_0,), (state_1,), (state_2,)), (ema,))
+    states = ((state_0, scale_0), (state_1, scale_1), (state_2,))
+    return numel, ((param, rest), (grad,), states, (ema,)), (index_base, stream, seed, step)
 
 
 @triton.jit
-def are_aligned(tensors, SPEC: tl.constexpr):
-    """Whether every address is a multiple of 16 bytes, so that vectors may be accessed whole."""
+def are_aligned(tensors, source, SPEC: tl.constexpr):
+    """Whether every address is a multiple of 16 bytes, so that vectors may be accessed whole.
+
+    With random words the first element must start a call of the generator as well.
+    """
     param, grad, states, ema = tensors
     low_bits = param[0] | grad[0]
+    if has_rest(SPEC):
+        low_bits |= param[1]
     for i in tl.static_range(n_states(SPEC)):
         low_bits |= states[i][0]
     if SPEC.average is not None:
         low_bits |= ema[0]
+    if has_words(SPEC):
+        low_bits |= source[0] & 7
     return (low_bits & 15) == 0
+
+
+@triton.jit
+def words_of(source, place, WHOLE_CALLS: tl.constexpr):
+    """Two random words for each element of a tile: for the parameter, and for its second moment."""
+    index_base, stream, seed, step_address = source
+    step = tl.load(step_address.to(tl.pointer_type(tl.float32))).to(tl.int64)
+    if WHOLE_CALLS:
+        return random_words(index_base + place[2], seed, step, stream, place[0].shape[0])
+    else:
+        return random_words_each(index_base + place[0], seed, step, stream)
 
 
 @triton.jit

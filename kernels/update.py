@@ -7,8 +7,18 @@ import triton.language as tl
 
 from dragon.kernels import table
 from dragon.kernels.algorithms import update_by
-from dragon.kernels.formats import load_tile, open_parts, store_tile
-from dragon.kernels.spec import average_format, compute_dtype, grad_format, n_states, param_format, state_format
+from dragon.kernels.formats import load_tile, make_place, open_parts, store_tile
+from dragon.kernels.spec import (
+    average_format,
+    compute_dtype,
+    grad_format,
+    has_blocks,
+    has_words,
+    n_states,
+    param_format,
+    single_numel,
+    state_format,
+)
 from dragon.kernels.tile import (
     VECTOR_NUMEL,
     are_aligned,
@@ -17,15 +27,16 @@ from dragon.kernels.tile import (
     load_tensors,
     no_tiles,
     ready_grad,
+    words_of,
 )
 
 
 @triton.jit
 def update_tile(
     tensors,  # addresses of parameter, gradient, states and ema
+    source,  # of random words
     scalars,  # in the dtype of the maths, by column
-    offsets,  # int64 [n]
-    mask,  # int1 [n]
+    place,  # of the tile
     SPEC: tl.constexpr,
     EVICTION: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -34,30 +45,34 @@ def update_tile(
     COMPUTE_DTYPE: tl.constexpr = compute_dtype(SPEC)
     param_parts = open_parts(tensors[0], param_format(SPEC), ALIGNMENT)
     grad_parts = open_parts(tensors[1], grad_format(SPEC), ALIGNMENT)
-    param = load_tile(param_parts, offsets, mask, param_format(SPEC), COMPUTE_DTYPE, EVICTION)
-    grad = load_tile(grad_parts, offsets, mask, grad_format(SPEC), COMPUTE_DTYPE, EVICTION)
+    param = load_tile(param_parts, place, param_format(SPEC), COMPUTE_DTYPE, EVICTION)
+    grad = load_tile(grad_parts, place, grad_format(SPEC), COMPUTE_DTYPE, EVICTION)
     states = no_tiles()
     for i in tl.static_range(n_states(SPEC)):
         state_parts = open_parts(tensors[2][i], state_format(SPEC, i), ALIGNMENT)
-        states += (load_tile(state_parts, offsets, mask, state_format(SPEC, i), COMPUTE_DTYPE, EVICTION),)
+        states += (load_tile(state_parts, place, state_format(SPEC, i), COMPUTE_DTYPE, EVICTION),)
     if SPEC.average is not None:
         ema_parts = open_parts(tensors[3], average_format(SPEC), ALIGNMENT)
-        ema = load_tile(ema_parts, offsets, mask, average_format(SPEC), COMPUTE_DTYPE, EVICTION)
+        ema = load_tile(ema_parts, place, average_format(SPEC), COMPUTE_DTYPE, EVICTION)
 
     grad = ready_grad(grad, param, scalars)
     param *= scalars[table.DECAY]
     param, states = update_by(param, grad, states, scalars, SPEC)
 
-    param = store_tile(param_parts, offsets, param, mask, param_format(SPEC), EVICTION)
+    # Where nothing is rounded stochastically, anything serves as words.
+    words = (grad, grad)
+    if has_words(SPEC):
+        words = words_of(source, place, ALIGNMENT > 1)
+    param = store_tile(param_parts, place, param, words[0], param_format(SPEC), EVICTION)
     for i in tl.static_range(n_states(SPEC)):
         state_parts = open_parts(tensors[2][i], state_format(SPEC, i), ALIGNMENT)
-        store_tile(state_parts, offsets, states[i], mask, state_format(SPEC, i), EVICTION)
+        store_tile(state_parts, place, states[i], words[1], state_format(SPEC, i), EVICTION)
     if SPEC.average is not None:
         # The average is of the parameter as it is stored.
         ema += scalars[table.ONE_MINUS_EMA_DECAY] * (param - ema)
-        store_tile(ema_parts, offsets, ema, mask, average_format(SPEC), EVICTION)
+        store_tile(ema_parts, place, ema, words[0], average_format(SPEC), EVICTION)
     if SPEC.zero_grad:
-        store_tile(grad_parts, offsets, tl.zeros_like(grad), mask, grad_format(SPEC), EVICTION)
+        store_tile(grad_parts, place, tl.zeros_like(grad), words[0], grad_format(SPEC), EVICTION)
 
 
 @triton.jit
@@ -73,36 +88,37 @@ def update_chunk(
     """Update one chunk of one tensor, or only drop its gradient where the step is skipped."""
     CHUNK: tl.constexpr = CONFIG.chunk
     EVICTION: tl.constexpr = CONFIG.eviction
-    N_THREADS: tl.constexpr = CONFIG.n_warps * WARP_SIZE
+    # Of the misaligned path: an element a thread, but whole blocks.
+    SINGLES: tl.constexpr = single_numel(SPEC, CONFIG.n_warps * WARP_SIZE)
     row, index = load_pair(chunk_ptr, WARP_SIZE)
     row = row.to(tl.int64)
     first = index.to(tl.int64) * CHUNK
     scalars = load_scalars(scalars_ptr, row, SPEC, WARP_SIZE)
-    numel, tensors = load_tensors(tensors_ptr, grads_ptr, row, WARP_SIZE)
+    numel, tensors, source = load_tensors(tensors_ptr, grads_ptr, row, WARP_SIZE)
     end = tl.minimum(first + CHUNK, numel)
     if scalars[table.ACTIVE] != 0:
-        if are_aligned(tensors, SPEC):
+        if are_aligned(tensors, source, SPEC):
             # Only whole vectors here, so that the mask is constant over a vector and the accesses stay wide.
             whole = tl.multiple_of(numel // VECTOR_NUMEL * VECTOR_NUMEL, VECTOR_NUMEL)
-            if (first + CHUNK > whole) & (whole < numel):
-                tail = whole + tl.arange(0, VECTOR_NUMEL)
-                update_tile(tensors, scalars, tail, tail < numel, SPEC, EVICTION, 16)
-            offsets = first + tl.arange(0, CHUNK)
-            update_tile(tensors, scalars, offsets, offsets < whole, SPEC, EVICTION, 16)
+            # Decided at compile time, so that no tile of less than a block is built.
+            if not has_blocks(SPEC):  # noqa: SIM102  # see above
+                if (first + CHUNK > whole) & (whole < numel):
+                    tail = make_place(whole, numel, VECTOR_NUMEL)
+                    update_tile(tensors, source, scalars, tail, SPEC, EVICTION, 16)
+            update_tile(tensors, source, scalars, make_place(first, whole, CHUNK), SPEC, EVICTION, 16)
         else:
-            # One element a thread and a loop: as one block this path would set the registers of the whole kernel.
+            # A loop: as one block this path would set the registers of the whole kernel.
             while first < end:
-                single = first + tl.arange(0, N_THREADS)
-                update_tile(tensors, scalars, single, single < numel, SPEC, EVICTION, 1)
-                first += N_THREADS
+                single = make_place(first, numel, SINGLES)
+                update_tile(tensors, source, scalars, single, SPEC, EVICTION, 1)
+                first += SINGLES
     elif SPEC.zero_grad:
         # A skipped step drops its gradients all the same: what is infinite must not be added to.
         grad_parts = open_parts(tensors[1], grad_format(SPEC), 1)
         while first < end:
-            single = first + tl.arange(0, N_THREADS)
-            zeros = tl.zeros((N_THREADS,), compute_dtype(SPEC))
-            store_tile(grad_parts, single, zeros, single < numel, grad_format(SPEC), EVICTION)
-            first += N_THREADS
+            zeros = tl.zeros((SINGLES,), compute_dtype(SPEC))
+            store_tile(grad_parts, make_place(first, numel, SINGLES), zeros, zeros, grad_format(SPEC), EVICTION)
+            first += SINGLES
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Arrows point down only: the imports of every source file, held against the layers of docs/design.md.
+"""Arrows point down only: the imports of every source file, held against the floors of docs/design.md.
 
 The sources are parsed, not imported: an import inside a function or under `TYPE_CHECKING` is an arrow too.
 """
@@ -15,34 +15,53 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"dragon.vm": ROOT / "dragon_vm", "dragon.kernels": ROOT / "kernels"}
 OPTIM = "dragon.vm.torch.optim"
+KERNELS = "dragon.kernels"
 
-# Lowest first. A module imports from its own layer and from those before it, the package itself from all.
-OPTIM_LAYERS = (
-    {"_plan", "_scalars"},
-    {"_gradients", "_identity", "_memory"},
-    {"_containers", "_headers"},
-    {"_ema", "_layout", "_norm", "_numbers", "_options", "_plain", "_state"},
-    {"_watch"},
-    {"_backend", "_chain", "_checks", "_context", "_flatten", "_fused", "_local", "_rows", "_table"},
-    {"_flat", "_owner", "_triton", "_native", "_eager"},
-    {"_capture", "_device", "_live", "_premises", "_step", "_sums"},
-    {"_checkpoint", "_prepared", "optimizer"},
-    {"_takeover"},
-    {"adam", "adamw", "sgd"},
+# The floors of the house, from top to bottom: folders, and files that are a station on their own. A station imports
+# from floors below its own.
+FLOORS = (
     {"_swap"},
-    {"__init__"},
+    {"adam", "sgd"},
+    {"optimizer"},
+    {"_release"},
+    {"_plan", "_accumulate", "_averages"},
+    {"_backends", "_checkpoint"},
+    {"_groups", "_table"},
+    {"_algorithms"},
+    {"_formats", "_gradients"},
+    {"_distributed", "_graphs", "_options", KERNELS},
 )
+FOLDERS_OF_OPTIM = {
+    "_plan", "_backends", "_groups", "_table", "_algorithms", "_formats", "_gradients", "_distributed", "_graphs",
+}  # fmt: skip
+
+# Who knows what kernels are: these are imported once a tensor takes the triton path, or they import kernels within
+# a function.
+TRITON_SIDE = {
+    f"{OPTIM}._backends.triton", f"{OPTIM}._backends.context", f"{OPTIM}._backends.configs",
+    f"{OPTIM}._backends.process_sums", f"{OPTIM}._table.rows", f"{OPTIM}._groups.eligibility",
+}  # fmt: skip
 
 # What these modules must not reach, through any chain of imports.
 OUT_OF_REACH = {
-    f"{OPTIM}._plan": {"torch", "triton", "numpy"},
-    f"{OPTIM}._scalars": {"torch", "triton", "numpy"},
-    f"{OPTIM}._native": {"triton"},
-    f"{OPTIM}._eager": {"triton"},
+    f"{OPTIM}._table.chunks": {"torch", "triton", "numpy"},
+    f"{OPTIM}._algorithms.scalars": {"torch", "triton", "numpy"},
 }
 
-# Imported when a tensor first takes the triton path. `_backend` asks a kernel module once that is so.
-TRITON_SIDE = {f"{OPTIM}.{stem}" for stem in ("_backend", "_context", "_device", "_rows", "_table", "_triton")}
+# All that is private in torch and used by the optimizers; a name that ends with a star stands for a family.
+PRIVATE_TORCH_NAMES = {
+    "_disabled_torch_function_impl": "switches subclasses' __torch_function__ off, such that no interrupt leaves it off",
+    "_set_grad_enabled": "the same for gradients",
+    "TensorGuards": "compares layouts in C++",
+    "_disable_dynamo": "keeps torch.compile out, as PyTorch's optimizers do",
+    "graph_break": "the same for a step",
+    "flatten_dense_tensors": "joins small gradients for one norm",
+    "_foreach_*": "one operation for many tensors",
+    "_fused_*": "PyTorch's fused CPU operations",
+}
+MAX_PRIVATE_TORCH_NAMES = 8
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ATTRIBUTES, MAX_OPTIM_LINES = 300, 60, 10, 4000
 
 
 @cache
@@ -126,13 +145,48 @@ def test_every_form_of_import_is_seen(source: str, name: str) -> None:
     assert list(imported(source, "dragon.vm.torch")) == [name]
 
 
-@pytest.mark.parametrize("module", modules_of("dragon.kernels"))
+def station(module: str) -> str:
+    """The folder of the optimizers, or the file, that a module belongs to; of other packages their name."""
+    if not is_inside(module, OPTIM):
+        return KERNELS if is_inside(module, KERNELS) else module
+    return module.removeprefix(OPTIM).lstrip(".").split(".")[0]
+
+
+def floor(module: str) -> int:
+    floors = [index for index, stations in enumerate(FLOORS) if station(module) in stations]
+    assert floors, f"{module} stands on no floor yet: place it in FLOORS, as low as what it imports allows"
+    return floors[0]
+
+
+STATIONED = [module for module in modules_of(OPTIM) if module != OPTIM]
+
+
+def test_every_folder_of_the_house_exists_and_no_other() -> None:
+    folders = {path.parent.name for path in (FOLDERS["dragon.vm"] / "torch" / "optim").glob("*/*.py")}
+    assert folders == FOLDERS_OF_OPTIM
+    stations = set().union(*FLOORS)
+    assert stations == {station(module) for module in STATIONED} | {KERNELS}
+
+
+@pytest.mark.parametrize("module", STATIONED)
+def test_arrows_between_folders_point_down_only(module: str) -> None:
+    upward = {
+        name
+        for name in ours(module)
+        if (is_inside(name, OPTIM) or is_inside(name, KERNELS))
+        and station(name) != station(module)
+        and floor(name) <= floor(module)
+    }
+    assert upward == set(), f"{module} (floor {floor(module)}) imports {sorted(upward)}, which is no floor below"
+
+
+@pytest.mark.parametrize("module", modules_of(KERNELS))
 def test_kernels_import_only_triton_and_the_standard_library(module: str) -> None:
     foreign = {
         name
         for name in imports(module)
         if not is_inside(name, "triton")
-        and not is_inside(name, "dragon.kernels")
+        and not is_inside(name, KERNELS)
         and name.split(".")[0] not in sys.stdlib_module_names
     }
     assert foreign == set(), f"{module} imports {sorted(foreign)}; device code knows triton and nothing else"
@@ -140,10 +194,10 @@ def test_kernels_import_only_triton_and_the_standard_library(module: str) -> Non
 
 @pytest.mark.parametrize("module", modules_of("dragon.vm.testing"))
 def test_the_parity_kit_knows_nothing_of_what_it_judges(module: str) -> None:
-    assert violations(module, {"dragon.vm.torch", "dragon.kernels"}) == []
+    assert violations(module, {"dragon.vm.torch", KERNELS}) == []
 
 
-@pytest.mark.parametrize("module", sorted(set(OUT_OF_REACH) & set(modules())))
+@pytest.mark.parametrize("module", sorted(OUT_OF_REACH))
 def test_what_must_stay_out_of_reach_is(module: str) -> None:
     reached = violations(module, OUT_OF_REACH[module])
     assert reached == [], f"{module} reaches {reached}, directly or through what it imports"
@@ -155,26 +209,121 @@ def test_tensors_and_modules_know_nothing_of_optimizers(module: str) -> None:
         assert violations(module, {OPTIM}) == []
 
 
-@pytest.mark.parametrize("module", modules_of("dragon.vm"))
-def test_only_the_triton_backend_imports_triton_or_kernels(module: str) -> None:
-    # Tuning is about nothing but kernels: it is imported by the triton backend, and by its own commands.
-    if module not in TRITON_SIDE and not is_inside(module, "dragon.vm.tuning"):
-        direct = [n for n in imports(module) if is_inside(n, "triton") or is_inside(n, "dragon.kernels")]
+@pytest.mark.parametrize("module", modules_of("dragon.vm.torch"))
+def test_only_the_triton_side_imports_triton_or_kernels(module: str) -> None:
+    if module not in TRITON_SIDE:
+        direct = [n for n in imports(module) if is_inside(n, "triton") or is_inside(n, KERNELS)]
         assert direct == [], f"{module} imports {direct}, but has to work where triton is absent"
 
 
-def optim_layer(module: str) -> int:
-    stem = modules()[module].stem
-    layers = [layer for layer, stems in enumerate(OPTIM_LAYERS) if stem in stems]
-    assert layers, f"{stem}.py has no layer yet: place it in OPTIM_LAYERS, as low as what it imports allows"
-    return layers[0]
+@pytest.mark.parametrize("module", modules_of("dragon.vm.torch"))
+def test_optimizers_import_nothing_of_tuning_or_testing(module: str) -> None:
+    assert violations(module, {"dragon.vm.tuning", "dragon.vm.testing"}) == []
 
 
-@pytest.mark.parametrize("module", modules_of(OPTIM))
-def test_optimizer_modules_import_only_from_their_layer_and_below(module: str) -> None:
-    layer = optim_layer(module)
-    upward = {name for name in ours(module) if is_inside(name, OPTIM) and optim_layer(name) > layer}
-    assert upward == set(), f"{module} (layer {layer}) imports {sorted(upward)} from above"
+@pytest.mark.parametrize("module", modules_of("dragon.vm.torch"))
+def test_nothing_reads_raw_memory(module: str) -> None:
+    assert not [name for name in imports(module) if is_inside(name, "ctypes") or is_inside(name, "_ctypes")]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_torch_names(source: str) -> Iterator[str]:
+    """Yield what a module uses of torch that has a private name, or that stands in a private module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            parts = (node.module or "").split(".")
+            yield from (alias.name for alias in node.names if any(map(is_private, [*parts, alias.name])))
+        elif isinstance(node, ast.Import):
+            yield from (
+                alias.name
+                for alias in node.names
+                if is_inside(alias.name, "torch") and any(map(is_private, alias.name.split(".")))
+            )
+        elif isinstance(node, ast.Attribute):
+            chain = ast.unparse(node).split(".")
+            # The whole chain only: its parts are attributes, too.
+            if chain[0] == "torch" and is_private(chain[-1]):
+                yield chain[-1]
+            elif chain[0] == "torch" and is_private(chain[-2]):
+                yield chain[-1]
+
+
+def listed(name: str) -> str:
+    """The name as the list has it: of a family, if it belongs to one."""
+    families = [family for family in PRIVATE_TORCH_NAMES if family.endswith("*") and name.startswith(family[:-1])]
+    return families[0] if families else name
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("from torch._C import _f", ["_f"]),
+        ("from torch._C._dynamo.guards import TensorGuards", ["TensorGuards"]),
+        ("import torch._inductor", ["torch._inductor"]),
+        ("torch._foreach_add_(a, b)", ["_foreach_add_"]),
+        ("torch._C._nn.f(a)", ["f", "_nn", "_C"]),
+        ("from torch import Tensor\ntorch.nn.Parameter.__init__", []),
+    ],
+)
+def test_every_use_of_a_private_name_is_seen(source: str, names: list[str]) -> None:
+    assert list(private_torch_names(source)) == names
+
+
+def test_private_names_of_torch_are_few_and_listed() -> None:
+    used = {
+        listed(name)
+        for module in modules_of(OPTIM)
+        for name in private_torch_names(modules()[module].read_text(encoding="utf-8"))
+    }
+    # Modules on the way to a name, of which the name is listed.
+    used -= {"_C", "_nn", "_dynamo"}
+    assert used == set(PRIVATE_TORCH_NAMES)
+    assert len(PRIVATE_TORCH_NAMES) <= MAX_PRIVATE_TORCH_NAMES
+
+
+SOURCES = [module for package in ("dragon.vm.torch", KERNELS) for module in modules_of(package)]
+
+
+def n_lines(module: str) -> int:
+    return len(modules()[module].read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_files_and_functions_are_read_on_a_page(module: str) -> None:
+    assert n_lines(module) < MAX_FILE_LINES
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    lengths = {
+        node.name: (node.end_lineno or 0) - node.lineno + 1
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: length for name, length in lengths.items() if length >= MAX_FUNCTION_LINES} == {}
+
+
+def attributes(node: ast.ClassDef) -> set[str]:
+    """Names that the methods of a class write to on their first argument."""
+    return {
+        child.attr
+        for child in ast.walk(node)
+        if isinstance(child, ast.Attribute)
+        and isinstance(child.ctx, ast.Store)
+        and isinstance(child.value, ast.Name)
+        and child.value.id == "self"
+    }
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_no_class_keeps_more_than_ten_attributes(module: str) -> None:
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    counts = {node.name: len(attributes(node)) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    assert {name: count for name, count in counts.items() if count > MAX_ATTRIBUTES} == {}
+
+
+def test_the_optimizers_are_read_in_an_evening() -> None:
+    assert sum(map(n_lines, modules_of(OPTIM))) <= MAX_OPTIM_LINES
 
 
 def test_no_import_goes_in_a_circle() -> None:

@@ -133,3 +133,11 @@ def test_a_drift_that_both_share_is_no_noise() -> None:
     pairs = [(drift, 0.9 * drift) for drift in (1.0, 3.0, 2.0, 9.0, 5.0) * 4]
     assert compare(pairs).is_real
     assert compare(pairs).noise == pytest.approx(0, abs=1e-12)
+
+
+def test_the_refinements_of_a_shape_are_all_others_with_it() -> None:
+    shape = LaunchConfig(chunk=2048)
+    found = list(refinements(shape))
+    assert len(found) == len(set(found)) > 10
+    assert shape not in found
+    assert {(config.chunk, config.n_warps) for config in found} == {(2048, 4)}

@@ -13,12 +13,30 @@ from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.placement import placed_like
-from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._distributed.shards import distributed_like, local
+from dragon.vm.torch.optim._formats import Plain
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
-from dragon.vm.torch.optim._groups.states import State, missing_states
-from dragon.vm.torch.optim._options import Settings, complete
+from dragon.vm.torch.optim._groups.exchange import (
+    FORMAT,
+    FORMAT_KEY,
+    is_part,
+    pytorch_state,
+    restored_entries,
+    tagged_state,
+)
+from dragon.vm.torch.optim._groups.states import State, missing_states, zeros_for
+from dragon.vm.torch.optim._groups.storage import (
+    held_format,
+    options_of,
+    part_keys,
+    storage_of,
+    stored_entries,
+)
+from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 
 Group = dict[str, Any]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class CheckpointedOptimizer(torch.optim.Optimizer):
@@ -33,12 +51,21 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         """Return the state in PyTorch's format.
 
         Own keys of a group are there only where they differ from what PyTorch does. An AMSGrad that was
-        switched on since the last step has its maximum, zero.
+        switched on since the last step has its maximum, zero. What is stored in parts is there as fp32, one
+        parameter after the other, or as it is if `native_state_dict` says so: see `pytorch_state`.
         """
         self._complete_switched_on()
         saved = super().state_dict()
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
             self._drop_defaults(group, packed)
+            for name in STORAGE_OPTIONS:
+                packed.pop(name, None)
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        convert = tagged_state if self._settings.native_state_dict else pytorch_state
+        saved["state"] = {
+            key: convert(params[key], entries) if isinstance(key, int) and isinstance(entries, dict) else entries
+            for key, entries in saved["state"].items()
+        }
         if not self._algorithm.saves_steps:
             saved["state"] = {key: _uncounted(entries) for key, entries in saved["state"].items()}
         return saved
@@ -60,7 +87,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         """Load a state dict of this class or of PyTorch's counterpart, sharing no memory with it.
 
         Hyperparameters that it does not know keep their values; so do sums of gradients and the count of skipped
-        steps. State tensors get the optimizer's `state_dtype`, or the wider of their and the parameter's dtype.
+        steps. State tensors get the optimizer's formats, else the wider of their and the parameter's dtype.
 
         Raises:
             ValueError: as PyTorch, and for missing or misshapen states. Nothing has changed then.
@@ -82,8 +109,11 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 state = self.state.get(param)
                 if state and "max_exp_avg_sq" not in state:
-                    dtype = state["exp_avg_sq"].dtype
-                    state.update(missing_states([param], [state], [("max_exp_avg_sq",)], [None], dtype)[0])
+                    storage = storage_of(param, complete(group, self._algorithm.own_defaults), _MOMENTS)
+                    square = held_format(state, "exp_avg_sq")
+                    if isinstance(square, Plain) and isinstance(storage.states["max_exp_avg_sq"], Plain):
+                        storage = storage._replace(states={"max_exp_avg_sq": square})
+                    state.update(stored_entries(param, state, storage, ("max_exp_avg_sq",))[0])
 
 
 def _uncounted(entries: Any) -> Any:
@@ -113,7 +143,9 @@ def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | 
         return None  # PyTorch refuses it, with its own words
     optimizer._restored = restored_states(optimizer, saved_groups, saved)
     owned = set(chain.from_iterable(group["params"] for group in saved_groups))
-    return {**state_dict, "state": {key: value for key, value in saved.items() if key not in owned}}
+    groups = [{k: v for k, v in group.items() if k not in STORAGE_OPTIONS} for group in saved_groups]
+    rest = {key: value for key, value in saved.items() if key not in owned}
+    return {**state_dict, "param_groups": groups, "state": rest}
 
 
 def restored_states(
@@ -121,8 +153,8 @@ def restored_states(
 ) -> dict[Tensor, State]:
     """Copy saved states for an optimizer's parameters.
 
-    A state tensor has the optimizer's `state_dtype` if it has one, else the wider one of the saved dtype and the
-    parameter's: fp32 states of a bf16 parameter stay fp32, which PyTorch would round.
+    A state has the format that its group asks for, else the wider one of the saved dtype and the parameter's: fp32
+    states of a bf16 parameter stay fp32, which PyTorch would round. Rounding is to nearest.
 
     Args:
         optimizer: whose parameters the states are for; it fits the saved groups. Nothing of it changes.
@@ -139,7 +171,8 @@ def restored_states(
     algorithm = optimizer._algorithm
     labels = _labels(optimizer.param_groups, saved_groups)
     for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
-        merged = complete({**group, **saved_group}, algorithm.own_defaults)
+        own = {name: group.get(name) for name in STORAGE_OPTIONS}
+        merged = complete({**group, **saved_group, **own}, algorithm.own_defaults)
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             label = next(labels)
             state = {name: value for name, value in saved.get(key, {}).items() if value is not None}
@@ -165,15 +198,23 @@ def _checked(
 ) -> State:
     """The state, with its step count as a 0-dim tensor if it counts; raises if it cannot be used."""
     for key in required:
-        if not isinstance(state.get(key), Tensor):
+        if held_format(state, key) is None:
             raise ValueError(f"loaded state dict has no {key} for {label}: it has {', '.join(state) or 'nothing'}")
+    if state.get(FORMAT_KEY, FORMAT) != FORMAT:
+        raise ValueError(f"loaded state dict has {FORMAT_KEY} {state[FORMAT_KEY]!r} for {label}, not {FORMAT!r}")
     for key in algorithm.all_state_keys(group):
-        value = state.get(key, param)
-        if value.shape != param.shape or value.is_complex() != param.is_complex():
-            raise ValueError(
-                f"loaded state dict has {key} of shape {tuple(value.shape)} and {value.dtype} for {label} "
-                f"of shape {tuple(param.shape)} and {param.dtype}"
-            )
+        form = held_format(state, key)
+        for part_key, part in zip(part_keys(key, form), form.parts, strict=True) if form else ():
+            value = state.get(part_key)
+            shape = part.shape(param.shape) if part.elements > 1 else param.shape
+            if not isinstance(value, Tensor) or value.shape != shape or value.is_complex() != param.is_complex():
+                found = (
+                    f"shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else repr(value)
+                )
+                raise ValueError(
+                    f"loaded state dict has {part_key} of {found} for {label} "
+                    f"of shape {tuple(param.shape)} and {param.dtype}"
+                )
     if not algorithm.counts_steps(group):
         return {name: value for name, value in state.items() if algorithm.saves_steps or name != "step"}
     step = state.get("step", algorithm.uncounted_steps)
@@ -191,17 +232,20 @@ def _copied(
 ) -> dict[Tensor, State]:
     """Copy the states."""
     params = [param for param, _, _ in owners]
-    copies: list[State] = [{} for _ in owners]
+    copies: list[State] = []
     devices: list[torch.device | None] = []
-    for (param, group, state), copy in zip(owners, copies, strict=True):
-        dtypes = {param.dtype}
-        for key in algorithm.all_state_keys(group):
-            if key in state:
-                dtype = settings.state_dtype or torch.promote_types(state[key].dtype, param.dtype)
-                copy.update(missing_states([param], [{}], [(key,)], [None], dtype)[0])
-                dtypes.add(dtype)
-        devices.append(_counter_device(algorithm, settings, param, group, dtypes))
-    counters = missing_states(params, [{} for _ in owners], [() for _ in owners], devices, None)
+    for param, group, state in owners:
+        copy, in_parts = restored_entries(param, group, state, algorithm.state_keys(group))
+        if "ema" in algorithm.all_state_keys(group) and "ema" in state:
+            average = storage_of(param, group, algorithm.state_keys(group)).average.parts[0].dtype
+            dtype = average if options_of(group).state_dtype else None
+            dtype = dtype or torch.promote_types(state["ema"].dtype, average)
+            copy["ema"] = distributed_like(param, zeros_for(local(param), dtype))
+        dtypes = {param.dtype, *(value.dtype for value in copy.values() if value.is_floating_point())}
+        copies.append(copy)
+        devices.append(_counter_device(algorithm, settings, param, group, dtypes, in_parts))
+    nothing: list[State] = [{} for _ in owners]
+    counters = missing_states(params, nothing, [() for _ in owners], devices, [None] * len(owners))
     for (param, _, state), copy, counter in zip(owners, copies, counters, strict=True):
         copy.update(counter)
         _fill(copy, state, param)
@@ -210,8 +254,10 @@ def _copied(
 
 def _fill(copy: State, state: State, param: Tensor) -> None:
     for key, value in state.items():
-        if key in copy:
+        if key in ("step", "ema") and key in copy:
             copy[key].copy_(placed_like(copy[key], value))
+        elif key in copy or is_part(key):
+            continue
         elif isinstance(value, Tensor):
             copy[key] = value.detach().to(param.device, copy=True)
         else:
@@ -219,7 +265,12 @@ def _fill(copy: State, state: State, param: Tensor) -> None:
 
 
 def _counter_device(
-    algorithm: Algorithm, settings: Settings, param: Tensor, group: Group, dtypes: set[torch.dtype]
+    algorithm: Algorithm,
+    settings: Settings,
+    param: Tensor,
+    group: Group,
+    dtypes: set[torch.dtype],
+    in_parts: bool,
 ) -> torch.device | None:
     """Where the step counter of a parameter will be wanted, should its gradient be of its own dtype."""
     if not algorithm.counts_steps(group):
@@ -227,7 +278,8 @@ def _counter_device(
     backend = settings.backend
     if backend is None:
         backend = choose_backend(
-            None, local(param), param.dtype, dtypes - {param.dtype} or dtypes, group["differentiable"]
+            *(None, local(param), param.dtype, dtypes - {param.dtype} or dtypes, group["differentiable"]),
+            in_parts=in_parts,
         )
     return step_device(param, backend, group)
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 # Options that each parameter group may override, beside the hyperparameters of the formula; the others belong to
@@ -19,7 +18,12 @@ OWN_GROUP_DEFAULTS: dict[str, Any] = {
     "clip_norm": 0.0,
     "clip_value": 0.0,
     "ema_decay": 0.0,
+    "state_dtype": None,
+    "stochastic_rounding": None,
+    "master_weights": None,
 }
+# How tensors are stored is this optimizer's choice: state dicts do not have it.
+STORAGE_OPTIONS = ("state_dtype", "stochastic_rounding", "master_weights")
 
 
 class Settings(NamedTuple):
@@ -28,11 +32,12 @@ class Settings(NamedTuple):
     max_grad_norm: float = 0.0
     norm_type: float = 2.0
     skip_nonfinite: bool = False
-    state_dtype: torch.dtype | None = None
     backend: str | None = None
     flatten: bool = False
     process_group: Any = None
     release_gradients: Any = False
+    rounding_seed: int = 0
+    native_state_dict: bool = False
 
 
 def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,9 +58,9 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
         raise ValueError(f"max_grad_norm must not be negative or NaN, but got {settings.max_grad_norm}")
     if settings.norm_type not in (2, math.inf):
         raise ValueError(f"norm_type must be 2 or infinity, but got {settings.norm_type}")
-    dtype = settings.state_dtype
-    if dtype is not None and dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"state_dtype must be a real floating point dtype or None, but got {dtype}")
+    seed = settings.rounding_seed
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"rounding_seed must be an integer of 0 to 2**63 - 1, but got {seed!r}")
     return settings
 
 
@@ -176,5 +181,7 @@ def by_value(value: Any) -> Any:
         return float(value.detach()) if on_host else (value.data_ptr(), value.dtype, value.device)
     if isinstance(value, tuple | list):
         return tuple(map(by_value, value))
+    if isinstance(value, Mapping):
+        return tuple((name, by_value(entry)) for name, entry in value.items())
     # An array without dimensions may change in place.
     return value if isinstance(value, float | int | str) or not hasattr(value, "__float__") else float(value)

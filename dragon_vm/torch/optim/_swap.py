@@ -151,7 +151,8 @@ def _check_options(options: dict[str, Any]) -> None:
         raise TypeError(f"swap() got unexpected keyword arguments: {', '.join(map(repr, sorted(unknown)))}")
     # The trial is on the CPU, where triton is impossible; the real parameters may be on a GPU.
     trial = {name: value for name, value in options.items() if (name, value) != ("backend", "triton")}
-    Adam([torch.nn.Parameter(torch.zeros(1, device="cpu"))], **trial)
+    dtype = torch.bfloat16 if options.get("master_weights") is not None else torch.float32
+    Adam([torch.nn.Parameter(torch.zeros(1, dtype=dtype, device="cpu"))], **trial)
 
 
 def _rank() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from dragon.vm.torch.optim._algorithms.adam import ADAM
 from dragon.vm.torch.optim._checkpoint import take_over
 from dragon.vm.torch.optim._options import given
 from dragon.vm.torch.optim.optimizer import Optimizer
+
+StateDtypes = torch.dtype | str | Mapping[str, torch.dtype | str | None] | None
 
 
 class Adam(Optimizer, torch.optim.Adam):
@@ -48,7 +51,14 @@ class Adam(Optimizer, torch.optim.Adam):
         max_grad_norm: largest norm of all gradients together; 0 for no limit.
         norm_type: 2 or infinity, the norm that `max_grad_norm` bounds.
         skip_nonfinite: skip a step in which some gradient is infinite or NaN.
-        state_dtype: dtype of the state tensors; None for the parameter's.
+        state_dtype: dtype of the states, "8bit", or one of both for each state by name, per group; None for the
+            parameter's, or fp32 beside a master. Small and odd tensors keep fp32 instead of 8 bits.
+        stochastic_rounding: per group: None rounds so the second moments that `state_dtype` makes narrow, and
+            masters of 24 bits; True also bf16 parameters; False nothing.
+        master_weights: masters of 16-bit parameters, per group: `torch.float32`, "split16" with the same bits in
+            4 bytes, "split8" with 24 of them in 3 bytes, or None.
+        rounding_seed: of the random bits.
+        native_state_dict: let `state_dict` return what is stored, which PyTorch cannot load, instead of fp32.
         backend: "triton", "native", "eager", or None to choose.
         flatten: move parameters, gradients and states into flat buffers.
         process_group: processes that hold other parts of the model than meshes say, over which norms and decisions
@@ -86,7 +96,11 @@ class Adam(Optimizer, torch.optim.Adam):
         max_grad_norm: float = 0.0,
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtypes = None,
+        stochastic_rounding: bool | None = None,
+        master_weights: torch.dtype | str | None = None,
+        rounding_seed: int = 0,
+        native_state_dict: bool = False,
         backend: str | None = None,
         flatten: bool = False,
         process_group: Any = None,
@@ -139,7 +153,11 @@ class AdamW(Adam, torch.optim.AdamW):
         max_grad_norm: float = 0.0,
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtypes = None,
+        stochastic_rounding: bool | None = None,
+        master_weights: torch.dtype | str | None = None,
+        rounding_seed: int = 0,
+        native_state_dict: bool = False,
         backend: str | None = None,
         flatten: bool = False,
         process_group: Any = None,
@@ -154,3 +172,8 @@ class AdamW(Adam, torch.optim.AdamW):
         super().__setstate__(state)
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True
+
+
+if Adam.__doc__ and AdamW.__doc__:
+    # `help` shows the arguments of both.
+    AdamW.__doc__ += "\n" + Adam.__doc__[Adam.__doc__.index("    Args:") :]

@@ -11,29 +11,30 @@ from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
-from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer, GradientSums
+from dragon.vm.torch.optim._accumulate import GradientSums
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._averages import exchanged
 from dragon.vm.torch.optim._distributed.handles import borrowed, returned
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._distributed.owners import check_accumulated
-from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._gradients.scaling import handed_over
 from dragon.vm.torch.optim._gradients.zeroing import is_dragon, zero_or_remove
 from dragon.vm.torch.optim._graphs.capture import check_capture, is_capturing
 from dragon.vm.torch.optim._graphs.live import make_live
 from dragon.vm.torch.optim._groups.buffers import make_buffers
-from dragon.vm.torch.optim._groups.checks import check_memory, check_param, has_memory, label
+from dragon.vm.torch.optim._groups.checks import check_param, check_trained
 from dragon.vm.torch.optim._groups.eligibility import check_backend
 from dragon.vm.torch.optim._groups.members import MemberReader
 from dragon.vm.torch.optim._groups.sharding import check_sharding
+from dragon.vm.torch.optim._groups.storage import check_storage
 from dragon.vm.torch.optim._options import Settings, check_common, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.modes import undisturbed
 from dragon.vm.torch.optim._plan.updater import Updater
 from dragon.vm.torch.optim._release import Bucket, GradientRelease, check_release
+from dragon.vm.torch.optim._storage import StoringOptimizer
 
 
-class Optimizer(AccumulatingOptimizer):
+class Optimizer(StoringOptimizer):
     """Base class of the optimizers; a `torch.optim.Optimizer` that updates all its groups at once.
 
     It differs from PyTorch's in Dragon's methods: `sum_grad`, and rules of Dragon's own parameters.
@@ -51,12 +52,13 @@ class Optimizer(AccumulatingOptimizer):
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
         self._settings = read_settings(options)
         check_common(options, self._settings)
+        check_storage(options)
         self._algorithm.check(options)
         self._reset()
         # By name: between this class and PyTorch's there is another of PyTorch's, for `isinstance`.
         torch.optim.Optimizer.__init__(self, params, options)
         self._step_supports_amp_scaling = bool(options["fused"])
-        self._check_params()
+        self._check_params(self.param_groups)
         self._is_built = True
         self._make_buffers(self.param_groups)
         self._watch()
@@ -70,10 +72,9 @@ class Optimizer(AccumulatingOptimizer):
         self._originals: dict[Tensor, Tensor] = {}
         self._members = MemberReader()
 
-    def _check_params(self) -> None:
-        """Check that trained parameters share no memory, and that options fit how they are distributed."""
-        params = [param for param in self._all_params() if param.requires_grad and has_memory(local(param))]
-        check_memory(list(map(local, params)), lambda position: label(self.param_groups, params[position]))
+    def _check_params(self, groups: list[dict[str, Any]]) -> None:
+        """Check the memory of trained parameters, that of others at their first step, and what sharding allows."""
+        check_trained(groups)
         check_sharding(self.param_groups, self._settings)
         check_release(self.param_groups, self._settings)
 
@@ -89,9 +90,7 @@ class Optimizer(AccumulatingOptimizer):
 
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
         if self._settings.flatten:
-            for group in groups:
-                if not group.get("clip_norm"):
-                    self._buffers += without_torch_function(make_buffers, (), (group["params"],), {})
+            self._buffers += without_torch_function(make_buffers, (), (groups,), {})
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -110,7 +109,7 @@ class Optimizer(AccumulatingOptimizer):
             self._settle_group(group)
             own_tensors(group, self.param_groups[:-1])
             if self._is_built:
-                self._check_params()
+                self._check_params([group])
                 self._make_buffers([group])
         except BaseException:
             self.param_groups.pop()
@@ -132,6 +131,8 @@ class Optimizer(AccumulatingOptimizer):
             if param.requires_grad:
                 check_param(param)
                 check_backend(None if group["differentiable"] else self._settings.backend, param.device)
+        check_storage(group, self._algorithm.state_keys(group))
+        self._warn_of_rounding(group)
         self._drop_defaults(group, group)
 
     def _follows_dragon(self, group: Mapping[str, Any]) -> bool:
@@ -187,13 +188,7 @@ class Optimizer(AccumulatingOptimizer):
         if not has_grads and members.are_distributed:
             check_accumulated(members.params)
         self._updater.update(
-            members,
-            grads,
-            self.state,
-            self._settings,
-            scaling,
-            zero_grad=zero_grad and not summed,
-            are_own=not summed,
+            members, grads, self.state, self._settings, scaling, zero_grad=zero_grad, are_own=not summed
         )
         if summed:
             self._sums.clear()
@@ -205,6 +200,7 @@ class Optimizer(AccumulatingOptimizer):
         if self._originals:
             raise RuntimeError("step() was called inside swap_ema(): the averages would be updated as parameters")
         make_live(self.param_groups, self._publish)
+        self._widen_bounds()
         return self._updater.read(self.param_groups, self.defaults)
 
     def _update_bucket(self, bucket: Bucket) -> None:
@@ -244,7 +240,8 @@ class Optimizer(AccumulatingOptimizer):
             RuntimeError: if no parameter has an average: `ema_decay` is 0, or no step has been taken; if FSDP1
                 splits parameters; from `step`, if it is called inside the block.
         """
-        return exchanged(self.state, self._originals)
+        exchange, params = exchanged(self.state, self._originals), self._params_with_masters()
+        return self._updater.masters.undisturbed(params, self.state, exchange) if params else exchange
 
     @property
     def n_skipped_steps(self) -> int:
@@ -277,6 +274,7 @@ class Optimizer(AccumulatingOptimizer):
             self._reset()
         else:
             self._plans.forget()
+            self._updater.masters.forget()
         self._is_built = True
         if "_settings" in state:
             settings, self._updater.n_skipped = Settings(**returned(state["_settings"])), state["_n_skipped"]

@@ -29,7 +29,10 @@ class SGD(Optimizer, torch.optim.SGD):
         nesterov: use Nesterov's momentum.
         maximize, foreach, capturable, differentiable, fused: see `Adam`.
         grad_scale, clip_norm, clip_value, ema_decay: see `Adam`.
-        max_grad_norm, norm_type, skip_nonfinite, state_dtype, backend, flatten, process_group: see `Adam`.
+        max_grad_norm, norm_type, skip_nonfinite, backend, flatten, process_group: see `Adam`.
+        state_dtype: dtype of the momentum buffer or "8bit", per group; None for the parameter's, or fp32 beside a
+            master.
+        master_weights, native_state_dict: see `Adam`; "split8" rounds to nearest here.
         release_gradients: see `Adam`.
 
     Raises:
@@ -59,13 +62,17 @@ class SGD(Optimizer, torch.optim.SGD):
         max_grad_norm: float = 0.0,
         norm_type: float = 2.0,
         skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        master_weights: torch.dtype | str | None = None,
+        native_state_dict: bool = False,
         backend: str | None = None,
         flatten: bool = False,
         process_group: Any = None,
         release_gradients: bool | torch.amp.GradScaler = False,
     ) -> None:
-        Optimizer.__init__(self, params, given(locals()))
+        # The update draws no random bits: it need not count steps.
+        own = {"stochastic_rounding": False, "rounding_seed": 0}
+        Optimizer.__init__(self, params, {**given(locals()), **own})
 
     @classmethod
     def from_torch(cls, optimizer: torch.optim.Optimizer, **options: Any) -> Self:

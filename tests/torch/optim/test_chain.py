@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dragon.vm.testing import Budget, adam_errors, assert_within_budget
 from dragon.vm.testing.wide import eps, wide
 from dragon.vm.torch.optim import Adam, AdamW
+from dragon.vm.torch.optim._options import complete
 
 from .judging import options_of, snapshot
 from .support import BACKENDS, everything, home, numbers, parameters, patient
@@ -131,10 +132,16 @@ def sums_of(params, step, seed):
     return total
 
 
+def complete_groups(optimizer):
+    """For each parameter its group, with the options that the group need not hold."""
+    own = optimizer._algorithm.own_defaults
+    return {param: complete(group, own) for group in optimizer.param_groups for param in group["params"]}
+
+
 @np.errstate(all="ignore")
 def chain_of(optimizer, params, grads, scale):
     """What the update shall see of each gradient, and the norm of all."""
-    group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
+    group_of = complete_groups(optimizer)
     settings = optimizer._settings
     ready = [
         None if g is None else wide(g) * group_of[p]["grad_scale"] / (scale or 1.0)
@@ -170,7 +177,7 @@ def check_step(optimizer, params, step, seed):
             optimizer.sum_grad()
     optimizer.grad_scale = None if step.scale is None else torch.tensor([step.scale], device=params[0].device)
     optimizer.found_inf = torch.tensor([step.found_inf], device=params[0].device)
-    group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
+    group_of = complete_groups(optimizer)
     starts = [snapshot(p, optimizer.state.get(p, {}), group_of[p]["amsgrad"]) for p in params]
     averages = [optimizer.state.get(p, {}).get("ema", p).detach().clone() for p in params]
     before, n_skipped = everything(optimizer), optimizer.n_skipped_steps
@@ -259,7 +266,7 @@ def test_a_scaled_and_clipped_run_is_pytorchs(backend, sizes, limit):
     device = home(backend)
     ours, theirs = (parameters([(7,), (3, 5)], device=device) for _ in range(2))
     options = {"lr": 0.01, "weight_decay": 0.1}
-    optimizer = AdamW(ours, backend=backend, epsilon_hat=False, max_grad_norm=limit, **options)
+    optimizer = AdamW(ours, backend=backend, epsilon_hat=False, max_grad_norm=limit, fused=True, **options)
     reference = torch.optim.AdamW(theirs, **options)
     scalers = [torch.amp.GradScaler(torch.device(device).type, init_scale=2.0**10) for _ in range(2)]
     for number, size in enumerate(sizes):

@@ -231,7 +231,8 @@ def test_a_default_device_elsewhere_changes_nothing(backend, options):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_scaler_that_finds_no_gradient_lets_a_sum_be_used(backend):
     param = ones()
-    optimizer = SGD([param], lr=1.0, backend=backend)
+    # PyTorch's scaler refuses a step without gradients of an optimizer that does not unscale itself.
+    optimizer = SGD([param], lr=1.0, backend=backend, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(param.sum()).backward()
     optimizer.sum_grad()
@@ -266,7 +267,7 @@ def test_conjugated_gradients_are_zeroed(backend, how):
         optimizer.step(zero_grad=True)
         assert (param == -1 + 1j).all()
     else:
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
     assert not param.grad.any()
 
 
@@ -289,7 +290,6 @@ def test_what_lies_between_gradients_of_the_users_is_left_alone(backend):
     views = [memory[16 * i : 16 * i + 10] for i in range(3)]
     for param, view in zip(params, views, strict=True):
         param.grad = view.fill_(1.0)
-    optimizer._buffers[0].gather = lambda: None
     optimizer.step(zero_grad=True)
     assert float(optimizer.grad_norm) == pytest.approx(30**0.5)
     assert all((memory[16 * i + 10 : 16 * i + 16] == 7).all() for i in range(3))

@@ -58,15 +58,6 @@ def test_sums_of_half_precision_keep_what_half_precision_loses(dtype):
     assert (optimizer._sums.totals[param] == 258).all()
 
 
-def test_the_first_gradient_becomes_the_sum_without_a_copy():
-    param = torch.nn.Parameter(torch.zeros(8))
-    optimizer = SGD([param], lr=1.0)
-    param.grad = torch.ones(8)
-    address = param.grad.data_ptr()
-    optimizer.sum_grad()
-    assert optimizer._sums.totals[param].data_ptr() == address
-
-
 def test_memory_that_somebody_else_may_write_to_is_copied():
     bucket = torch.ones(8)
     param = torch.nn.Parameter(torch.zeros(8))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from dragon.vm import torch as dragon
 from dragon.vm.torch.optim import Adam, AdamW, Optimizer
 
 from .judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots
@@ -136,11 +137,19 @@ def test_autograd_sees_through_a_differentiable_step(make: type[Adam]) -> None:
 
 
 @pytest.mark.parametrize("set_to_none", [None, False, True])
-def test_zero_grad_zeroes_unless_told_otherwise(set_to_none: bool | None) -> None:
-    optimizer = Adam(make_params())
+@pytest.mark.parametrize("is_dragon", [False, True])
+def test_zero_grad_does_what_the_parameters_ask_for_unless_told_otherwise(
+    is_dragon: bool, set_to_none: bool | None
+) -> None:
+    params: list[Any] = make_params()
+    if is_dragon:
+        params = [dragon.nn.Parameter(param.detach()) for param in params]
+    optimizer = Adam(params)
     set_grads(params_of(optimizer), 0)
     grads = [param.grad for param in params_of(optimizer)]
     optimizer.zero_grad(*(() if set_to_none is None else (set_to_none,)))
+    removed = not is_dragon if set_to_none is None else set_to_none
     for param, grad in zip(params_of(optimizer), grads, strict=True):
-        assert param.grad is (None if set_to_none else grad)
-        assert set_to_none or not grad.any()
+        assert (param.grad is None) == removed
+        assert removed or not param.grad.any()
+        assert not removed or grad.any()

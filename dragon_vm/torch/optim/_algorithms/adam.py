@@ -12,12 +12,16 @@ from dragon.vm.torch.optim._algorithms.algorithm import (
     Algorithm,
     FusedOptions,
     Group,
+    Maths,
     decayed,
     for_maths,
     host_number,
 )
 from dragon.vm.torch.optim._algorithms.scalars import one_minus_power
+from dragon.vm.torch.optim._formats import clamp_moment, moment_bound
 from dragon.vm.torch.optim._options import check_betas, check_lr
+
+_PLAIN_MATHS = Maths()
 
 
 def _state_keys(group: Group) -> tuple[str, ...]:
@@ -31,7 +35,10 @@ def _check(group: Group) -> None:
 
 def _columns(group: Group) -> dict[str, float]:
     beta1, beta2 = map(host_number, group["betas"])
+    bound_beta1, bound_beta2 = group.get("bound_betas") or (beta1, beta2)
     return {
+        "BOUND_BETA1": bound_beta1,
+        "BOUND_BETA2": bound_beta2,
         "BETA1": beta1,
         "BETA2": beta2,
         "EPS": float(group["eps"]),
@@ -47,8 +54,19 @@ def _complement_power(beta: float | Tensor, step: Tensor) -> float | Tensor:
     return one_minus_power(float(beta), float(step))
 
 
+def _bound(group: Group, step: float) -> float:
+    """The bound of the first moment for the betas that the group has, and for those that it had."""
+    pairs = [group["betas"], *([group["bound_betas"]] if group.get("bound_betas") else [])]
+    return max(moment_bound(float(beta1), float(beta2), step) for beta1, beta2 in pairs)
+
+
 def adam_update(
-    param: Tensor, grad: Tensor, states: Sequence[Tensor], step: Tensor | None, group: Group
+    param: Tensor,
+    grad: Tensor,
+    states: Sequence[Tensor],
+    step: Tensor | None,
+    group: Group,
+    maths: Maths = _PLAIN_MATHS,
 ) -> tuple[Tensor, list[Tensor]]:
     """One step of Adam; see `dragon.kernels.adam.adam_update` for the formula and its sources.
 
@@ -58,6 +76,7 @@ def adam_update(
         states: exp_avg, exp_avg_sq and, for AMSGrad, max_exp_avg_sq, likewise.
         step: the count of this step, from 1.
         group: the parameter group's hyperparameters.
+        maths: the root, and whether the first moment is bounded.
 
     Returns:
         The new parameter and states.
@@ -69,13 +88,16 @@ def adam_update(
     param, grad = decayed(param, grad, group, lr, group["decoupled_weight_decay"])
     exp_avg = beta1 * states[0] + (1 - beta1) * grad
     exp_avg_sq = beta2 * states[1] + (1 - beta2) * grad * grad
+    root = maths.root(exp_avg_sq) if maths.is_bounded or not group["amsgrad"] else exp_avg_sq
+    if maths.is_bounded:
+        exp_avg = clamp_moment(exp_avg, root, _bound(group, float(step)))
     new_states = [exp_avg, exp_avg_sq]
-    largest = exp_avg_sq
     if group["amsgrad"]:
         largest = torch.maximum(states[2], exp_avg_sq)
         new_states.append(largest)
+        root = maths.root(largest)
     eps = group["eps"] if group["epsilon_hat"] else group["eps"] * correction2
-    denom = largest.sqrt() + eps
+    denom = root + eps
     return param - (lr * correction2 / correction1) * (exp_avg / denom), new_states
 
 
@@ -119,6 +141,8 @@ ADAM = Algorithm(
     fused=_fused,
     fused_names=("lr", "betas", "eps", "weight_decay", "amsgrad", "epsilon_hat", "decoupled_weight_decay"),
     depends_on_step=lambda group: bool(group["epsilon_hat"] and group["eps"]),
+    # Betas that a narrow group had: what `_bound` must allow for.
+    own_group_defaults={"bound_betas": None},
     # Nor has a saved group that knows nothing of AMSGrad its maximum.
     optional_keys=lambda saved_group: frozenset() if "amsgrad" in saved_group else frozenset({"max_exp_avg_sq"}),
 )

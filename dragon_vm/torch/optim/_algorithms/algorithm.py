@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._options import OWN_GROUP_DEFAULTS
@@ -25,6 +26,18 @@ class FusedOptions(NamedTuple):
     group: Group
 
 
+class Maths(NamedTuple):
+    """How an update is computed, beside its formula.
+
+    Attributes:
+        root: of fp32 or fp64; the correctly rounded one where kernels compute the same.
+        is_bounded: clamp the first moment to what the second one allows.
+    """
+
+    root: Callable[[Tensor], Tensor] = torch.sqrt
+    is_bounded: bool = False
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """What an optimizer computes. All functions take a parameter group, a mapping of hyperparameters.
@@ -35,8 +48,8 @@ class Algorithm:
         counts_steps: whether the update needs a step counter.
         check: raises `ValueError` for hyperparameters out of range, with PyTorch's texts.
         columns: hyperparameters by the name of their column in the kernels' table.
-        update: maps a tensor, its gradient, its states, its step count and the group to the new tensor and states.
-            All tensors are real and wide enough for the maths; none is written.
+        update: maps a tensor, its gradient, its states, its step count, the group and `Maths` to the new tensor
+            and states. All tensors are real and wide enough for the maths; none is written.
         fused: updates lists of CPU tensors in place by one fused operation of torch.
         fused_names: the hyperparameters that tensors of one fused call must share.
         depends_on_step: whether what a fused call does depends on the step count.
@@ -51,7 +64,7 @@ class Algorithm:
     counts_steps: Callable[[Group], bool]
     check: Callable[[Group], None]
     columns: Callable[[Group], dict[str, float]]
-    update: Callable[[Tensor, Tensor, Sequence[Tensor], Tensor | None, Group], tuple[Tensor, list[Tensor]]]
+    update: Callable[[Tensor, Tensor, Sequence[Tensor], Tensor | None, Group, Maths], tuple[Tensor, list[Tensor]]]
     fused: Callable[[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor], FusedOptions, float], None]
     fused_names: tuple[str, ...]
     depends_on_step: Callable[[Group], bool]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, FusedOptions, Group, decayed, for_maths
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, FusedOptions, Group, Maths, decayed, for_maths
 from dragon.vm.torch.optim._options import check_lr, check_momentum
 
 
@@ -34,7 +34,12 @@ def _columns(group: Group) -> dict[str, float]:
 
 
 def sgd_update(
-    param: Tensor, grad: Tensor, states: Sequence[Tensor], step: Tensor | None, group: Group
+    param: Tensor,
+    grad: Tensor,
+    states: Sequence[Tensor],
+    step: Tensor | None,
+    group: Group,
+    maths: Maths | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """One step of SGD; see `dragon.kernels.sgd.sgd_update` for the formula.
 
@@ -44,6 +49,7 @@ def sgd_update(
         states: with momentum, the momentum buffer.
         step: the count of this step, from 1; None without dampening.
         group: the parameter group's hyperparameters.
+        maths: of no account: there is no root, and nothing to bound.
 
     Returns:
         The new parameter and states.

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, Maths
 from dragon.vm.torch.optim._algorithms.average import average_update
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
+from dragon.vm.torch.optim._backends.stored import StoredUpdate
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
@@ -43,12 +44,15 @@ class EagerGroup:
         group: the tensors.
         algorithm: what is computed.
         n_gathered: how many tensors a step gathers.
+        seed: of random words.
     """
 
-    def __init__(self, group: FlattenedGroup, algorithm: Algorithm, n_gathered: int) -> None:
+    def __init__(self, group: FlattenedGroup, algorithm: Algorithm, n_gathered: int, seed: int = 0) -> None:
         self._algorithm = algorithm
         self._signature = group.signature
         self._members = [(entry.position, entry.group_index) for entry in group.entries]
+        # Autograd sees through plain tensors only.
+        self._stored = StoredUpdate(group, algorithm, seed) if group.signature.is_narrowed else None
         self.pick = picker([entry.position for entry in group.entries], n_gathered)
 
     def update(
@@ -63,6 +67,9 @@ class EagerGroup:
             version: of their hyperparameters; unused, since nothing is kept from step to step.
             factors: of the gradients.
         """
+        if self._stored is not None:
+            self._stored.update(tensors, grads, groups, factors)
+            return
         for (position, index), grad in zip(self._members, grads, strict=True):
             states = {key: tensors.states[key][position] for key in self._signature.all_keys}
             self._update_one(
@@ -85,7 +92,7 @@ class EagerGroup:
         target = as_real(param)
         old = [as_real(states[key]) for key in self._signature.state_keys]
         value, new = self._algorithm.update(
-            _wide(target, dtype), ready, [_wide(state, dtype) for state in old], step, group
+            _wide(target, dtype), ready, [_wide(state, dtype) for state in old], step, group, Maths()
         )
         for state, new_state in zip(old, new, strict=True):
             state.copy_(new_state)

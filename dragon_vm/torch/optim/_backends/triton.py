@@ -25,7 +25,14 @@ from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup, Signature
 from dragon.vm.torch.optim._options import Settings, needs_norm
 from dragon.vm.torch.optim._table.chunks import n_chunks, plan_chunks
-from dragon.vm.torch.optim._table.rows import dtype_name, group_row, real_numel, source_row, tensor_rows
+from dragon.vm.torch.optim._table.rows import (
+    dtype_name,
+    format_name,
+    group_row,
+    real_numel,
+    source_row,
+    tensor_rows,
+)
 from dragon.vm.torch.optim._table.table import DeviceTable, packed, words_of
 
 _SPAN = int(norm.SPAN)
@@ -61,6 +68,7 @@ class TritonDevice:
         n_gathered: how many tensors a step gathers.
         zero_grad: set the gradients to zero on the way.
         counts: report the norm and skipped steps; one device of a step does.
+        seed: of random words.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class TritonDevice:
         n_gathered: int,
         zero_grad: bool,
         counts: bool,
+        seed: int = 0,
     ) -> None:
         entries = list(chain.from_iterable(group.entries for group in flattened))
         self._algorithm, self._context, self._n_tensors = algorithm, context, len(entries)
@@ -104,7 +113,7 @@ class TritonDevice:
             "sources": array("q", bytes(8 * n_groups * int(table.SOURCE_COLUMNS))),
             "grads": array("q", bytes(8 * len(entries))),
             "counts": array("q", [len(entries), self._n_partials]),
-            "tensors": tensor_rows(entries, numels, [group.signature for group in flattened], firsts),
+            "tensors": tensor_rows(entries, numels, [group.signature for group in flattened], firsts, seed),
         }
         for index, pairs in enumerate(chunks):
             sections[f"chunks {index}"] = packed(array("i", [len(pairs) // 2, 0]) + pairs)
@@ -312,9 +321,9 @@ class TritonDevice:
 def _spec(algorithm: str, signature: Signature, zero_grad: bool) -> Spec:
     return Spec(
         algorithm,
-        dtype_name(signature.param_dtype),
+        format_name(signature.formats[0]),
         dtype_name(signature.grad_dtype),
-        tuple(map(dtype_name, signature.state_dtypes)),
+        tuple(map(format_name, signature.state_formats)),
         None if signature.ema_dtype is None else dtype_name(signature.ema_dtype),
         zero_grad,
     )

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._groups.layout import overlapping_pair
 from dragon.vm.torch.optim._groups.members import has_own_memory
 
 Group = Mapping[str, Any]
 
 
-def label(groups: Sequence[Group], param: Tensor) -> str:
-    """What to call a parameter in an error: its position among all parameters, and its name if it has one."""
-    position = 0
+def labels(groups: Sequence[Group]) -> list[str]:
+    """What to call each parameter in an error: its position among all, and its name if it has one."""
+    names: list[str | None] = []
     for group in groups:
-        for index, member in enumerate(group["params"]):
-            if member is param:
-                names = group.get("param_names")
-                return f"parameter {position}" + (f" ({names[index]})" if names else "")
-            position += 1
-    return "a parameter"
+        names += group.get("param_names") or [None] * len(group["params"])
+    return [f"parameter {index}" + (f" ({name})" if name else "") for index, name in enumerate(names)]
 
 
 def check_param(param: Tensor) -> None:
@@ -79,12 +77,12 @@ def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], co
         raise ValueError(f"the state 'step' of a parameter must be one number, but got {step!r}")
 
 
-def check_memory(params: Sequence[Tensor], name: Callable[[int], str]) -> None:
+def check_memory(params: Sequence[Tensor], names: Callable[[], Sequence[str]]) -> None:
     """Check that no element of memory belongs to two parameters, or twice to one.
 
     Args:
         params: the tensors that are updated.
-        name: what to call one of them, by its position among `params`.
+        names: returns what to call each of them.
 
     Raises:
         ValueError: if one does.
@@ -93,15 +91,23 @@ def check_memory(params: Sequence[Tensor], name: Callable[[int], str]) -> None:
     if pair is None:
         return
     first, second = sorted(pair)
+    called = names()
     if first == second:
         raise ValueError(
-            f"params must not share memory, but elements stand twice in {name(first)}, of shape "
+            f"params must not share memory, but elements stand twice in {called[first]}, of shape "
             f"{tuple(params[first].shape)} with strides {params[first].stride()}"
         )
     raise ValueError(
-        f"params must not share memory, but {name(first)} and {name(second)} do: their elements would be updated "
-        "twice a step. PyTorch only warns of it; give each parameter once"
+        f"params must not share memory, but {called[first]} and {called[second]} do: their elements would be "
+        "updated twice a step. PyTorch only warns of it; give each parameter once"
     )
+
+
+def check_trained(groups: Sequence[Group]) -> None:
+    """Check the memory of all trained parameters of groups, as `check_memory`."""
+    params = list(chain.from_iterable(group["params"] for group in groups))
+    trained = [i for i, param in enumerate(params) if param.requires_grad and has_memory(local(param))]
+    check_memory([local(params[i]) for i in trained], lambda: [labels(groups)[i] for i in trained])
 
 
 def has_memory(param: Tensor) -> bool:

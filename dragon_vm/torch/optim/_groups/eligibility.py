@@ -59,19 +59,22 @@ def choose_backend(
     grad_dtype: torch.dtype,
     state_dtypes: set[torch.dtype],
     differentiable: bool,
+    *,
+    in_parts: bool = False,
 ) -> str:
     """The backend that updates one parameter.
 
     A parameter that is not dense, such as ``base[..., 0]``, or has no memory of its own, goes the eager way
-    whatever the choice. The native backend rounds a gradient of another dtype to its parameter's; it is not
-    chosen for one unasked.
+    whatever the choice. Where states differ from the parameter, the native backend computes in fp32. Else it
+    rounds a gradient of another dtype to its parameter's; it is not chosen for one unasked.
 
     Args:
         backend: the explicit choice, or None.
         param: the parameter.
         grad_dtype: of its gradient.
-        state_dtypes: of its state tensors.
+        state_dtypes: of its state tensors, as far as they are plain.
         differentiable: whether autograd must see the update.
+        in_parts: whether some tensor is not plain.
 
     Raises:
         ValueError: if an explicit choice cannot update the parameter, saying why.
@@ -79,22 +82,17 @@ def choose_backend(
     if differentiable or not has_memory(param) or not is_dense(param):
         return "eager"
     check_backend(backend, param.device)
-    mixed = state_dtypes - {param.dtype}
     unknown = [dtype for dtype in state_dtypes if dtype not in _KERNEL_DTYPES]
-    if backend == "native" and mixed:
-        raise ValueError(
-            "backend='native' is impossible here: torch's fused operation needs states of the "
-            f"parameter's dtype {param.dtype}, but got {', '.join(map(str, mixed))}"
-        )
     if backend == "triton" and unknown:
         raise ValueError(f"backend='triton' is impossible here: a parameter has states of {unknown}")
     if backend is not None:
         return backend
     if param.device.type in _TRITON_DEVICES and why_not("triton", param.device) is None:
         return "eager" if unknown else "triton"
-    if param.device.type == "cpu" and param.dtype in _KERNEL_DTYPES and not mixed and grad_dtype == param.dtype:
-        return "native"
-    return "eager"
+    is_mixed = in_parts or bool(state_dtypes - {param.dtype})
+    is_known = param.dtype in _KERNEL_DTYPES and not unknown
+    is_native = param.device.type == "cpu" and is_known and (is_mixed or grad_dtype == param.dtype)
+    return "native" if is_native else "eager"
 
 
 def step_device(param: Tensor, backend: str, group: dict[str, Any]) -> torch.device:

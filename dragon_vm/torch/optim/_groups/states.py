@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dragon.vm.torch.optim._distributed.shards import distributed_like, local
+from dragon.vm.torch.optim._distributed.shards import distributed_like, is_distributed, local
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense
 
@@ -69,29 +69,27 @@ def missing_states(
     states: Sequence[Mapping[str, Any]],
     keys: Sequence[tuple[str, ...]],
     step_devices: Sequence[torch.device | None],
-    dtype: torch.dtype | None,
+    average_dtypes: Sequence[torch.dtype | None],
     uncounted_steps: float | None = None,
 ) -> list[State]:
-    """For each parameter the entries that its state lacks, at their first values. Nothing is changed.
+    """For each parameter the average and the counter that its state lacks. Nothing is changed.
 
     Args:
         params: parameters.
         states: their states.
         keys: names of each one's state tensors, beside "step".
         step_devices: where each one's step counter lives; None for an update that does not count.
-        dtype: of new state tensors; None for the parameter's.
+        average_dtypes: of each one's average; None for none.
         uncounted_steps: the count of a state that has other tensors but no counter; None for 0.
     """
     added: list[State] = [{} for _ in params]
     counters: dict[torch.device, list[int]] = {}
     for index, (param, state) in enumerate(zip(params, states, strict=True)):
-        for key in keys[index]:
-            if key not in state:
-                shard = zeros_for(local(param), dtype)
-                # An average starts where its parameter is; everything else at 0.
-                if key == "ema":
-                    shard.copy_(local(param).detach())
-                added[index][key] = distributed_like(param, shard)
+        dtype = average_dtypes[index]
+        if dtype is not None and "ema" not in state:
+            # An average starts where its parameter is.
+            average = zeros_for(local(param), dtype)
+            added[index]["ema"] = distributed_like(param, average.copy_(local(param).detach()))
         device = step_devices[index]
         if device is not None and "step" not in state:
             counters.setdefault(device, []).append(index)
@@ -116,10 +114,13 @@ def settled_entries(
     for key in keys:
         value = local(state[key])
         settled = value.to(shard.device)
-        if has_memory(shard) and is_dense(shard):
+        if value.shape != shard.shape:
+            # Scales of blocks: what is the parameter's own is checked.
+            settled = settled.contiguous()
+        elif has_memory(shard) and is_dense(shard):
             settled = in_layout_of(shard, settled)
         if settled is not value:
-            replaced[key] = distributed_like(param, settled)
+            replaced[key] = distributed_like(state[key] if is_distributed(state[key]) else param, settled)
     return replaced
 
 

@@ -5,7 +5,8 @@ A guard holds no tensor. Another tensor at the same address in the same layout i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -34,7 +35,7 @@ class LayoutGuard:
         # PyTorch's check in C++ fails for any tensors under some dispatch modes: there public calls compare.
         self._check = guards.check if guards.check(*tensors) else _Layouts(tensors).check
 
-    def check(self, tensors: Sequence[Tensor]) -> bool:
+    def check(self, *tensors: Tensor) -> bool:
         """Whether these tensors, as many as those of the guard, are laid out like them."""
         return bool(self._check(*tensors))
 
@@ -61,40 +62,33 @@ class Guard:
     Args:
         grads: gradients, which may lie elsewhere at each step.
         params: parameters.
-        states: state tensors, without step counters.
-        counters: step counters.
+        states: state tensors by name, step counters among them.
     """
 
     def __init__(
-        self,
-        grads: Sequence[Tensor],
-        params: Sequence[Tensor],
-        states: Sequence[Tensor],
-        counters: Sequence[Tensor],
+        self, grads: Sequence[Tensor], params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]
     ) -> None:
-        self._layouts, self._state_layouts = LayoutGuard([*grads, *params]), LayoutGuard(states)
-        self._n_grads = len(grads)
-        self._addresses = addresses_of([*params, *states, *counters])
-        self._state_ids = list(map(id, states))
+        self._layouts = LayoutGuard([*grads, *params])
+        self._state_layouts = LayoutGuard(list(chain(*states.values())))
+        self._addresses = addresses_of(chain(params, *states.values()))
+        self._state_ids = list(map(id, chain(*states.values())))
 
     def check(
-        self,
-        grads: Sequence[Tensor],
-        params: Sequence[Tensor],
-        states: Sequence[Tensor],
-        counters: Sequence[Tensor],
+        self, grads: Sequence[Tensor], params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]
     ) -> list[int] | None:
         """The addresses of the gradients if all is as it was, else None. There are as many tensors as then."""
-        addresses = addresses_of([*grads, *params, *states, *counters])
-        if addresses[self._n_grads :] != self._addresses or not self._layouts.check([*grads, *params]):
+        addresses = addresses_of(grads)
+        if addresses_of(chain(params, *states.values())) != self._addresses:
             return None
-        if (ids := list(map(id, states))) != self._state_ids:
-            if not self._state_layouts.check(states):
+        if not self._layouts.check(*grads, *params):
+            return None
+        if (ids := list(map(id, chain(*states.values())))) != self._state_ids:
+            if not self._state_layouts.check(*chain(*states.values())):
                 return None
             self._state_ids = ids
-        return addresses[: self._n_grads]
+        return addresses
 
 
-def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+def addresses_of(tensors: Iterable[Tensor]) -> list[int]:
     """Addresses of tensors' memory; 0 for those without elements."""
     return list(map(_data_ptr, tensors))

@@ -55,7 +55,7 @@ class Hyperparameters:
             KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
         """
         values = list(map(self._read_row, groups))
-        values += [tuple(map(group.get, self._own)) for group in groups]
+        values += [tuple(map(group.get, self._own, self._own.values())) for group in groups]
         if self._has_betas:
             values += [tuple(group["betas"]) for group in groups]
         if not set(map(type, chain.from_iterable(values))) <= _PLAIN_TYPES:

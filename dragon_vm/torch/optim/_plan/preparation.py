@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import is_distributed, local, local_state
+from dragon.vm.torch.optim._distributed.shards import is_distributed, local_state
+from dragon.vm.torch.optim._formats import Plain, Storage
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
-from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, check_state, has_memory, label
+from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, check_state, has_memory, labels
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State, flatten_groups
 from dragon.vm.torch.optim._groups.layout import is_dense, same_walk
 from dragon.vm.torch.optim._groups.members import has_own_memory
 from dragon.vm.torch.optim._groups.states import missing_states, settled_entries
+from dragon.vm.torch.optim._groups.storage import first_index, kept_format, storage_of, stored_entries
 from dragon.vm.torch.optim._plan.recipe import Recipe
 
 
@@ -86,7 +89,9 @@ def prepare(
     """
     check_grads(shards, grads, recipe.owner)
     solid = [i for i, (shard, grad) in enumerate(zip(shards, grads, strict=True)) if _has_memory(shard, grad)]
-    check_memory([shards[i] for i in solid], lambda position: label(recipe.groups, params[solid[position]]))
+    check_memory(
+        [shards[i] for i in solid], lambda: [labels(recipe.groups)[among_all[position]] for position in solid]
+    )
     states, signatures = _with_states(recipe, params, shards, grads, group_index)
     joined, parted = _joined(recipe, params, shards, grads, group_index, states, signatures)
     inside = {position for member in joined for position in member.positions}
@@ -95,7 +100,10 @@ def prepare(
     # Everything is checked: from here on things change.
     for param, state in zip(params, states, strict=True):
         if state:
-            recipe.state[param].update(state)
+            held = recipe.state[param]
+            held.update(state)
+            for key in held.keys() - state.keys():
+                del held[key]
     if parted:
         together = {id(member.buffer.state.get("step")) for member in joined}
         every = [state for state in recipe.state.values() if isinstance(state, dict)]
@@ -108,7 +116,8 @@ def prepare(
     entries, chosen_signatures = [], []
     for i in range(len(params)):
         if i not in inside:
-            entries.append(Entry(shards[i], local_state(states[i]), group_index[i], i))
+            first = first_index(params[i]) if signatures[i].is_stochastic else 0
+            entries.append(Entry(shards[i], local_state(states[i]), group_index[i], i, first))
             chosen_signatures.append(signatures[i])
     for i, member in enumerate(joined):
         entries.append(Entry(member.buffer.values, member.buffer.state, member.group_index, len(params) + i))
@@ -145,40 +154,81 @@ def _with_states(
     group_index: Sequence[int],
 ) -> tuple[list[State], list[Signature]]:
     """For each parameter its state, complete and settled, and what it must have in common with others."""
-    algorithm, settings = recipe.algorithm, recipe.settings
+    algorithm = recipe.algorithm
     groups = [recipe.groups[index] for index in group_index]
-    keys = [algorithm.all_state_keys(group) for group in groups]
     held: list[State] = [recipe.state.get(param, {}) for param in params]
-    for param, state, names, group in zip(params, held, keys, groups, strict=True):
-        check_state(param, state, names, algorithm.counts_steps(group))
-    backends = []
-    for shard, grad, state, names, group in zip(shards, grads, held, keys, groups, strict=True):
-        new = shard.dtype if settings.state_dtype is None or shard.is_complex() else settings.state_dtype
-        dtypes = {state[name].dtype if name in state else new for name in names}
-        is_eager = group["differentiable"] or not has_own_memory(type(grad))
-        backends.append(choose_backend(settings.backend, shard, grad.dtype, dtypes, is_eager))
+    for param, state, group in zip(params, held, groups, strict=True):
+        check_state(param, state, algorithm.all_state_keys(group), algorithm.counts_steps(group))
+    storages = [
+        storage_of(param, group, algorithm.state_keys(group)) for param, group in zip(params, groups, strict=True)
+    ]
+    signatures = []
+    for shard, grad, state, storage, group in zip(shards, grads, held, storages, groups, strict=True):
+        signatures.append(_signature(recipe, shard, grad, state, storage, group))
     devices = [
-        step_device(param, backend, group) if algorithm.counts_steps(group) else None
-        for param, backend, group in zip(params, backends, groups, strict=True)
+        step_device(param, signature.backend, group) if signature.counts_steps else None
+        for param, signature, group in zip(params, signatures, groups, strict=True)
     ]
-    added = missing_states(params, held, keys, devices, settings.state_dtype, algorithm.uncounted_steps)
-    states = [{**state, **new} for state, new in zip(held, added, strict=True)]
-    for param, state, names, device in zip(params, states, keys, devices, strict=True):
-        state.update(settled_entries(param, state, names, device))
-    signatures = [
-        Signature(
-            backend,
-            shard.device,
-            shard.dtype,
-            grad.dtype,
-            algorithm.state_keys(group),
-            tuple(local(state[key]).dtype for key in algorithm.state_keys(group)),
-            local(state["ema"]).dtype if group["ema_decay"] else None,
-            algorithm.counts_steps(group),
-        )
-        for backend, shard, grad, state, group in zip(backends, shards, grads, states, groups, strict=True)
+    averages = [
+        signature.ema_dtype if group["ema_decay"] else None
+        for signature, group in zip(signatures, groups, strict=True)
     ]
+    names = [signature.tensor_keys for signature in signatures]
+    added = missing_states(params, held, names, devices, averages, algorithm.uncounted_steps)
+    states = []
+    for param, state, storage, new, group in zip(params, held, storages, added, groups, strict=True):
+        entries, replaced = stored_entries(param, state, storage, algorithm.state_keys(group))
+        kept = {key: value for key, value in state.items() if key not in replaced}
+        states.append({**kept, **entries, **new})
+    for param, state, signature, device in zip(params, states, signatures, devices, strict=True):
+        state.update(settled_entries(param, state, signature.tensor_keys, device))
+    _give_streams(recipe, params, states, signatures)
     return states, signatures
+
+
+def _signature(
+    recipe: Recipe, shard: Tensor, grad: Tensor, state: State, storage: Storage, group: dict[str, Any]
+) -> Signature:
+    """What a parameter must have in common with others, once its state is complete."""
+    algorithm, names = recipe.algorithm, recipe.algorithm.state_keys(group)
+    formats = tuple(kept_format(storage.states[name], state, name) for name in names)
+    average = None
+    if group["ema_decay"]:
+        average = state["ema"].dtype if "ema" in state else storage.average.parts[0].dtype
+    plain = {form.dtype for form in formats if isinstance(form, Plain)} | ({average} if average else set())
+    signature = Signature(
+        *("", shard.device, shard.dtype, grad.dtype, names, formats, average, algorithm.counts_steps(group)),
+        None if isinstance(storage.param, Plain) else storage.param,
+    )
+    is_eager = group["differentiable"] or not has_own_memory(type(grad))
+    if not signature.is_plain and not has_memory(shard):
+        raise ValueError(
+            "state_dtype, stochastic_rounding and master_weights need parameters with memory of their own, "
+            f"but got one of type {type(shard).__name__} on {shard.device}"
+        )
+    backend = choose_backend(
+        recipe.settings.backend, shard, grad.dtype, plain, is_eager, in_parts=not signature.is_plain
+    )
+    return signature._replace(backend=backend)
+
+
+def _give_streams(
+    recipe: Recipe, params: Sequence[Tensor], states: Sequence[State], signatures: Sequence[Signature]
+) -> None:
+    """Give each state that needs random words a number of its own: at first its parameter's position.
+
+    It is a Python int: PyTorch's loader casts every tensor of a state.
+    """
+    new = [i for i, signature in enumerate(signatures) if signature.is_stochastic and "stream" not in states[i]]
+    if not new:
+        return
+    every = chain.from_iterable(group["params"] for group in recipe.groups)
+    positions = {id(param): position for position, param in enumerate(every)}
+    taken = {entries["stream"] for entries in recipe.state.values() if "stream" in entries}
+    for i in new:
+        stream = positions[id(params[i])]
+        states[i]["stream"] = 1 + max(taken) if stream in taken else stream
+        taken.add(states[i]["stream"])
 
 
 def _joined(
@@ -222,6 +272,8 @@ def _step_together(
         len({group_index[i] for i in positions}) == 1
         and len({signatures[i] for i in positions}) == 1
         and signatures[positions[0]].backend != "eager"
+        # Random words and blocks belong to one parameter.
+        and signatures[positions[0]].is_plain
         and signatures[positions[0]].grad_dtype == signatures[positions[0]].param_dtype
         # Each gradient is clipped on its own.
         and not recipe.groups[group_index[positions[0]]]["clip_norm"]

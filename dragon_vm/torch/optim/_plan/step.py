@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from dragon.vm.torch.optim._backends.eager import EagerGroup
 from dragon.vm.torch.optim._backends.native import NativeGroup
+from dragon.vm.torch.optim._backends.piecewise import PiecewiseGroup
 from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, TotalNorm, gradient_factors
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
@@ -49,12 +49,7 @@ class StepPlan:
         flattened = prepared.flattened
         n_gathered = len(prepared.group_index) + len(prepared.joined)
         hosts = [group for group in flattened if group.signature.backend != "triton"]
-        self._hosts: list[NativeGroup | EagerGroup] = [
-            NativeGroup(group, recipe.algorithm, n_gathered)
-            if group.signature.backend == "native"
-            else EagerGroup(group, recipe.algorithm, n_gathered)
-            for group in hosts
-        ]
+        self._hosts = [_on_host(recipe, group, n_gathered) for group in hosts]
         self._zero_grad = zero_grad
         # The kernel zeroes the gradients it reads: not those that it reads copies of.
         self._kernel_zeroes = zero_grad and not self._strays and not self._hosts
@@ -73,7 +68,7 @@ class StepPlan:
             states = self._states.read(recipe.state, prepared.params)
             assert states is not None
             # The last write makes the plan valid.
-            self._guard = Guard(prepared.grads, prepared.shards, *_guarded(states))
+            self._guard = Guard(prepared.grads, prepared.shards, states)
 
     def gather(
         self, state: Mapping[Any, Any], params: list[Tensor], shards: list[Tensor], grads: list[Any]
@@ -92,7 +87,7 @@ class StepPlan:
             states = self._states.read(state, params)
             if states is None:
                 return None
-            addresses = self._guard.check(grads, shards, *_guarded(states))
+            addresses = self._guard.check(grads, shards, states)
         except (KeyError, TypeError, AttributeError, IndexError):
             # Something is no tensor any more, or is not there.
             return None
@@ -244,15 +239,18 @@ class StepPlan:
         return Outcome(factors.norm)
 
 
-def _guarded(states: Mapping[str, list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """All state tensors, and the step counters apart."""
-    columns = (column for key, column in states.items() if key != "step")
-    return list(chain.from_iterable(columns)), states.get("step", [])
-
-
 def _divisor(factor: float) -> Tensor:
     """A factor as a loss scale, by which gradients are divided; a norm of infinity leaves a factor of 0."""
     return torch.tensor([1 / factor if factor else math.inf], dtype=torch.float32, device="cpu")
+
+
+def _on_host(recipe: Recipe, group: FlattenedGroup, n_gathered: int) -> NativeGroup | PiecewiseGroup | EagerGroup:
+    algorithm, seed = recipe.algorithm, recipe.settings.rounding_seed
+    if group.signature.backend != "native":
+        return EagerGroup(group, algorithm, n_gathered, seed)
+    if group.signature.is_uniform:
+        return NativeGroup(group, algorithm, n_gathered)
+    return PiecewiseGroup(group, algorithm, n_gathered, seed)
 
 
 def _on_devices(
@@ -274,7 +272,9 @@ def _on_devices(
         context, is_first = recipe.devices[device], not devices
         devices.append(
             TritonDevice(
-                groups, recipe.algorithm.name, context, len(recipe.groups), n_gathered, zero_grad, counts=is_first
+                *(groups, recipe.algorithm.name, context, len(recipe.groups), n_gathered, zero_grad),
+                counts=is_first,
+                seed=recipe.settings.rounding_seed,
             )
         )
     return devices

@@ -13,8 +13,9 @@ from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
+from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
-from dragon.vm.torch.optim._options import Settings, complete
+from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, complete
 from dragon.vm.torch.optim._plan.agreement import Agreement
 from dragon.vm.torch.optim._plan.cache import PlanCache
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
@@ -33,12 +34,14 @@ class Updater:
     Attributes:
         plans: the latest few.
         buffers: flat buffers.
+        masters: what is known of parameters with masters.
     """
 
     def __init__(self, owner: str, algorithm: Algorithm) -> None:
         self._owner, self._algorithm = owner, algorithm
         self.plans = PlanCache()
         self.buffers: list[FlatBuffer] = []
+        self.masters = MasterVersions()
         self._devices: dict[torch.device, Any] = {}
         self._agreements: dict[int, Agreement] = {}
         self._hyperparameters: Hyperparameters | None = None
@@ -77,7 +80,8 @@ class Updater:
     def _structure(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """The options of a group that decide which tensors and kernels take part."""
         flags = (bool(group[name]) for name in ("differentiable", "clip_norm", "capturable"))
-        return self._algorithm.all_state_keys(group), self._algorithm.counts_steps(group), *flags
+        storage = tuple(by_value(group[name]) for name in STORAGE_OPTIONS)
+        return self._algorithm.all_state_keys(group), self._algorithm.counts_steps(group), *flags, storage
 
     def update(
         self,
@@ -99,12 +103,13 @@ class Updater:
             state: of the optimizer.
             settings: options of the optimizer as a whole.
             scaling: a `GradScaler`'s.
-            zero_grad: set the gradients to zero as well.
+            zero_grad: set the gradients to zero as well, if they are the parameters' own.
             are_own: whether the gradients are the parameters' own, and not sums of them.
             part: which parameters of the optimizer these are; 0 for all of them.
         """
         values = self._hyperparameters
         assert values is not None
+        zero_grad = zero_grad and are_own
         reductions = None
         if members.are_distributed or settings.process_group is not None:
             agreement = self._agreements.setdefault(part, Agreement())
@@ -129,9 +134,13 @@ class Updater:
                 return
             outcome = agreement.take_part(members.params, values.groups, settings, scaling)
         else:
+            with_masters = _with_masters(members, values.groups)
             if is_capturing():
                 self.plans.capture(found.plan, settings)
+            else:
+                self.masters.notice(with_masters, state)
             outcome = found.plan.run(recipe, found.params, found.tensors, values.version, scaling, are_own=are_own)
+            self.masters.note(with_masters)
         self._grad_norm = outcome.grad_norm
         self._n_skipped = self._n_skipped + outcome.n_skipped
 
@@ -162,3 +171,11 @@ class Updater:
             status: Tensor = next(iter(self._devices.values())).status
             return status[1].clone()
         return self._grad_norm
+
+
+def _with_masters(members: Members, groups: Sequence[Group]) -> list[Tensor]:
+    """The parameters that have a master."""
+    flags = [group["master_weights"] is not None for group in groups]
+    if not any(flags):
+        return []
+    return [param for param, index in zip(members.params, members.group_index(), strict=True) if flags[index]]

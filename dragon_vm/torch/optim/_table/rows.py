@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dragon.kernels import norm, table
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, host_number
+from dragon.vm.torch.optim._formats import Format, Plain
 from dragon.vm.torch.optim._gradients.scaling import clip_value, group_factor
 from dragon.vm.torch.optim._groups.flattening import Entry, Signature
 from dragon.vm.torch.optim._options import Settings
@@ -66,13 +67,22 @@ def real_numel(tensor: Tensor) -> int:
     return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
+def format_name(form: Format) -> str:
+    """A format's name for the kernels: that of a dtype is of its real view."""
+    return dtype_name(form.dtype) if isinstance(form, Plain) else form.name
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype's name, of its real view if it is complex."""
     return str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
 
 
 def tensor_rows(
-    entries: Sequence[Entry], numels: Sequence[int], signatures: Sequence[Signature], firsts: Sequence[int]
+    entries: Sequence[Entry],
+    numels: Sequence[int],
+    signatures: Sequence[Signature],
+    firsts: Sequence[int],
+    seed: int = 0,
 ) -> array[int]:
     """The tensor section of the table.
 
@@ -81,6 +91,7 @@ def tensor_rows(
         numels: elements of each.
         signatures: of the flattened groups.
         firsts: the first row of each flattened group, then the number of rows.
+        seed: of random words.
     """
     width = int(table.TENSOR_COLUMNS)
     words = array("q", bytes(8 * len(entries) * width))
@@ -95,13 +106,29 @@ def tensor_rows(
     for column, values in columns.items():
         words[int(column) :: width] = array("q", values)
     for signature, (first, end) in zip(signatures, pairwise(firsts), strict=True):
-        names: dict[str, Any] = dict(zip(signature.state_keys, _STATE_COLUMNS, strict=False))
-        if signature.ema_dtype is not None:
-            names["ema"] = table.EMA
-        if signature.counts_steps:
-            names["step"] = table.STEP
+        names = _part_columns(signature)
         for row in range(first, end):
+            entry, start = entries[row], row * width
             for name, column in names.items():
-                words[row * width + int(column)] = entries[row].state[name].data_ptr()
-            words[row * width + int(table.WIDE)] = int(dtype_name(signature.param_dtype) == "float64")
+                words[start + int(column)] = entry.state[name].data_ptr()
+            words[start + int(table.WIDE)] = int(dtype_name(signature.param_dtype) == "float64")
+            if signature.is_stochastic:
+                words[start + int(table.INDEX_BASE)] = entry.first
+                words[start + int(table.STREAM)] = entry.stream
+                words[start + int(table.SEED)] = seed
     return words
+
+
+def _part_columns(signature: Signature) -> dict[str, Any]:
+    """The columns of a tensor's state entries, by their names."""
+    own, *states = signature.part_keys
+    names: dict[str, Any] = dict(zip(own[1:], (table.PARAM_REST,), strict=False))
+    for keys, column in zip(states, _STATE_COLUMNS, strict=False):
+        names[keys[0]] = column
+    for keys, column in zip(states, (table.SCALE_0, table.SCALE_1), strict=False):
+        names |= dict.fromkeys(keys[1:], column)
+    if signature.ema_dtype is not None:
+        names["ema"] = table.EMA
+    if signature.counts_steps:
+        names["step"] = table.STEP
+    return names

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 
 from dragon.vm.torch.optim import SGD, AdamW
 
-from ..graphs import RecordedGraph
+from ..recorded import RecordedGraph
 from ..judging import params_of, same_bits
 
 SHAPES = ((3, 5), (16,), (), (17,))

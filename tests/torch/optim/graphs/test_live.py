@@ -13,7 +13,7 @@ from dragon.vm.torch.optim import SGD, Adam, AdamW
 from dragon.vm.torch.optim._backends.context import DeviceContext
 from dragon.vm.torch.optim._graphs.live import LiveGroup
 
-from ..graphs import RecordedGraph
+from ..recorded import RecordedGraph
 from ..judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots
 
 
@@ -375,11 +375,11 @@ def test_steps_and_uploads_wait_for_each_other_whatever_their_streams(monkeypatc
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: "captured" in log)
     context = DeviceContext(torch.device("cpu"))
-    context.device = torch.device("cuda")
+    context.device, context._module = torch.device("cuda"), torch.cuda
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for work in ("step", "upload"):
-        with context.in_order():
-            log.append(work)
+        context.launch(lambda work=work: log.append(work), in_order=True)
     log.append("captured")
-    with context.in_order():
-        log.append("step")
+    context.launch(lambda: log.append("step"), in_order=True)
     assert log == ["step", "record", "wait", "upload", "record", "captured", "step"]

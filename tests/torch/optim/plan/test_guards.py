@@ -130,11 +130,6 @@ def view_step_as_another_dtype(optimizer, params):
     step.data = step.data.view(torch.int32)
 
 
-def transpose_state_in_place(optimizer, params):
-    state = optimizer.state[params[0]][state_key(optimizer)]
-    state.data = state.data.t()
-
-
 def swap_step_for_a_number(optimizer, params):
     optimizer.state[params[0]]["step"] = 7
 
@@ -254,7 +249,7 @@ COMMON = [
     swap_grad_memory, transpose_grad_at_the_same_address, transpose_grad_object_at_the_same_address, expand_grad,
     drop_grad, swap_state_tensor, swap_state_tensor_for_another_layout, swap_all_states_for_another_dtype,
     exchange_owners_of_states, swap_state_memory, swap_state_memory_for_another_layout,
-    swap_step_for_a_number, clear_state, transpose_state_in_place, replace_state, replace_state_by_copies,
+    swap_step_for_a_number, clear_state, replace_state, replace_state_by_copies,
     replace_entry, delete_entry, empty_entry, move_param_to_the_other_group, remove_group, insert_group,
     swap_groups, exchange_params_of_groups, replace_group_and_change_the_old_one, add_group, make_lr_a_tensor,
     setting(lr=0.5), setting(weight_decay=0.1), setting(maximize=True), setting(clip_value=0.1),
@@ -335,12 +330,8 @@ def replace_by_view(state, key, dtype):
     state[key] = state[key].view(dtype)
 
 
-def view_in_place(state, key, dtype):
-    state[key].data = state[key].data.view(dtype)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("change", [replace_by_view, view_in_place])
+@pytest.mark.parametrize("change", [replace_by_view])
 def test_a_state_of_another_dtype_at_the_same_address_is_noticed(change, backend):
     params = parameters(SHAPES, torch.bfloat16, home(backend))
     optimizer = Adam(params, backend=backend)
@@ -380,9 +371,9 @@ def test_a_layout_guard_holds_for_tensors_laid_out_alike_only(what, with_torch, 
         monkeypatch.setattr(guards, "TensorGuards", NoTensorGuards)
     tensors = [alike(), alike()]
     guard = LayoutGuard(tensors)
-    assert guard.check([alike(), tensors[0]])
+    assert guard.check(alike(), tensors[0])
     try:
-        holds = guard.check([tensors[0], OTHERS[what](tensors[1])])
+        holds = guard.check(tensors[0], OTHERS[what](tensors[1]))
     except (TypeError, AttributeError, RuntimeError):
         holds = False
     assert not holds

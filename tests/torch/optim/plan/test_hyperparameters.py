@@ -14,7 +14,7 @@ def group(**changes):
 
 
 def reader():
-    return Hyperparameters(NAMES, lambda group: group["maximize"])
+    return Hyperparameters(NAMES, {"clip_norm": 0.0}, lambda group: group["maximize"])
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ def reader():
         lambda g: g.update(betas=(torch.tensor(0.9), torch.tensor(0.5))),
         lambda g: g.update(maximize=True),
         lambda g: g.update(foreach=False),
+        lambda g: g.update(clip_norm=1.0),
     ],
 )
 def test_what_changed_is_read(change):
@@ -83,6 +84,17 @@ def test_other_groups_are_read(change):
     assert values.version > first
 
 
+def test_an_own_option_that_a_group_does_not_hold_has_its_default():
+    values, groups = reader(), [group(), group(clip_norm=0.0)]
+    values.read(groups)
+    assert [complete["clip_norm"] for complete in values.groups] == [0.0, 0.0]
+    assert "clip_norm" not in groups[0]
+    first = values.version
+    groups[0]["clip_norm"] = groups[1].pop("clip_norm")
+    values.read(groups)
+    assert values.version == first
+
+
 def test_the_structure_is_new_only_where_a_group_says_so():
     values, groups = reader(), [group(), group()]
     values.read(groups)
@@ -100,15 +112,16 @@ def test_the_structure_is_new_only_where_a_group_says_so():
     [
         ("lr", "fast", TypeError, "lr must be a number, but got 'fast'"),
         ("lr", torch.ones(2), ValueError, "Tensor lr must be 1-element"),
+        ("clip_norm", None, TypeError, "clip_norm must be a number, but got None"),
         ("betas", (0.9,), ValueError, "betas must be two numbers"),
         ("betas", (0.9, None), TypeError, r"betas\[1\] must be a number, but got None"),
     ],
-    ids=["string", "vector", "one beta", "no beta"],
+    ids=["string", "vector", "no limit", "one beta", "no beta"],
 )
 def test_a_bad_number_is_refused_at_every_reading_and_a_mended_one_is_read(name, bad, error, text):
     values, groups = reader(), [group()]
     values.read(groups)
-    first, good = values.version, groups[0][name]
+    first, good = values.version, groups[0].get(name, 0.0)
     groups[0][name] = bad
     for _ in range(2):
         with pytest.raises(error, match=text):

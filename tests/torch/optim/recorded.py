@@ -26,7 +26,7 @@ class RecordedGraph:
             patch.setattr(torch.cuda, "is_initialized", lambda: True)
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             patch.setattr(optimizer_module, "check_capture", lambda *_: None)
-            patch.setattr(DeviceTable, "captured_copy", self._record_copy)
+            patch.setattr(DeviceTable, "captured_copy", lambda *args: self._record_copy(*args))
             for module, name in RECORDED:
                 patch.setattr(module, name, self._recorder(name, getattr(module, name)))
             step()

@@ -1,0 +1,115 @@
+"""Models of how peers store moments, in the terms of the formats here. None of their code is used.
+
+FlashOptim: linear codes of the softsign of exp_avg and of the root of exp_avg_sq, an fp16 scale for 32 elements.
+bitsandbytes and torchao: both moments by a table of 256 numbers in seven decades, an fp32 scale for 256 elements.
+fp8: both moments as e4m3, an fp32 scale for 128 elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._formats import Part
+
+
+def _scaled(value: Tensor, block: int, largest: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The value in blocks, relative to each block's maximum, and scales that are at `largest` there."""
+    blocks = value.reshape(-1, block)
+    scale = blocks.abs().amax(1, keepdim=True) / largest
+    return torch.where(scale > 0, blocks / scale, 0.0), scale
+
+
+@dataclass(frozen=True)
+class Softsign:
+    """exp_avg as int8 of its softsign."""
+
+    name = "softsign8"
+    parts = (Part("_q8", torch.int8), Part("_scale", torch.float16, 32))
+    stochastic = False
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """Invert the softsign."""
+        codes, scale = parts
+        ratio = codes.view(-1, 32).float() / 127
+        return (scale.view(-1, 1).float() * ratio / (2 - ratio.abs())).view(codes.shape)
+
+    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+        """Round to nearest."""
+        ratio, scale = _scaled(value, 32)
+        parts[0].view(-1, 32).copy_((127 * 2 * ratio / (1 + ratio.abs())).round())
+        parts[1].view(-1, 1).copy_(scale)
+
+
+@dataclass(frozen=True)
+class LinearRoot:
+    """exp_avg_sq as uint8 of its root."""
+
+    name = "sqrt8"
+    parts = (Part("_q8", torch.uint8), Part("_scale", torch.float16, 32))
+    stochastic = False
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """Square."""
+        codes, scale = parts
+        return (scale.view(-1, 1).float() * codes.view(-1, 32).float() / 255).square().view(codes.shape)
+
+    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+        """Round to nearest."""
+        ratio, scale = _scaled(value.sqrt(), 32)
+        parts[0].view(-1, 32).copy_((255 * ratio).round().nan_to_num(0.0))
+        parts[1].view(-1, 1).copy_(scale)
+
+
+def _dynamic_table(signed: bool) -> Tensor:
+    """Numbers in [-1, 1] or [0, 1]: each decade has twice as many as the one below, 1e-6 the fewest."""
+    numbers = [0.0, 1.0]
+    for decade in range(7):
+        borders = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1, dtype=torch.float64)
+        numbers += ((borders[1:] + borders[:-1]) / 2 * 10.0 ** (decade - 6)).tolist()
+    return torch.tensor(sorted({*numbers, *(-x for x in numbers[2:] if signed)})).float()
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """Either moment by a table."""
+
+    signed: bool
+    name = "dynamic8"
+    parts = (Part("_q8", torch.uint8), Part("_scale", torch.float32, 256))
+    stochastic = False
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """Look up."""
+        codes, scale = parts
+        return (scale.view(-1, 1) * _dynamic_table(self.signed)[codes.view(-1, 256).long()]).view(codes.shape)
+
+    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+        """Find the nearest."""
+        table = _dynamic_table(self.signed)
+        ratio, scale = _scaled(value, 256)
+        parts[0].view(-1, 256).copy_(torch.bucketize(ratio, (table[1:] + table[:-1]) / 2))
+        parts[1].view(-1, 1).copy_(scale)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Either moment as e4m3."""
+
+    name = "e4m3"
+    parts = (Part("_f8", torch.float8_e4m3fn), Part("_scale", torch.float32, 128))
+    stochastic = False
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """Scale."""
+        codes, scale = parts
+        return (scale.view(-1, 1) * codes.view(-1, 128).float()).view(codes.shape)
+
+    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+        """Round to nearest."""
+        ratio, scale = _scaled(value, 128, 448.0)
+        parts[0].view(-1, 128).copy_(ratio.to(torch.float8_e4m3fn))
+        parts[1].view(-1, 1).copy_(scale)

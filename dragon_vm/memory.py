@@ -1,0 +1,94 @@
+"""``dragon-vm memory``: the bytes that each memory mode takes for a model, which is built without memory."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._formats import StorageOptions, nbytes, resolve
+
+STATES = ("exp_avg", "exp_avg_sq")
+GIB = 2**30
+
+
+class Row(NamedTuple):
+    """One mode of a table.
+
+    Attributes:
+        dtype: of the parameters.
+        arguments: of the optimizer.
+        kept: bytes of parameters, masters and states.
+        gradients: bytes of gradients.
+    """
+
+    dtype: torch.dtype
+    arguments: str
+    kept: int
+    gradients: int
+
+
+MODES: tuple[tuple[torch.dtype, StorageOptions], ...] = (
+    (torch.float32, StorageOptions()),
+    (torch.float32, StorageOptions(torch.bfloat16)),
+    (torch.float32, StorageOptions("8bit")),
+    (torch.bfloat16, StorageOptions(torch.float32, None, torch.float32)),
+    (torch.bfloat16, StorageOptions(torch.float32, None, "split16")),
+    (torch.bfloat16, StorageOptions(torch.bfloat16, None, "split16")),
+    (torch.bfloat16, StorageOptions("8bit", None, "split8")),
+    (torch.bfloat16, StorageOptions(torch.bfloat16, True)),
+    (torch.bfloat16, StorageOptions("8bit", True)),
+)
+
+
+def make_on_meta(path: str) -> torch.nn.Module:
+    """Call a factory of a module, "package.module:factory", on the meta device.
+
+    Raises:
+        ValueError: for a path without ":", and for a factory that returns no module.
+    """
+    module, colon, name = path.partition(":")
+    if not colon or not module or not name:
+        raise ValueError(f'--model: expected "module:factory", got {path!r}')
+    factory: Any = getattr(importlib.import_module(module), name)
+    with torch.device("meta"):
+        model = factory()
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"--model: {path} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def rows(params: Sequence[Tensor]) -> list[Row]:
+    """The table of parameters of these shapes, for each mode."""
+    found = []
+    for dtype, options in MODES:
+        storages = [(resolve(options, dtype, param.shape, STATES), param.numel()) for param in params]
+        kept = sum(storage.nbytes(numel) for storage, numel in storages)
+        gradients = sum(nbytes(resolve(StorageOptions(), dtype, p.shape, ()).param, p.numel()) for p in params)
+        found.append(Row(dtype, _arguments(options), kept, gradients))
+    return found
+
+
+def _arguments(options: StorageOptions) -> str:
+    named = {name: value for name, value in options._asdict().items() if value is not None}
+    return ", ".join(f"{name}={value!r}" for name, value in named.items())
+
+
+def main(path: str) -> int:
+    """Print the table."""
+    params = [param for param in make_on_meta(path).parameters() if param.requires_grad]
+    numel = sum(param.numel() for param in params)
+    print(f"{path}: {numel:,} trained parameters in {len(params)} tensors")
+    if not numel:
+        return 1
+    print(
+        f"{'weights':9} {'bytes a parameter':>17} {'GiB kept':>9} {'with gradients':>14}  arguments of Adam and AdamW"
+    )
+    for row in rows(params):
+        dtype = str(row.dtype).removeprefix("torch.")
+        sizes = f"{row.kept / numel:17.3f} {row.kept / GIB:9.3f} {(row.kept + row.gradients) / GIB:14.3f}"
+        print(f"{dtype:9} {sizes}  {row.arguments}")
+    return 0

@@ -1,0 +1,60 @@
+"""The largest first moment that a second moment allows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# More than a rounded fp32 moment exceeds its bound by, and less than 1e-5 of an update.
+_SLACK = 1 + 2.0**-18
+
+# A bound above 1e27 bounds nothing, and soon is none in fp32.
+_LARGEST_EXPONENT = 128
+
+
+def moment_bound(beta1: float, beta2: float, step: float) -> float:
+    """K such that |exp_avg| <= K sqrt(exp_avg_sq) after `step` steps of exact Adam.
+
+    Cauchy-Schwarz on the sums that both moments are: K^2 = (1 - beta1)^2 / (1 - beta2) (1 + r + ... + r^(step-1))
+    with r = beta1^2 / beta2, in float64. It holds for constant betas. Where they change, the largest K that the
+    betas have had so far is used.
+
+    Returns:
+        The bound, infinite where nothing bounds the moment.
+    """
+    if beta2 == 0 and beta1 > 0 and step > 1:
+        return math.inf
+    ratio = beta1 * beta1 / beta2 if beta2 > 0 else 0.0
+    if ratio == 0:
+        terms = 1.0
+    elif ratio == 1:
+        terms = step
+    else:
+        # (r^t - 1) / (r - 1), which keeps its digits for r close to 1.
+        exponent = step * math.log(ratio)
+        terms = math.expm1(exponent) / (ratio - 1) if exponent < _LARGEST_EXPONENT else math.inf
+    return (1 - beta1) * math.sqrt(terms / (1 - beta2))
+
+
+def clamp_moment(exp_avg: Tensor, root: Tensor, bound: float) -> Tensor:
+    """The first moment within `bound` times the root of the second.
+
+    An exact first moment stays as it is. A stored one may exceed the bound, and its update is then larger than
+    any of exact Adam.
+
+    Args:
+        exp_avg: fp32.
+        root: square root of the new second moment, fp32.
+        bound: of `moment_bound`.
+    """
+    if math.isinf(bound):
+        return exp_avg
+    limit = root * rounded_bound(bound)
+    return torch.copysign(torch.minimum(exp_avg.abs(), limit), exp_avg)
+
+
+def rounded_bound(bound: float) -> float:
+    """The bound as the fp32 number that a moment is compared with, a little above: rounding alone is not cut."""
+    return float(torch.tensor(bound * _SLACK, dtype=torch.float32))

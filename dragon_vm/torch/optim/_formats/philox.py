@@ -1,0 +1,103 @@
+"""Random words that depend on a seed, a tensor's stream and step, and an element's global index alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+N_ROUNDS = 7
+# Elements that share a call of `philox_4x32`: each takes 16 of its 128 bits.
+ELEMENTS_PER_CALL = 8
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Rounding(NamedTuple):
+    """What decides the random words of one parameter in one step.
+
+    Attributes:
+        seed: 64 bits, of the optimizer.
+        stream: ordinal of the parameter when its state was made, below 2^32.
+        step: the parameter's own step counter, a number or a tensor of one.
+        first: global index of the first element here, in walking order.
+    """
+
+    seed: int
+    stream: int
+    step: int | Tensor
+    first: int
+
+
+def philox_4x32(counter: Words, key: tuple[int, int], n_rounds: int = N_ROUNDS) -> Words:
+    """Encrypt a counter: Philox-4x32 of J. Salmon et al. (2011), https://doi.org/10.1145/2063384.2063405.
+
+    Seven rounds pass BigCrush there. Counter words that are one-element tensors are multiplied once, not for each
+    element.
+
+    Args:
+        counter: int64 tensors of 32-bit words, of shapes that broadcast.
+        key: two 32-bit words.
+        n_rounds: rounds to run.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(n_rounds):
+        # An int64 product wraps: its bits are those of the unsigned one.
+        product_0 = c0 * _MULTIPLIERS[0]
+        product_1 = c2 * _MULTIPLIERS[1]
+        c0 = ((product_1 >> 32) ^ (c1 ^ k0)) & _MASK
+        c2 = ((product_0 >> 32) ^ (c3 ^ k1)) & _MASK
+        c1 = product_1 & _MASK
+        c3 = product_0 & _MASK
+        k0 = (k0 + _KEY_STEPS[0]) & _MASK
+        k1 = (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _calls(first: int, last: int, rounding: Rounding, device: torch.device) -> Tensor:
+    """The words of the calls `first` to `last`, int64 [calls, 4]."""
+    index = torch.arange(first, last + 1, dtype=torch.int64, device=device)
+    # Below 2^34 elements the upper word is 0 for all: one element stands for them.
+    upper = index >> 32 if last >> 32 else index.new_zeros(1)
+    step = torch.as_tensor(rounding.step, device=device).to(torch.int64).reshape(1)
+    counter = (index & _MASK, upper, step, index.new_full((1,), rounding.stream))
+    key = (rounding.seed & _MASK, rounding.seed >> 32 & _MASK)
+    return torch.stack(torch.broadcast_tensors(*philox_4x32(counter, key)), -1)
+
+
+def random_words(rounding: Rounding, numel: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random words of 16 bits, two for each element: for the parameter, and for its second moment.
+
+    The counter is (E lo, E hi, step, stream), where E is an element's global index // 8. The four words of 32
+    bits have eight halves, the lower one of a word first: half index % 8 is the element's first word. Its
+    second word is the same half after a rotation of the 32-bit words by a byte to the left.
+
+    A word decides by its upper byte, but for one time in 256. No two of the four words of a pair of elements share
+    their upper byte. So they are as good as independent, with half the calls.
+
+    Args:
+        rounding: the parameter and step.
+        numel: elements from `rounding.first` on.
+        device: where the words are made.
+
+    Returns:
+        Two int32 tensors [numel] of numbers in [0, 65536).
+    """
+    if numel == 0:
+        empty = torch.empty(0, dtype=torch.int32, device=device)
+        return empty, empty
+    call, skipped = divmod(rounding.first, ELEMENTS_PER_CALL)
+    words = _calls(call, (rounding.first + numel - 1) // ELEMENTS_PER_CALL, rounding, torch.device(device))
+    part = slice(skipped, skipped + numel)
+    return _halves(words)[part], _halves(words << 8 | words >> 24)[part]
+
+
+def _halves(words: Tensor) -> Tensor:
+    """The lower and the upper 16 of the last 32 bits of each word, in this order."""
+    return torch.stack((words & 0xFFFF, words >> 16 & 0xFFFF), -1).to(torch.int32).reshape(-1)

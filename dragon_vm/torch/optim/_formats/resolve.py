@@ -1,0 +1,209 @@
+"""From the options of a group to the format of a parameter and of each of its states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Size
+
+from dragon.vm.torch.optim._formats.blockwise import SignedQ8, SquareQ8
+from dragon.vm.torch.optim._formats.format import BLOCK, Format, nbytes
+from dragon.vm.torch.optim._formats.rounding import Plain, StochasticBfloat16, UpwardBfloat16
+from dragon.vm.torch.optim._formats.split import Master, Split8, Split16
+
+EIGHT_BIT = "8bit"
+StateDtype = torch.dtype | str | None
+_NARROW = (torch.bfloat16, torch.float16, EIGHT_BIT)
+# Of the last state, the maximum of the second moments, there is no 8-bit form.
+STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# Smaller tensors gain little, and are the sensitive ones: norms and biases.
+SMALLEST_Q8 = 4096
+# With a larger beta2 a bf16 second moment that is rounded to nearest cannot decay to 0: the half step is 2^-8.
+LARGEST_BETA2 = 1 - 2.0**-8
+
+
+class StorageOptions(NamedTuple):
+    """How a group's parameters and states are to be stored.
+
+    Attributes:
+        state_dtype: a dtype, "8bit", or one of both for each state by name. None is the parameter's dtype, or fp32
+            beside a master.
+        stochastic_rounding: True also for bf16 parameters and second moments, False for nothing. None is for the
+            second moments that `state_dtype` makes narrow, and for "split8".
+        master_weights: `torch.float32`, "split16", "split8" or None.
+    """
+
+    state_dtype: StateDtype | Mapping[str, StateDtype] = None
+    stochastic_rounding: bool | None = None
+    master_weights: torch.dtype | str | None = None
+
+    def asked(self, state: str) -> StateDtype:
+        """What `state_dtype` says of one state."""
+        return self.state_dtype.get(state) if isinstance(self.state_dtype, Mapping) else self.state_dtype
+
+
+class Storage(NamedTuple):
+    """The formats of one parameter.
+
+    Attributes:
+        param: of the parameter.
+        states: by the states' names.
+        average: of the exponential moving average.
+        bounded: whether the first moment is clamped to what the second one allows. It is not where all states are
+            rounded to nearest in some dtype: PyTorch does so too, and its bits are kept.
+    """
+
+    param: Format
+    states: Mapping[str, Format]
+    average: Format
+    bounded: bool
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step needs random words: the first ones for the parameter, the second for exp_avg_sq."""
+        return self.param.stochastic or any(form.stochastic for form in self.states.values())
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes of the parameter and its states, without gradient and average."""
+        return nbytes(self.param, numel) + sum(nbytes(form, numel) for form in self.states.values())
+
+
+def _check_state_dtype(name: str, value: StateDtype) -> None:
+    is_dtype = isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1
+    if value is not None and value != EIGHT_BIT and not is_dtype:
+        raise ValueError(
+            f'{name}: expected a floating point dtype of 2 bytes or more, "8bit" or None, got {value!r}'
+        )
+
+
+def check_options(options: StorageOptions) -> None:
+    """Check options for themselves, before any parameter is known.
+
+    Raises:
+        ValueError: a value that no parameter could have.
+    """
+    asked = options.state_dtype
+    for state, value in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
+        if state and state not in (*STATES, "momentum_buffer"):
+            raise ValueError(f"state_dtype: expected states among {STATES}, got {state!r}")
+        _check_state_dtype(f"state_dtype[{state!r}]" if state else "state_dtype", value)
+    if isinstance(asked, Mapping) and asked.get("max_exp_avg_sq") == EIGHT_BIT:
+        raise ValueError('state_dtype["max_exp_avg_sq"]: the maximum has no 8-bit form, use bfloat16 or float32')
+    if options.asked("exp_avg_sq") == torch.float16:
+        raise ValueError(
+            "state_dtype: float16 loses second moments below 6e-8; "
+            'use bfloat16, or {"exp_avg": torch.float16} for the first moment alone'
+        )
+    if options.stochastic_rounding not in (None, True, False):
+        raise ValueError(f"stochastic_rounding: expected a bool or None, got {options.stochastic_rounding!r}")
+    if options.master_weights not in (None, torch.float32, "split16", "split8"):
+        raise ValueError(
+            f'master_weights: expected torch.float32, "split16", "split8" or None, got {options.master_weights!r}'
+        )
+    if options.stochastic_rounding and options.master_weights in (torch.float32, "split16"):
+        raise ValueError(
+            f"stochastic_rounding=True: an fp32 master is not rounded, master_weights={options.master_weights!r}; "
+            'leave one of them out, or use master_weights="split8"'
+        )
+
+
+def _param_format(dtype: torch.dtype, options: StorageOptions) -> Format:
+    master, stochastic = options.master_weights, options.stochastic_rounding
+    if stochastic and dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"stochastic_rounding=True: expected float32 or bfloat16 parameters, got {dtype}")
+    if master is None:
+        return StochasticBfloat16() if stochastic and dtype == torch.bfloat16 else Plain(dtype)
+    allowed = (torch.bfloat16, torch.float16) if master == torch.float32 else (torch.bfloat16,)
+    if dtype not in allowed:
+        names = " or ".join(str(name).removeprefix("torch.") for name in allowed)
+        raise ValueError(f"master_weights={master!r}: expected {names} parameters, got {dtype}")
+    if master == torch.float32:
+        return Master(dtype)
+    return Split16() if master == "split16" else Split8(stochastic is not False)
+
+
+def is_blockwise(shape: Size) -> bool:
+    """Whether a tensor of this shape is large enough for 8 bits, and its rows are whole blocks.
+
+    Ask with the global shape: the answer is then the same on every mesh.
+    """
+    return len(shape) >= 2 and shape.numel() >= SMALLEST_Q8 and shape[1:].numel() % BLOCK == 0
+
+
+def _state_format(state: str, asked: StateDtype, shape: Size, stochastic: bool) -> Format:
+    """The format of one state but the maximum.
+
+    Args:
+        state: its name.
+        asked: a dtype or "8bit".
+        shape: of the parameter, global.
+        stochastic: whether a narrow second moment is rounded stochastically.
+    """
+    is_square = state == "exp_avg_sq"
+    if asked == EIGHT_BIT:
+        if not is_blockwise(shape):
+            return Plain(torch.float32)
+        return SquareQ8(stochastic) if is_square else SignedQ8()
+    if asked == torch.bfloat16 and is_square and stochastic:
+        return StochasticBfloat16()
+    return Plain(asked) if isinstance(asked, torch.dtype) else Plain(torch.float32)
+
+
+def _maximum_format(square: Format, asked: StateDtype, stochastic: bool) -> Format:
+    """The format of the maximum: that of the second moments, or bf16 rounded upwards if they are narrow."""
+    if isinstance(asked, torch.dtype):
+        return UpwardBfloat16() if asked == torch.bfloat16 and stochastic else Plain(asked)
+    return square if isinstance(square, Plain) else UpwardBfloat16()
+
+
+def resolve(
+    options: StorageOptions,
+    dtype: torch.dtype,
+    shape: Size,
+    states: Sequence[str],
+    *,
+    differentiable: bool = False,
+) -> Storage:
+    """The formats of a parameter.
+
+    Args:
+        options: checked by `check_options`.
+        dtype: of the parameter.
+        shape: of the parameter, global.
+        states: names of the states that the algorithm keeps.
+        differentiable: whether autograd sees the update.
+
+    Raises:
+        ValueError: the options do not fit the parameter; the message names option, value and dtype.
+    """
+    param = _param_format(dtype, options)
+    asked = [options.asked(state) for state in states]
+    if EIGHT_BIT in asked and (dtype == torch.float64 or dtype.is_complex):
+        raise ValueError(f'state_dtype="8bit": expected real parameters of 4 bytes or less, got {dtype}')
+    if EIGHT_BIT in asked and differentiable:
+        raise ValueError('state_dtype="8bit": autograd cannot see through rounding, got differentiable=True')
+    usual = dtype if options.master_weights is None else torch.float32
+    single = dtype != torch.float64 and not dtype.is_complex and not differentiable
+    formats: dict[str, Format] = {}
+    for state, wanted in zip(states, asked, strict=True):
+        # By default only what an option made narrow: a bf16 parameter alone means PyTorch's arithmetic.
+        default = wanted is not None or state == "max_exp_avg_sq"
+        stochastic = single and (default if options.stochastic_rounding is None else options.stochastic_rounding)
+        if state == "max_exp_avg_sq":
+            formats[state] = _maximum_format(formats["exp_avg_sq"], wanted, stochastic)
+        else:
+            formats[state] = _state_format(state, usual if wanted is None else wanted, shape, stochastic)
+    rounded = any(not isinstance(form, Plain) for form in formats.values())
+    narrow = not isinstance(param, Plain) or any(wanted in _NARROW for wanted in asked)
+    average = Plain(torch.float32) if narrow else next(iter(formats.values()), Plain(usual))
+    return Storage(param, formats, average, rounded)
+
+
+def cannot_forget(storage: Storage, beta2: float) -> bool:
+    """Whether the second moment is rounded to nearest in steps too large for it to decay."""
+    square = storage.states.get("exp_avg_sq")
+    if square is None or square.stochastic or beta2 <= LARGEST_BETA2:
+        return False
+    return square in (Plain(torch.bfloat16), SquareQ8(False))

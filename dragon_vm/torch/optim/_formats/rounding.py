@@ -1,0 +1,76 @@
+"""Formats of one part: a dtype with rounding to nearest, and bf16 rounded stochastically or upwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._formats.bits import MAX_BFLOAT16, bits_of, round_by, round_up, upper_half
+from dragon.vm.torch.optim._formats.format import Part, required
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A floating point dtype, rounded to nearest."""
+
+    dtype: torch.dtype
+    stochastic = False
+
+    @property
+    def name(self) -> str:
+        """Name of the dtype."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The value's own tensor."""
+        return (Part("", self.dtype),)
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """The value in the dtype of the maths: fp32 for a narrower one."""
+        return parts[0].float() if self.dtype.itemsize < 4 else parts[0]
+
+    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+        """Round to nearest."""
+        parts[0].copy_(value)
+
+
+@dataclass(frozen=True)
+class StochasticBfloat16:
+    """bf16, rounded up or down with probabilities that make the mean exact.
+
+    Rounding to nearest would lose every change below half a unit in the last place.
+    """
+
+    name = "bfloat16_stochastic"
+    parts = (Part("", torch.bfloat16),)
+    stochastic = True
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """The value in fp32, exact."""
+        return parts[0].float()
+
+    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+        """Round by 16 random bits an element."""
+        words = required(words, self.name)
+        parts[0].copy_(upper_half(round_by(bits_of(value), words, 16, MAX_BFLOAT16)))
+
+
+@dataclass(frozen=True)
+class UpwardBfloat16:
+    """bf16, rounded up: a running maximum that never shrinks and is never below the true one."""
+
+    name = "bfloat16_upward"
+    parts = (Part("", torch.bfloat16),)
+    stochastic = False
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """The value in fp32, exact."""
+        return parts[0].float()
+
+    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+        """Round to the least bf16 number that is not below the value."""
+        parts[0].copy_(upper_half(round_up(bits_of(value))))

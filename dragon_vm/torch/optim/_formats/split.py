@@ -1,0 +1,99 @@
+"""Formats of a parameter with a master: bf16 for the forward pass, and what it lacks in a second tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._formats.bits import (
+    MAX_24_BIT,
+    bits_of,
+    from_upper_half,
+    round_by,
+    upper_half,
+)
+from dragon.vm.torch.optim._formats.format import Part, required
+
+# Half a unit of the bf16 half. Ties go away from zero: to even, two masters would share their parts.
+_HALF = 0x8000
+
+
+@dataclass(frozen=True)
+class Split16:
+    """An fp32 master as the nearest bf16 number and a signed 16-bit difference of the bits.
+
+    Every fp32 number is restored exactly. The bf16 half differs from ``.to(torch.bfloat16)`` at ties alone.
+    """
+
+    name = "split16"
+    parts = (Part("", torch.bfloat16), Part("_remainder", torch.int16))
+    stochastic = False
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """The master."""
+        return (from_upper_half(parts[0]) + parts[1].to(torch.int32)).view(torch.float32)
+
+    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+        """Split the bits; a NaN becomes the one whose half is a NaN too."""
+        bits = bits_of(value)
+        parts[0].copy_(upper_half(bits + _HALF))
+        parts[1].copy_(bits.to(torch.int16))
+
+
+@dataclass(frozen=True)
+class Split8:
+    """A master of 24 bits, 1 for the sign, 8 for the exponent and 15 for the mantissa, as bf16 and int8.
+
+    Attributes:
+        stochastic: round the master to 24 bits with an exact mean, instead of to nearest.
+    """
+
+    stochastic: bool
+    parts = (Part("", torch.bfloat16), Part("_remainder", torch.int8))
+
+    @property
+    def name(self) -> str:
+        """Name of the format."""
+        return "split8_stochastic" if self.stochastic else "split8"
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """The master."""
+        return (from_upper_half(parts[0]) + (parts[1].to(torch.int32) << 8)).view(torch.float32)
+
+    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+        """Round to 24 bits, by the upper 8 bits of the words if stochastic, and split them."""
+        bits = bits_of(value)
+        carry = required(words, self.name) >> 8 if self.stochastic else torch.tensor(0x80, dtype=torch.int32)
+        bits = round_by(bits, carry, 8, MAX_24_BIT)
+        parts[0].copy_(upper_half(bits + _HALF))
+        parts[1].copy_((bits >> 8).to(torch.int8))
+
+
+@dataclass(frozen=True)
+class Master:
+    """An fp32 master beside the narrow parameter, which is the master rounded to nearest."""
+
+    dtype: torch.dtype
+    stochastic = False
+
+    @property
+    def name(self) -> str:
+        """Name of the format."""
+        return f"{str(self.dtype).removeprefix('torch.')}_master"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parameter and its master."""
+        return (Part("", self.dtype), Part("_master", torch.float32))
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """The master."""
+        return parts[1]
+
+    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+        """Keep the master, and round it for the forward pass."""
+        parts[1].copy_(value)
+        parts[0].copy_(value)

@@ -1,0 +1,60 @@
+"""Masters whose parameters somebody else wrote to: they are noticed by PyTorch's version counters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._distributed.shards import local
+
+
+class MasterVersions:
+    """Versions of the parameters with masters after the last step that updated them."""
+
+    def __init__(self) -> None:
+        # By id: no parameter is held.
+        self._seen: dict[int, int] = {}
+
+    def forget(self) -> None:
+        """Trust the masters as they are, whatever is written until the next step."""
+        self._seen.clear()
+
+    def notice(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
+        """Make parameters that were written to since `note` their own masters."""
+        seen = self._seen
+        resync([param for param in params if seen.get(id(param), _version(param)) != _version(param)], state)
+
+    def note(self, params: Sequence[Tensor]) -> None:
+        """Take what is in the parameters now for this optimizer's own doing."""
+        self._seen.update((id(param), _version(param)) for param in params)
+
+    @contextmanager
+    def undisturbed(
+        self, params: Sequence[Tensor], state: Mapping[Any, Any], context: AbstractContextManager[None]
+    ) -> Iterator[None]:
+        """A context that leaves the parameters as it found them, whatever their versions say."""
+        self.notice(params, state)
+        try:
+            with context:
+                yield
+        finally:
+            self.note([param for param in params if id(param) in self._seen])
+
+
+@torch.no_grad()
+def resync(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
+    """Make parameters, as they are now, their own masters."""
+    for param in params:
+        entries = state.get(param, {})
+        if isinstance(entries.get("param_remainder"), Tensor):
+            local(entries["param_remainder"]).zero_()
+        if isinstance(entries.get("param_master"), Tensor):
+            local(entries["param_master"]).copy_(local(param))
+
+
+def _version(param: Tensor) -> int:
+    return int(local(param)._version)

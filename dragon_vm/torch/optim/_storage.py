@@ -1,0 +1,153 @@
+"""What an optimizer stores and how: formats, bytes, and the masters of its parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
+from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._formats import cannot_forget, moment_bound
+from dragon.vm.torch.optim._groups.exchange import held_master
+from dragon.vm.torch.optim._groups.masters import resync
+from dragon.vm.torch.optim._groups.storage import (
+    decode_entry,
+    kept_format,
+    options_of,
+    storage_of,
+    unflat,
+)
+from dragon.vm.torch.optim._options import complete
+
+Group = Mapping[str, Any]
+
+# The step at which the bounds of two pairs of betas are compared.
+_LATE = 1e9
+
+
+class StoringOptimizer(AccumulatingOptimizer):
+    """An optimizer that tells what it stores, and keeps masters in step with their parameters."""
+
+    _has_warned = False
+
+    def state_formats(self) -> dict[str, dict[str, str]]:
+        """How each parameter and its states are stored, by its name, or its position if it has none.
+
+        A plain tensor's format is its dtype. Before the first step these are the formats that will be.
+        """
+        found = {}
+        for name, param, group in self._named_params():
+            if param.requires_grad and not torch.nn.parameter.is_lazy(param):
+                names, state = self._algorithm.state_keys(group), self.state.get(param, {})
+                storage = storage_of(param, group, names)
+                found[name] = {"param": storage.param.name}
+                found[name] |= {key: kept_format(storage.states[key], state, key).name for key in names}
+        return found
+
+    @torch.no_grad()
+    def master_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and fp32 master of each parameter that has one, one at a time.
+
+        A parameter without a step so far is its own master. A distributed parameter has a distributed master.
+        """
+        for name, param, group in self._named_params():
+            if group["master_weights"] is not None and param.requires_grad:
+                state = self.state.get(param, {})
+                form = held_master(state, param)
+                value = decode_entry(param, state, "param", form) if form else None
+                yield name, param.detach().float() if value is None else unflat(param, value.clone())
+
+    def resync_master(self) -> None:
+        """Make the parameters, as they are now, their own masters.
+
+        Call it after you wrote to them in a way that PyTorch does not count, as through `Tensor.data`. The next
+        step notices other writes itself.
+        """
+        resync(self._all_params(), self.state)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the tensors of this process take, by kind; the tables of kernels are not among them.
+
+        The kinds are parameters, gradients, sums of gradients, states, masters, averages and counters.
+        """
+        kinds = ("parameters", "gradients", "sums", "states", "masters", "averages", "counters")
+        nbytes = dict.fromkeys(kinds, 0)
+        for _, param, _ in self._named_params():
+            if torch.nn.parameter.is_lazy(param):
+                continue
+            nbytes["parameters"] += local(param).nbytes
+            nbytes["gradients"] += 0 if param.grad is None else local(param.grad).nbytes
+            for key, value in self.state.get(param, {}).items():
+                if isinstance(value, Tensor):
+                    nbytes[_kind_of(key)] += local(value).nbytes
+        nbytes["sums"] = sum(local(total).nbytes for total in self._sums.totals.values())
+        return nbytes
+
+    def _named_params(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Yield name, parameter, and its group with all options."""
+        position = 0
+        for group in self.param_groups:
+            whole = complete(group, self._algorithm.own_defaults)
+            names = group.get("param_names")
+            for index, param in enumerate(group["params"]):
+                yield names[index] if names else str(position), param, whole
+                position += 1
+
+    def _params_with_masters(self) -> list[Tensor]:
+        groups = [group for group in self.param_groups if group.get("master_weights") is not None]
+        return list(chain.from_iterable(group["params"] for group in groups))
+
+    def _widen_bounds(self) -> None:
+        """Keep for each narrow group those betas, of all that it had, which allow the largest first moment."""
+        for group in self.param_groups:
+            if group.get("state_dtype") is None or any(map(_is_on_device, group.get("betas", ()))):
+                continue
+            if "betas" not in group:
+                continue
+            now = float(group["betas"][0]), float(group["betas"][1])
+            before = group.get("bound_betas")
+            if before is None or _bound(now) > _bound(before):
+                group["bound_betas"] = now
+
+    def _warn_of_rounding(self, group: Group) -> None:
+        """Warn once of second moments that were asked to be rounded such that they cannot decay."""
+        if self._has_warned or options_of(group).state_dtype is None or "betas" not in group:
+            return
+        beta2 = group["betas"][1]
+        if _is_on_device(beta2):
+            return
+        names = self._algorithm.state_keys(group)
+        for param in group["params"]:
+            if torch.nn.parameter.is_lazy(param) or not param.requires_grad:
+                continue
+            if cannot_forget(storage_of(param, group, names), float(beta2)):
+                self._has_warned = True
+                warnings.warn(
+                    f"exp_avg_sq is rounded to nearest in so few bits that with beta2={float(beta2)} it cannot "
+                    "decay: learning rates stay too small for thousands of steps, and losses are worse. Leave "
+                    'stochastic_rounding=None, or use state_dtype={"exp_avg_sq": torch.float32}',
+                    UserWarning,
+                    stacklevel=2,
+                )
+                return
+
+
+def _bound(betas: tuple[float, float]) -> float:
+    return moment_bound(betas[0], betas[1], _LATE)
+
+
+def _is_on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _kind_of(key: str) -> str:
+    if key == "step":
+        return "counters"
+    if key == "ema":
+        return "averages"
+    return "masters" if key in ("param_remainder", "param_master") else "states"

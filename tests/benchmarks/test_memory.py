@@ -1,0 +1,75 @@
+import math
+
+import pytest
+import torch
+
+from benchmarks.memory.adam import MODES, FormatAdam
+from benchmarks.memory.histories import HISTORIES, largest_update
+from benchmarks.memory.peers import Dynamic, Float8, LinearRoot, Softsign, _dynamic_table
+from benchmarks.memory.training import train_digits, train_text
+from dragon.vm.torch.optim._formats import Format
+
+OURS = [name for name, mode in MODES.items() if mode.bounded]
+
+
+def relative_error(form: Format, value: torch.Tensor) -> float:
+    parts = [torch.zeros(part.numel(value.numel()), dtype=part.dtype) for part in form.parts]
+    form.encode(value, parts)
+    return float((form.decode(parts) - value).norm() / value.norm())
+
+
+@pytest.mark.parametrize(
+    ("form", "signed", "largest"),
+    [
+        (Softsign(), True, 0.01),
+        (LinearRoot(), False, 0.01),
+        (Dynamic(True), True, 0.02),
+        (Dynamic(False), False, 0.01),
+        (Float8(), True, 0.04),
+    ],
+)
+def test_the_models_of_peers_store_ordinary_moments_well(form: Format, signed: bool, largest: float) -> None:
+    value = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    assert 0 < relative_error(form, value if signed else value.square()) < largest
+
+
+def test_the_tables_have_256_entries_at_most() -> None:
+    for signed in (True, False):
+        assert 255 <= len(_dynamic_table(signed)) <= 256
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("history", HISTORIES)
+def test_no_update_of_ours_is_larger_than_exact_adam_could_make_it(name: str, history: str) -> None:
+    assert largest_update(MODES[name], history, 60) < 7.28
+
+
+def test_a_peers_update_is() -> None:
+    assert largest_update(MODES["FlashOptim's"], "one element in 64 x 1000", 60) > 1e3
+
+
+def test_the_loop_is_pytorchs_adam() -> None:
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(64, 64))
+    loop = FormatAdam(param, MODES["fp32"], 0, 1e-3)
+    reference = torch.optim.Adam([param], lr=1e-3)
+    for _ in range(20):
+        param.grad = torch.randn(64, 64)
+        loop.step(param.grad)
+        reference.step()
+    assert torch.allclose(loop.forward_weight().view(64, 64), param, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_learns(name: str) -> None:
+    outcome = train_digits(MODES[name], 0, 40)
+    assert outcome.losses[0] == pytest.approx(math.log(10), abs=0.2)
+    # What a peer's format does to the loss is for the measurement to say.
+    assert len(outcome.losses) == 40
+    if name in OURS:
+        assert outcome.final < 1.5
+
+
+def test_the_transformer_learns() -> None:
+    outcome = train_text(MODES["fp32"], 0, 10)
+    assert outcome.losses[-1] < outcome.losses[0]

@@ -1,0 +1,106 @@
+"""What real programs do to optimizers beside training."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, Adam
+
+from .support import BACKENDS, home
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def one(backend: str = "native") -> Any:
+    param = torch.nn.Parameter(torch.zeros(3, device=home(backend)))
+    param.grad = torch.ones_like(param)
+    return param
+
+
+@each_backend
+@pytest.mark.parametrize("algorithm", [Adam, SGD])
+def test_a_property_grad_of_a_subclass_set_after_the_first_step_is_read(algorithm: Any, backend: str) -> None:
+    class Late(torch.nn.Parameter):
+        pass
+
+    param, plain = Late(torch.zeros(3, device=home(backend))), one(backend)
+    optimizers = [algorithm([p], lr=0.1, backend=backend) for p in (param, plain)]
+    param.grad = torch.ones(3, device=home(backend))
+    for optimizer in optimizers:
+        optimizer.step()
+    Late.grad = property(lambda self: torch.full((3,), -3.0, device=home(backend)))  # type: ignore[assignment]  # as users do
+    plain.grad = torch.full((3,), -3.0, device=home(backend))
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(param.as_subclass(torch.Tensor), plain)
+    assert (plain != 0).all()
+
+
+@each_backend
+@pytest.mark.parametrize("first", [True, False])
+def test_foreign_string_keys_of_the_state_are_kept_and_saved(first: bool, backend: str) -> None:
+    param = one(backend)
+    optimizer = Adam([param], backend=backend)
+    if not first:
+        optimizer.step()
+    optimizer.state["global_step"] = 7  # type: ignore[index]  # as users do
+    before = param.detach().clone()
+    for _ in range(2):
+        optimizer.step()
+    assert not torch.equal(before, param)
+    saved = optimizer.state_dict()
+    assert saved["state"]["global_step"] == 7
+    other = Adam([one(backend)], backend=backend)
+    other.load_state_dict(saved)
+    assert other.state["global_step"] == 7  # type: ignore[index]  # as above
+    other.step()
+
+
+@each_backend
+@pytest.mark.parametrize("algorithm", [Adam, SGD])
+@pytest.mark.parametrize("kind", [np.array, np.float32, np.float64, torch.tensor])
+def test_a_rate_of_one_number_is_read_at_each_step_whatever_holds_it(kind: Any, algorithm: Any, backend: str) -> None:
+    param, plain = one(backend), one(backend)
+    optimizer, expected = (algorithm([p], lr=0.5, backend=backend) for p in (param, plain))
+    held = optimizer.param_groups[0]["lr"] = kind(0.5)
+    for rate in (0.5, 0.25, 0.125):
+        if kind in (np.array, torch.tensor):
+            held[...] = rate
+        else:
+            optimizer.param_groups[0]["lr"] = kind(rate)
+        expected.param_groups[0]["lr"] = rate
+        optimizer.step()
+        expected.step()
+    assert torch.equal(param, plain)
+
+
+@each_backend
+def test_sgd_takes_a_tensor_rate_with_foreach_as_torch_does(backend: str) -> None:
+    param = one(backend)
+    SGD([param], lr=torch.tensor(0.5), foreach=True, backend=backend).step()
+    assert (param == -0.5).all()
+    with pytest.raises(ValueError, match="lr as a Tensor is not supported for capturable=False and foreach=True"):
+        Adam([param], lr=torch.tensor(0.5), foreach=True, backend=backend)
+
+
+@pytest.mark.parametrize("algorithm", [Adam, SGD])
+def test_an_optimizer_may_be_built_within_a_compiled_function(algorithm: Any) -> None:
+    param = one()
+
+    @torch.compile(backend="eager")
+    def build_and_step() -> Any:
+        optimizer = algorithm([param], lr=0.5)
+        optimizer.step()
+        return optimizer
+
+    try:
+        optimizer = build_and_step()
+    finally:
+        torch.compiler.reset()
+    expected = one()
+    algorithm([expected], lr=0.5).step()
+    assert torch.equal(param, expected)
+    assert isinstance(optimizer, algorithm)
+    optimizer.step()

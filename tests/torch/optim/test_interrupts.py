@@ -1,0 +1,270 @@
+"""A step that is interrupted, at whatever bytecode, leaves nothing half done that a later step would build on."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from dragon.vm.torch.optim import Adam
+
+from .support import BACKENDS, bits, give_gradients, home, parameters
+
+# The soak profile of Hypothesis asks for all interrupts that the design names.
+IS_SOAK = settings().max_examples >= 5000
+SHAPES = ((3,), (2, 2), (17,))
+OPTIONS = {"lr": 0.1, "weight_decay": 0.1}
+OURS = str(Path(sys.modules[Adam.__module__].__file__ or "").parent)
+
+
+class Interrupt(Exception):
+    """Raised in the middle of a step. An `Exception`, so that a broad `except` would be seen to swallow it."""
+
+
+class Tracer:
+    """Counts the bytecodes of a call, and raises at one of them.
+
+    Args:
+        at: the bytecode; None to count only.
+        folder: of the source files whose bytecodes count; empty for all.
+    """
+
+    def __init__(self, at: int | None, folder: str = "") -> None:
+        self.at, self.folder, self.count = at, folder, 0
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "call":
+            if not frame.f_code.co_filename.startswith(self.folder):
+                return None
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            return self
+        if event == "opcode":
+            self.count += 1
+            if self.count == self.at:
+                raise Interrupt
+        return self
+
+    def run(self, call: Callable[[], Any]) -> None:
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            call()
+        finally:
+            sys.settrace(before)
+
+
+def modes() -> tuple[Any, ...]:
+    """All that a step may have pushed or switched off."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch._C._is_torch_function_enabled(),
+        torch._C._is_torch_function_all_disabled(),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        torch.get_num_threads(),
+    )
+
+
+def first_step(backend: str, **options: Any) -> Any:
+    """An optimizer before its first step."""
+    params = parameters(SHAPES, device=home(backend))
+    optimizer = Adam([{"params": params[:2]}, {"params": params[2:]}], backend=backend, **OPTIONS, **options)
+    give_gradients(params, 0)
+    return optimizer
+
+
+def later_step(backend: str, **options: Any) -> Any:
+    """An optimizer before its third step, with fresh gradients and another learning rate."""
+    optimizer = first_step(backend, **options)
+    for seed in (1, 2):
+        optimizer.step()
+        give_gradients(params_of(optimizer), seed)
+    optimizer.param_groups[0]["lr"] = 0.05
+    return optimizer
+
+
+def partial_step(backend: str, **options: Any) -> Any:
+    """An optimizer before its first step without some of the parameters."""
+    optimizer = later_step(backend, **options)
+    params_of(optimizer)[0].grad = None
+    return optimizer
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection() -> Iterator[None]:
+    """Callbacks of weak references run when garbage is collected; Python reports their exceptions, and goes on."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+SITUATIONS = [first_step, later_step, partial_step]
+
+
+def params_of(optimizer: Any) -> list[Any]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def contents(optimizer: Any) -> list[dict[str, bytes]]:
+    """For each parameter the bits of it and of its states by name."""
+    return [
+        {"param": bits(param), **{key: bits(value) for key, value in optimizer.state.get(param, {}).items()}}
+        for param in params_of(optimizer)
+    ]
+
+
+def fresh_states(optimizer: Any) -> list[dict[str, bytes]]:
+    """The same for states that were made and not yet updated."""
+    zero = bits(torch.zeros(()))
+    return [
+        {"exp_avg": bits(torch.zeros_like(p)), "exp_avg_sq": bits(torch.zeros_like(p)), "step": zero}
+        for p in params_of(optimizer)
+    ]
+
+
+def torchs(optimizer: Any) -> torch.optim.Adam:
+    """PyTorch's optimizer in the same situation, with copies of all tensors."""
+    copies = {param: torch.nn.Parameter(param.detach().clone()) for param in params_of(optimizer)}
+    groups = [
+        {"params": [copies[p] for p in group["params"]], "lr": group["lr"]} for group in optimizer.param_groups
+    ]
+    theirs = torch.optim.Adam(groups, **OPTIONS)
+    for param, state in optimizer.state.items():
+        if state:
+            theirs.state[copies[param]] = copy.deepcopy(dict(state))
+    return theirs
+
+
+def check_interrupted(
+    situation: Callable[..., Any], interrupted: Callable[[Any], None], backend: str, options: dict[str, Any]
+) -> None:
+    """Interrupt a step, and check all that must hold after it."""
+    done = situation(backend, **options)
+    before, fresh = contents(done), fresh_states(done)
+    done.step()
+    after = contents(done)
+    optimizer = situation(backend, **options)
+    modes_before = modes()
+    interrupted(optimizer)
+    assert modes() == modes_before
+    for index, (found, *allowed) in enumerate(zip(contents(optimizer), before, after, fresh, strict=True)):
+        for name, value in found.items():
+            assert value in [state[name] for state in allowed if name in state], f"{name} of parameter {index}"
+    theirs = torchs(optimizer)
+    for its in (optimizer, theirs):
+        give_gradients(params_of(its), 7)
+        its.step()
+    for param, their in zip(params_of(optimizer), params_of(theirs), strict=True):
+        torch.testing.assert_close(param, their, rtol=1e-5, atol=1e-6)
+        for name, value in theirs.state[their].items():
+            torch.testing.assert_close(optimizer.state[param][name].cpu(), value.cpu(), rtol=1e-5, atol=1e-6)
+
+
+CASES = [(backend, {}) for backend in BACKENDS] + [("native", {"flatten": True})]
+
+
+@pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.__name__)
+@pytest.mark.parametrize(("backend", "options"), CASES, ids=str)
+def test_an_interrupt_at_any_bytecode_leaves_what_a_later_step_can_build_on(
+    situation: Callable[..., Any], backend: str, options: dict[str, Any]
+) -> None:
+    # Within triton's interpreter an interrupt leaves patches of triton's own.
+    folder = OURS if backend == "triton" else ""
+    # What only the first step of a process does is done.
+    situation(backend, **options).step()
+    counter = Tracer(None, folder)
+    counter.run(situation(backend, **options).step)
+    assert counter.count > 500
+    n_interrupts = {"triton": 2, "native": 40, "eager": 20}[backend] * (42 if IS_SOAK else 1)
+    generator = random.Random(0)
+
+    def interrupted(optimizer: Any) -> None:
+        with pytest.raises(Interrupt):
+            Tracer(generator.randint(1, counter.count - 50), folder).run(optimizer.step)
+
+    for _ in range(n_interrupts):
+        check_interrupted(situation, interrupted, backend, options)
+
+
+@pytest.fixture
+def alarms() -> Iterator[None]:
+    """A timer's signal raises."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no interval timers")
+@pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.__name__)
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_a_signal_at_any_time_leaves_what_a_later_step_can_build_on(
+    situation: Callable[..., Any], backend: str, alarms: None
+) -> None:
+    optimizer = situation(backend)
+    start = time.perf_counter()
+    optimizer.step()
+    duration = time.perf_counter() - start
+    generator = random.Random(0)
+    n_interrupted = 0
+
+    def interrupted(optimizer: Any) -> None:
+        nonlocal n_interrupted
+        try:
+            signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-6, duration))
+            try:
+                optimizer.step()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except Interrupt:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            n_interrupted += 1
+
+    for _ in range(1000 if IS_SOAK else 30):
+        check_interrupted(situation, interrupted, backend, {})
+    assert n_interrupted
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_an_exception_of_a_signal_handler_arrives(backend: str, alarms: None) -> None:
+    optimizer = later_step(backend)
+    param, before = params_of(optimizer)[0], modes()
+    # As if the signal came while the gradients are read.
+    grad = property(lambda self: signal.raise_signal(signal.SIGALRM))
+    param.__class__ = type("Signalling", (type(param),), {"grad": grad})
+    with pytest.raises(Interrupt):
+        optimizer.step()
+    assert modes() == before
+
+
+def test_the_tracer_raises_at_the_bytecode_that_it_is_told() -> None:
+    def add() -> int:
+        total = 0
+        for number in range(10):
+            total += number
+        return total
+
+    counter = Tracer(None)
+    counter.run(add)
+    for at in range(1, counter.count + 1):
+        tracer = Tracer(at)
+        with pytest.raises(Interrupt):
+            tracer.run(add)
+        assert tracer.count == at
+    Tracer(counter.count + 1).run(add)
