@@ -16,7 +16,7 @@ SOURCES := dragon_vm kernels tests benchmarks examples docs
 # Two test processes with one thread each: torch would start a thread a core in both of them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test lint format types bench soak gpu docs docs-serve clean
+.PHONY: help demo test lint format types bench memory soak gpu docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,6 +53,9 @@ soak: $(VENV)/.dev ## the property tests with 5,000 fresh examples each
 bench: $(VENV)/.bench ## the quick set of benchmarks, in under three minutes
 	@$(BIN)/python -m benchmarks --turns 0.8 --budget 110
 	@$(BIN)/python -m benchmarks host
+
+memory: $(VENV)/.bench ## the quality of the memory modes, and docs/memory.md, in under five minutes
+	@$(BIN)/python -m benchmarks.memory
 
 # A GPU machine's own torch and triton match its driver and may be all it has: nothing is downloaded.
 gpu: ## the tests that need a GPU, with this machine's own packages and no network

@@ -17,8 +17,8 @@ FOLDERS = {"dragon.vm": ROOT / "dragon_vm", "dragon.kernels": ROOT / "kernels"}
 OPTIM = "dragon.vm.torch.optim"
 KERNELS = "dragon.kernels"
 
-# The floors of the house, from top to bottom: folders, and files that are a station on their own. A station imports
-# from floors below its own.
+# The floors of the house, from top to bottom: folders, and files that are a station on their own.
+# A station imports from floors below its own.
 FLOORS = (
     {"_swap"},
     {"adam", "sgd"},
@@ -50,7 +50,7 @@ OUT_OF_REACH = {
 
 # All that is private in torch and used by the optimizers; a name that ends with a star stands for a family.
 PRIVATE_TORCH_NAMES = {
-    "_disabled_torch_function_impl": "switches subclasses' __torch_function__ off, such that no interrupt leaves it off",
+    "_disabled_torch_function_impl": "switches __torch_function__ off, such that no interrupt leaves it off",
     "_set_grad_enabled": "the same for gradients",
     "TensorGuards": "compares layouts in C++",
     "_disable_dynamo": "keeps torch.compile out, as PyTorch's optimizers do",
@@ -245,9 +245,7 @@ def private_torch_names(source: str) -> Iterator[str]:
         elif isinstance(node, ast.Attribute):
             chain = ast.unparse(node).split(".")
             # The whole chain only: its parts are attributes, too.
-            if chain[0] == "torch" and is_private(chain[-1]):
-                yield chain[-1]
-            elif chain[0] == "torch" and is_private(chain[-2]):
+            if chain[0] == "torch" and (is_private(chain[-1]) or is_private(chain[-2])):
                 yield chain[-1]
 
 

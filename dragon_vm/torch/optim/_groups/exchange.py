@@ -114,7 +114,9 @@ def _restored_master(param: Tensor, form: Format, saved: Mapping[str, Any]) -> S
     made = make_parts(param, "param", form)
     if isinstance(saved.get(MASTER), Tensor):
         placed = _placed(param, saved, (MASTER,))
-        encode_entry(decode_entry(param, placed, MASTER, Plain(torch.float32)), param, made, "param", form)
+        # PyTorch's loader casts all tensors of a state to the parameter's dtype.
+        value = decode_entry(param, placed, MASTER, Plain(torch.float32)).float()
+        encode_entry(value, param, made, "param", form)
         return made
     assert held is not None
     placed = _placed(param, saved, part_keys("param", held))

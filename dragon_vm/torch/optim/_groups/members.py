@@ -61,7 +61,7 @@ class MemberReader:
         if types != self._types:
             self._types, self._placements = types, GradientPlacements(params)
             self._are_distributed = any(map(is_distributed_type, set(types)))
-        grads = list(self._placements.shards(params, list(map(_grad_of, params))))
+        grads: Any = self._placements.shards(params, list(map(_grad_of, params)))
         shards = locals_of(params) if self._are_distributed else params
         return Members(params, list(map(len, lists)), shards, grads, self._are_distributed)
 

@@ -90,29 +90,21 @@ def prepare(
     check_grads(shards, grads, recipe.owner)
     solid = [i for i, (shard, grad) in enumerate(zip(shards, grads, strict=True)) if _has_memory(shard, grad)]
     check_memory(
-        [shards[i] for i in solid], lambda: [labels(recipe.groups)[among_all[position]] for position in solid]
+        [shards[i] for i in solid],
+        lambda: [labels(recipe.param_groups)[among_all[position]] for position in solid],
     )
     states, signatures = _with_states(recipe, params, shards, grads, group_index)
     joined, parted = _joined(recipe, params, shards, grads, group_index, states, signatures)
     inside = {position for member in joined for position in member.positions}
     outside = [states[i] for i in range(len(params)) if i not in inside]
     _part_counters(outside)
+    if parted and recipe.are_captured:
+        raise RuntimeError(
+            "with flatten=True a step needs all parameters of a buffer once a graph was captured: its replays "
+            "count their steps together. Give each a gradient, or leave flatten=False"
+        )
     # Everything is checked: from here on things change.
-    for param, state in zip(params, states, strict=True):
-        if state:
-            held = recipe.state[param]
-            held.update(state)
-            for key in held.keys() - state.keys():
-                del held[key]
-    if parted:
-        together = {id(member.buffer.state.get("step")) for member in joined}
-        every = [state for state in recipe.state.values() if isinstance(state, dict)]
-        _part_counters([state for state in every if id(state.get("step")) not in together])
-        for param, state in zip(params, states, strict=True):
-            if state:
-                state.update(recipe.state[param])
-    for buffer in parted:
-        recipe.buffers.remove(buffer)
+    _commit(recipe, params, states, joined, parted)
     entries, chosen_signatures = [], []
     for i in range(len(params)):
         if i not in inside:
@@ -136,6 +128,31 @@ def prepare(
         any(map(is_distributed, params)),
         len(solid) < len(params),
     )
+
+
+def _commit(
+    recipe: Recipe,
+    params: Sequence[Tensor],
+    states: Sequence[State],
+    joined: Sequence[Joined],
+    parted: Sequence[FlatBuffer],
+) -> None:
+    """Give the optimizer the states, and take the buffers out whose parameters part."""
+    for param, state in zip(params, states, strict=True):
+        if state:
+            held = recipe.state[param]
+            held.update(state)
+            for key in held.keys() - state.keys():
+                del held[key]
+    if parted:
+        together = {id(member.buffer.state.get("step")) for member in joined}
+        every = [state for state in recipe.state.values() if isinstance(state, dict)]
+        _part_counters([state for state in every if id(state.get("step")) not in together])
+        for param, state in zip(params, states, strict=True):
+            if state:
+                state.update(recipe.state[param])
+    for buffer in parted:
+        recipe.buffers.remove(buffer)
 
 
 def _has_memory(shard: Tensor, grad: Tensor) -> bool:
@@ -222,9 +239,9 @@ def _give_streams(
     new = [i for i, signature in enumerate(signatures) if signature.is_stochastic and "stream" not in states[i]]
     if not new:
         return
-    every = chain.from_iterable(group["params"] for group in recipe.groups)
+    every = chain.from_iterable(group["params"] for group in recipe.param_groups)
     positions = {id(param): position for position, param in enumerate(every)}
-    taken = {entries["stream"] for entries in recipe.state.values() if "stream" in entries}
+    taken = {held["stream"] for held in recipe.state.values() if isinstance(held, dict) and "stream" in held}
     for i in new:
         stream = positions[id(params[i])]
         states[i]["stream"] = 1 + max(taken) if stream in taken else stream

@@ -68,9 +68,9 @@ class Updater:
     ) -> None:
         """Check a group that has changed, and upload its hyperparameters to wherever kernels read them."""
         self._new_hyperparameters(defaults).read([changed])
-        for index, group in enumerate(groups):
-            if group is changed:
-                self.plans.publish(index, complete(group, self._algorithm.own_defaults), settings)
+        if any(group is changed for group in groups):
+            full = complete(changed, self._algorithm.own_defaults)
+            self.plans.publish(changed, full, self._algorithm, settings)
 
     def _new_hyperparameters(self, defaults: Mapping[str, Any]) -> Hyperparameters:
         own = self._algorithm.own_defaults
@@ -86,7 +86,7 @@ class Updater:
     def update(
         self,
         members: Members,
-        grads: list[Any],
+        param_groups: list[Group],
         state: MutableMapping[Any, Any],
         settings: Settings,
         scaling: Scaling,
@@ -98,8 +98,8 @@ class Updater:
         """Update the parameters that have a gradient, as the hyperparameters were last read.
 
         Args:
-            members: parameters.
-            grads: for each its gradient; None where it is missing.
+            members: parameters, and what they are updated from.
+            param_groups: of the optimizer.
             state: of the optimizer.
             settings: options of the optimizer as a whole.
             scaling: a `GradScaler`'s.
@@ -121,14 +121,16 @@ class Updater:
             self._algorithm,
             settings,
             values.groups,
+            param_groups,
             state,
             self.buffers,
             self._devices,
             reductions,
             len(members.params),
+            self.plans.are_captured,
         )
         key = (zero_grad, are_own, values.structure, reductions is not None, part, *members.lengths)
-        found = self.plans.find(recipe, members, grads, key, zero_grad)
+        found = self.plans.find(recipe, members, key, zero_grad)
         if found is None:
             if reductions is None:
                 return
@@ -136,7 +138,7 @@ class Updater:
         else:
             with_masters = _with_masters(members, values.groups)
             if is_capturing():
-                self.plans.capture(found.plan, settings)
+                self.plans.capture(found.plan, found.tensors, settings)
             else:
                 self.masters.notice(with_masters, state)
             outcome = found.plan.run(recipe, found.params, found.tensors, values.version, scaling, are_own=are_own)

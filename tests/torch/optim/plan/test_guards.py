@@ -256,8 +256,8 @@ COMMON = [
     setting(clip_norm=0.1), setting(ema_decay=0.9), setting(capturable=True),
 ]  # fmt: skip
 ADAMS = [
-    swap_step_memory, fill_step, view_step_as_another_dtype, setting(betas=(0.5, 0.5)), setting(eps=0.1), setting(amsgrad=True), setting(decoupled_weight_decay=True),
-    setting(epsilon_hat=False),
+    swap_step_memory, fill_step, view_step_as_another_dtype, setting(betas=(0.5, 0.5)), setting(eps=0.1),
+    setting(amsgrad=True), setting(decoupled_weight_decay=True), setting(epsilon_hat=True),
 ]  # fmt: skip
 SGDS = [setting(momentum=0), setting(dampening=0.5), setting(nesterov=True), setting(momentum=0.5)]
 CASES = [(Adam, change) for change in COMMON + ADAMS] + [(SGD, change) for change in COMMON + SGDS]

@@ -1,0 +1,101 @@
+"""The three backends agree bit for bit in every mode: in parameters and in all that is kept."""
+
+import pytest
+import torch
+
+from .modes import MODES, bits, make, train
+
+SMALL = ((64, 64), (65, 64))
+
+pytestmark = pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded to nearest")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_native_is_eager_for_300_steps(mode: str) -> None:
+    ours, theirs = make(mode, SMALL, "native"), make(mode, SMALL, "eager")
+    for first in range(0, 300, 50):
+        train(*ours, 50, first)
+        train(*theirs, 50, first)
+        assert bits(*ours) == bits(*theirs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_triton_is_eager(mode: str) -> None:
+    shapes = ((64, 64), (17, 256))
+    ours, theirs = make(mode, shapes, "triton"), make(mode, shapes, "eager")
+    train(*ours, 12)
+    train(*theirs, 12)
+    assert bits(*ours) == bits(*theirs)
+
+
+@pytest.mark.parametrize("mode", [name for name in MODES if "8bit" not in name])
+def test_triton_is_eager_for_tails_and_misaligned_tensors(mode: str) -> None:
+    """37 elements are two vectors and five more; the second gradient starts within a vector."""
+    found = []
+    for backend in ("triton", "eager"):
+        params, optimizer = make(mode, ((37,), (3, 5, 7)), backend)
+        for step in range(6):
+            generator = torch.Generator().manual_seed(step)
+            for param in params:
+                value = torch.randn(param.numel() + 1, generator=generator).to(param.dtype)
+                param.grad = value[1:].view(param.shape) if param.ndim > 1 else value[:-1].clone()
+            optimizer.step()
+        found.append(bits(params, optimizer))
+    assert found[0] == found[1]
+
+
+def test_blocks_with_misaligned_gradients() -> None:
+    found = []
+    for backend in ("triton", "eager"):
+        params, optimizer = make("split8, 8bit", ((64, 64),), backend)
+        for step in range(3):
+            value = torch.randn(64 * 64 + 1, generator=torch.Generator().manual_seed(step)).to(torch.bfloat16)
+            params[0].grad = value[1:].view(64, 64)
+            optimizer.step()
+        found.append(bits(params, optimizer))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_decay": 0.0, "maximize": True, "grad_scale": 0.5},
+        {"clip_value": 0.1, "eps": 1e-3, "epsilon_hat": True},
+        {"betas": (0.0, 0.9)},
+        {"betas": (0.99, 0.9)},
+        {"betas": (0.9, 0.0)},
+        {"betas": (0.9, 0.81)},
+        {"rounding_seed": 2**62 + 12345},
+    ],
+    ids=repr,
+)
+def test_hyperparameters_reach_every_backend(backend: str, options: dict) -> None:
+    ours, theirs = (make("split8, 8bit", ((64, 64),), each, **options) for each in (backend, "eager"))
+    train(*ours, 5)
+    train(*theirs, 5)
+    assert bits(*ours) == bits(*theirs)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native", "triton"])
+def test_channels_last_is_walked_as_it_lies(backend: str) -> None:
+    """The blocks are of neighbours in memory, whatever the order of the dimensions."""
+    params, optimizer = make("8bit", ((8, 16, 8, 8),), backend)
+    params[0].data = params[0].data.to(memory_format=torch.channels_last)
+    train(params, optimizer, 2)
+    flat, other = make("8bit", ((8, 1024),), backend)
+    flat[0].data = params[0].data.permute(0, 2, 3, 1).reshape(8, 1024)
+    generator = torch.Generator().manual_seed(7)
+    gradient = torch.randn(8, 16, 8, 8, generator=generator)
+    params[0].grad = gradient.to(memory_format=torch.channels_last)
+    flat[0].grad = gradient.permute(0, 2, 3, 1).reshape(8, 1024).clone()
+    other.step()  # makes the states
+    mine, theirs = optimizer.state[params[0]], other.state[flat[0]]
+    for name, value in theirs.items():
+        if name != "stream":
+            source = mine[name].permute(0, 2, 3, 1).reshape(8, 1024) if mine[name].ndim == 4 else mine[name]
+            value.copy_(source)
+    flat[0].data.copy_(params[0].data.permute(0, 2, 3, 1).reshape(8, 1024))
+    optimizer.step()
+    other.step()
+    assert torch.equal(params[0].permute(0, 2, 3, 1).reshape(8, 1024), flat[0])

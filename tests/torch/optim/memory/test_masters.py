@@ -1,0 +1,118 @@
+"""Masters of 16-bit parameters: exact, noticed when stale, and part of checkpoints."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, AdamW
+
+from .modes import BF16, FP32, give_gradients, make, train
+
+SPLITS: list[Any] = ["split16", "split8", FP32]
+
+
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_split16_is_an_fp32_run_for_1000_steps(backend: str) -> None:
+    """On the triton backend, which computes both alike; native's fp32 run is torch's own."""
+    steps = 1000 if backend == "triton" else 3
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(67, generator=generator).to(BF16)
+    split, wide = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
+    ours = AdamW([split], lr=1e-3, backend=backend, master_weights="split16")
+    theirs = AdamW([wide], lr=1e-3, backend="triton")
+    for _ in range(steps):
+        split.grad = torch.randn(67, generator=generator).to(BF16)
+        wide.grad = split.grad.float()
+        ours.step()
+        theirs.step()
+    ((_, master),) = ours.master_weights()
+    assert torch.equal(master, wide)
+    assert torch.equal(ours.state[split]["exp_avg_sq"], theirs.state[wide]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("master", SPLITS)
+@pytest.mark.parametrize("backend", ["eager", "native", "triton"])
+def test_small_updates_are_not_lost(master: Any, backend: str) -> None:
+    param = torch.nn.Parameter(torch.ones(64, 64, dtype=BF16))
+    optimizer = AdamW([param], lr=1e-4, weight_decay=0, backend=backend, master_weights=master)
+    for _ in range(10):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    ((name, value),) = optimizer.master_weights()
+    assert name == "0"
+    assert float(value.mean()) == pytest.approx(1 - 1e-3, abs=2e-5)
+
+
+@pytest.mark.parametrize("master", SPLITS)
+def test_a_write_to_the_parameter_makes_it_its_own_master(master: Any) -> None:
+    params, optimizer = make("split16", master_weights=master)
+    train(params, optimizer, 2)
+    with torch.no_grad():
+        params[0].fill_(0.5)
+    params[0].grad = torch.zeros_like(params[0])
+    optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    optimizer.step()
+    masters = dict(optimizer.master_weights())
+    assert torch.equal(masters["0"], torch.full((64, 64), 0.5))
+    assert not torch.equal(masters["1"], params[1].float())
+
+
+@pytest.mark.parametrize("master", SPLITS)
+def test_what_pytorch_does_not_count_needs_a_call(master: Any) -> None:
+    params, optimizer = make("split16", master_weights=master)
+    train(params, optimizer, 2)
+    params[0].data.fill_(0.5)
+    optimizer.resync_master()
+    for (_, value), param in zip(optimizer.master_weights(), params, strict=True):
+        assert torch.equal(value, param.float())
+
+
+def test_an_exchange_with_the_averages_leaves_masters_alone() -> None:
+    params, optimizer = make("split16", ema_decay=0.5)
+    train(params, optimizer, 2)
+    before = [value for _, value in optimizer.master_weights()]
+    with optimizer.swap_ema():
+        assert torch.equal(params[0], optimizer.state[params[0]]["ema"].to(BF16))
+    optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    give_gradients(params, 9)
+    optimizer.step()
+    assert all(map(torch.equal, before, [value for _, value in optimizer.master_weights()]))
+
+
+@pytest.mark.parametrize("master", SPLITS)
+def test_a_master_travels_in_pytorchs_form(master: Any) -> None:
+    params, optimizer = make("split16", master_weights=master)
+    train(params, optimizer, 2)
+    masters = [value for _, value in optimizer.master_weights()]
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert all(torch.equal(saved["state"][i]["master_param"], masters[i]) for i in range(3))
+    for other in SPLITS if master == "split8" else [master]:
+        # 24 bits fit in every master.
+        theirs, loaded = make("split16", master_weights=other)
+        for mine, param in zip(theirs, params, strict=True):
+            mine.data.copy_(param)
+        loaded.load_state_dict(saved)
+        assert all(map(torch.equal, masters, [value for _, value in loaded.master_weights()]))
+
+
+def test_nan_and_infinity_reach_the_parameter() -> None:
+    for master in SPLITS:
+        params, optimizer = make("split16", ((64, 64),), master_weights=master)
+        params[0].grad = torch.zeros_like(params[0])
+        params[0].grad.view(-1)[0] = float("nan")
+        optimizer.step()
+        assert params[0].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("master", ["split16", "split8", FP32])
+def test_sgd_has_masters_too(master: Any) -> None:
+    param = torch.nn.Parameter(torch.ones(64, dtype=BF16))
+    optimizer = SGD([param], lr=1e-4, momentum=0.9, master_weights=master)
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    ((_, value),) = optimizer.master_weights()
+    assert value.tolist() == pytest.approx([1 - 5.61e-4] * 64, abs=2e-5)
+    assert optimizer.state[param]["momentum_buffer"].dtype == FP32

@@ -1,0 +1,231 @@
+"""What is kept and told: state dicts, formats, bytes, errors, warnings."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from dragon.vm.memory import rows
+from dragon.vm.torch.optim import Adam, AdamW, swap
+
+from .modes import BF16, FP32, MODES, give_gradients, make, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded to nearest")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pytorchs_adam_goes_on_from_the_default_form(mode: str) -> None:
+    params, optimizer = make(mode)
+    train(params, optimizer, 2)
+    saved = optimizer.state_dict()
+    assert not any(name in group for group in saved["param_groups"] for name in ("state_dtype", "master_weights"))
+    theirs = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    other = torch.optim.AdamW(theirs)
+    other.load_state_dict(copy.deepcopy(saved))
+    give_gradients(theirs, 2)
+    other.step()
+    mine = saved["state"][0]["exp_avg"].to(theirs[0].dtype)
+    torch.testing.assert_close(other.state[theirs[0]]["exp_avg"], torch.lerp(mine, theirs[0].grad, 0.1))
+    # And back again.
+    optimizer.load_state_dict(other.state_dict())
+    train(params, optimizer, 1)
+
+
+def test_pytorchs_adam_refuses_the_native_form() -> None:
+    params, optimizer = make("split8, 8bit", native_state_dict=True)
+    train(params, optimizer, 1)
+    saved = optimizer.state_dict()
+    assert saved["state"][0]["exp_avg_q8"].dtype == torch.int8
+    theirs = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    other = torch.optim.AdamW(theirs)
+    other.load_state_dict(saved)
+    give_gradients(theirs, 2)
+    with pytest.raises(KeyError, match="exp_avg"):
+        other.step()
+
+
+def test_an_unknown_native_form_is_refused() -> None:
+    params, optimizer = make("8bit", native_state_dict=True)
+    train(params, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1]["storage"] = "q8/128/2"
+    with pytest.raises(ValueError, match="storage 'q8/128/2' for parameter 1"):
+        optimizer.load_state_dict(saved)
+
+
+def test_misshapen_scales_are_refused() -> None:
+    params, optimizer = make("8bit", native_state_dict=True)
+    train(params, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg_scale"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"exp_avg_scale of shape \(3,\)"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("source", MODES)
+@pytest.mark.parametrize("target", ["8bit", "bf16 states", "split8, 8bit"])
+def test_every_mode_loads_every_other(source: str, target: str) -> None:
+    for native in (False, True):
+        params, optimizer = make(source, native_state_dict=native)
+        train(params, optimizer, 2)
+        theirs, other = make(target)
+        other.load_state_dict(optimizer.state_dict())
+        train(theirs, other, 1, 2)
+        assert float(other.state[theirs[0]]["step"]) == 3
+        assert other.state_formats()["0"]["exp_avg_sq"] == make(target)[1].state_formats()["0"]["exp_avg_sq"]
+
+
+def test_another_default_dtype_changes_nothing() -> None:
+    ours = make("split8, 8bit")
+    torch.set_default_dtype(BF16)
+    try:
+        theirs = make("split8, 8bit")
+        for params, optimizer in (ours, theirs):
+            for step in range(3):
+                for param in params:
+                    param.grad = torch.full_like(param, 0.1 * (step + 1))
+                optimizer.step()
+        with torch.no_grad():
+            theirs[0][0].copy_(ours[0][0]), theirs[0][1].copy_(ours[0][1]), theirs[0][2].copy_(ours[0][2])
+        dtypes = [
+            {name: value.dtype for name, value in optimizer.state[params[0]].items() if torch.is_tensor(value)}
+            for params, optimizer in (ours, theirs)
+        ]
+    finally:
+        torch.set_default_dtype(FP32)
+    assert dtypes[0] == dtypes[1]
+    assert dtypes[0]["step"] == dtypes[0]["exp_avg_scale"] == FP32
+
+
+def test_small_and_odd_tensors_keep_fp32_and_it_is_told() -> None:
+    shapes = ((64, 64), (64, 63), (63, 64), (4096,), (64, 65), (128, 32))
+    params, optimizer = make("8bit", shapes)
+    found = {name: formats["exp_avg"] for name, formats in optimizer.state_formats().items()}
+    assert [found[str(i)] for i in range(6)] == ["q8_signed", *["float32"] * 5]
+    named = AdamW(torch.nn.Linear(64, 64).named_parameters(), state_dtype="8bit")
+    assert named.state_formats() == {
+        "weight": {"param": "float32", "exp_avg": "q8_signed", "exp_avg_sq": "q8_square_stochastic"},
+        "bias": {"param": "float32", "exp_avg": "float32", "exp_avg_sq": "float32"},
+    }
+    train(params, optimizer, 1)
+
+
+def test_a_transposed_matrix_keeps_fp32() -> None:
+    param = torch.nn.Parameter(torch.randn(64, 128).t())
+    optimizer = AdamW([param], state_dtype="8bit")
+    param.grad = torch.randn(128, 64)
+    optimizer.step()
+    assert optimizer.state[param]["exp_avg"].dtype == FP32
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bytes_are_those_that_are_allocated(mode: str) -> None:
+    params, optimizer = make(mode)
+    train(params, optimizer, 1)
+    told = optimizer.memory()
+    kept = [value for param in params for value in optimizer.state[param].values() if torch.is_tensor(value)]
+    grads = [param.grad for param in params]
+    assert sum(told.values()) == sum(t.untyped_storage().nbytes() for t in (*params, *grads, *kept))
+    assert told["parameters"] == sum(param.nbytes for param in params)
+    assert (told["masters"] > 0) == (optimizer.param_groups[0].get("master_weights") is not None)
+
+
+def test_bytes_of_a_large_model_are_those_of_the_table() -> None:
+    shapes = [
+        (50257, 768),
+        (1024, 768),
+        *[(2304, 768), (768, 768), (3072, 768), (768, 3072), (768,), (3072,)] * 12,
+    ]
+    params = [torch.empty(shape, device="meta") for shape in shapes]
+    numel = sum(param.numel() for param in params)
+    expected = (12, 8, 6.125, 14, 12, 8, 5.125, 6, 4.125)
+    assert [row.kept / numel for row in rows(params)] == [pytest.approx(value, rel=0.01) for value in expected]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "text"),
+    [
+        (FP32, {"master_weights": "split16"}, "master_weights='split16': expected bfloat16 parameters"),
+        (FP32, {"master_weights": FP32}, "master_weights=torch.float32: expected bfloat16 or float16 parameters"),
+        (torch.float16, {"stochastic_rounding": True}, "stochastic_rounding=True: expected"),
+        (torch.float64, {"state_dtype": "8bit"}, 'state_dtype="8bit": expected real parameters'),
+        (torch.complex64, {"state_dtype": "8bit"}, 'state_dtype="8bit": expected real parameters'),
+        (FP32, {"state_dtype": "8bit", "differentiable": True}, "differentiable=True"),
+        (FP32, {"state_dtype": "4bit"}, "state_dtype: expected .* got '4bit'"),
+        (FP32, {"state_dtype": torch.float16}, "float16 loses second moments"),
+        (BF16, {"master_weights": "split16", "stochastic_rounding": True}, "an fp32 master is not rounded"),
+        (FP32, {"rounding_seed": -1}, "rounding_seed must be an integer"),
+        (FP32, {"rounding_seed": True}, "rounding_seed must be an integer"),
+    ],
+)
+def test_what_does_not_fit_is_named(dtype: torch.dtype, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Adam([torch.nn.Parameter(torch.zeros(4, dtype=dtype))], **options)
+    optimizer = Adam([torch.nn.Parameter(torch.zeros(4))])
+    options.pop("rounding_seed", None)
+    if options:
+        with pytest.raises(ValueError, match=text):
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(4, dtype=dtype))], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_second_moments_that_cannot_decay_are_warned_of_once() -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(64, 64))]} for _ in range(2)]
+    with pytest.warns(UserWarning, match="cannot decay") as found:
+        AdamW(groups, state_dtype="8bit", stochastic_rounding=False)
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdamW([torch.nn.Parameter(torch.zeros(64, 64))], state_dtype="8bit")
+        AdamW([torch.nn.Parameter(torch.zeros(4))], betas=(0.9, 0.95), state_dtype=BF16, stochastic_rounding=False)
+
+
+def test_the_maximum_is_rounded_upwards_and_never_shrinks() -> None:
+    params, optimizer = make("bf16 states, amsgrad, average", ((64, 64),))
+    before = torch.zeros(64, 64)
+    for step in range(20):
+        give_gradients(params, step)
+        optimizer.step()
+        state = optimizer.state[params[0]]
+        assert (state["max_exp_avg_sq"] >= before).all()
+        before = state["max_exp_avg_sq"].float()
+    assert (before >= state["exp_avg_sq"].float() * (1 - 2**-7)).all()
+
+
+def test_from_torch_and_swap_take_modes() -> None:
+    theirs = torch.nn.Parameter(torch.randn(64, 64))
+    original = torch.optim.AdamW([theirs])
+    theirs.grad = torch.randn(64, 64)
+    original.step()
+    ours = AdamW.from_torch(original, state_dtype="8bit")
+    assert set(ours.state[theirs]) >= {"exp_avg_q8", "exp_avg_sq_scale"}
+    ours.step()
+    with swap(state_dtype="8bit"):
+        swapped = torch.optim.Adam([theirs])
+    swapped.step()
+    assert "exp_avg_q8" in swapped.state[theirs]
+
+
+def test_a_piece_at_a_time_is_decoded() -> None:
+    """Scratch memory does not grow with the tensor."""
+    from dragon.vm.torch.optim._backends import piecewise
+
+    params, optimizer = make("split8, 8bit", ((2048, 256),), "native")
+    train(params, optimizer, 1)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        give = params[0].grad
+        optimizer.step()
+    assert give is params[0].grad
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 64 * piecewise.PIECE < params[0].numel() * 4 * 64
+
+
+def test_betas_that_change_widen_the_bound() -> None:
+    params, optimizer = make("8bit", betas=(0.85, 0.999))
+    train(params, optimizer, 1)
+    optimizer.param_groups[0]["betas"] = (0.95, 0.999)
+    train(params, optimizer, 1, 1)
+    assert optimizer.param_groups[0]["bound_betas"] == (0.85, 0.999)
+    assert optimizer.state_dict()["param_groups"][0]["bound_betas"] == (0.85, 0.999)
