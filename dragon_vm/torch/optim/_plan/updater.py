@@ -110,12 +110,9 @@ class Updater:
         values = self._hyperparameters
         assert values is not None
         zero_grad = zero_grad and are_own
-        reductions = None
-        if members.are_distributed or settings.process_group is not None:
-            agreement = self._agreements.setdefault(part, Agreement())
-            # What is found in a part has been agreed on.
-            decides = scaling.found_inf is not None and not part
-            reductions = agreement.find(members.params, values.groups, settings, decides=decides)
+        # What is found in a part has been agreed on.
+        decides = scaling.found_inf is not None and not part
+        reductions = self._reductions(members, settings, part, decides=decides)
         recipe = Recipe(
             self._owner,
             self._algorithm,
@@ -134,7 +131,7 @@ class Updater:
         if found is None:
             if reductions is None:
                 return
-            outcome = agreement.take_part(members.params, values.groups, settings, scaling)
+            outcome = self._agreements[part].take_part(members.params, values.groups, settings, scaling)
         else:
             with_masters = _with_masters(members, values.groups)
             if is_capturing():
@@ -148,14 +145,18 @@ class Updater:
 
     def agreed(self, members: Members, settings: Settings, found_inf: Tensor, part: int) -> Tensor:
         """A finding about the gradients of a part, positive if it is on any process that shares the parameters."""
-        agreement = self._agreements.setdefault(part, Agreement())
-        assert self._hyperparameters is not None
-        groups = self._hyperparameters.groups
-        reductions: Reductions | None = agreement.find(members.params, groups, settings, decides=True)
+        reductions = self._reductions(members, settings, part, decides=True)
         if reductions is None:
             return found_inf
         none = torch.zeros(0, dtype=torch.float64, device=found_inf.device)
         return SharedNorm(reductions._replace(each=None), [], 0).total(none, found_inf, largest=False)[1]
+
+    def _reductions(self, members: Members, settings: Settings, part: int, *, decides: bool) -> Reductions | None:
+        if not members.are_distributed and settings.process_group is None:
+            return None
+        assert self._hyperparameters is not None
+        agreement = self._agreements.setdefault(part, Agreement())
+        return agreement.find(members.params, self._hyperparameters.groups, settings, decides=decides)
 
     @property
     def n_skipped(self) -> int:
