@@ -90,9 +90,7 @@ class Optimizer(StoringOptimizer):
 
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
         if self._settings.flatten:
-            for group in groups:
-                if not group.get("clip_norm"):
-                    self._buffers += without_torch_function(make_buffers, (), (group["params"],), {})
+            self._buffers += without_torch_function(make_buffers, (), (groups,), {})
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -173,9 +171,9 @@ class Optimizer(StoringOptimizer):
     _step_undisturbed = _disable_dynamo(_step)
 
     def _update(self, zero_grad: bool) -> None:
-        groups = self._read_groups()
+        groups, settings = self._read_groups(), self._settings
         members = self._members.read(self.param_groups)
-        grads, scaling = members.grads, handed_over(self)
+        scaling = handed_over(self)
         if self._release is not None:
             self._release.check_scaling(scaling)
             self._release.begin()
@@ -183,21 +181,14 @@ class Optimizer(StoringOptimizer):
         summed = bool(self._sums) and (bool(self.state) or not is_state_asked_for())
         if summed:
             self._sums.reduce()
-            grads = self._sums.added_to(members.params, grads)
-        has_grads = any(grad is not None for grad in grads)
+            members = members._replace(grads=self._sums.added_to(members.params, members.grads))
+        has_grads = any(grad is not None for grad in members.grads)
         if is_capturing():
-            check_capture(type(self).__name__, groups, self._settings.backend, has_grads, self._sums.are_outside)
+            check_capture(type(self).__name__, groups, settings.backend, has_grads, self._sums.are_outside)
         if not has_grads and members.are_distributed:
             check_accumulated(members.params)
         self._updater.update(
-            members,
-            grads,
-            self.param_groups,
-            self.state,
-            self._settings,
-            scaling,
-            zero_grad=zero_grad and not summed,
-            are_own=not summed,
+            members, self.param_groups, self.state, settings, scaling, zero_grad=zero_grad, are_own=not summed
         )
         if summed:
             self._sums.clear()
@@ -219,7 +210,6 @@ class Optimizer(StoringOptimizer):
         members = bucket.members()
         self._updater.update(
             members,
-            members.grads,
             self.param_groups,
             self.state,
             self._settings,

@@ -32,7 +32,8 @@ def batch(step):
 
 
 def loss_of(model, step):
-    return model(batch(step)).square().sum()
+    x = batch(step).to(next(model.parameters()).dtype)
+    return model(x).float().square().sum()
 
 
 def trained(make, model=None, n_steps=N_STEPS, after=lambda optimizer: None):
@@ -62,6 +63,21 @@ def test_released_gradients_give_the_bits_of_the_plain_step(backend, options):
     assert saved["param_groups"] == other["param_groups"]
     for index, state in other["state"].items():
         assert all(torch.equal(state[key], saved["state"][index][key]) for key in state)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options", [{"master_weights": "split16"}, {"stochastic_rounding": True}, {"state_dtype": "8bit"}], ids=str
+)
+def test_memory_modes_keep_their_bits(backend, options):
+    runs = [
+        trained(
+            lambda params, r=release: AdamW(params, lr=0.02, backend=backend, release_gradients=r, **options),
+            net().bfloat16(),
+        )
+        for release in (False, True)
+    ]
+    assert same(runs[0][0], runs[1][0])
 
 
 def test_groups_and_schedules_go_on():

@@ -16,9 +16,12 @@ from torch import Tensor
 
 
 def instances(module: str, name: str) -> Iterator[Any]:
-    """All objects of exactly one class, if its module is imported and there are several processes."""
+    """All objects of exactly one class, if its module is imported and there is a process group.
+
+    FSDP2 and FSDP1 keep gathered parameters with one process too.
+    """
     found = getattr(sys.modules.get(module), name, None)
-    if found is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if found is not None and dist.is_available() and dist.is_initialized():
         yield from [each for each in gc.get_objects() if type(each) is found]
 
 
@@ -60,10 +63,9 @@ class Replicas:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         wanted = set(map(id, params))
+        modules = instances("torch.nn.parallel.distributed", "DistributedDataParallel") if wanted else ()
         self._modules = [
-            weakref.ref(module)
-            for module in (instances("torch.nn.parallel.distributed", "DistributedDataParallel") if wanted else ())
-            if any(id(param) in wanted for param in module.parameters())
+            weakref.ref(module) for module in modules if any(id(param) in wanted for param in module.parameters())
         ]
 
     def __bool__(self) -> bool:

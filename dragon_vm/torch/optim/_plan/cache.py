@@ -58,15 +58,12 @@ class PlanCache:
         """Prepare every step anew from here on."""
         self._latest.clear()
 
-    def find(
-        self, recipe: Recipe, members: Members, grads: list[Any], key: tuple[Hashable, ...], zero_grad: bool
-    ) -> Found | None:
+    def find(self, recipe: Recipe, members: Members, key: tuple[Hashable, ...], zero_grad: bool) -> Found | None:
         """The plan of a step, prepared if need be; None if no parameter has a gradient.
 
         Args:
             recipe: what the optimizer is.
-            members: its parameters.
-            grads: for each its gradient; None where it is missing.
+            members: its parameters, and what they are updated from.
             key: what plans differ by, beside the parameters that have a gradient.
             zero_grad: set the gradients to zero as well.
 
@@ -75,7 +72,7 @@ class PlanCache:
             ValueError: as `prepare`.
         """
         # The usual case first: all parameters have a gradient. One that is missing fails the guard.
-        params, shards = members.params, members.shards
+        params, shards, grads = members.params, members.shards, members.grads
         plan = self._latest.get(key)
         tensors = plan.gather(recipe.state, params, shards, grads) if plan else None
         if plan and tensors:

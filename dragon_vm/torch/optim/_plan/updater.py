@@ -86,7 +86,6 @@ class Updater:
     def update(
         self,
         members: Members,
-        grads: list[Any],
         param_groups: list[Group],
         state: MutableMapping[Any, Any],
         settings: Settings,
@@ -99,24 +98,21 @@ class Updater:
         """Update the parameters that have a gradient, as the hyperparameters were last read.
 
         Args:
-            members: parameters.
-            grads: for each its gradient; None where it is missing.
+            members: parameters, and what they are updated from.
             param_groups: of the optimizer.
             state: of the optimizer.
             settings: options of the optimizer as a whole.
             scaling: a `GradScaler`'s.
-            zero_grad: set the gradients to zero as well.
+            zero_grad: set the gradients to zero as well, if they are the parameters' own.
             are_own: whether the gradients are the parameters' own, and not sums of them.
             part: which parameters of the optimizer these are; 0 for all of them.
         """
         values = self._hyperparameters
         assert values is not None
-        reductions = None
-        if members.are_distributed or settings.process_group is not None:
-            agreement = self._agreements.setdefault(part, Agreement())
-            # What is found in a part has been agreed on.
-            decides = scaling.found_inf is not None and not part
-            reductions = agreement.find(members.params, values.groups, settings, decides=decides)
+        zero_grad = zero_grad and are_own
+        # What is found in a part has been agreed on.
+        decides = scaling.found_inf is not None and not part
+        reductions = self._reductions(members, settings, part, decides=decides)
         recipe = Recipe(
             self._owner,
             self._algorithm,
@@ -131,11 +127,11 @@ class Updater:
             self.plans.are_captured,
         )
         key = (zero_grad, are_own, values.structure, reductions is not None, part, *members.lengths)
-        found = self.plans.find(recipe, members, grads, key, zero_grad)
+        found = self.plans.find(recipe, members, key, zero_grad)
         if found is None:
             if reductions is None:
                 return
-            outcome = agreement.take_part(members.params, values.groups, settings, scaling)
+            outcome = self._agreements[part].take_part(members.params, values.groups, settings, scaling)
         else:
             with_masters = _with_masters(members, values.groups)
             if is_capturing():
@@ -149,14 +145,18 @@ class Updater:
 
     def agreed(self, members: Members, settings: Settings, found_inf: Tensor, part: int) -> Tensor:
         """A finding about the gradients of a part, positive if it is on any process that shares the parameters."""
-        agreement = self._agreements.setdefault(part, Agreement())
-        assert self._hyperparameters is not None
-        groups = self._hyperparameters.groups
-        reductions: Reductions | None = agreement.find(members.params, groups, settings, decides=True)
+        reductions = self._reductions(members, settings, part, decides=True)
         if reductions is None:
             return found_inf
         none = torch.zeros(0, dtype=torch.float64, device=found_inf.device)
         return SharedNorm(reductions._replace(each=None), [], 0).total(none, found_inf, largest=False)[1]
+
+    def _reductions(self, members: Members, settings: Settings, part: int, *, decides: bool) -> Reductions | None:
+        if not members.are_distributed and settings.process_group is None:
+            return None
+        assert self._hyperparameters is not None
+        agreement = self._agreements.setdefault(part, Agreement())
+        return agreement.find(members.params, self._hyperparameters.groups, settings, decides=decides)
 
     @property
     def n_skipped(self) -> int:
