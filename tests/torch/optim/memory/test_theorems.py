@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_each_step_and_each_seed_has_words_of_its_own() -> None:
             params[0].copy_(before)
         optimizer.step()
         found.append(params[0] != before)
-    assert not any(torch.equal(a, b) for a, b in zip(found, found[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in pairwise(found))
 
 
 def test_pytorchs_generator_is_left_alone() -> None:
