@@ -85,8 +85,7 @@ def main(path: str) -> int:
     if not numel:
         return 1
     print(
-        f"{'weights':9} {'bytes a parameter':>17} {'GiB kept':>9} {'with gradients':>14}  "
-        "arguments of Adam and AdamW"
+        f"{'weights':9} {'bytes a parameter':>17} {'GiB kept':>9} {'with gradients':>14}  arguments of Adam"
     )
     for row in rows(params):
         dtype = str(row.dtype).removeprefix("torch.")

@@ -1,0 +1,66 @@
+"""Hard gradients in the optimizer itself: no update beyond exact Adam's bound, and second moments that forget."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._formats import moment_bound
+
+from .modes import BF16
+
+NUMEL = 4096
+POSITIONS = torch.arange(NUMEL)
+BETAS = (0.9, 0.999)
+
+HISTORIES = {
+    "one in 64 x 1e4": lambda value, step: value * torch.where(POSITIONS % 64 == 0, 1e4, 1.0),
+    "tiny": lambda value, step: value * 1e-12,
+    "tinier": lambda value, step: value * 1e-22,
+    "huge": lambda value, step: value * 1e15,
+    "sparse rows": lambda value, step: value * (step % 10 == (POSITIONS // 64) % 10),
+    "sparse elements": lambda value, step: value * (value.abs() > 1.6),
+    "zero after 50 steps": lambda value, step: value * (step < 50),
+    "one non-zero in 256": lambda value, step: value * (step % 256 == POSITIONS % 256),
+}
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("state_dtype", [BF16, "8bit"])
+def test_no_update_exceeds_the_bound(history: str, state_dtype: torch.dtype | str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = Adam([param], lr=1.0, eps=1e-30, state_dtype=state_dtype)
+    for step in range(1, 121):
+        with torch.no_grad():
+            param.zero_()
+        value = torch.randn(NUMEL, generator=generator)
+        param.grad = HISTORIES[history](value, step).view(64, 64)
+        optimizer.step()
+        limit = moment_bound(*BETAS, step) * math.sqrt(1 - BETAS[1] ** step) / (1 - BETAS[0] ** step)
+        assert param.detach().abs().max() <= limit * (1 + 1e-5)
+
+
+def forgotten(**options: object) -> float:
+    """Median of sqrt(v / exact v) of elements whose gradients got 100 times smaller 2,500 steps ago."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = Adam([param], lr=0.0, betas=(0.9, 0.997), backend="eager", **options)
+    exact = torch.zeros(64, 64, dtype=torch.float64)
+    quiet = (POSITIONS % 2 == 1).view(64, 64)
+    for step in range(3000):
+        size: Tensor = torch.where(quiet & (step >= 500), 0.01, 1.0)
+        param.grad = torch.randn(64, 64, generator=generator) * size
+        optimizer.step()
+        exact = 0.997 * exact + 0.003 * param.grad.double() ** 2
+    stored = optimizer.state_dict()["state"][0]["exp_avg_sq"].double()
+    return float((stored / exact).sqrt()[quiet].median())
+
+
+@pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded to nearest")
+@pytest.mark.parametrize("state_dtype", [BF16, "8bit"])
+def test_second_moments_forget_and_to_nearest_they_would_not(state_dtype: torch.dtype | str) -> None:
+    assert 0.85 <= forgotten(state_dtype=state_dtype) <= 1.15
+    assert forgotten(state_dtype=state_dtype, stochastic_rounding=False) > 3

@@ -1,0 +1,84 @@
+"""Parameters cut along their first dimension: every process has the bits that it would have of the whole."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from dragon.vm.torch.optim import AdamW
+
+from .modes import MODES
+
+SHAPE = (65, 64)
+
+
+@pytest.fixture
+def as_rank(request: Any) -> Iterator[Any]:
+    """Act as one process of several: no step here needs the others."""
+
+    def become(rank: int, n_ranks: int) -> Any:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=n_ranks)
+        # A name of its own: PyTorch caches meshes, with their coordinates, by what they are equal in.
+        return init_device_mesh("cpu", (n_ranks,), mesh_dim_names=(f"seen by {rank} of {n_ranks}",))
+
+    yield become
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def values(seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def stepped(make: Any, mode: str) -> tuple[Any, Any]:
+    dtype, options = MODES[mode]
+    param = torch.nn.Parameter(make(values(0, dtype)))
+    optimizer = AdamW([param], lr=1e-2, backend="eager", **options)
+    for step in range(3):
+        param.grad = make(values(step + 1, dtype))
+        optimizer.step()
+    return param, optimizer
+
+
+@pytest.mark.parametrize("mode", ["8bit", "split8, 8bit", "bf16 stochastic, bf16 states", "split16"])
+@pytest.mark.parametrize("n_ranks", [2, 3, 70])
+def test_shards_have_the_bits_of_the_whole(mode: str, n_ranks: int, as_rank: Any) -> None:
+    """65 rows are cut unevenly, and 70 processes leave some without any."""
+    whole, whole_optimizer = stepped(lambda value: value, mode)
+    rows = -(-SHAPE[0] // n_ranks)
+    for rank in range(n_ranks) if n_ranks < 10 else (0, 33, 64, 69):
+        mesh = as_rank(rank, n_ranks)
+        mine = slice(rank * rows, min((rank + 1) * rows, SHAPE[0]))
+
+        def cut(value: torch.Tensor, mine: slice = mine, mesh: Any = mesh) -> DTensor:
+            return DTensor.from_local(
+                value[mine].clone(), mesh, [Shard(0)], run_check=False, shape=SHAPE, stride=(SHAPE[1], 1)
+            )
+
+        param, optimizer = stepped(cut, mode)
+        assert torch.equal(param.to_local(), whole[mine])
+        state, expected = optimizer.state[param], whole_optimizer.state[whole]
+        for name, value in expected.items():
+            if name in ("step", "stream"):
+                continue
+            assert isinstance(state[name], DTensor)
+            assert state[name].shape == value.shape
+            assert state[name].placements == param.placements
+            assert torch.equal(state[name].to_local(), value[mine])
+        assert optimizer.state_formats() == whole_optimizer.state_formats()
+        saved = optimizer.state_dict()["state"][0]["exp_avg"]
+        assert torch.equal(saved.to_local(), whole_optimizer.state_dict()["state"][0]["exp_avg"][mine])
+        # What was saved is loaded again without any other process.
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert all(
+            torch.equal(optimizer.state[param][name].to_local(), value[mine])
+            for name, value in expected.items()
+            if name not in ("step", "stream")
+        )
