@@ -331,7 +331,7 @@ def test_no_class_keeps_more_than_ten_attributes(module: str) -> None:
 def test_the_way_of_one_step_is_read_in_an_evening() -> None:
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     chapter = page.split("## Read it in an evening")[1].split("## ")[0]
-    files = [name for name in re.findall(r"`([\w/]+\.py)`", chapter)]
+    files: list[str] = re.findall(r"`([\w/]+\.py)`", chapter)
     paths = [
         path for name in files for path in (ROOT / name, ROOT / "dragon_vm/torch/optim" / name) if path.exists()
     ]
