@@ -23,7 +23,7 @@ FLOORS = (
     {"_swap"},
     {"adam", "sgd"},
     {"optimizer"},
-    {"_release"},
+    {"_release", "_storage"},
     {"_plan", "_accumulate", "_averages"},
     {"_backends", "_checkpoint"},
     {"_groups", "_table"},
