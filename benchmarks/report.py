@@ -20,24 +20,28 @@ from benchmarks.tables import (
     rows_of,
 )
 
-INTRODUCTION = """\
+TITLE = """\
 # Performance
 
 <!-- Made by `python -m benchmarks report` from benchmarks/results; edit benchmarks/report.py instead. -->
+"""
 
-Every figure on this page is computed from the JSON lines in `benchmarks/results`, which also say the driver, the
+METHOD = """\
+## Method
+
+Every figure on this page is computed from the JSON lines in `benchmarks/results`. They also say the driver, the
 versions, the commit and the date. `make bench` measures the quick set on your machine.
 
-Every step meets what training gives it: gradients at new addresses, and in each group a learning rate that a
-schedule has changed. Contenders take turns in one process, in random order. Before that, the first steps of each
-are compared with `torch.optim.Adam` in float64 on elements of every tensor. A wrong contender is not timed.
+Every step meets what training gives it: gradients at new addresses, and a changed learning rate in each group.
+Contenders take turns in one process, in random order. Before that, the first steps of each are compared with
+`torch.optim.Adam` in float64 on elements of every tensor. A wrong contender is not timed.
 
-- *ms a step* is the median of cold steps until all is done, with the 20th and 80th percentile beside it. On a CPU
+- *ms a step* is the median of cold steps until all is done. The 20th and 80th percentile stand beside it. On a CPU
   other contenders have just used the caches. On a GPU the caches are flushed by reading another buffer.
 - *warm* is the median of the steps that follow at once.
 - *host* is the time until the Python call of the cold step returns.
 - *device* is the GPU's time of a step, with flushed caches and all launches queued before it starts.
-- *ratio* is how many times as long the cold step of torch's fused Adam took, round by round: above 1 is faster.
+- *ratio* compares the cold step with that of torch's fused Adam, round by round. Above 1 is faster than torch's.
 - *B/param* is the number of bytes that a step moves for a parameter in the contender's formats. It is computed as
   if each operation read and wrote its tensors once.
 - *GB/s* is computed from these bytes and the device time, on a CPU the time of the step.
@@ -47,7 +51,7 @@ are compared with `torch.optim.Adam` in float64 on elements of every tensor. A w
 In "bf16" contenders keep moments in bf16 where they can, as torch's fused Adam does. In "bf16 fp32-state" they
 keep fp32 moments where they can. "Against the fastest other" compares contenders whose moments are of equal size.
 
-Where the memory does not hold all contenders of a case, they are measured in batches, each beside torch's fused
+The memory may not hold all contenders of a case. Then they are measured in batches, each beside torch's fused
 Adam. Ratios compare contenders of two batches better than times do.
 
 Host work is the thread time of steps on one thread, interleaved in the same way (`python -m benchmarks host`).
@@ -69,8 +73,10 @@ def write(records: Sequence[Record], page: Path) -> None:
 def render(records: Sequence[Record]) -> str:
     """The page's text."""
     devices = by_device(records)
-    sections = [_device_section(name, latest(found)) for name, found in devices.items()]
-    return "\n".join([INTRODUCTION, *(sections or [ABSENT])])
+    current = {name: latest(found) for name, found in devices.items()}
+    results = [_device_section(name, found) for name, found in current.items()]
+    details = [_details_section(name, found) for name, found in current.items()]
+    return "\n".join(part for part in (TITLE, *(results or [ABSENT]), METHOD, *details) if part)
 
 
 def plots_of(records: Sequence[Record]) -> list[Plot]:
@@ -111,21 +117,29 @@ def slug(text: str) -> str:
 
 
 def _device_section(name: str, records: list[Record]) -> str:
+    """What a reader looks for first: the picture, and the tables that compare."""
+    timed = [record for record in records if not is_host_work(record)]
     parts = [
         f"## {name}\n",
-        _origin(records),
+        *(f"![{plot.title}](images/{plot.name}.svg)\n" for plot in plots_of(timed)),
         _section("Against the fastest other", RIVAL_HEADINGS, rival_rows(records)),
+        _section("Host work", HOST_HEADINGS, host_rows(records)),
+        _origin(records),
     ]
-    parts.append(_section("Host work", HOST_HEADINGS, host_rows(records)))
+    return "\n".join(part for part in parts if part)
+
+
+def _details_section(name: str, records: list[Record]) -> str:
+    """Every contender of every case."""
     records = [record for record in records if not is_host_work(record)]
     never = _never_timed(records)
-    for plot in plots_of(records):
-        parts.append(f"![{plot.title}](images/{plot.name}.svg)\n")
-    for found in by_case(records).values():
-        parts.append(_case_section([record for record in found if record.contender not in never]))
-    if never:
-        parts += ["### Not timed in any case\n", _reasons(list(never.items()))]
-    return "\n".join(part for part in parts if part)
+    cases = [
+        _case_section([record for record in found if record.contender not in never])
+        for found in by_case(records).values()
+    ]
+    absent = ["### Not timed in any case\n", _reasons(list(never.items()))] if never else []
+    parts = [part for part in (*cases, *absent) if part]
+    return "\n".join([f"## Details: {name}\n", *parts]) if parts else ""
 
 
 def _never_timed(records: Sequence[Record]) -> dict[str, str]:

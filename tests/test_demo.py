@@ -71,9 +71,19 @@ def test_the_command_prints_a_row_an_optimizer_and_writes_the_picture(
     printed = capsys.readouterr().out
     for name in demo.CONTENDERS:
         assert re.search(rf"{re.escape(name)} +│ +\d+\.\d\d% │", printed), printed
+    assert "no parameter was ever further than" in " ".join(printed.split())
     picture = (tmp_path / "made" / "digits.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000
+
+
+def test_three_sentences_say_what_was_measured() -> None:
+    def run(distance: float) -> Run:
+        return Run([1.0, 1.0], torch.tensor([[0.0, distance], [0.0, 0.0]]), test_accuracy=1, step_ms=1)
+
+    said = report.conclusion(run(0.0), run(-2e-7), run(3e-3))
+    assert re.findall(r"2 batches|[\d.]+e-\d+", said) == ["2 batches", "2.0e-07", "3.0e-03"]
+    assert len(re.findall(r"\.(?: |$)", said)) == 3
 
 
 def test_the_table_measures_from_the_reference(digits: Digits) -> None:

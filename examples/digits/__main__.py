@@ -13,12 +13,12 @@ from examples.digits import report
 from examples.digits.training import BuildOptimizer, Run, load, n_steps, train
 
 LEARNING_RATE = 1e-3
-REFERENCE = "torch"
+REFERENCE, OURS, EPSILON_HAT = "torch", "ours", "ours, epsilon_hat=True"
 
 CONTENDERS: dict[str, BuildOptimizer] = {
     REFERENCE: partial(torch.optim.Adam, lr=LEARNING_RATE),
-    "ours": partial(Adam, lr=LEARNING_RATE),
-    "ours, epsilon_hat=True": partial(Adam, lr=LEARNING_RATE, epsilon_hat=True),
+    OURS: partial(Adam, lr=LEARNING_RATE),
+    EPSILON_HAT: partial(Adam, lr=LEARNING_RATE, epsilon_hat=True),
 }
 
 
@@ -32,11 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     where = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else str(options.device)
     title = f"{len(runs[REFERENCE].losses)} steps on 1,437 handwritten digits ({where})"
     console.print(report.table(runs, REFERENCE, title))
-    console.print(
-        "Differences are of parameters, from torch's run. With torch's parameters ours has torch's formula, and "
-        "only rounding differs. epsilon_hat=True adds eps before the bias correction of sqrt(v).\n"
-        f"Loss curves and differences: {picture}"
-    )
+    console.print(report.conclusion(runs[REFERENCE], runs[OURS], runs[EPSILON_HAT]))
+    console.print(f"Loss curves and differences: {picture}")
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

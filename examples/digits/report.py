@@ -26,6 +26,17 @@ def table(runs: dict[str, Run], reference: str, title: str) -> Table:
     return result
 
 
+def conclusion(reference: Run, ours: Run, epsilon_hat: Run) -> str:
+    """Return three sentences that say what the runs have shown."""
+    n_steps = len(reference.losses)
+    apart, hat_apart = (run.distance_to(reference).max() for run in (ours, epsilon_hat))
+    return (
+        f"One network learnt the same {n_steps} batches by torch.optim.Adam and twice by this library. "
+        f"With the import as the only change, no parameter was ever further than {apart:.1e} from torch's run. "
+        f"With epsilon_hat=True, which adds eps before the bias correction, it was up to {hat_apart:.1e}."
+    )
+
+
 def plot(runs: dict[str, Run], reference: str, path: Path) -> None:
     """Write a PNG: the loss of every run, and how far its parameters are from those of `reference`."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")

@@ -1,7 +1,6 @@
 """Train one small network with one optimizer, and keep what two such runs are compared by."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -9,6 +8,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
+
+from examples.clock import timed
 
 BATCH = 64
 N_TEST = 360  # a fifth of the 1,797 images
@@ -87,7 +88,7 @@ def train(
             loss = cross_entropy(network(digits.train_images[batch]), digits.train_labels[batch])
             optimizer.zero_grad()
             loss.backward()
-            times.append(_timed(optimizer.step, device))
+            times.append(timed(optimizer.step, device))
             losses.append(loss.item())
             trajectory.append(parameters_to_vector(network.parameters()).detach().cpu())
             on_step()
@@ -104,17 +105,3 @@ def train(
 def n_steps(digits: Digits, n_epochs: int) -> int:
     """Return the number of steps that `train` takes."""
     return n_epochs * -(-len(digits.train_labels) // BATCH)
-
-
-def _timed(step: Callable[[], object], device: torch.device) -> float:
-    """Return the milliseconds that `step` takes, with all of its work on the device."""
-    _finish(device)
-    start = time.perf_counter()
-    step()
-    _finish(device)
-    return (time.perf_counter() - start) * 1e3
-
-
-def _finish(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

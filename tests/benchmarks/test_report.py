@@ -154,6 +154,18 @@ def test_a_picture_holds_the_digest_of_its_data(tmp_path: Path) -> None:
     assert plot.digest in draw(plot, tmp_path).read_text(encoding="utf-8")
 
 
+def test_the_page_begins_with_what_compares_and_ends_with_details() -> None:
+    fast, slow = (
+        record(contender=name, ratio=Spread(2, 1, 3, 3), state_nbytes=8) for name in ("ours native", "optimi")
+    )
+    page = report.render([fast, slow])
+    order = ["# Performance", "## A CPU", "### Against the fastest other", "abc", "## Method", "## Details: A CPU"]
+    places = [page.index(f"{heading}") for heading in order]
+    assert places == sorted(places)
+    # The row of a case stands below.
+    assert page.index("\n| ours native |") > places[-1]
+
+
 def test_without_lines_the_page_says_so() -> None:
     assert report.ABSENT in report.render([])
 

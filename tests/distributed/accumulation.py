@@ -1,9 +1,12 @@
 """Scenarios: gradients that several backward passes sum before they are reduced."""
 
+import copy
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .factories import largest_difference, make, params_of, whole
@@ -62,3 +65,57 @@ class _Scaled(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.param * x
+
+
+def never_reduced(kind: str, name: str) -> str:
+    """What is said of a step after backward passes of which none was synchronized."""
+    wrapped = WRAPPERS[kind]()
+    optimizer = make(name, wrapped.groups)
+    with wrapped.unsynchronized():
+        backward(wrapped, 0)
+    try:
+        optimizer.sum_grad()
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "accepted"
+
+
+def partly_used(name: str) -> tuple[list[float], list[bool]]:
+    """Values of parameters of which each process uses others, and which of them have a state."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    model = nn.parallel.DistributedDataParallel(_Chosen(params), find_unused_parameters=True)
+    optimizer = make(name, model.parameters())
+    for _ in range(2):
+        with model.no_sync():
+            model(1 + dist.get_rank() % 2).backward()
+        optimizer.sum_grad()
+    optimizer.step()
+    return [float(param.detach()[0]) for param in params], [bool(optimizer.state.get(param)) for param in params]
+
+
+def saved_in_part(name: str) -> list[str]:
+    """What is said of saving sums that other processes have their parts of, and of saving after the step."""
+    wrapped = WRAPPERS["ddp"]()
+    optimizer = make(name, wrapped.groups)
+    with wrapped.unsynchronized():
+        backward(wrapped, 0)
+    optimizer.sum_grad()
+    texts = []
+    for save in (optimizer.state_dict, partial(copy.deepcopy, optimizer)):
+        try:
+            save()
+        except RuntimeError as error:
+            texts.append(str(error))
+    optimizer.step()
+    optimizer.state_dict()
+    return texts
+
+
+class _Chosen(nn.Module):
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.params = nn.ParameterList(params)
+
+    def forward(self, index: int) -> torch.Tensor:
+        return self.params[index].sum()

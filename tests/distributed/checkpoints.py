@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import distribute_tensor
 
 from .factories import largest_difference, make, params_of, whole
 from .wrappers import WRAPPERS, Wrapped, backward
@@ -159,3 +160,70 @@ def die_while_saving(kind: str, name: str, folder: str) -> None:
 
         writer.write_data = killed
     dcp.save(dicts(wrapped, optimizer, False), storage_writer=writer)
+
+
+def saved_sums(name: str, is_full: bool) -> float:
+    """How far a run is that goes on from a checkpoint with sums that no step has used."""
+    wrapped, optimizer = built("fsdp2", name)
+    train(wrapped, optimizer, range(1))
+    backward(wrapped, 1)
+    optimizer.sum_grad()
+    options = StateDictOptions(full_state_dict=is_full)
+    model = get_model_state_dict(wrapped.model, options=options)
+    state = copy.deepcopy(get_optimizer_state_dict(wrapped.model, optimizer, options=options))
+    fresh, resumed = built("fsdp2", name)
+    set_model_state_dict(fresh.model, copy.deepcopy(model), options=options)
+    set_optimizer_state_dict(fresh.model, resumed, state, options=options)
+    backward(wrapped, 2)
+    backward(fresh, 2)
+    for each in (optimizer, resumed):
+        each.step()
+    # An optimizer that lost the sum would differ.
+    other, without = built("fsdp2", name)
+    train(other, without, range(1))
+    backward(other, 2)
+    without.step()
+    assert largest_difference(weights(other), weights(wrapped)) > 1e-3
+    return largest_difference(weights(fresh), weights(wrapped))
+
+
+def borrowed_group(name: str) -> tuple[bool, str]:
+    """Whether a deep copy has the process group of its original, and what is said of pickling it."""
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = make(name, [param], max_grad_norm=1.0, process_group=dist.group.WORLD)
+    copied = copy.deepcopy(optimizer)
+    (mine,) = params_of(copied)
+    mine.grad = torch.ones(2)
+    copied.step()
+    try:
+        torch.save(optimizer, io.BytesIO())
+    except TypeError as error:
+        return float(copied.grad_norm) == (2 * dist.get_world_size()) ** 0.5, str(error)
+    return False, "accepted"
+
+
+def whole_dicts(name: str) -> tuple[float, bool]:
+    """A state dict of whole tensors goes into sharded parameters, and one of shards into whole parameters."""
+    wrapped, optimizer = built("fsdp2", name)
+    train(wrapped, optimizer, range(2))
+    saved = optimizer.state_dict()
+    state = {
+        index: {key: whole(value) for key, value in entries.items()} for index, entries in saved["state"].items()
+    }
+    resumed = make(name, wrapped.groups)
+    resumed.load_state_dict({**saved, "state": state})
+    alone = make(name, [torch.nn.Parameter(whole(param)) for param in params_of(optimizer)])
+    alone.load_state_dict(saved)
+    are_same = all(
+        torch.equal(entries[key], state[index][key])
+        for index, entries in enumerate(alone.state.values())
+        for key in state[index]
+    )
+    before = weights(wrapped)
+    train(wrapped, optimizer, range(2, 4))
+    expected = weights(wrapped)
+    with torch.no_grad():
+        for param, value in zip(params_of(optimizer), before, strict=True):
+            param.copy_(distribute_tensor(value, param.device_mesh, param.placements))
+    train(wrapped, resumed, range(2, 4))
+    return largest_difference(weights(wrapped), expected), are_same

@@ -34,3 +34,34 @@ def test_half_precision_gradients_are_summed_in_float32(cluster: Cluster, n_proc
     assert cluster.run(n_processes, "accumulation:half_precision_sums", name=OPT) == pytest.approx(
         [300] * n_processes, rel=4e-3
     )
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2 hsdp"])
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_a_step_without_any_reduced_gradient_is_refused(cluster: Cluster, kind: str, n_processes: int) -> None:
+    for text in cluster.run(n_processes, "accumulation:never_reduced", kind=kind, name=OPT):
+        assert "set_requires_gradient_sync(True)" in text
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1 original parameters"])
+def test_sums_of_unsharded_gradients_are_refused(cluster: Cluster, kind: str) -> None:
+    for text in cluster.run(2, "accumulation:never_reduced", kind=kind, name=OPT):
+        assert "FullyShardedDataParallel" in text
+        assert "no_sync()" in text
+
+
+@pytest.mark.parametrize("n_processes", [2, 3])
+def test_replicas_agree_on_parameters_that_only_some_use(cluster: Cluster, n_processes: int) -> None:
+    results = cluster.run(n_processes, "accumulation:partly_used", name=OPT)
+    for values, have_states in results:
+        assert values == results[0][0]
+        # Nobody uses the first, and PyTorch would leave it alone too.
+        assert have_states == [False, True, True]
+        assert values[0] == 1.0
+        assert max(values[1:]) < 1.0
+
+
+def test_sums_of_which_others_have_parts_are_not_saved(cluster: Cluster) -> None:
+    for texts in cluster.run(2, "accumulation:saved_in_part", name=OPT):
+        assert len(texts) == 2
+        assert all("Call step() first" in text for text in texts)

@@ -63,3 +63,23 @@ def test_the_last_good_checkpoint_resumes_after_a_process_was_killed(cluster: Cl
     (expected, *_) = cluster.run(2, "checkpoints:uninterrupted", kind="fsdp2", name=OPT)
     for found in cluster.run(2, "checkpoints:resume", kind="fsdp2", name=OPT, folder=str(tmp_path / "good")):
         assert found == expected
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+def test_state_dicts_have_pending_sums(cluster: Cluster, n_processes: int, is_full: bool) -> None:
+    differences = cluster.run(n_processes, "checkpoints:saved_sums", name=OPT, is_full=is_full)
+    assert differences == [0] * n_processes
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_a_process_group_is_borrowed_by_copies_and_refused_by_pickles(cluster: Cluster, n_processes: int) -> None:
+    for is_right, text in cluster.run(n_processes, "checkpoints:borrowed_group", name=OPT):
+        assert is_right
+        assert "process_group" in text
+        assert "state_dict()" in text
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+def test_whole_and_sharded_state_dicts_go_into_each_other(cluster: Cluster, n_processes: int) -> None:
+    assert cluster.run(n_processes, "checkpoints:whole_dicts", name=OPT) == [(0, True)] * n_processes

@@ -69,8 +69,9 @@ def test_a_scaled_run_is_pytorchs(name: str, backend: str | None, clip: bool, fu
         assert_same(found, expected, "grads")
 
 
+# The other backends leave gradients as they are: docs/compatibility.md.
 @each_name
-@each_backend
+@pytest.mark.parametrize("backend", [None, "native"])
 def test_gradients_after_a_step_that_unscales_are_pytorchs(name: str, backend: str | None) -> None:
     expected = train((torch.optim, {}), name, clip=False, fused=True)
     found = train((ours, {} if backend is None else {"backend": backend}), name, clip=False, fused=True)

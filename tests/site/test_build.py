@@ -1,5 +1,6 @@
 """The built site without a browser: its links, its order, its formulas, and nothing from outside."""
 
+import ast
 import json
 import re
 from html.parser import HTMLParser
@@ -97,9 +98,16 @@ def test_the_search_knows_what_the_reference_says_of_an_option(site: Path) -> No
     assert [e for e in entries if e["location"].startswith("reference/") and "max_grad_norm" in e["text"]]
 
 
+def exported(package: Path) -> list[str]:
+    """`__all__` of a package that may need triton to be imported."""
+    tree = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
+    values = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"]
+    return list(ast.literal_eval(values[0]))
+
+
 def test_the_reference_names_every_public_class_and_function(site: Path) -> None:
     from dragon.vm import testing
-    from dragon.vm.torch import optim
+    from dragon.vm.torch import creation, optim
 
     anchors = {
         anchor
@@ -108,4 +116,15 @@ def test_the_reference_names_every_public_class_and_function(site: Path) -> None
     }
     expected = {f"dragon.vm.torch.optim.{name}" for name in optim.__all__}
     expected |= {f"dragon.vm.testing.{name}" for name in testing.__all__ if callable(getattr(testing, name))}
+    expected |= {f"dragon.kernels.{name}" for name in exported(ROOT / "kernels")}
+    methods = {name for kind in optim.Adam.__mro__ if kind.__module__.startswith("dragon.") for name in vars(kind)}
+    expected |= {
+        f"dragon.vm.torch.optim.Optimizer.{name}" for name in methods if name[0] != "_" and name != "from_torch"
+    }
     assert expected - anchors == set()
+
+    def words(page: str) -> set[str]:
+        return set(re.findall(r"\w+", (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")))
+
+    assert set(testing.__all__) - words("testing.md") == set()
+    assert set(creation.NAMES) - words("torch.md") == set()

@@ -32,6 +32,8 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     """An optimizer that sums gradients over backward passes. Its state dicts have sums that no step has used."""
 
     _sums: GradientSums
+    # Between the check of a state dict and the end of its loading.
+    _restored_sums: dict[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     @_disable_dynamo
@@ -82,27 +84,30 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         Raises:
             ValueError: as PyTorch, and for missing or misshapen states. Nothing has changed then.
         """
-        saved = {key: entries[_SUM] for key, entries in state_dict["state"].items() if _has_sum(entries)}
-        if not saved:
+        handle = self.register_load_state_dict_pre_hook(_take_sums)
+        try:
             super().load_state_dict(state_dict)
-            return
-        states = {
-            key: {name: value for name, value in entries.items() if name != _SUM} if key in saved else entries
-            for key, entries in state_dict["state"].items()
-        }
-        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        super().load_state_dict({**state_dict, "state": {key: value for key, value in states.items() if value}})
-        self._sums.clear()
-        with torch.no_grad():
-            for key, param in zip(keys, self._all_params(), strict=True):
-                if key in saved:
-                    total = local(placed_like(param, saved[key].to(param.device)))
-                    self._sums.totals[param] = _as_sum(local(param), total)
-        self._sums.are_outside = True
+            if self._restored_sums:
+                self._sums.restore(self._restored_sums)
+        finally:
+            handle.remove()
+            self._restored_sums = None
 
 
-def _has_sum(entries: Any) -> bool:
-    return isinstance(entries, Mapping) and _SUM in entries
+def _take_sums(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """A hook before loading: keep the sums, and leave others the rest of the dict."""
+    state, saved_groups = state_dict["state"], state_dict["param_groups"]
+    saved = {key for key, entries in state.items() if isinstance(entries, Mapping) and _SUM in entries}
+    if not saved:
+        return None
+    keys = chain.from_iterable(group["params"] for group in saved_groups)
+    pairs = zip(keys, optimizer._all_params(), strict=False)
+    optimizer._restored_sums = {param: state[key][_SUM] for key, param in pairs if key in saved}
+    rest = {
+        key: {name: entries[name] for name in entries if name != _SUM} if key in saved else entries
+        for key, entries in state.items()
+    }
+    return {**state_dict, "state": {key: entries for key, entries in rest.items() if entries}}
 
 
 class GradientSums:
@@ -149,6 +154,14 @@ class GradientSums:
                 "sums of gradients from DDP's no_sync() cannot be saved: each process has a part of them. "
                 "Call step() first"
             )
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[Tensor, Tensor]) -> None:
+        """Take copies of saved sums, in the placements of their parameters."""
+        self.clear()
+        self.are_outside = True
+        for param, total in saved.items():
+            self.totals[param] = _as_sum(local(param), local(placed_like(param, total.to(param.device))))
 
     def clear(self) -> None:
         """Start anew."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +73,18 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def _follows_dragon(self, group: Group) -> bool:
         """Whether the parameters of a group are Dragon's own."""
         raise NotImplementedError
+
+    def _complete_groups(self, earlier: Sequence[Group]) -> None:
+        """Give loaded groups what they do not know, as earlier ones had it, and leave only options of groups."""
+        own = self._algorithm.own_defaults
+        for index, group in enumerate(self.param_groups):
+            old = earlier[index] if index < len(earlier) else {}
+            for name, default in self.defaults.items():
+                if name in old or name not in (*own, *Settings._fields):
+                    group.setdefault(name, old.get(name, default))
+            for name in Settings._fields:
+                group.pop(name, None)
+            self._drop_defaults(group, group)
 
     def _drop_defaults(self, group: Group, packed: Group) -> None:
         """Take own keys that mean what PyTorch does out of a group, or of what is saved of it."""
@@ -282,38 +294,3 @@ def _counter_device(
             in_parts=in_parts,
         )
     return step_device(param, backend, group)
-
-
-OptimizerT = TypeVar("OptimizerT", bound=CheckpointedOptimizer)
-
-
-def take_over(
-    make: Callable[..., OptimizerT],
-    original: torch.optim.Optimizer,
-    expected: type[torch.optim.Optimizer],
-    options: dict[str, Any],
-) -> OptimizerT:
-    """Make an optimizer of the same parameters in the same state.
-
-    Hyperparameters that are tensors are the original's own, so that whoever holds them still changes them; state
-    tensors are copies.
-
-    Args:
-        make: called with groups and keyword arguments.
-        original: left as it is; it is not to be used on the same parameters any more.
-        expected: class of the original.
-        options: keyword arguments that go before the original's defaults.
-
-    Raises:
-        TypeError: for an original of another class, and for a default that `make` does not know.
-        ValueError: for a state that does not fit.
-    """
-    if not isinstance(original, expected):
-        raise TypeError(
-            f"from_torch takes a torch.optim.{expected.__name__}, but got {torch.typename(original)}: "
-            "another algorithm's state means something else"
-        )
-    groups = [{**group, "params": list(group["params"])} for group in original.param_groups]
-    optimizer = make(groups, **{**original.defaults, **options})
-    optimizer.state.update(restored_states(optimizer, original.param_groups, original.state))
-    return optimizer

@@ -16,6 +16,7 @@ from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._groups.members import MemberReader, Members
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._plan.cache import N_LATEST
+from dragon.vm.torch.optim._plan.modes import undisturbed
 from dragon.vm.torch.optim._plan.updater import Updater
 
 # Enough elements for kernels to run at full speed, few enough that their gradients do not count.
@@ -77,14 +78,62 @@ class Bucket:
         """The parameters and their gradients."""
         return self._reader.read(self._groups)
 
-    @property
-    def are_distributed(self) -> bool:
-        """Whether some parameter was distributed when `members` was last called."""
-        return self._reader.are_distributed
-
     def begin(self) -> None:
         """Wait for all gradients anew."""
         self.waiting, self.is_done = set(self.ids), False
+
+
+class ScalerReport:
+    """What buckets found in gradients that are gone, for a `GradScaler` that checks those that are left.
+
+    Args:
+        scaler: whose scaled loss is differentiated; None for a loss that is not scaled.
+
+    Attributes:
+        scaler: as given.
+        kept: parameters whose gradients wait for the step.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        self.scaler = scaler
+        self.kept: Sequence[Tensor] = []
+        self._found_inf: list[Tensor] = []
+
+    def begin(self, kept: Sequence[Tensor]) -> None:
+        """Start a backward pass after which the gradients of these parameters are left."""
+        self.kept = kept
+        self._found_inf.clear()
+
+    def scaling(self, members: Members, agreed: Callable[[Tensor], Tensor] | None) -> Scaling:
+        """The scale of gradients, and whether some are infinite or NaN.
+
+        Args:
+            members: parameters that are about to be updated.
+            agreed: maps a finding to that of all processes; None if no other process has parts of the gradients.
+        """
+        if self.scaler is None or not self.scaler.is_enabled():
+            return Scaling()
+        device = members.shards[0].device
+        filled = [grad for grad in members.grads if grad is not None and grad.numel()]
+        found = torch.zeros(1, device=device)
+        if filled:
+            norms = torch.stack(torch._foreach_norm(filled, torch.inf))
+            found = torch.isfinite(norms).all().logical_not().float().reshape(1)
+        if agreed is not None:
+            found = agreed(found)
+        self._found_inf.append(found)
+        return Scaling(self.scaler.scale(torch.ones(1, device=device)), found)
+
+    @torch.no_grad()
+    def tell(self) -> None:
+        """Make a gradient that is left infinite if one that is gone was."""
+        grads = [local(param.grad) for param in self.kept if param.grad is not None] if self._found_inf else []
+        grad = next((each for each in grads if each.numel()), None)
+        if grad is not None:
+            element = grad[(0,) * grad.dim()]
+            for found in self._found_inf:
+                element.add_(torch.where(found.to(grad.device) > 0, torch.inf, 0.0).reshape(()))
+            self._found_inf.clear()
 
 
 class GradientRelease:
@@ -92,26 +141,20 @@ class GradientRelease:
 
     Args:
         update: a method that updates the parameters of a bucket. It is called on the thread and stream of the
-            backward pass.
+            backward pass, and asks for `scaling`.
         updater: of the optimizer.
         settings: of the optimizer.
     """
 
-    def __init__(
-        self, update: Callable[[Bucket, Members, Scaling], None], updater: Updater, settings: Settings
-    ) -> None:
+    def __init__(self, update: Callable[[Bucket], None], updater: Updater, settings: Settings) -> None:
         # The hooks must not keep the optimizer alive.
         self._update, self._updater, self._settings = weakref.WeakMethod(update), updater, settings
-        release = settings.release_gradients
-        self._scaler: torch.amp.GradScaler | None = None if release is True else release
+        self._report = ScalerReport(None if settings.release_gradients is True else settings.release_gradients)
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
         self._handles: list[Any] = []
-        weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, _remove, self._handles).atexit = False
         self._is_checked = False
-        # A scaler must find gradients to check: those of the last bucket wait for the step.
-        self._kept: Bucket | None = None
-        self._found_inf: list[Tensor] = []
         # One thread a device runs backward passes.
         self._lock = threading.RLock()
 
@@ -131,7 +174,7 @@ class GradientRelease:
             nbytes += size
         if chosen:
             self._close(chosen, len(groups))
-        self._kept = self._buckets[-1] if self._scaler is not None and self._buckets else None
+        self._report.begin(self._buckets[-1].params if self._buckets else [])
         self._bucket_of = {key: bucket for bucket in self._buckets for key in bucket.ids}
         reference = weakref.ref(self)
 
@@ -154,7 +197,7 @@ class GradientRelease:
         """Wait for the gradients of the next backward pass."""
         for bucket in self._buckets:
             bucket.begin()
-        self._found_inf.clear()
+        self._report.begin(self._report.kept)
 
     def check_scaling(self, scaling: Scaling) -> None:
         """Check at a step that the gradients were scaled as this object was told.
@@ -162,7 +205,7 @@ class GradientRelease:
         Raises:
             RuntimeError: if a `GradScaler` scaled them that it does not know.
         """
-        if self._scaler is None and scaling.grad_scale is not None:
+        if self._report.scaler is None and scaling.grad_scale is not None:
             raise RuntimeError(
                 "release_gradients=True has updated parameters from gradients that a GradScaler had scaled: "
                 "give release_gradients=scaler"
@@ -179,8 +222,8 @@ class GradientRelease:
                     "already. Call step() after each backward pass; gradients cannot be accumulated"
                 )
             bucket.waiting.discard(id(param))
-            if bucket is self._kept:
-                self._tell_scaler()
+            if self._report.scaler is not None and bucket is self._buckets[-1]:
+                self._report.tell()
             elif not bucket.waiting:
                 self._release(bucket)
 
@@ -197,41 +240,19 @@ class GradientRelease:
         update = self._update()
         if update is None:
             return
-        members = bucket.members()
-        update(bucket, members, self._scaling(bucket, members))
+        undisturbed(update, bucket)
         bucket.is_done = True
-        for param in members.params:
+        for param in bucket.params:
             param.grad = None
-        self._tell_scaler()
+        self._report.tell()
 
-    def _scaling(self, bucket: Bucket, members: Members) -> Scaling:
-        """The scale of the gradients, and whether some are infinite or NaN on any process."""
-        if self._scaler is None or not self._scaler.is_enabled():
-            return Scaling()
-        device = members.shards[0].device
-        scale = self._scaler.scale(torch.ones(1, device=device))
-        filled = [grad for grad in members.grads if grad is not None and grad.numel()]
-        found = torch.zeros(1, device=device)
-        if filled:
-            norms = torch.stack(torch._foreach_norm(filled, torch.inf))
-            found = torch.isfinite(norms).all().logical_not().float().reshape(1)
-        if bucket.are_distributed:
-            found = self._updater.agreed(members, self._settings, found, bucket.index)
-        self._found_inf.append(found)
-        return Scaling(scale, found)
+    def scaling(self, bucket: Bucket, members: Members) -> Scaling:
+        """The scale of the gradients of a bucket, and whether some are infinite or NaN on any process."""
 
-    @torch.no_grad()
-    def _tell_scaler(self) -> None:
-        """Make a gradient that waits for the step infinite if a released one was, for the scaler to find."""
-        if self._kept is None or not self._found_inf:
-            return
-        grads = [local(param.grad) for param in self._kept.params if param.grad is not None]
-        grad = next((each for each in grads if each.numel()), None)
-        if grad is not None:
-            element = grad[(0,) * grad.dim()]
-            for found in self._found_inf:
-                element.add_(torch.where(found.to(grad.device) > 0, torch.inf, 0.0).reshape(()))
-            self._found_inf.clear()
+        def agreed(found_inf: Tensor) -> Tensor:
+            return self._updater.agreed(members, self._settings, found_inf, bucket.index)
+
+        return self._report.scaling(members, agreed if members.are_distributed else None)
 
 
 def _remove(handles: list[Any]) -> None:

@@ -11,8 +11,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from dragon.vm.torch.optim._algorithms.adam import ADAM
-from dragon.vm.torch.optim._checkpoint import take_over
 from dragon.vm.torch.optim._options import given
+from dragon.vm.torch.optim._takeover import take_over
 from dragon.vm.torch.optim.optimizer import Optimizer
 
 StateDtypes = torch.dtype | str | Mapping[str, torch.dtype | str | None] | None

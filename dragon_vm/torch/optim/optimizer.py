@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
-from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._accumulate import GradientSums
@@ -19,22 +17,21 @@ from dragon.vm.torch.optim._averages import exchanged
 from dragon.vm.torch.optim._distributed.handles import borrowed, returned
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._distributed.owners import check_accumulated
-from dragon.vm.torch.optim._distributed.shards import local
-from dragon.vm.torch.optim._gradients.scaling import Scaling, handed_over
-from dragon.vm.torch.optim._gradients.zeroing import zero_all, zero_or_remove
+from dragon.vm.torch.optim._gradients.scaling import handed_over
+from dragon.vm.torch.optim._gradients.zeroing import is_dragon, zero_or_remove
 from dragon.vm.torch.optim._graphs.capture import check_capture, is_capturing
 from dragon.vm.torch.optim._graphs.live import make_live
 from dragon.vm.torch.optim._groups.buffers import make_buffers
-from dragon.vm.torch.optim._groups.checks import check_memory, check_param, has_memory, labels
+from dragon.vm.torch.optim._groups.checks import check_param, check_trained
 from dragon.vm.torch.optim._groups.eligibility import check_backend
-from dragon.vm.torch.optim._groups.members import MemberReader, Members
+from dragon.vm.torch.optim._groups.members import MemberReader
 from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._groups.storage import check_storage
 from dragon.vm.torch.optim._options import Settings, check_common, own_tensors, read_settings
+from dragon.vm.torch.optim._plan.modes import undisturbed
 from dragon.vm.torch.optim._plan.updater import Updater
 from dragon.vm.torch.optim._release import Bucket, GradientRelease, check_release
 from dragon.vm.torch.optim._storage import StoringOptimizer
-from dragon.vm.torch.tensor_type import Tensor as DragonTensor
 
 
 class Optimizer(StoringOptimizer):
@@ -77,9 +74,7 @@ class Optimizer(StoringOptimizer):
 
     def _check_params(self, groups: list[dict[str, Any]]) -> None:
         """Check the memory of trained parameters, that of others at their first step, and what sharding allows."""
-        params = list(chain.from_iterable(group["params"] for group in groups))
-        trained = [i for i, param in enumerate(params) if param.requires_grad and has_memory(local(param))]
-        check_memory([local(params[i]) for i in trained], lambda: [labels(groups)[i] for i in trained])
+        check_trained(groups)
         check_sharding(self.param_groups, self._settings)
         check_release(self.param_groups, self._settings)
 
@@ -95,9 +90,7 @@ class Optimizer(StoringOptimizer):
 
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
         if self._settings.flatten:
-            for group in groups:
-                if not group.get("clip_norm"):
-                    self._buffers += without_torch_function(make_buffers, (), (group["params"],), {})
+            self._buffers += without_torch_function(make_buffers, (), (groups,), {})
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -143,13 +136,11 @@ class Optimizer(StoringOptimizer):
         self._drop_defaults(group, group)
 
     def _follows_dragon(self, group: Mapping[str, Any]) -> bool:
-        return bool(group["params"]) and all(map(_is_dragon, group["params"]))
+        return bool(group["params"]) and all(map(is_dragon, group["params"]))
 
     def _publish(self, group: dict[str, Any]) -> None:
         """Upload a live group's hyperparameters to wherever steps, captured ones too, read them."""
-        for index, member in enumerate(self.param_groups):
-            if member is group:
-                self._updater.publish(index, group, self.defaults, self._settings)
+        self._updater.publish(self.param_groups, group, self.defaults, self._settings)
 
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
         """Update all parameter groups using gradients.
@@ -164,9 +155,7 @@ class Optimizer(StoringOptimizer):
         loss = None
         if closure is not None:
             if self._release is not None:
-                raise RuntimeError(
-                    "step() takes no closure with release_gradients: it would update in each backward"
-                )
+                raise RuntimeError("release_gradients updates in each backward pass: step() takes no closure then")
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_dynamo_compiling():
@@ -177,51 +166,35 @@ class Optimizer(StoringOptimizer):
         return loss
 
     def _step(self, zero_grad: bool) -> None:
-        """Step with gradients off and subclasses' `__torch_function__` off, and leave both as they were."""
-        enabled = torch.is_grad_enabled()
-        try:
-            try:
-                set_grad_enabled(enabled and bool(self.defaults["differentiable"]))
-                without_torch_function(self._update, (), (zero_grad,), {})
-            finally:
-                set_grad_enabled(enabled)
-        finally:
-            # Once more: an interrupt may have hit the line above.
-            set_grad_enabled(enabled)
+        undisturbed(self._update, zero_grad, with_grad=bool(self.defaults["differentiable"]))
 
     _step_undisturbed = _disable_dynamo(_step)
 
     def _update(self, zero_grad: bool) -> None:
-        groups = self._read_groups()
+        groups, settings = self._read_groups(), self._settings
         members = self._members.read(self.param_groups)
-        grads, scaling = members.grads, handed_over(self)
+        scaling = handed_over(self)
         if self._release is not None:
             self._release.check_scaling(scaling)
             self._release.begin()
-        summed = bool(self._sums) and not (not self.state and is_state_asked_for())
+        # A step that is to create states uses no sum up.
+        summed = bool(self._sums) and (bool(self.state) or not is_state_asked_for())
         if summed:
             self._sums.reduce()
-            grads = self._sums.added_to(members.params, grads)
-        has_grads = any(grad is not None for grad in grads)
+            members = members._replace(grads=self._sums.added_to(members.params, members.grads))
+        has_grads = any(grad is not None for grad in members.grads)
         if is_capturing():
-            check_capture(type(self).__name__, groups, self._settings.backend, has_grads, self._sums.are_outside)
-        if not has_grads and self._members.are_distributed:
+            check_capture(type(self).__name__, groups, settings.backend, has_grads, self._sums.are_outside)
+        if not has_grads and members.are_distributed:
             check_accumulated(members.params)
         self._updater.update(
-            members,
-            grads,
-            self.state,
-            self._settings,
-            scaling,
-            zero_grad=zero_grad and not summed,
-            are_own=not summed,
-            are_distributed=self._members.are_distributed,
+            members, self.param_groups, self.state, settings, scaling, zero_grad=zero_grad, are_own=not summed
         )
         if summed:
             self._sums.clear()
             if zero_grad:
                 # The step read the sums: the gradients that came after them are apart.
-                zero_all([local(param.grad) for param in members.params if param.grad is not None])
+                zero_or_remove(members.params, False)
 
     def _read_groups(self) -> list[dict[str, Any]]:
         if self._originals:
@@ -230,17 +203,18 @@ class Optimizer(StoringOptimizer):
         self._widen_bounds()
         return self._updater.read(self.param_groups, self.defaults)
 
-    def _update_bucket(self, bucket: Bucket, members: Members, scaling: Scaling) -> None:
+    def _update_bucket(self, bucket: Bucket) -> None:
         """Update some parameters in a backward pass."""
+        assert self._release is not None
         self._read_groups()
+        members = bucket.members()
         self._updater.update(
             members,
-            members.grads,
+            self.param_groups,
             self.state,
             self._settings,
-            scaling,
+            self._release.scaling(bucket, members),
             zero_grad=False,
-            are_distributed=bucket.are_distributed,
             part=bucket.index,
         )
 
@@ -257,8 +231,7 @@ class Optimizer(StoringOptimizer):
     def _zero_grad(self, set_to_none: bool | None) -> None:
         if self._release is not None:
             self._release.begin()
-        is_removed = _is_not_dragon if set_to_none is None else lambda param: bool(set_to_none)
-        zero_or_remove(self._all_params(), is_removed)
+        zero_or_remove(self._all_params(), set_to_none)
 
     def swap_ema(self) -> AbstractContextManager[None]:
         """Exchange the parameters with their exponential moving averages inside a ``with`` block.
@@ -303,32 +276,13 @@ class Optimizer(StoringOptimizer):
             self._plans.forget()
             self._updater.masters.forget()
         self._is_built = True
-        state = dict(state)
         if "_settings" in state:
-            state["_settings"] = Settings(**returned(state["_settings"]))
-            state["defaults"] = returned(state["defaults"])
-            self._updater.n_skipped = state.pop("_n_skipped")
+            settings, self._updater.n_skipped = Settings(**returned(state["_settings"])), state["_n_skipped"]
+            state = {**state, "_settings": settings, "defaults": returned(state["defaults"])}
         torch.optim.Optimizer.__setstate__(self, state)
         self.state.update(self._restored or {})
-        for index, group in enumerate(self.param_groups):
-            old = earlier[index] if index < len(earlier) else {}
-            own = self._algorithm.own_defaults
-            for name in self.defaults:
-                if name in old or name not in (*own, *Settings._fields):
-                    group.setdefault(name, old.get(name, self.defaults[name]))
-            for name in Settings._fields:
-                group.pop(name, None)
-            self._drop_defaults(group, group)
+        self._complete_groups(earlier)
         make_live(self.param_groups, self._publish)
         if is_copy:
             self._make_buffers(self.param_groups)
             self._watch()
-
-
-def _is_dragon(param: Tensor) -> bool:
-    """Whether a parameter is one of Dragon's own; `isinstance` says so of every tensor."""
-    return DragonTensor in type(param).__mro__
-
-
-def _is_not_dragon(param: Tensor) -> bool:
-    return not _is_dragon(param)

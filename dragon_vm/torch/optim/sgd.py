@@ -10,8 +10,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from dragon.vm.torch.optim._algorithms.sgd import SGD as ALGORITHM
-from dragon.vm.torch.optim._checkpoint import take_over
 from dragon.vm.torch.optim._options import given
+from dragon.vm.torch.optim._takeover import take_over
 from dragon.vm.torch.optim.optimizer import Optimizer
 
 
@@ -71,8 +71,8 @@ class SGD(Optimizer, torch.optim.SGD):
         release_gradients: bool | torch.amp.GradScaler = False,
     ) -> None:
         # The update draws no random bits: it need not count steps.
-        own = {"stochastic_rounding": False, "rounding_seed": 0}
-        Optimizer.__init__(self, params, {**given(locals()), **own})
+        options = given(locals())
+        Optimizer.__init__(self, params, {**options, "stochastic_rounding": False, "rounding_seed": 0})
 
     @classmethod
     def from_torch(cls, optimizer: torch.optim.Optimizer, **options: Any) -> Self:

@@ -175,7 +175,7 @@ def test_an_integer_parameter_that_gets_a_gradient_later_is_refused_then():
     optimizer = Adam([frozen, trained])
     trained.grad, before = torch.ones_like(trained), trained.detach().clone()
     frozen.grad = torch.ones(2, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="params must be floating point or complex, but got one of torch.uint8"):
+    with pytest.raises(ValueError, match=r"params must be floating point or complex, but got one of torch\.uint8"):
         optimizer.step()
     assert torch.equal(trained, before)
     assert not optimizer.state

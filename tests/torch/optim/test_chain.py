@@ -19,8 +19,7 @@ from .support import BACKENDS, everything, home, numbers, parameters, patient
 
 # One more rounding of the gradient than a step without a chain: its factor is a number of fp32.
 BUDGET = Budget(param=4, exp_avg=4, exp_avg_sq=8, max_exp_avg_sq=8)
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
-NON_FINITE = (math.inf, -math.inf, math.nan)
+each_backend, NON_FINITE = pytest.mark.parametrize("backend", BACKENDS), (math.inf, -math.inf, math.nan)
 
 
 @dataclass(frozen=True)

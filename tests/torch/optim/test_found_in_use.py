@@ -61,7 +61,9 @@ def test_foreign_string_keys_of_the_state_are_kept_and_saved(first: bool, backen
 @each_backend
 @pytest.mark.parametrize("algorithm", [Adam, SGD])
 @pytest.mark.parametrize("kind", [np.array, np.float32, np.float64, torch.tensor])
-def test_a_rate_of_one_number_is_read_at_each_step_whatever_holds_it(kind: Any, algorithm: Any, backend: str) -> None:
+def test_a_rate_of_one_number_is_read_at_each_step_whatever_holds_it(
+    kind: Any, algorithm: Any, backend: str
+) -> None:
     param, plain = one(backend), one(backend)
     optimizer, expected = (algorithm([p], lr=0.5, backend=backend) for p in (param, plain))
     held = optimizer.param_groups[0]["lr"] = kind(0.5)

@@ -103,12 +103,16 @@ def partial_step(backend: str, **options: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def no_garbage_collection() -> Iterator[None]:
-    """Callbacks of weak references run when garbage is collected; Python reports their exceptions, and goes on."""
+def undisturbed() -> Iterator[None]:
+    """No garbage is collected, and no mode of a failed test stays.
+
+    Callbacks of weak references run when garbage is collected; Python reports their exceptions, and goes on.
+    """
     gc.collect()
     gc.disable()
     yield
     gc.enable()
+    torch.set_grad_enabled(True)
 
 
 SITUATIONS = [first_step, later_step, partial_step]

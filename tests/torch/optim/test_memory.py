@@ -1,4 +1,4 @@
-"""An optimizer holds no tensor of the user's: what is taken away is freed at once, and each state is saved alone."""
+"""An optimizer holds no tensor of the user's: what is taken away is freed, and each state is saved alone."""
 
 import copy
 import gc

@@ -64,7 +64,9 @@ def test_all_options_are_defaults_and_settings_stand_in_no_group(algorithm):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_groups_and_defaults_build_the_same_optimizer(algorithm):
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
-    first = algorithm([{"params": params[:1], "lr": 0.5}, {"params": params[1:]}], max_grad_norm=2.0, backend="eager")
+    first = algorithm(
+        [{"params": params[:1], "lr": 0.5}, {"params": params[1:]}], max_grad_norm=2.0, backend="eager"
+    )
     second = type(first)(first.param_groups, **first.defaults)
     assert second.defaults == first.defaults
     assert second.param_groups == first.param_groups

@@ -98,7 +98,7 @@ def process():
         "anomaly": torch.is_anomaly_enabled(),
         "torch function": torch._C._is_torch_function_enabled(),
         "torch's random numbers": torch.get_rng_state().tolist(),
-        "numpy's random numbers": str(np.random.get_state()),  # noqa: NPY002  # the global ones
+        "numpy's random numbers": str(np.random.get_state()),
         "python's random numbers": random.getstate(),
         "warnings": list(warnings.filters),
         "environment": dict(os.environ),

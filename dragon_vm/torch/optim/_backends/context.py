@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,21 @@ from torch import Tensor
 from dragon.kernels import table
 
 
+class Hardware(NamedTuple):
+    """What launches are for: name, architecture as triton names it, multiprocessors, threads of a warp."""
+
+    name: str
+    arch: str
+    n_processors: int
+    warp_size: int
+
+
 class DeviceContext:
     """What all plans of one optimizer on one device share.
 
     Attributes:
         status: float64 [STATUS_COLUMNS], written by the kernels and read only on request.
+        hardware: what is launched for.
         one, zero: fp32 [1], the grad_scale and found_inf of a step without a scaler.
     """
 
@@ -25,7 +35,7 @@ class DeviceContext:
         self.spare_status = torch.zeros_like(self.status)
         self.one = torch.ones(1, dtype=torch.float32, device=device)
         self.zero = torch.zeros(1, dtype=torch.float32, device=device)
-        self.name, self.arch, self.n_processors, self.warp_size = _describe(device)
+        self.hardware = describe(device)
         self._module: Any = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
         self._last: torch.cuda.Event | None = None
         self._stream = self.stream()
@@ -95,10 +105,10 @@ class DeviceContext:
         return partials
 
 
-def _describe(device: torch.device) -> tuple[str, str, int, int]:
-    """Name, architecture as triton names it, multiprocessors, and threads of a warp."""
+def describe(device: torch.device) -> Hardware:
+    """What launches on a device are for."""
     if device.type != "cuda":
-        return device.type, device.type, 1, 32
+        return Hardware(device.type, device.type, 1, 32)
     properties = torch.cuda.get_device_properties(device)
     arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"{properties.major}{properties.minor}"
-    return properties.name, arch, properties.multi_processor_count, properties.warp_size
+    return Hardware(properties.name, arch, properties.multi_processor_count, properties.warp_size)

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 try:
-    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # it has no types
 except ImportError:  # small tensors then take as long as with PyTorch
     ThreadpoolController = None
 

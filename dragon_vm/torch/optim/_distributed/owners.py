@@ -11,13 +11,17 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 
 def instances(module: str, name: str) -> Iterator[Any]:
-    """All objects of exactly one class, if the module that defines it is imported."""
+    """All objects of exactly one class, if its module is imported and there is a process group.
+
+    FSDP2 and FSDP1 keep gathered parameters with one process too.
+    """
     found = getattr(sys.modules.get(module), name, None)
-    if found is not None:
+    if found is not None and dist.is_available() and dist.is_initialized():
         yield from [each for each in gc.get_objects() if type(each) is found]
 
 
@@ -59,10 +63,9 @@ class Replicas:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         wanted = set(map(id, params))
+        modules = instances("torch.nn.parallel.distributed", "DistributedDataParallel") if wanted else ()
         self._modules = [
-            weakref.ref(module)
-            for module in instances("torch.nn.parallel.distributed", "DistributedDataParallel")
-            if any(id(param) in wanted for param in module.parameters())
+            weakref.ref(module) for module in modules if any(id(param) in wanted for param in module.parameters())
         ]
 
     def __bool__(self) -> bool:

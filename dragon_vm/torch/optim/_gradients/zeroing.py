@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.tensor_type import Tensor as DragonTensor
 
 
 def detach_all(grads: Sequence[Tensor]) -> None:
@@ -35,18 +36,23 @@ def zero_all(grads: Sequence[Tensor]) -> None:
         torch._foreach_zero_(strided)
 
 
-def zero_or_remove(params: Iterable[Tensor], is_removed: Callable[[Tensor], bool]) -> None:
-    """Remove the gradients of some parameters, and set the others' to zero.
+def is_dragon(param: Tensor) -> bool:
+    """Whether a parameter is one of Dragon's own; `isinstance` says so of every tensor."""
+    return DragonTensor in type(param).__mro__
+
+
+def zero_or_remove(params: Iterable[Tensor], set_to_none: bool | None) -> None:
+    """Set the gradients of parameters to zero, or remove them.
 
     Args:
         params: parameters, with a gradient or not.
-        is_removed: whether a parameter's gradient is removed.
+        set_to_none: remove them. None decides by each parameter: gradients of Dragon's own are zeroed.
     """
     zeroed = []
     for param in params:
         if param.grad is None:
             continue
-        if is_removed(param):
+        if set_to_none or (set_to_none is None and not is_dragon(param)):
             param.grad = None
         else:
             zeroed.append(local(param.grad))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,14 +125,19 @@ class FlatBuffer:
         return flat
 
 
-def make_buffers(params: Sequence[Tensor]) -> list[FlatBuffer]:
-    """Move the trained parameters of one group into flat buffers, one for each device and dtype.
+def make_buffers(groups: Iterable[Mapping[str, Any]]) -> list[FlatBuffer]:
+    """Move the trained parameters of each group into flat buffers, one for each device and dtype.
 
-    Those that are not dense, or that have no memory of their own, stay where they are.
+    Those that are not dense, or that have no memory of their own, stay where they are. A group with `clip_norm`
+    has no buffers: each of its gradients is clipped on its own.
 
     Raises:
         ValueError: for a parameter in shared memory, which a move would take out of it.
     """
+    return [buffer for group in groups if not group.get("clip_norm") for buffer in _buffers_of(group["params"])]
+
+
+def _buffers_of(params: Sequence[Tensor]) -> list[FlatBuffer]:
     members: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for param in params:
         if not (param.requires_grad and param.numel() and has_memory(param) and is_dense(param)):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._groups.layout import overlapping_pair
 from dragon.vm.torch.optim._groups.members import has_own_memory
 
@@ -99,6 +101,17 @@ def check_memory(params: Sequence[Tensor], names: Callable[[], Sequence[str]]) -
         f"params must not share memory, but {called[first]} and {called[second]} do: their elements would be "
         "updated twice a step. PyTorch only warns of it; give each parameter once"
     )
+
+
+def check_trained(groups: Sequence[Group]) -> None:
+    """Check that no two trained parameters of these groups share memory.
+
+    Raises:
+        ValueError: as `check_memory`.
+    """
+    params = list(chain.from_iterable(group["params"] for group in groups))
+    trained = [i for i, param in enumerate(params) if param.requires_grad and has_memory(local(param))]
+    check_memory([local(params[i]) for i in trained], lambda: [labels(groups)[i] for i in trained])
 
 
 def has_memory(param: Tensor) -> bool:

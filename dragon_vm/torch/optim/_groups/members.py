@@ -27,12 +27,14 @@ class Members(NamedTuple):
         lengths: number of parameters of each group.
         shards: for each parameter the tensor that this process updates; the very list if none is distributed.
         grads: for each its gradient, or this process's shard of it, ready for use; None where it is missing.
+        are_distributed: whether some parameter is distributed.
     """
 
     params: list[Tensor]
     lengths: list[int]
     shards: list[Tensor]
     grads: list[Any]
+    are_distributed: bool
 
     def group_index(self) -> list[int]:
         """For each parameter, the index of its group."""
@@ -40,16 +42,12 @@ class Members(NamedTuple):
 
 
 class MemberReader:
-    """Reads the members of an optimizer from its groups. It keeps the types of parameters, and no parameter.
-
-    Attributes:
-        are_distributed: whether some parameter was distributed at the last reading.
-    """
+    """Reads the members of an optimizer from its groups. It keeps the types of parameters, and no parameter."""
 
     def __init__(self) -> None:
         self._types: list[type] = []
         self._placements = GradientPlacements([])
-        self.are_distributed = False
+        self._are_distributed = False
 
     def read(self, groups: Sequence[dict[str, Any]]) -> Members:
         """Gather parameters and gradients.
@@ -62,9 +60,10 @@ class MemberReader:
         types = list(map(type, params))
         if types != self._types:
             self._types, self._placements = types, GradientPlacements(params)
-            self.are_distributed = any(map(is_distributed_type, set(types)))
-        grads = list(self._placements.shards(params, list(map(_grad_of, params))))
-        return Members(params, list(map(len, lists)), locals_of(params) if self.are_distributed else params, grads)
+            self._are_distributed = any(map(is_distributed_type, set(types)))
+        grads: Any = self._placements.shards(params, list(map(_grad_of, params)))
+        shards = locals_of(params) if self._are_distributed else params
+        return Members(params, list(map(len, lists)), shards, grads, self._are_distributed)
 
 
 def has_own_memory(kind: type) -> bool:

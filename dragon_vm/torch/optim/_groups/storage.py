@@ -108,10 +108,8 @@ def first_index(param: Any) -> int:
     """
     if not is_distributed(param) or not rows_are_outermost(param):
         return 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape = param.shape
-    _, offsets = compute_local_shape_and_global_offset(shape, param.device_mesh, param.placements)
+    shape, (chunk,) = param.shape, param.__create_chunk_list__()
+    offsets = chunk.offsets
     return sum(offset * shape[dim + 1 :].numel() for dim, offset in enumerate(offsets))
 
 

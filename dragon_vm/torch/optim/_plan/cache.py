@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._graphs.capture import check_live, is_capturing
 from dragon.vm.torch.optim._groups.members import Members
@@ -39,7 +40,7 @@ class PlanCache:
         self.n_kept = N_LATEST
         self._latest: dict[Hashable, StepPlan] = {}
         # Their tables are read by graphs: they stay, whatever becomes of the latest.
-        self._captured: list[StepPlan] = []
+        self._captured: list[tuple[StepPlan, Gathered]] = []
 
     def __len__(self) -> int:
         return len(self._latest)
@@ -48,19 +49,21 @@ class PlanCache:
         """The kept plans, the last one used at the end."""
         return list(self._latest.values())
 
+    @property
+    def are_captured(self) -> bool:
+        """Whether a graph was captured of some plan."""
+        return bool(self._captured)
+
     def forget(self) -> None:
         """Prepare every step anew from here on."""
         self._latest.clear()
 
-    def find(
-        self, recipe: Recipe, members: Members, grads: list[Any], key: tuple[Hashable, ...], zero_grad: bool
-    ) -> Found | None:
+    def find(self, recipe: Recipe, members: Members, key: tuple[Hashable, ...], zero_grad: bool) -> Found | None:
         """The plan of a step, prepared if need be; None if no parameter has a gradient.
 
         Args:
             recipe: what the optimizer is.
-            members: its parameters.
-            grads: for each its gradient; None where it is missing.
+            members: its parameters, and what they are updated from.
             key: what plans differ by, beside the parameters that have a gradient.
             zero_grad: set the gradients to zero as well.
 
@@ -69,7 +72,7 @@ class PlanCache:
             ValueError: as `prepare`.
         """
         # The usual case first: all parameters have a gradient. One that is missing fails the guard.
-        params, shards = members.params, members.shards
+        params, shards, grads = members.params, members.shards, members.grads
         plan = self._latest.get(key)
         tensors = plan.gather(recipe.state, params, shards, grads) if plan else None
         if plan and tensors:
@@ -110,24 +113,31 @@ class PlanCache:
         plan = StepPlan(recipe, prepared, zero_grad)
         return plan, plan.gather_anew(recipe.state, prepared)
 
-    def capture(self, plan: StepPlan, settings: Settings) -> None:
-        """Keep a plan for the graph that is being captured of it.
+    def capture(self, plan: StepPlan, tensors: Gathered, settings: Settings) -> None:
+        """Keep a plan, and the tensors that the graph will read and write, for a graph that is being captured.
 
         Raises:
             RuntimeError: as `StepPlan.check_capture`.
         """
         plan.check_capture(settings)
-        if plan not in self._captured:
-            self._captured.append(plan)
+        self._captured.append((plan, tensors))
 
-    def publish(self, index: int, group: dict[str, Any], settings: Settings) -> None:
+    def publish(
+        self, live: dict[str, Any], group: dict[str, Any], algorithm: Algorithm, settings: Settings
+    ) -> None:
         """Upload a group's hyperparameters to wherever kernels read them, in stream order.
+
+        Args:
+            live: the group.
+            group: the same with all options.
+            algorithm: what is computed.
+            settings: of the optimizer.
 
         Raises:
             RuntimeError: within a capture, for a graph would repeat the upload; once there are graphs, for a
                 tensor that they would not see change.
         """
-        plans = {id(plan): plan for plan in (*self._latest.values(), *self._captured)}
+        plans = {id(plan): plan for plan in (*self._latest.values(), *(plan for plan, _ in self._captured))}
         if plans and is_capturing():
             raise RuntimeError(
                 "a hyperparameter cannot change within a capture: set it before, or between replays"
@@ -135,4 +145,4 @@ class PlanCache:
         if self._captured:
             check_live(group)
         for plan in plans.values():
-            plan.publish(index, group, settings)
+            plan.publish(live, group, algorithm, settings)

@@ -5,6 +5,7 @@ A guard holds no tensor. Another tensor at the same address in the same layout i
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter
@@ -57,7 +58,8 @@ def _layouts(tensors: Sequence[Tensor]) -> list[list[object]]:
 class Guard:
     """Compares the tensors of a step with those that a plan was made for: layouts, and addresses but of gradients.
 
-    The layouts of states are compared once their objects are others: nothing else changes what lies at an address.
+    The layouts of states are compared once their objects are others, and so are the addresses of step counters.
+    Weak references tell whether an object has gone, whose identity another may have taken.
 
     Args:
         grads: gradients, which may lie elsewhere at each step.
@@ -68,29 +70,39 @@ class Guard:
     def __init__(
         self, grads: Sequence[Tensor], params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]
     ) -> None:
-        self._layouts, self._state_layouts = LayoutGuard([*grads, *params]), LayoutGuard(list(_moments(states)))
-        self._addresses = addresses_of(chain(params, *states.values()))
-        self._state_ids = list(map(id, _moments(states)))
+        self._layouts = LayoutGuard([*grads, *params])
+        self._state_layouts = LayoutGuard(list(chain(*states.values())))
+        self._addresses = addresses_of(chain(params, *_moments(states)))
+        self._counter_addresses = addresses_of(states.get("step", ()))
+        self._identify(states)
+
+    def _identify(self, states: Mapping[str, Sequence[Tensor]]) -> None:
+        self._gone: list[weakref.ref[Tensor]] = []
+        # The callback runs no Python code, in which an interrupt could be lost.
+        self._references = [weakref.ref(tensor, self._gone.append) for tensor in chain(*states.values())]
+        self._ids = list(map(id, chain(*states.values())))
 
     def check(
         self, grads: Sequence[Tensor], params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]
     ) -> list[int] | None:
         """The addresses of the gradients if all is as it was, else None. There are as many tensors as then."""
         addresses = addresses_of(grads)
-        if addresses_of(chain(params, *states.values())) != self._addresses:
+        if addresses_of(chain(params, *_moments(states))) != self._addresses:
             return None
         if not self._layouts.check(*grads, *params):
             return None
-        if (ids := list(map(id, _moments(states)))) != self._state_ids:
-            if not self._state_layouts.check(*_moments(states)):
+        if self._gone or list(map(id, chain(*states.values()))) != self._ids:
+            if addresses_of(states.get("step", ())) != self._counter_addresses:
                 return None
-            self._state_ids = ids
+            if not self._state_layouts.check(*chain(*states.values())):
+                return None
+            self._identify(states)
         return addresses
 
 
-def _moments(states: Mapping[str, Sequence[Tensor]]) -> Iterator[Tensor]:
-    """All state tensors but the step counters, whose layout is known."""
-    return chain.from_iterable(column for key, column in states.items() if key != "step")
+def _moments(states: Mapping[str, Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
+    """All state tensors but the step counters, by name."""
+    return (column for key, column in states.items() if key != "step")
 
 
 def addresses_of(tensors: Iterable[Tensor]) -> list[int]:

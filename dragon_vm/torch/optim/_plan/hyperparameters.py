@@ -31,7 +31,7 @@ class Hyperparameters:
         structure_of: maps a group to what decides which tensors and kernels take part.
 
     Attributes:
-        groups: the groups, with all options.
+        groups: the groups with all options, without their parameters.
         version: a number that is new after each change.
         structure: likewise, of the structure of some group.
     """
@@ -62,7 +62,11 @@ class Hyperparameters:
             values = list(map(by_value, values))
         if values == self._values and len(groups) == len(self.groups):
             return
-        complete_groups = [complete(group, self._own) for group in groups]
+        # Without the parameters: what is taken out of a group must not stay here.
+        complete_groups = [
+            complete({key: value for key, value in group.items() if key != "params"}, self._own)
+            for group in groups
+        ]
         for group in complete_groups:
             _check_numbers(group)
         structures = list(map(self._structure_of, complete_groups))

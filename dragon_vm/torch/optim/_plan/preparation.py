@@ -19,21 +19,8 @@ from dragon.vm.torch.optim._groups.layout import is_dense, same_walk
 from dragon.vm.torch.optim._groups.members import has_own_memory
 from dragon.vm.torch.optim._groups.states import missing_states, settled_entries
 from dragon.vm.torch.optim._groups.storage import first_index, kept_format, storage_of, stored_entries
+from dragon.vm.torch.optim._plan.joining import Joined, join, part_counters
 from dragon.vm.torch.optim._plan.recipe import Recipe
-
-
-class Joined(NamedTuple):
-    """The parameters of a flat buffer, which are updated as one entry.
-
-    Attributes:
-        buffer: the buffer.
-        positions: of its parameters among all gathered.
-        group_index: of the parameter group.
-    """
-
-    buffer: FlatBuffer
-    positions: list[int]
-    group_index: int
 
 
 class Prepared(NamedTuple):
@@ -90,29 +77,21 @@ def prepare(
     check_grads(shards, grads, recipe.owner)
     solid = [i for i, (shard, grad) in enumerate(zip(shards, grads, strict=True)) if _has_memory(shard, grad)]
     check_memory(
-        [shards[i] for i in solid], lambda: [labels(recipe.groups)[among_all[position]] for position in solid]
+        [shards[i] for i in solid],
+        lambda: [labels(recipe.param_groups)[among_all[position]] for position in solid],
     )
     states, signatures = _with_states(recipe, params, shards, grads, group_index)
-    joined, parted = _joined(recipe, params, shards, grads, group_index, states, signatures)
+    joined, parted = join(recipe, shards, grads, group_index, states, signatures)
     inside = {position for member in joined for position in member.positions}
     outside = [states[i] for i in range(len(params)) if i not in inside]
-    _part_counters(outside)
+    part_counters(outside)
+    if parted and recipe.are_captured:
+        raise RuntimeError(
+            "with flatten=True a step needs all parameters of a buffer once a graph was captured: its replays "
+            "count their steps together. Give each a gradient, or leave flatten=False"
+        )
     # Everything is checked: from here on things change.
-    for param, state in zip(params, states, strict=True):
-        if state:
-            held = recipe.state[param]
-            held.update(state)
-            for key in held.keys() - state.keys():
-                del held[key]
-    if parted:
-        together = {id(member.buffer.state.get("step")) for member in joined}
-        every = [state for state in recipe.state.values() if isinstance(state, dict)]
-        _part_counters([state for state in every if id(state.get("step")) not in together])
-        for param, state in zip(params, states, strict=True):
-            if state:
-                state.update(recipe.state[param])
-    for buffer in parted:
-        recipe.buffers.remove(buffer)
+    _commit(recipe, params, states, joined, parted)
     entries, chosen_signatures = [], []
     for i in range(len(params)):
         if i not in inside:
@@ -136,6 +115,31 @@ def prepare(
         any(map(is_distributed, params)),
         len(solid) < len(params),
     )
+
+
+def _commit(
+    recipe: Recipe,
+    params: Sequence[Tensor],
+    states: Sequence[State],
+    joined: Sequence[Joined],
+    parted: Sequence[FlatBuffer],
+) -> None:
+    """Give the optimizer the states, and take the buffers out whose parameters part."""
+    for param, state in zip(params, states, strict=True):
+        if state:
+            held = recipe.state[param]
+            held.update(state)
+            for key in held.keys() - state.keys():
+                del held[key]
+    if parted:
+        together = {id(member.buffer.state.get("step")) for member in joined}
+        every = [state for state in recipe.state.values() if isinstance(state, dict)]
+        part_counters([state for state in every if id(state.get("step")) not in together])
+        for param, state in zip(params, states, strict=True):
+            if state:
+                state.update(recipe.state[param])
+    for buffer in parted:
+        recipe.buffers.remove(buffer)
 
 
 def _has_memory(shard: Tensor, grad: Tensor) -> bool:
@@ -222,74 +226,13 @@ def _give_streams(
     new = [i for i, signature in enumerate(signatures) if signature.is_stochastic and "stream" not in states[i]]
     if not new:
         return
-    every = chain.from_iterable(group["params"] for group in recipe.groups)
+    every = chain.from_iterable(group["params"] for group in recipe.param_groups)
     positions = {id(param): position for position, param in enumerate(every)}
-    taken = {entries["stream"] for entries in recipe.state.values() if "stream" in entries}
+    taken = {held["stream"] for held in recipe.state.values() if isinstance(held, dict) and "stream" in held}
     for i in new:
         stream = positions[id(params[i])]
         states[i]["stream"] = 1 + max(taken) if stream in taken else stream
         taken.add(states[i]["stream"])
-
-
-def _joined(
-    recipe: Recipe,
-    params: Sequence[Tensor],
-    shards: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    group_index: Sequence[int],
-    states: Sequence[State],
-    signatures: Sequence[Signature],
-) -> tuple[list[Joined], list[FlatBuffer]]:
-    """Buffers whose parameters step together, and buffers that part for good."""
-    joined: list[Joined] = []
-    parted: list[FlatBuffer] = []
-    addresses = [shard.data_ptr() for shard in shards] if recipe.buffers else []
-    for buffer in recipe.buffers:
-        positions = buffer.positions(addresses)
-        replaced = None
-        if positions is not None and _step_together(recipe, positions, grads, group_index, signatures):
-            signature = signatures[positions[0]]
-            keys = [key for key in signature.all_keys if key != "step"]
-            replaced = buffer.take_states([states[i] for i in positions], keys, signature.counts_steps)
-        if positions is None or replaced is None:
-            parted.append(buffer)
-            continue
-        for position, entries in zip(positions, replaced, strict=True):
-            states[position].update(entries)
-        joined.append(Joined(buffer, positions, group_index[positions[0]]))
-    return joined, parted
-
-
-def _step_together(
-    recipe: Recipe,
-    positions: Sequence[int],
-    grads: Sequence[Tensor],
-    group_index: Sequence[int],
-    signatures: Sequence[Signature],
-) -> bool:
-    chosen = [grads[i] for i in positions]
-    return (
-        len({group_index[i] for i in positions}) == 1
-        and len({signatures[i] for i in positions}) == 1
-        and signatures[positions[0]].backend != "eager"
-        # Random words and blocks belong to one parameter.
-        and signatures[positions[0]].is_plain
-        and signatures[positions[0]].grad_dtype == signatures[positions[0]].param_dtype
-        # Each gradient is clipped on its own.
-        and not recipe.groups[group_index[positions[0]]]["clip_norm"]
-        and not any(grad.requires_grad for grad in chosen)
-    )
-
-
-def _part_counters(states: Sequence[State]) -> None:
-    """Give states that share a step counter one each."""
-    seen: set[int] = set()
-    for state in states:
-        counter = state.get("step")
-        if isinstance(counter, Tensor):
-            if id(counter) in seen:
-                state["step"] = counter.clone()
-            seen.add(id(counter))
 
 
 def outside_inference_mode(run: Callable[[], Any]) -> Any:

@@ -21,23 +21,27 @@ class Recipe(NamedTuple):
         owner: name of the optimizer's class, for errors.
         algorithm: what is computed.
         settings: options of the optimizer as a whole.
-        groups: parameter groups.
+        groups: parameter groups with all options, without their parameters.
+        param_groups: those of the optimizer.
         state: states by parameter.
         buffers: flat buffers; a plan takes out those whose parameters part for good.
         devices: by device, what kernels share from plan to plan.
         reductions: sums over the processes that share the model; None if there are no others or nobody asks.
         n_params: number of all parameters.
+        are_captured: whether a graph was captured of some plan.
     """
 
     owner: str
     algorithm: Algorithm
     settings: Settings
     groups: list[dict[str, Any]]
+    param_groups: list[dict[str, Any]]
     state: MutableMapping[Any, Any]
     buffers: list[FlatBuffer]
     devices: dict[torch.device, Any]
     reductions: Reductions | None = None
     n_params: int = 0
+    are_captured: bool = False
 
 
 class Outcome(NamedTuple):

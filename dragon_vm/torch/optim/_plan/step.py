@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from dragon.vm.torch.optim._backends.eager import EagerGroup
-from dragon.vm.torch.optim._backends.native import NativeGroup
-from dragon.vm.torch.optim._backends.piecewise import PiecewiseGroup
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.selection import Gathered
-from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, TotalNorm, gradient_factors
-from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
+from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.zeroing import apart, detach_all, zero_all
+from dragon.vm.torch.optim._graphs.live import LiveGroup
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
 from dragon.vm.torch.optim._options import Settings, needs_norm
 from dragon.vm.torch.optim._plan.guards import Guard, addresses_of
+from dragon.vm.torch.optim._plan.host_step import HostStep
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 from dragon.vm.torch.optim._plan.state_reader import StateReader
@@ -41,28 +40,17 @@ class StepPlan:
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, zero_grad: bool) -> None:
-        self._algorithm = recipe.algorithm
-        self._group_index = prepared.group_index
-        self._joined = prepared.joined
-        self._strays = prepared.strays
+        self._joined, self._strays = prepared.joined, prepared.strays
         self._are_distributed = prepared.are_distributed
-        flattened = prepared.flattened
         n_gathered = len(prepared.group_index) + len(prepared.joined)
-        hosts = [group for group in flattened if group.signature.backend != "triton"]
-        self._hosts = [_on_host(recipe, group, n_gathered) for group in hosts]
+        self._host = HostStep(recipe, prepared, n_gathered)
         self._zero_grad = zero_grad
         # The kernel zeroes the gradients it reads: not those that it reads copies of.
-        self._kernel_zeroes = zero_grad and not self._strays and not self._hosts
-        self._devices = _on_devices(recipe, flattened, n_gathered, self._kernel_zeroes)
+        self._kernel_zeroes = zero_grad and not self._strays and not self._host.groups
+        self._devices = _on_devices(recipe, prepared.flattened, n_gathered, self._kernel_zeroes)
         self._states = StateReader(recipe.state, prepared)
-        # Positions of the entries of all flattened groups: a buffer is one gradient, not its parameters.
-        on_devices = [group for group in flattened if group.signature.backend == "triton"]
-        self._walked = [entry.position for group in (*hosts, *on_devices) for entry in group.entries]
-        self._total_norm: TotalNorm | None = None
-        self._shared: SharedNorm | None = None
-        if recipe.reductions:
-            first_of = [*prepared.among_all, *(prepared.among_all[j.positions[0]] for j in prepared.joined)]
-            self._shared = SharedNorm(recipe.reductions, [first_of[i] for i in self._walked], recipe.n_params)
+        # The groups at the rows of the devices' tables, as long as somebody has them.
+        self._rows = [weakref.ref(each) if isinstance(each, LiveGroup) else None for each in recipe.param_groups]
         self._guard: Guard | None = None
         if not prepared.are_opaque:
             states = self._states.read(recipe.state, prepared.params)
@@ -126,13 +114,16 @@ class StepPlan:
         grads = tensors.grads
         ready = self._ready(tensors, are_own)
         outcome, are_zero = Outcome(), self._kernel_zeroes
-        if self._hosts or (len(self._devices) > 1 and needs_norm(settings)):
-            outcome = self._run_on_host(recipe, ready, version, scaling)
+        values = recipe.groups, recipe.algorithm, version
+        if self._host.groups or (len(self._devices) > 1 and needs_norm(settings)):
+            outcome, decided = self._host.run(recipe, ready, version, scaling)
             are_zero &= not outcome.n_skipped
+            without = settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
+            for device in self._devices if not outcome.n_skipped else ():
+                device.update(ready.addresses, *values, without, decided)
         else:
             for device in self._devices:
-                values = recipe.groups, recipe.algorithm, version
-                device.update(ready.addresses, *values, settings, scaling, self._shared)
+                device.update(ready.addresses, *values, settings, scaling, self._host.shared)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(params)
@@ -158,7 +149,7 @@ class StepPlan:
     def _ready(self, tensors: Gathered, are_own: bool) -> Gathered:
         """The tensors with gradients in their parameters' layouts, and with flat buffers behind the parameters."""
         shards, grads, states, addresses = tensors
-        if self._hosts:
+        if self._host.groups:
             states = self._states.by_position(states)
         if self._strays:
             grads = list(grads)
@@ -183,10 +174,12 @@ class StepPlan:
             addresses = [*addresses, *addresses_of(flat)]
         return Gathered(shards, grads, states, addresses)
 
-    def publish(self, index: int, group: dict[str, Any], settings: Settings) -> None:
+    def publish(self, live: Any, group: dict[str, Any], algorithm: Algorithm, settings: Settings) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""
-        for device in self._devices:
-            device.publish(index, group, self._algorithm, settings)
+        for index, reference in enumerate(self._rows):
+            if reference is not None and reference() is live:
+                for device in self._devices:
+                    device.publish(index, group, algorithm, settings)
 
     def check_capture(self, settings: Settings) -> None:
         """Check that a graph of this step repeats all of it.
@@ -194,63 +187,11 @@ class StepPlan:
         Raises:
             RuntimeError: for a step that decides something on the host.
         """
-        if self._hosts or (len(self._devices) > 1 and needs_norm(settings)):
+        if self._host.groups or (len(self._devices) > 1 and needs_norm(settings)):
             raise RuntimeError(
                 "a step cannot be captured that decides on the host: one with parameters or states that no kernel "
                 "updates, or with the norm of gradients on several devices"
             )
-
-    def _run_on_host(self, recipe: Recipe, tensors: Gathered, version: int, scaling: Scaling) -> Outcome:
-        """Decide about scaling, clipping and skipping on the host, then update with every backend there is."""
-        groups, settings = recipe.groups, recipe.settings
-        factors = Factors()
-        asked = any(part is not None for part in scaling) or needs_norm(settings)
-        clips_each = any(group["clip_norm"] for group in groups)
-        if asked or clips_each:
-            walked = [tensors.grads[position] for position in self._walked]
-            index_of = [*self._group_index, *(joined.group_index for joined in self._joined)]
-            indices = [index_of[position] for position in self._walked]
-
-            def measure() -> float:
-                if self._total_norm is None:
-                    self._total_norm = TotalNorm(walked, indices)
-                return self._total_norm.measure(walked, groups, settings.norm_type)
-
-            factors = gradient_factors(walked, indices, groups, settings, scaling, measure, self._shared)
-            if factors.each:
-                each = [1.0] * len(index_of)
-                for position, factor in zip(self._walked, factors.each, strict=True):
-                    each[position] = factor
-                factors = factors._replace(each=each)
-        if factors.skip:
-            return Outcome(factors.norm, 1)
-        grads = tensors.grads
-        if asked or any(group["grad_scale"] != 1 or group["clip_norm"] for group in groups):
-            # The native backend may leave gradients scaled: no two may be the same memory.
-            grads = list(grads)
-            for position, grad in zip(self._walked, apart([grads[i] for i in self._walked]), strict=True):
-                grads[position] = grad
-        for member in self._hosts:
-            member.update(tensors, member.pick(grads), groups, version, factors)
-        for device in self._devices:
-            decided = Scaling(_divisor(factors.common), None)
-            without = settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
-            device.update(tensors.addresses, groups, recipe.algorithm, version, without, decided)
-        return Outcome(factors.norm)
-
-
-def _divisor(factor: float) -> Tensor:
-    """A factor as a loss scale, by which gradients are divided; a norm of infinity leaves a factor of 0."""
-    return torch.tensor([1 / factor if factor else math.inf], dtype=torch.float32, device="cpu")
-
-
-def _on_host(recipe: Recipe, group: FlattenedGroup, n_gathered: int) -> NativeGroup | PiecewiseGroup | EagerGroup:
-    algorithm, seed = recipe.algorithm, recipe.settings.rounding_seed
-    if group.signature.backend != "native":
-        return EagerGroup(group, algorithm, n_gathered, seed)
-    if group.signature.is_uniform:
-        return NativeGroup(group, algorithm, n_gathered)
-    return PiecewiseGroup(group, algorithm, n_gathered, seed)
 
 
 def _on_devices(

@@ -63,10 +63,14 @@ class Updater:
         self._hyperparameters.read(groups)
         return self._hyperparameters.groups
 
-    def publish(self, index: int, group: Group, defaults: Mapping[str, Any], settings: Settings) -> None:
+    def publish(
+        self, groups: Sequence[Group], changed: Group, defaults: Mapping[str, Any], settings: Settings
+    ) -> None:
         """Check a group that has changed, and upload its hyperparameters to wherever kernels read them."""
-        self._new_hyperparameters(defaults).read([group])
-        self.plans.publish(index, complete(group, self._algorithm.own_defaults), settings)
+        self._new_hyperparameters(defaults).read([changed])
+        if any(group is changed for group in groups):
+            full = complete(changed, self._algorithm.own_defaults)
+            self.plans.publish(changed, full, self._algorithm, settings)
 
     def _new_hyperparameters(self, defaults: Mapping[str, Any]) -> Hyperparameters:
         own = self._algorithm.own_defaults
@@ -82,58 +86,56 @@ class Updater:
     def update(
         self,
         members: Members,
-        grads: list[Any],
+        param_groups: list[Group],
         state: MutableMapping[Any, Any],
         settings: Settings,
         scaling: Scaling,
         *,
         zero_grad: bool,
         are_own: bool = True,
-        are_distributed: bool = False,
         part: int = 0,
     ) -> None:
         """Update the parameters that have a gradient, as the hyperparameters were last read.
 
         Args:
-            members: parameters.
-            grads: for each its gradient; None where it is missing.
+            members: parameters, and what they are updated from.
+            param_groups: of the optimizer.
             state: of the optimizer.
             settings: options of the optimizer as a whole.
             scaling: a `GradScaler`'s.
-            zero_grad: set the gradients to zero as well.
+            zero_grad: set the gradients to zero as well, if they are the parameters' own.
             are_own: whether the gradients are the parameters' own, and not sums of them.
-            are_distributed: whether some parameter is distributed.
             part: which parameters of the optimizer these are; 0 for all of them.
         """
         values = self._hyperparameters
         assert values is not None
-        reductions = None
-        if are_distributed or settings.process_group is not None:
-            agreement = self._agreements.setdefault(part, Agreement())
-            # What is found in a part has been agreed on.
-            decides = scaling.found_inf is not None and not part
-            reductions = agreement.find(members.params, values.groups, settings, decides=decides)
+        zero_grad = zero_grad and are_own
+        # What is found in a part has been agreed on.
+        decides = scaling.found_inf is not None and not part
+        reductions = self._reductions(members, settings, part, decides=decides)
         recipe = Recipe(
             self._owner,
             self._algorithm,
             settings,
             values.groups,
+            param_groups,
             state,
             self.buffers,
             self._devices,
             reductions,
             len(members.params),
+            self.plans.are_captured,
         )
         key = (zero_grad, are_own, values.structure, reductions is not None, part, *members.lengths)
-        found = self.plans.find(recipe, members, grads, key, zero_grad)
+        found = self.plans.find(recipe, members, key, zero_grad)
         if found is None:
             if reductions is None:
                 return
-            outcome = agreement.take_part(members.params, values.groups, settings, scaling)
+            outcome = self._agreements[part].take_part(members.params, values.groups, settings, scaling)
         else:
             with_masters = _with_masters(members, values.groups)
             if is_capturing():
-                self.plans.capture(found.plan, settings)
+                self.plans.capture(found.plan, found.tensors, settings)
             else:
                 self.masters.notice(with_masters, state)
             outcome = found.plan.run(recipe, found.params, found.tensors, values.version, scaling, are_own=are_own)
@@ -143,14 +145,18 @@ class Updater:
 
     def agreed(self, members: Members, settings: Settings, found_inf: Tensor, part: int) -> Tensor:
         """A finding about the gradients of a part, positive if it is on any process that shares the parameters."""
-        agreement = self._agreements.setdefault(part, Agreement())
-        assert self._hyperparameters is not None
-        groups = self._hyperparameters.groups
-        reductions: Reductions | None = agreement.find(members.params, groups, settings, decides=True)
+        reductions = self._reductions(members, settings, part, decides=True)
         if reductions is None:
             return found_inf
         none = torch.zeros(0, dtype=torch.float64, device=found_inf.device)
         return SharedNorm(reductions._replace(each=None), [], 0).total(none, found_inf, largest=False)[1]
+
+    def _reductions(self, members: Members, settings: Settings, part: int, *, decides: bool) -> Reductions | None:
+        if not members.are_distributed and settings.process_group is None:
+            return None
+        assert self._hyperparameters is not None
+        agreement = self._agreements.setdefault(part, Agreement())
+        return agreement.find(members.params, self._hyperparameters.groups, settings, decides=decides)
 
     @property
     def n_skipped(self) -> int:

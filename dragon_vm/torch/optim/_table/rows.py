@@ -1,25 +1,17 @@
-"""Tensors and parameter groups as rows of the kernels' tables."""
+"""Parameter groups as rows of the kernels' hyperparameter and source tables."""
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dragon.kernels import norm, table
+from dragon.kernels import table
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, host_number
-from dragon.vm.torch.optim._formats import Format, Plain
 from dragon.vm.torch.optim._gradients.scaling import clip_value, group_factor
-from dragon.vm.torch.optim._groups.flattening import Entry, Signature
 from dragon.vm.torch.optim._options import Settings
-from dragon.vm.torch.optim._table.chunks import n_chunks
 
-_STATE_COLUMNS = (table.STATE_0, table.STATE_1, table.STATE_2)
-_SPAN = int(norm.SPAN)
 _SOURCES = ((table.LR_SOURCE, "lr", None), (table.BETA1_SOURCE, "betas", 0), (table.BETA2_SOURCE, "betas", 1))
 
 
@@ -60,75 +52,3 @@ def source_row(group: dict[str, Any], device: torch.device) -> list[int]:
             )
         row[column] = value.data_ptr() | (value.dtype == torch.float64)
     return row
-
-
-def real_numel(tensor: Tensor) -> int:
-    """Elements of the tensor's real view."""
-    return tensor.numel() * (2 if tensor.is_complex() else 1)
-
-
-def format_name(form: Format) -> str:
-    """A format's name for the kernels: that of a dtype is of its real view."""
-    return dtype_name(form.dtype) if isinstance(form, Plain) else form.name
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype's name, of its real view if it is complex."""
-    return str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
-
-
-def tensor_rows(
-    entries: Sequence[Entry],
-    numels: Sequence[int],
-    signatures: Sequence[Signature],
-    firsts: Sequence[int],
-    seed: int = 0,
-) -> array[int]:
-    """The tensor section of the table.
-
-    Args:
-        entries: tensors by row.
-        numels: elements of each.
-        signatures: of the flattened groups.
-        firsts: the first row of each flattened group, then the number of rows.
-        seed: of random words.
-    """
-    width = int(table.TENSOR_COLUMNS)
-    words = array("q", bytes(8 * len(entries) * width))
-    ends = list(accumulate((n_chunks(numel, _SPAN) for numel in numels), initial=0))
-    columns: dict[Any, Sequence[int]] = {
-        table.PARAM: [entry.param.data_ptr() for entry in entries],
-        table.NUMEL: numels,
-        table.GROUP: [entry.group_index for entry in entries],
-        table.FIRST_PARTIAL: ends[:-1],
-        table.END_PARTIAL: ends[1:],
-    }
-    for column, values in columns.items():
-        words[int(column) :: width] = array("q", values)
-    for signature, (first, end) in zip(signatures, pairwise(firsts), strict=True):
-        names = _part_columns(signature)
-        for row in range(first, end):
-            entry, start = entries[row], row * width
-            for name, column in names.items():
-                words[start + int(column)] = entry.state[name].data_ptr()
-            words[start + int(table.WIDE)] = int(dtype_name(signature.param_dtype) == "float64")
-            if signature.is_stochastic:
-                words[start + int(table.INDEX_BASE)] = entry.first
-                words[start + int(table.STREAM)] = entry.stream
-                words[start + int(table.SEED)] = seed
-    return words
-
-
-def _part_columns(signature: Signature) -> dict[str, Any]:
-    """The columns of a tensor's state entries, by their names."""
-    own, *states = signature.part_keys
-    names: dict[str, Any] = dict(zip(own[1:], (table.PARAM_REST,), strict=False))
-    for keys, column in zip(states, _STATE_COLUMNS, strict=False):
-        names[keys[0]] = column
-    for keys, column in zip(states, (table.SCALE_0, table.SCALE_1), strict=False):
-        names |= dict.fromkeys(keys[1:], column)
-    if signature.ema_dtype is not None:
-        names["ema"] = table.EMA
-    if signature.counts_steps:
-        names["step"] = table.STEP
-    return names

@@ -17,8 +17,8 @@ from hypothesis.stateful import (
 
 from dragon.vm.torch.optim import SGD, AdamW
 
-from ..recorded import RecordedGraph
 from ..judging import params_of, same_bits
+from ..recorded import RecordedGraph
 
 SHAPES = ((3, 5), (16,), (), (17,))
 OPTIONS: tuple[dict[str, Any], ...] = (

@@ -13,8 +13,8 @@ from dragon.vm.torch.optim import SGD, Adam, AdamW
 from dragon.vm.torch.optim._backends.context import DeviceContext
 from dragon.vm.torch.optim._graphs.live import LiveGroup
 
-from ..recorded import RecordedGraph
 from ..judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots
+from ..recorded import RecordedGraph
 
 
 def capture_on_device(step: Callable[[], Any]) -> Callable[[], None]:

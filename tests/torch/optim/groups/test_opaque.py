@@ -15,7 +15,9 @@ BACKENDS = [None, "native", "eager"]
 
 
 def make(algorithm: Any, params: Any, **options: Any) -> Any:
-    return algorithm(params, lr=0.1, **({"momentum": 0.9} if issubclass(algorithm, torch.optim.SGD) else {}), **options)
+    return algorithm(
+        params, lr=0.1, **({"momentum": 0.9} if issubclass(algorithm, torch.optim.SGD) else {}), **options
+    )
 
 
 def wrapper(*values: float) -> torch.nn.Parameter:

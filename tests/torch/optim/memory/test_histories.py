@@ -20,10 +20,10 @@ HISTORIES = {
     "tiny": lambda value, step: value * 1e-12,
     "tinier": lambda value, step: value * 1e-22,
     "huge": lambda value, step: value * 1e15,
-    "sparse rows": lambda value, step: value * ((POSITIONS // 64) % 10 == step % 10),
+    "sparse rows": lambda value, step: value * (step % 10 == (POSITIONS // 64) % 10),
     "sparse elements": lambda value, step: value * (value.abs() > 1.6),
     "zero after 50 steps": lambda value, step: value * (step < 50),
-    "one non-zero in 256": lambda value, step: value * (POSITIONS % 256 == step % 256),
+    "one non-zero in 256": lambda value, step: value * (step % 256 == POSITIONS % 256),
 }
 
 

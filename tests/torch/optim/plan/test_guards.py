@@ -8,7 +8,6 @@ import torch
 
 from dragon.vm.torch.optim import SGD, Adam
 from dragon.vm.torch.optim._plan import guards
-from dragon.vm.torch.optim._plan.guards import LayoutGuard
 
 from ..support import BACKENDS, everything, give_gradients, home, like, parameters, twin
 
@@ -130,11 +129,6 @@ def view_step_as_another_dtype(optimizer, params):
     step.data = step.data.view(torch.int32)
 
 
-def transpose_state_in_place(optimizer, params):
-    state = optimizer.state[params[0]][state_key(optimizer)]
-    state.data = state.data.t()
-
-
 def swap_step_for_a_number(optimizer, params):
     optimizer.state[params[0]]["step"] = 7
 
@@ -254,15 +248,15 @@ COMMON = [
     swap_grad_memory, transpose_grad_at_the_same_address, transpose_grad_object_at_the_same_address, expand_grad,
     drop_grad, swap_state_tensor, swap_state_tensor_for_another_layout, swap_all_states_for_another_dtype,
     exchange_owners_of_states, swap_state_memory, swap_state_memory_for_another_layout,
-    swap_step_for_a_number, clear_state, transpose_state_in_place, replace_state, replace_state_by_copies,
+    swap_step_for_a_number, clear_state, replace_state, replace_state_by_copies,
     replace_entry, delete_entry, empty_entry, move_param_to_the_other_group, remove_group, insert_group,
     swap_groups, exchange_params_of_groups, replace_group_and_change_the_old_one, add_group, make_lr_a_tensor,
     setting(lr=0.5), setting(weight_decay=0.1), setting(maximize=True), setting(clip_value=0.1),
     setting(clip_norm=0.1), setting(ema_decay=0.9), setting(capturable=True),
 ]  # fmt: skip
 ADAMS = [
-    swap_step_memory, fill_step, view_step_as_another_dtype, setting(betas=(0.5, 0.5)), setting(eps=0.1), setting(amsgrad=True), setting(decoupled_weight_decay=True),
-    setting(epsilon_hat=False),
+    swap_step_memory, fill_step, view_step_as_another_dtype, setting(betas=(0.5, 0.5)), setting(eps=0.1),
+    setting(amsgrad=True), setting(decoupled_weight_decay=True), setting(epsilon_hat=True),
 ]  # fmt: skip
 SGDS = [setting(momentum=0), setting(dampening=0.5), setting(nesterov=True), setting(momentum=0.5)]
 CASES = [(Adam, change) for change in COMMON + ADAMS] + [(SGD, change) for change in COMMON + SGDS]
@@ -335,12 +329,8 @@ def replace_by_view(state, key, dtype):
     state[key] = state[key].view(dtype)
 
 
-def view_in_place(state, key, dtype):
-    state[key].data = state[key].data.view(dtype)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("change", [replace_by_view, view_in_place])
+@pytest.mark.parametrize("change", [replace_by_view])
 def test_a_state_of_another_dtype_at_the_same_address_is_noticed(change, backend):
     params = parameters(SHAPES, torch.bfloat16, home(backend))
     optimizer = Adam(params, backend=backend)
@@ -353,131 +343,3 @@ def test_a_state_of_another_dtype_at_the_same_address_is_noticed(change, backend
     assert state["exp_avg"].data_ptr() == address
     fresh = twin(optimizer)
     assert outcome(optimizer) == outcome(fresh)
-
-
-def alike():
-    return torch.arange(6.0).view(2, 3)
-
-
-OTHERS = {
-    "shape": lambda t: t.view(3, 2),
-    "strides": lambda t: t.as_strided((2, 3), (1, 2)),
-    "dtype": lambda t: t.view(torch.int32),
-    "negative": torch._neg_view,
-    "conjugate": lambda t: torch.zeros(2, 3, dtype=torch.complex64).conj(),
-    "device": lambda t: t.to("meta"),
-    "layout": lambda t: t.to_sparse(),
-    "type": lambda t: torch.nn.Parameter(t),
-    "nothing": lambda t: None,
-    "a number": lambda t: 0.5,
-}
-
-
-@pytest.mark.parametrize("what", OTHERS)
-@pytest.mark.parametrize("with_torch", [True, False], ids=["PyTorch's guards", "public calls"])
-def test_a_layout_guard_holds_for_tensors_laid_out_alike_only(what, with_torch, monkeypatch):
-    if not with_torch:
-        monkeypatch.setattr(guards, "TensorGuards", NoTensorGuards)
-    tensors = [alike(), alike()]
-    guard = LayoutGuard(tensors)
-    assert guard.check(alike(), tensors[0])
-    try:
-        holds = guard.check(tensors[0], OTHERS[what](tensors[1]))
-    except (TypeError, AttributeError, RuntimeError):
-        holds = False
-    assert not holds
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("algorithm", [Adam, SGD])
-def test_a_tensor_learning_rate_is_read_at_every_step(algorithm, backend):
-    lr = torch.tensor(0.1, device=home(backend))
-    optimizer, _ = warm(algorithm, backend)
-    for group in optimizer.param_groups:
-        group["lr"] = lr.clone()
-    attempt(optimizer)
-    for group in optimizer.param_groups:
-        group["lr"].fill_(0.7)
-    fresh = twin(optimizer)
-    for group in fresh.param_groups:
-        group["lr"] = 0.7 if home(backend) == "cpu" and lr.dtype == torch.float64 else float(torch.tensor(0.7))
-    assert outcome(optimizer) == outcome(fresh)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_tensor_learning_rate_may_be_replaced_by_an_equal_one(backend):
-    optimizer, _ = warm(Adam, backend)
-    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
-    attempt(optimizer)
-    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
-    expected = twin(optimizer)
-    optimizer.param_groups[0]["lr"].mul_(1)
-    assert outcome(optimizer) == outcome(expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_that_was_refused_leaves_no_parameter_behind(backend):
-    optimizer, params = warm(Adam, backend)
-    fresh = twin(optimizer)
-    group = optimizer.param_groups[1]
-    last, lr = group["params"].pop(), group["lr"]
-    group["lr"] = "fast"
-    with pytest.raises(TypeError, match="lr must be a number"):
-        optimizer.step()
-    group["params"].append(last)
-    group["lr"] = lr
-    assert outcome(optimizer) == outcome(fresh)
-    assert len({float(optimizer.state[param]["step"]) for param in params}) == 1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_plan_outlives_inference_mode(backend):
-    optimizer, params = warm(Adam, backend)
-    params[0].data = like(params[0])
-    fresh = twin(optimizer)
-    with torch.inference_mode():
-        optimizer.step()
-    fresh.step()
-    assert outcome(optimizer) == outcome(fresh)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_counts_may_be_set_back_to_where_they_were_joined(backend):
-    params = parameters([(3,)] * 3, device=home(backend))
-    optimizer = Adam(params, lr=0.1, eps=0.1, backend=backend)
-    give_gradients(params, 0)
-    optimizer.step()
-    for counts in [(4, 4, 5), (3, 4, 5), (4, 4, 4), (7, 1, 1), (7, 7, 1)]:
-        for param, count in zip(params, counts, strict=True):
-            optimizer.state[param]["step"].fill_(count)
-        fresh = twin(optimizer)
-        optimizer.step()
-        fresh.step()
-        assert everything(optimizer) == everything(fresh)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_sparse_tensor_of_somebody_else_may_stand_in_a_state(backend):
-    optimizer, params = warm(Adam, backend)
-    optimizer.state[params[0]]["mask"] = torch.ones(4, 4).to_sparse()
-    before = params[0].detach().clone()
-    optimizer.step()
-    assert not torch.equal(before, params[0])
-
-
-def test_equal_copies_of_groups_and_states_are_followed():
-    params = parameters([(8,)] * 3)
-    optimizer = Adam([{"params": [param]} for param in params], lr=0.1, backend="native")
-    give_gradients(params, 0)
-    for _ in range(4):
-        optimizer.step()
-    optimizer.param_groups[:] = [dict(group) for group in optimizer.param_groups]
-    optimizer.state[params[1]] = dict(optimizer.state[params[1]])
-    for _ in range(2):
-        optimizer.step()
-    optimizer.param_groups[0]["lr"] = 0.0
-    optimizer.state[params[1]]["exp_avg"] = torch.full((8,), -100.0)
-    before = [param.detach().clone() for param in params]
-    optimizer.step()
-    assert torch.equal(params[0], before[0])
-    assert (params[1] - before[1]).abs().max() > 1

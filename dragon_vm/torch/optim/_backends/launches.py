@@ -1,0 +1,130 @@
+"""The launches of a device: its table, cut into chunks and spans."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise, starmap
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dragon.kernels import table
+from dragon.kernels.config import LaunchConfig
+from dragon.kernels.spec import Spec
+from dragon.vm.torch.optim._backends.configs import config_for
+from dragon.vm.torch.optim._backends.context import DeviceContext
+from dragon.vm.torch.optim._backends.tensor_rows import SPAN, dtype_name, format_name, real_numel, tensor_rows
+from dragon.vm.torch.optim._groups.flattening import FlattenedGroup, Signature
+from dragon.vm.torch.optim._table.chunks import n_chunks, plan_chunks
+from dragon.vm.torch.optim._table.table import DeviceTable, packed
+
+
+class UpdateLaunch(NamedTuple):
+    """One update launch: all chunks of the tensors that share a `Spec`."""
+
+    spec: Spec
+    config: LaunchConfig
+    n_chunks: int
+    chunks: Tensor
+
+
+class NormLaunch(NamedTuple):
+    """One launch that takes partial norms: all spans of the gradients of one dtype."""
+
+    grad_dtype: str
+    n_spans: int
+    spans: Tensor
+
+
+class Launches(NamedTuple):
+    """The table of a device, and the launches on it.
+
+    Attributes:
+        table: all sections.
+        scalars: scratch memory that `advance_kernel` writes.
+        updates: update launches.
+        norms: launches of the norm.
+        n_spans: partial norms of each row.
+    """
+
+    table: DeviceTable
+    scalars: Tensor
+    updates: list[UpdateLaunch]
+    norms: list[NormLaunch]
+    n_spans: list[int]
+
+
+def plan_launches(
+    flattened: Sequence[FlattenedGroup],
+    algorithm: str,
+    context: DeviceContext,
+    n_groups: int,
+    zero_grad: bool,
+    seed: int,
+) -> Launches:
+    """Lay out the table of a device.
+
+    Args:
+        flattened: the flattened groups of the device; their entries are the rows, in order.
+        algorithm: its name for the kernels.
+        context: of the device.
+        n_groups: parameter groups of the optimizer.
+        zero_grad: set the gradients to zero on the way.
+        seed: of random words.
+    """
+    entries = list(chain.from_iterable(group.entries for group in flattened))
+    numels = [real_numel(entry.param) for entry in entries]
+    specs = [_spec(algorithm, group.signature, zero_grad) for group in flattened]
+    firsts = list(accumulate((len(group.entries) for group in flattened), initial=0))
+    rows = list(starmap(range, pairwise(firsts)))
+    lengths = [numels[chosen.start : chosen.stop] for chosen in rows]
+    hardware = context.hardware
+    configs = [
+        config_for(spec, hardware.arch, hardware.name, own) for spec, own in zip(specs, lengths, strict=True)
+    ]
+    chunks = [
+        plan_chunks(own, config.chunk, chosen) for config, own, chosen in zip(configs, lengths, rows, strict=True)
+    ]
+    by_dtype: dict[str, list[int]] = {}
+    for spec, chosen in zip(specs, rows, strict=True):
+        by_dtype.setdefault(spec.grad, []).extend(chosen)
+    spans = {dtype: plan_chunks([numels[i] for i in chosen], SPAN, chosen) for dtype, chosen in by_dtype.items()}
+    n_spans = [n_chunks(numel, SPAN) for numel in numels]
+    sections = {
+        # These change from step to step; one copy takes them all.
+        "groups": array("q", bytes(8 * n_groups * int(table.GROUP_COLUMNS))),
+        "sources": array("q", bytes(8 * n_groups * int(table.SOURCE_COLUMNS))),
+        "grads": array("q", bytes(8 * len(entries))),
+        "counts": array("q", [len(entries), sum(n_spans)]),
+        "tensors": tensor_rows(entries, numels, [group.signature for group in flattened], firsts, seed),
+    }
+    for index, pairs in enumerate(chunks):
+        sections[f"chunks {index}"] = packed(array("i", [len(pairs) // 2, 0]) + pairs)
+    sections |= {f"spans {dtype}": packed(pairs) for dtype, pairs in spans.items()}
+    device_table = DeviceTable(sections, context.device)
+    updates = [
+        UpdateLaunch(spec, config, len(pairs) // 2, device_table.section(f"chunks {index}", torch.int32))
+        for index, (spec, config, pairs) in enumerate(zip(specs, configs, chunks, strict=True))
+        if pairs
+    ]
+    norms = [
+        NormLaunch(dtype, len(pairs) // 2, device_table.section(f"spans {dtype}", torch.int32))
+        for dtype, pairs in spans.items()
+        if pairs
+    ]
+    n_scalars = len(entries) * int(table.SCALAR_COLUMNS)
+    scalars = torch.empty(n_scalars, dtype=torch.float64, device=context.device)
+    return Launches(device_table, scalars, updates, norms, n_spans)
+
+
+def _spec(algorithm: str, signature: Signature, zero_grad: bool) -> Spec:
+    return Spec(
+        algorithm,
+        format_name(signature.formats[0]),
+        dtype_name(signature.grad_dtype),
+        tuple(map(format_name, signature.state_formats)),
+        None if signature.ema_dtype is None else dtype_name(signature.ema_dtype),
+        zero_grad,
+    )

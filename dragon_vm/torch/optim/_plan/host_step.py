@@ -1,0 +1,108 @@
+"""The part of a step that decides on the host: about scaling, clipping and skipping."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._backends.eager import EagerGroup
+from dragon.vm.torch.optim._backends.native import NativeGroup
+from dragon.vm.torch.optim._backends.piecewise import PiecewiseGroup
+from dragon.vm.torch.optim._backends.selection import Gathered
+from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, TotalNorm, gradient_factors
+from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
+from dragon.vm.torch.optim._gradients.zeroing import apart
+from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
+from dragon.vm.torch.optim._options import needs_norm
+from dragon.vm.torch.optim._plan.preparation import Prepared
+from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
+
+
+class HostStep:
+    """The flattened groups that are updated by torch operations, and decisions for all groups of a plan.
+
+    Args:
+        recipe: what the optimizer is.
+        prepared: the tensors of the plan.
+        n_gathered: how many tensors a step gathers.
+
+    Attributes:
+        groups: host groups.
+        shared: sums over the processes that share the gradients; None if there are no others.
+    """
+
+    def __init__(self, recipe: Recipe, prepared: Prepared, n_gathered: int) -> None:
+        hosts = [group for group in prepared.flattened if group.signature.backend != "triton"]
+        self.groups = [_on_host(recipe, group, n_gathered) for group in hosts]
+        # Positions of the entries of all flattened groups: a buffer is one gradient, not its parameters.
+        kernels = [group for group in prepared.flattened if group.signature.backend == "triton"]
+        self._walked = [entry.position for group in (*hosts, *kernels) for entry in group.entries]
+        self._group_index = [*prepared.group_index, *(joined.group_index for joined in prepared.joined)]
+        self._total_norm: TotalNorm | None = None
+        self.shared: SharedNorm | None = None
+        if recipe.reductions:
+            first_of = [*prepared.among_all, *(prepared.among_all[j.positions[0]] for j in prepared.joined)]
+            self.shared = SharedNorm(recipe.reductions, [first_of[i] for i in self._walked], recipe.n_params)
+
+    def run(self, recipe: Recipe, tensors: Gathered, version: int, scaling: Scaling) -> tuple[Outcome, Scaling]:
+        """Decide, and update the host groups.
+
+        Args:
+            recipe: what the optimizer is.
+            tensors: what the step gathered, flat buffers behind the parameters.
+            version: of the hyperparameters.
+            scaling: a `GradScaler`'s.
+
+        Returns:
+            The outcome, and the decision as the scaling of kernels.
+        """
+        groups, settings = recipe.groups, recipe.settings
+        factors = Factors()
+        asked = any(part is not None for part in scaling) or needs_norm(settings)
+        if asked or any(group["clip_norm"] for group in groups):
+            factors = self._factors(recipe, tensors, scaling)
+        if factors.skip:
+            return Outcome(factors.norm, 1), Scaling()
+        grads = tensors.grads
+        if asked or any(group["grad_scale"] != 1 or group["clip_norm"] for group in groups):
+            # The native backend may leave gradients scaled: no two may be the same memory.
+            grads = list(grads)
+            for position, grad in zip(self._walked, apart([grads[i] for i in self._walked]), strict=True):
+                grads[position] = grad
+        for member in self.groups:
+            member.update(tensors, member.pick(grads), groups, version, factors)
+        return Outcome(factors.norm), Scaling(_divisor(factors.common), None)
+
+    def _factors(self, recipe: Recipe, tensors: Gathered, scaling: Scaling) -> Factors:
+        walked = [tensors.grads[position] for position in self._walked]
+        indices = [self._group_index[position] for position in self._walked]
+
+        def measure() -> float:
+            if self._total_norm is None:
+                self._total_norm = TotalNorm(walked, indices)
+            return self._total_norm.measure(walked, recipe.groups, recipe.settings.norm_type)
+
+        settings = recipe.settings
+        factors = gradient_factors(walked, indices, recipe.groups, settings, scaling, measure, self.shared)
+        if not factors.each:
+            return factors
+        each = [1.0] * len(self._group_index)
+        for position, factor in zip(self._walked, factors.each, strict=True):
+            each[position] = factor
+        return factors._replace(each=each)
+
+
+def _divisor(factor: float) -> Tensor:
+    """A factor as a loss scale, by which gradients are divided; a norm of infinity leaves a factor of 0."""
+    return torch.tensor([1 / factor if factor else math.inf], dtype=torch.float32, device="cpu")
+
+
+def _on_host(recipe: Recipe, group: FlattenedGroup, n_gathered: int) -> NativeGroup | PiecewiseGroup | EagerGroup:
+    algorithm, seed = recipe.algorithm, recipe.settings.rounding_seed
+    if group.signature.backend != "native":
+        return EagerGroup(group, algorithm, n_gathered, seed)
+    if group.signature.is_uniform:
+        return NativeGroup(group, algorithm, n_gathered)
+    return PiecewiseGroup(group, algorithm, n_gathered, seed)

@@ -1,0 +1,86 @@
+"""Which flat buffers are updated as one entry in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dragon.vm.torch.optim._groups.buffers import FlatBuffer
+from dragon.vm.torch.optim._groups.flattening import Signature, State
+from dragon.vm.torch.optim._plan.recipe import Recipe
+
+
+class Joined(NamedTuple):
+    """The parameters of a flat buffer, which are updated as one entry.
+
+    Attributes:
+        buffer: the buffer.
+        positions: of its parameters among all gathered.
+        group_index: of the parameter group.
+    """
+
+    buffer: FlatBuffer
+    positions: list[int]
+    group_index: int
+
+
+def join(
+    recipe: Recipe,
+    shards: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    group_index: Sequence[int],
+    states: Sequence[State],
+    signatures: Sequence[Signature],
+) -> tuple[list[Joined], list[FlatBuffer]]:
+    """Buffers whose parameters step together, and buffers that part for good."""
+    joined: list[Joined] = []
+    parted: list[FlatBuffer] = []
+    addresses = [shard.data_ptr() for shard in shards] if recipe.buffers else []
+    for buffer in recipe.buffers:
+        positions = buffer.positions(addresses)
+        replaced = None
+        if positions is not None and _step_together(recipe, positions, grads, group_index, signatures):
+            signature = signatures[positions[0]]
+            keys = [key for key in signature.all_keys if key != "step"]
+            replaced = buffer.take_states([states[i] for i in positions], keys, signature.counts_steps)
+        if positions is None or replaced is None:
+            parted.append(buffer)
+            continue
+        for position, entries in zip(positions, replaced, strict=True):
+            states[position].update(entries)
+        joined.append(Joined(buffer, positions, group_index[positions[0]]))
+    return joined, parted
+
+
+def _step_together(
+    recipe: Recipe,
+    positions: Sequence[int],
+    grads: Sequence[Tensor],
+    group_index: Sequence[int],
+    signatures: Sequence[Signature],
+) -> bool:
+    chosen = [grads[i] for i in positions]
+    return (
+        len({group_index[i] for i in positions}) == 1
+        and len({signatures[i] for i in positions}) == 1
+        and signatures[positions[0]].backend != "eager"
+        # Random words and blocks belong to one parameter.
+        and signatures[positions[0]].is_plain
+        and signatures[positions[0]].grad_dtype == signatures[positions[0]].param_dtype
+        # Each gradient is clipped on its own.
+        and not recipe.groups[group_index[positions[0]]]["clip_norm"]
+        and not any(grad.requires_grad for grad in chosen)
+    )
+
+
+def part_counters(states: Sequence[State]) -> None:
+    """Give states that share a step counter one each."""
+    seen: set[int] = set()
+    for state in states:
+        counter = state.get("step")
+        if isinstance(counter, Tensor):
+            if id(counter) in seen:
+                state["step"] = counter.clone()
+            seen.add(id(counter))

@@ -1,0 +1,30 @@
+"""The modes of PyTorch in which updates run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C import _disabled_torch_function_impl as without_torch_function
+from torch._C import _set_grad_enabled as set_grad_enabled
+
+
+def undisturbed(update: Callable[..., None], *args: Any, with_grad: bool = False) -> None:
+    """Call with gradients off and subclasses' `__torch_function__` off, and leave both as they were.
+
+    Args:
+        update: what is called.
+        *args: given to it.
+        with_grad: leave gradients as they are.
+    """
+    enabled = torch.is_grad_enabled()
+    try:
+        try:
+            set_grad_enabled(enabled and with_grad)
+            without_torch_function(update, (), args, {})
+        finally:
+            set_grad_enabled(enabled)
+    finally:
+        # Once more: an interrupt may have hit the line above.
+        set_grad_enabled(enabled)

@@ -1,0 +1,44 @@
+"""Go on where an optimizer of PyTorch is: its groups, hyperparameters and state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer, restored_states
+
+OptimizerT = TypeVar("OptimizerT", bound=CheckpointedOptimizer)
+
+
+def take_over(
+    make: Callable[..., OptimizerT],
+    original: torch.optim.Optimizer,
+    expected: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+) -> OptimizerT:
+    """Make an optimizer of the same parameters in the same state.
+
+    Hyperparameters that are tensors are the original's own, so that whoever holds them still changes them; state
+    tensors are copies.
+
+    Args:
+        make: called with groups and keyword arguments.
+        original: left as it is; it is not to be used on the same parameters any more.
+        expected: class of the original.
+        options: keyword arguments that go before the original's defaults.
+
+    Raises:
+        TypeError: for an original of another class, and for a default that `make` does not know.
+        ValueError: for a state that does not fit.
+    """
+    if not isinstance(original, expected):
+        raise TypeError(
+            f"from_torch takes a torch.optim.{expected.__name__}, but got {torch.typename(original)}: "
+            "another algorithm's state means something else"
+        )
+    groups = [{**group, "params": list(group["params"])} for group in original.param_groups]
+    optimizer = make(groups, **{**original.defaults, **options})
+    optimizer.state.update(restored_states(optimizer, original.param_groups, original.state))
+    return optimizer

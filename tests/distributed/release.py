@@ -1,0 +1,78 @@
+"""Scenarios: parameters that are updated in the backward pass under a wrapper."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dragon.vm.torch.optim import _release
+
+from .factories import largest_difference, make, params_of, whole
+from .training import N_STEPS, trained
+from .watching import Watch
+from .wrappers import WRAPPERS, backward
+
+# Buckets of one or two shards.
+SMALL = 64
+
+
+def released(kind: str, name: str, **options: Any) -> tuple[float, int]:
+    """How far parameters are from those of the plain step, and the gradients that a backward pass left."""
+    whole_buckets, _release.BUCKET_BYTES = _release.BUCKET_BYTES, SMALL
+    try:
+        expected = WRAPPERS[kind]()
+        values = trained(expected, make(name, expected.groups, **options))
+        wrapped = WRAPPERS[kind]()
+        optimizer = make(name, wrapped.groups, release_gradients=True, **options)
+        found = trained(wrapped, optimizer)
+        backward(wrapped, 0)
+        n_left = sum(param.grad is not None for param in params_of(optimizer))
+    finally:
+        _release.BUCKET_BYTES = whole_buckets
+    return largest_difference(found, values), n_left
+
+
+def scaled(kind: str, name: str) -> tuple[list[float], bool, list[tuple[str, int]]]:
+    """The scales of a scaler, at which steps a tensor changed, and the collectives of a backward pass.
+
+    At one step the gradient of that tensor is infinite, on the last process alone.
+    """
+    whole_buckets, _release.BUCKET_BYTES = _release.BUCKET_BYTES, SMALL
+    try:
+        wrapped = WRAPPERS[kind]()
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=1000)
+        param = wrapped.model.second.weight
+        is_poisoned = False
+
+        # Registered before the optimizer's.
+        def poison(param: Any) -> None:
+            if is_poisoned and dist.get_rank() == dist.get_world_size() - 1:
+                param.grad._local_tensor[0, 0] = torch.inf
+
+        param.register_post_accumulate_grad_hook(poison)
+        optimizer = make(name, wrapped.groups, release_gradients=scaler)
+        scales, changes = [], []
+        for step in range(N_STEPS):
+            before, is_poisoned = whole(param), step == 1
+            with Watch() as watch:
+                backward(wrapped, step, scale=float(scaler.scale(torch.ones(()))))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            scales.append(scaler.get_scale())
+            changes.append(not torch.equal(whole(param), before))
+    finally:
+        _release.BUCKET_BYTES = whole_buckets
+    return scales, changes, watch.collectives
+
+
+def refused(kind: str, name: str) -> str:
+    """What is said of a wrapper that reduces later."""
+    wrapped = WRAPPERS[kind]()
+    try:
+        optimizer = make(name, wrapped.groups, release_gradients=True)
+        backward(wrapped, 0)
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "accepted"

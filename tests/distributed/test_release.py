@@ -1,0 +1,33 @@
+"""Gradients are released after the wrapper's reduction, or refused where it comes later."""
+
+import os
+
+import pytest
+
+from .cluster import Cluster
+
+OPT = os.environ.get("OPT", "native")
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2 hsdp", "fsdp2 offload", "tp", "sp", "fsdp2 and tp"])
+def test_released_gradients_give_the_bits_of_the_plain_step(cluster: Cluster, kind: str, n_processes: int) -> None:
+    for difference, n_left in cluster.run(n_processes, "release:released", kind=kind, name=OPT):
+        assert difference == 0
+        assert n_left == 0
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+def test_a_scaler_skips_on_all_processes(cluster: Cluster, n_processes: int) -> None:
+    for scales, changes, collectives in cluster.run(n_processes, "release:scaled", kind="fsdp2", name=OPT):
+        assert scales == [16.0, 8.0, 8.0, 8.0]
+        assert changes == [True, False, True, True]
+        small = [nbytes for operation, nbytes in collectives if operation == "allreduce_"]
+        assert max(small, default=0) <= 16
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp1 original parameters"])
+def test_wrappers_that_reduce_later_are_refused(cluster: Cluster, kind: str) -> None:
+    for text in cluster.run(2, "release:refused", kind=kind, name=OPT):
+        assert "reduc" in text
+        assert "fully_shard" in text

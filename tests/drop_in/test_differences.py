@@ -1,0 +1,56 @@
+"""What ours does otherwise than PyTorch's on purpose; docs/compatibility.md names these tests."""
+
+import pytest
+import torch
+from torch import nn
+
+from dragon.vm.torch import optim as ours
+
+
+def test_sgd_refuses_the_sparse_gradients_that_pytorchs_takes() -> None:
+    embedding = nn.Embedding(4, 2, sparse=True)
+    before = embedding.weight.detach().clone()
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="SGD does not support sparse gradients"):
+        ours.SGD(embedding.parameters(), lr=0.1).step()
+    assert torch.equal(embedding.weight, before)
+    torch.optim.SGD(embedding.parameters(), lr=0.1).step()
+    assert not torch.equal(embedding.weight, before)
+
+
+def test_flat_gradients_are_views_of_a_buffer_that_stays() -> None:
+    params = [nn.Parameter(torch.ones(100)) for _ in range(3)]
+    optimizer = ours.Adam(params, lr=0.1, flatten=True)
+    places = []
+    for _ in range(2):
+        sum((param * param).sum() for param in params).backward()
+        assert [param.grad.untyped_storage().nbytes() for param in params] == [400] * 3
+        optimizer.step()
+        assert len({param.grad.untyped_storage().data_ptr() for param in params}) == 1
+        assert params[0].grad.untyped_storage().nbytes() >= 1200
+        places.append([param.grad.data_ptr() for param in params])
+        optimizer.zero_grad()
+        assert [param.grad for param in params] == [None] * 3
+    assert places[0] == places[1]
+
+
+def test_a_compiled_function_cannot_read_groups_that_a_graph_follows() -> None:
+    optimizer = ours.Adam([nn.Parameter(torch.ones(3))], capturable=True)
+
+    @torch.compile(backend="eager")
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x * optimizer.param_groups[0]["lr"]
+
+    with pytest.raises(torch._dynamo.exc.InternalTorchDynamoError):
+        scaled(torch.ones(2))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_groups_that_a_graph_follows_are_copies_of_the_constructors_dicts(capturable: bool) -> None:
+    rates = []
+    for module in (torch.optim, ours):
+        group = {"params": [nn.Parameter(torch.ones(3))], "lr": 0.1}
+        optimizer = module.Adam([group], capturable=capturable)
+        group["lr"] = 0.5
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [0.5, 0.1 if capturable else 0.5]

@@ -1,0 +1,141 @@
+"""What a guard tells apart, and what a plan lives through."""
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim._plan import guards
+from dragon.vm.torch.optim._plan.guards import LayoutGuard
+
+from ..support import BACKENDS, everything, give_gradients, home, like, parameters, twin
+from .test_guards import NoTensorGuards, attempt, outcome, warm
+
+SHAPES = ((4, 4), (4, 4), (5,), (17,))
+
+
+def alike():
+    return torch.arange(6.0).view(2, 3)
+
+
+OTHERS = {
+    "shape": lambda t: t.view(3, 2),
+    "strides": lambda t: t.as_strided((2, 3), (1, 2)),
+    "dtype": lambda t: t.view(torch.int32),
+    "negative": torch._neg_view,
+    "conjugate": lambda t: torch.zeros(2, 3, dtype=torch.complex64).conj(),
+    "device": lambda t: t.to("meta"),
+    "layout": lambda t: t.to_sparse(),
+    "type": lambda t: torch.nn.Parameter(t),
+    "nothing": lambda t: None,
+    "a number": lambda t: 0.5,
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("with_torch", [True, False], ids=["PyTorch's guards", "public calls"])
+def test_a_layout_guard_holds_for_tensors_laid_out_alike_only(what, with_torch, monkeypatch):
+    if not with_torch:
+        monkeypatch.setattr(guards, "TensorGuards", NoTensorGuards)
+    tensors = [alike(), alike()]
+    guard = LayoutGuard(tensors)
+    assert guard.check(alike(), tensors[0])
+    try:
+        holds = guard.check(tensors[0], OTHERS[what](tensors[1]))
+    except (TypeError, AttributeError, RuntimeError):
+        holds = False
+    assert not holds
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("algorithm", [Adam, SGD])
+def test_a_tensor_learning_rate_is_read_at_every_step(algorithm, backend):
+    lr = torch.tensor(0.1, device=home(backend))
+    optimizer, _ = warm(algorithm, backend)
+    for group in optimizer.param_groups:
+        group["lr"] = lr.clone()
+    attempt(optimizer)
+    for group in optimizer.param_groups:
+        group["lr"].fill_(0.7)
+    fresh = twin(optimizer)
+    for group in fresh.param_groups:
+        group["lr"] = 0.7 if home(backend) == "cpu" and lr.dtype == torch.float64 else float(torch.tensor(0.7))
+    assert outcome(optimizer) == outcome(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_learning_rate_may_be_replaced_by_an_equal_one(backend):
+    optimizer, _ = warm(Adam, backend)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    attempt(optimizer)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    expected = twin(optimizer)
+    optimizer.param_groups[0]["lr"].mul_(1)
+    assert outcome(optimizer) == outcome(expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_that_was_refused_leaves_no_parameter_behind(backend):
+    optimizer, params = warm(Adam, backend)
+    fresh = twin(optimizer)
+    group = optimizer.param_groups[1]
+    last, lr = group["params"].pop(), group["lr"]
+    group["lr"] = "fast"
+    with pytest.raises(TypeError, match="lr must be a number"):
+        optimizer.step()
+    group["params"].append(last)
+    group["lr"] = lr
+    assert outcome(optimizer) == outcome(fresh)
+    assert len({float(optimizer.state[param]["step"]) for param in params}) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plan_outlives_inference_mode(backend):
+    optimizer, params = warm(Adam, backend)
+    params[0].data = like(params[0])
+    fresh = twin(optimizer)
+    with torch.inference_mode():
+        optimizer.step()
+    fresh.step()
+    assert outcome(optimizer) == outcome(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_may_be_set_back_to_where_they_were_joined(backend):
+    params = parameters([(3,)] * 3, device=home(backend))
+    optimizer = Adam(params, lr=0.1, eps=0.1, backend=backend)
+    give_gradients(params, 0)
+    optimizer.step()
+    for counts in [(4, 4, 5), (3, 4, 5), (4, 4, 4), (7, 1, 1), (7, 7, 1)]:
+        for param, count in zip(params, counts, strict=True):
+            optimizer.state[param]["step"].fill_(count)
+        fresh = twin(optimizer)
+        optimizer.step()
+        fresh.step()
+        assert everything(optimizer) == everything(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sparse_tensor_of_somebody_else_may_stand_in_a_state(backend):
+    optimizer, params = warm(Adam, backend)
+    optimizer.state[params[0]]["mask"] = torch.ones(4, 4).to_sparse()
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, params[0])
+
+
+def test_equal_copies_of_groups_and_states_are_followed():
+    params = parameters([(8,)] * 3)
+    optimizer = Adam([{"params": [param]} for param in params], lr=0.1, backend="native")
+    give_gradients(params, 0)
+    for _ in range(4):
+        optimizer.step()
+    optimizer.param_groups[:] = [dict(group) for group in optimizer.param_groups]
+    optimizer.state[params[1]] = dict(optimizer.state[params[1]])
+    for _ in range(2):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.state[params[1]]["exp_avg"] = torch.full((8,), -100.0)
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert torch.equal(params[0], before[0])
+    assert (params[1] - before[1]).abs().max() > 1
