@@ -84,9 +84,7 @@ def main(path: str) -> int:
     print(f"{path}: {numel:,} trained parameters in {len(params)} tensors")
     if not numel:
         return 1
-    print(
-        f"{'weights':9} {'bytes a parameter':>17} {'GiB kept':>9} {'with gradients':>14}  arguments of Adam"
-    )
+    print(f"{'weights':9} {'bytes a parameter':>17} {'GiB kept':>9} {'with gradients':>14}  arguments of Adam")
     for row in rows(params):
         dtype = str(row.dtype).removeprefix("torch.")
         sizes = f"{row.kept / numel:17.3f} {row.kept / GIB:9.3f} {(row.kept + row.gradients) / GIB:14.3f}"
