@@ -112,7 +112,8 @@ def _curves(lines: Sequence[Line]) -> Figure:
             means = [mean(values) for values in zip(*losses, strict=True)]
             axes.plot([10 * i for i in range(len(means))], means, style, label=mode, linewidth=1)
         axes.set(yscale="log", xlabel="step", ylabel="training loss", title=training)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize="small")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     return figure
 
 

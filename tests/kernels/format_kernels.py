@@ -15,7 +15,7 @@ import triton.language as tl
 from triton import knobs
 
 from dragon.kernels import blockwise, rounding
-from dragon.kernels._compile import compile_kernel, scratch_cache
+from dragon.kernels.inspect.compile import compile_kernel, scratch_cache
 
 CHUNK, N_WARPS = 1024, 4
 ELEMENTS = CHUNK // (N_WARPS * 32)

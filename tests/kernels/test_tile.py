@@ -13,9 +13,9 @@ WARP_SIZES = [32, 64]
 
 @triton.jit
 def alignment_kernel(tensors_ptr, grads_ptr, result_ptr, SPEC: tl.constexpr, WARP_SIZE: tl.constexpr):
-    numel, tensors = load_tensors(tensors_ptr, grads_ptr, tl.program_id(0).to(tl.int64), WARP_SIZE)
+    numel, tensors, source = load_tensors(tensors_ptr, grads_ptr, tl.program_id(0).to(tl.int64), WARP_SIZE)
     tl.store(result_ptr + 2 * tl.program_id(0), numel)
-    tl.store(result_ptr + 2 * tl.program_id(0) + 1, are_aligned(tensors, SPEC).to(tl.int64))
+    tl.store(result_ptr + 2 * tl.program_id(0) + 1, are_aligned(tensors, source, SPEC).to(tl.int64))
 
 
 @triton.jit

@@ -1,0 +1,63 @@
+"""The vector path of the real update in memory modes: what `test_update_code.py` compiles and counts.
+
+Run as a script it prints, as JSON, what the compiler makes of each case: ``python update_kernels.py sm_90``.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import triton
+import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from format_kernels import machine_code
+
+from dragon.kernels.config import default_config
+from dragon.kernels.formats import make_place
+from dragon.kernels.inspect.compile import compile_kernel, scratch_cache
+from dragon.kernels.launch import update_constants, update_options
+from dragon.kernels.spec import Spec
+from dragon.kernels.tile import VECTOR_NUMEL, load_pair, load_scalars, load_tensors
+from dragon.kernels.update import update_kernel, update_tile
+
+BF16, FP32 = "bfloat16", "float32"
+SPECS = {
+    "split16": Spec("adam", "split16", BF16, (FP32, FP32)),
+    "bf16 stochastic": Spec("adam", "bfloat16_stochastic", BF16, (BF16, "bfloat16_stochastic")),
+    "split8 + q8": Spec("adam", "split8", BF16, ("q8_signed", "q8_square")),
+    "split8 + q8 stochastic": Spec("adam", "split8_stochastic", BF16, ("q8_signed", "q8_square_stochastic")),
+}
+
+
+@triton.jit
+def vector_kernel(
+    chunks_ptr, tensors_ptr, grads_ptr, scalars_ptr,
+    SPEC: tl.constexpr, CONFIG: tl.constexpr, WARP_SIZE: tl.constexpr,
+):  # fmt: skip
+    row, index = load_pair(chunks_ptr + 2 * (tl.program_id(0).to(tl.int64) + 1), WARP_SIZE)
+    row = row.to(tl.int64)
+    first = index.to(tl.int64) * CONFIG.chunk
+    scalars = load_scalars(scalars_ptr, row, SPEC, WARP_SIZE)
+    numel, tensors, source = load_tensors(tensors_ptr, grads_ptr, row, WARP_SIZE)
+    whole = tl.multiple_of(numel // VECTOR_NUMEL * VECTOR_NUMEL, VECTOR_NUMEL)
+    update_tile(tensors, source, scalars, make_place(first, whole, CONFIG.chunk), SPEC, CONFIG.eviction, 16)
+
+
+def report(spec: Spec, arch: str) -> dict[str, float]:
+    config = default_config(arch)
+    arguments = update_constants(spec, config), update_options(config), arch
+    code = machine_code(bytes(compile_kernel(vector_kernel, *arguments).asm["cubin"]))
+    whole = compile_kernel(update_kernel, *arguments)
+    return {
+        "instructions": len(code) / (config.chunk / (config.n_warps * 32)),
+        "shuffles": sum(name.startswith("SHFL") for name in code),
+        "spilled_nbytes": whole.spilled_nbytes,
+        "registers": whole.registers,
+    }
+
+
+if __name__ == "__main__":
+    with scratch_cache():
+        print(json.dumps({name: report(spec, sys.argv[1]) for name, spec in SPECS.items()}))
