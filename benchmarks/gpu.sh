@@ -126,7 +126,7 @@ stage_a() {
 }
 
 stage_b() {
-  local exact=(tests/kernels tests/torch/optim/test_{parity,chain,sums,flat}.py) check=() racecheck=() profile=() tests=("$python" -m tests.sanitize "${flag[@]}")
+  local exact=(tests/kernels tests/torch/optim/test_{parity,chain,sums}.py tests/torch/optim/groups/test_buffers.py) check=() racecheck=() profile=() tests=("$python" -m tests.sanitize "${flag[@]}")
   if [ $dry = yes ]; then exact=(tests/kernels/test_norm.py); fi
   pytests 110 exact "not gpu" "${exact[@]}"
   if tool compute-sanitizer; then

@@ -51,7 +51,7 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: for an option out of range.
     """
-    settings = Settings(**{name: options[name] for name in Settings._fields})
+    settings = Settings(**{name: options[name] for name in Settings._fields if name in options})
     if settings.backend not in (None, "triton", "native", "eager"):
         raise ValueError(f"backend must be None, 'triton', 'native' or 'eager', but got {settings.backend!r}")
     if not settings.max_grad_norm >= 0:

@@ -27,7 +27,7 @@ from dragon.vm.torch.optim._groups.eligibility import check_backend
 from dragon.vm.torch.optim._groups.members import MemberReader
 from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._groups.storage import check_storage
-from dragon.vm.torch.optim._options import Settings, check_common, own_tensors, read_settings
+from dragon.vm.torch.optim._options import Settings, check_common, complete, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.modes import undisturbed
 from dragon.vm.torch.optim._plan.updater import Updater
 from dragon.vm.torch.optim._release import Bucket, GradientRelease, check_release
@@ -52,7 +52,7 @@ class Optimizer(StoringOptimizer):
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
         self._settings = read_settings(options)
         check_common(options, self._settings)
-        check_storage(options)
+        check_storage(complete(options, self._algorithm.own_defaults))
         self._algorithm.check(options)
         self._reset()
         # By name: between this class and PyTorch's there is another of PyTorch's, for `isinstance`.
@@ -131,8 +131,9 @@ class Optimizer(StoringOptimizer):
             if param.requires_grad:
                 check_param(param)
                 check_backend(None if group["differentiable"] else self._settings.backend, param.device)
-        check_storage(group, self._algorithm.state_keys(group))
-        self._warn_of_rounding(group)
+        full = complete(group, self._algorithm.own_defaults)
+        check_storage(full, self._algorithm.state_keys(full))
+        self._warn_of_rounding(full)
         self._drop_defaults(group, group)
 
     def _follows_dragon(self, group: Mapping[str, Any]) -> bool:

@@ -71,8 +71,7 @@ class SGD(Optimizer, torch.optim.SGD):
         release_gradients: bool | torch.amp.GradScaler = False,
     ) -> None:
         # The update draws no random bits: it need not count steps.
-        options = given(locals())
-        Optimizer.__init__(self, params, {**options, "stochastic_rounding": False, "rounding_seed": 0})
+        Optimizer.__init__(self, params, given(locals()))
 
     @classmethod
     def from_torch(cls, optimizer: torch.optim.Optimizer, **options: Any) -> Self:

@@ -84,9 +84,7 @@ def twin(optimizer: Adam | SGD) -> Adam | SGD:
             copies[param] = same
             own["params"].append(same)
         groups.append(own)
-    settings_of = optimizer._settings._asdict()
-    defaults = {key: value for key, value in optimizer.defaults.items() if key not in settings_of}
-    fresh = type(optimizer)(groups, **defaults, **settings_of)
+    fresh = type(optimizer)(groups, **optimizer.defaults)
     for param, state in optimizer.state.items():
         if param in copies:
             fresh.state[copies[param]] = {

@@ -159,6 +159,6 @@ configs = st.sampled_from(
 @given(configs, runs)
 def test_chunk_size_and_grid_do_not_matter(config, run):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dragon.vm.torch.optim._backends.triton.config_for", lambda *_: config)
+        patch.setattr("dragon.vm.torch.optim._backends.launches.config_for", lambda *_: config)
         other = run.result("triton")
     assert other == run.result("triton")

@@ -101,5 +101,5 @@ SGD = Algorithm(
     # PyTorch's SGD does not count; its buffer is there after the first step.
     uncounted_steps=1.0,
     saves_steps=False,
-    own_group_defaults={"capturable": False},
+    own_group_defaults={"capturable": False, "stochastic_rounding": False},
 )

@@ -6,7 +6,7 @@ A guard holds no tensor. Another tensor at the same address in the same layout i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -58,13 +58,13 @@ def _layouts(tensors: Sequence[Tensor]) -> list[list[object]]:
 class Guard:
     """Compares the tensors of a step with those that a plan was made for: layouts, and addresses but of gradients.
 
-    The layouts of states are compared once their objects are others, and so are the addresses of step counters.
-    Weak references tell whether an object has gone, whose identity another may have taken.
+    The layouts of states are compared once their objects are others. Weak references tell whether an object has gone,
+    whose identity another may have taken.
 
     Args:
         grads: gradients, which may lie elsewhere at each step.
         params: parameters.
-        states: state tensors by name, step counters among them.
+        states: state tensors by name.
     """
 
     def __init__(
@@ -72,8 +72,7 @@ class Guard:
     ) -> None:
         self._layouts = LayoutGuard([*grads, *params])
         self._state_layouts = LayoutGuard(list(chain(*states.values())))
-        self._addresses = addresses_of(chain(params, *_moments(states)))
-        self._counter_addresses = addresses_of(states.get("step", ()))
+        self._addresses = addresses_of(chain(params, *states.values()))
         self._identify(states)
 
     def _identify(self, states: Mapping[str, Sequence[Tensor]]) -> None:
@@ -87,22 +86,15 @@ class Guard:
     ) -> list[int] | None:
         """The addresses of the gradients if all is as it was, else None. There are as many tensors as then."""
         addresses = addresses_of(grads)
-        if addresses_of(chain(params, *_moments(states))) != self._addresses:
+        if addresses_of(chain(params, *states.values())) != self._addresses:
             return None
         if not self._layouts.check(*grads, *params):
             return None
         if self._gone or list(map(id, chain(*states.values()))) != self._ids:
-            if addresses_of(states.get("step", ())) != self._counter_addresses:
-                return None
             if not self._state_layouts.check(*chain(*states.values())):
                 return None
             self._identify(states)
         return addresses
-
-
-def _moments(states: Mapping[str, Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
-    """All state tensors but the step counters, by name."""
-    return (column for key, column in states.items() if key != "step")
 
 
 def addresses_of(tensors: Iterable[Tensor]) -> list[int]:

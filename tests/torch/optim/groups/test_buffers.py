@@ -52,7 +52,7 @@ def same(left, right, backend="triton"):
 
 def n_joined(optimizer):
     """Entries that the latest step updates, joined ones counted once."""
-    return len(optimizer._plans.latest()[-1]._walked)
+    return len(optimizer._plans.latest()[-1]._host._walked)
 
 
 HISTORIES = st.lists(

@@ -112,5 +112,5 @@ def test_an_explicit_kernel_is_not_given_what_has_no_memory() -> None:
     param = wrapper(1.0, 2.0)
     optimizer = Adam([param], backend="native")
     train(optimizer, [param])
-    (group,) = optimizer._plans.latest()[-1]._hosts
+    (group,) = optimizer._plans.latest()[-1]._host.groups
     assert group._signature.backend == "eager"

@@ -124,11 +124,6 @@ def swap_step_memory(optimizer, params):
     step.data = torch.full_like(step, 7)
 
 
-def view_step_as_another_dtype(optimizer, params):
-    step = optimizer.state[params[0]]["step"]
-    step.data = step.data.view(torch.int32)
-
-
 def swap_step_for_a_number(optimizer, params):
     optimizer.state[params[0]]["step"] = 7
 
@@ -255,7 +250,7 @@ COMMON = [
     setting(clip_norm=0.1), setting(ema_decay=0.9), setting(capturable=True),
 ]  # fmt: skip
 ADAMS = [
-    swap_step_memory, fill_step, view_step_as_another_dtype, setting(betas=(0.5, 0.5)), setting(eps=0.1),
+    swap_step_memory, fill_step, setting(betas=(0.5, 0.5)), setting(eps=0.1),
     setting(amsgrad=True), setting(decoupled_weight_decay=True), setting(epsilon_hat=True),
 ]  # fmt: skip
 SGDS = [setting(momentum=0), setting(dampening=0.5), setting(nesterov=True), setting(momentum=0.5)]
