@@ -133,5 +133,5 @@ def test_the_environment_really_hides_other_packages(empty: Path, tmp_path: Path
 
 def test_the_console_script_says_what_it_lacks(empty: Path, tmp_path: Path) -> None:
     assert 'pip install "dragon-vm-torch[cli]"' in run(
-        [str(empty.parent / "dragon-vm"), "doctor"], tmp_path, status=1
+        [str(empty.parent / "dragon-vm"), "tune"], tmp_path, status=1
     )

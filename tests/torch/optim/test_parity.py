@@ -45,7 +45,7 @@ def test_every_step_is_as_right_as_torchs_fused_one(backend, data, epsilon_hat):
 @patient
 @given(adam_cases(options=(*ADAM_OPTIONS, *FLAGS, "clip_value"), dtypes=[torch.float32, torch.float64]))
 def test_native_clips_values_as_right(case):
-    check_adam(maker(Adam, "native"), case, epsilon_hat=True)
+    check_adam(maker(Adam, "native", epsilon_hat=True), case, epsilon_hat=True)
 
 
 @patient
@@ -53,7 +53,7 @@ def test_native_clips_values_as_right(case):
 def test_states_of_half_precision_parameters_may_be_float32(backend, data):
     half = [torch.bfloat16, torch.float16]
     drawn = adam_cases(options=OPTIONS[backend], dtypes=half, gradient_dtypes=[None, torch.float32], **FEW)
-    make = maker(Adam, backend, state_dtype=torch.float32)
+    make = maker(Adam, backend, epsilon_hat=True, state_dtype=torch.float32)
     check_adam(make, data.draw(drawn), epsilon_hat=True, state_dtype=torch.float32, device=home(backend))
 
 
@@ -62,7 +62,9 @@ def test_states_of_half_precision_parameters_may_be_float32(backend, data):
 def test_adamw_decays_parameters_by_default(backend, data):
     case = data.draw(adam_cases(options=["lr", "betas", "eps", "weight_decay"], **FEW))
     defaults = AdamOptions(weight_decay=0.01, decoupled_weight_decay=True)
-    check_adam(maker(AdamW, backend), case, epsilon_hat=True, defaults=defaults, device=home(backend))
+    check_adam(
+        maker(AdamW, backend, epsilon_hat=True), case, epsilon_hat=True, defaults=defaults, device=home(backend)
+    )
 
 
 @patient
@@ -70,7 +72,7 @@ def test_adamw_decays_parameters_by_default(backend, data):
 def test_complex_parameters_are_pairs_of_real_ones(backend, data):
     dtypes = [torch.complex64, torch.complex128]
     case = data.draw(adam_cases(dtypes=dtypes, **FEW))
-    check_adam(maker(Adam, backend), case, epsilon_hat=True, device=home(backend))
+    check_adam(maker(Adam, backend, epsilon_hat=True), case, epsilon_hat=True, device=home(backend))
 
 
 @patient

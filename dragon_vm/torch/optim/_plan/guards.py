@@ -58,8 +58,8 @@ def _layouts(tensors: Sequence[Tensor]) -> list[list[object]]:
 class Guard:
     """Compares the tensors of a step with those that a plan was made for: layouts, and addresses but of gradients.
 
-    The layouts of states are compared once their objects are others. Weak references tell whether an object has gone,
-    whose identity another may have taken.
+    The layouts of states are compared once their objects are others. Weak references tell whether an object has
+    gone, whose identity another may have taken.
 
     Args:
         grads: gradients, which may lie elsewhere at each step.
