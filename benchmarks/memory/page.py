@@ -17,7 +17,7 @@ from benchmarks.memory.adam import MODES
 from dragon.vm.torch.optim._formats import nbytes
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "memory.jsonl"
+RESULTS = ROOT / "benchmarks" / "results" / "memory" / "modes.jsonl"
 PAGE = ROOT / "docs" / "memory.md"
 PICTURES = ROOT / "docs" / "images"
 BEGIN, END = "<!-- measured: benchmarks.memory -->", "<!-- end of what is measured -->"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -79,7 +80,11 @@ class FusedPlanner:
 
     def read(self, groups: Sequence[Group]) -> bool:
         """Take the hyperparameters of all groups; return whether some call depends on the step count."""
-        self._keys = [by_value(self._read_key(group)) for group in groups]
+        keys = list(map(self._read_key, groups))
+        kinds = set(map(type, chain.from_iterable(keys))) | set(
+            map(type, chain.from_iterable(group.get("betas", ()) for group in groups))
+        )
+        self._keys = keys if kinds <= {float, int, bool, tuple} else list(map(by_value, keys))
         return any(map(self._algorithm.depends_on_step, groups))
 
     def plan(self, groups: Sequence[Group], steps: list[float], factors: Factors) -> list[FusedCall]:

@@ -16,10 +16,12 @@ from dragon.vm.torch.optim._options import by_value, complete
 _PLAIN_TYPES = {float, int, bool, NoneType}
 # Hyperparameters that kernels read where they are, if they are tensors on the device.
 _LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
-_NUMBERS = (
+_NUMBERS = {
     *("lr", "weight_decay", "eps", "momentum", "dampening"),
     *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
-)
+}
+# Numbers that decide nothing about which tensors and kernels take part.
+_SCALARS = {"lr", "weight_decay", "eps"}
 
 
 class Hyperparameters:
@@ -40,10 +42,12 @@ class Hyperparameters:
         self, names: Sequence[str], own: Mapping[str, Any], structure_of: Callable[[Mapping[str, Any]], object]
     ) -> None:
         self._own = dict(own)
-        self._read_row = itemgetter(*(name for name in names if name != "betas"))
-        self._has_betas = "betas" in names
+        names = [name for name in names if name != "betas"]
+        self._read_row = itemgetter(*names)
+        self._structural = itemgetter(*(i for i, name in enumerate(names) if name not in _SCALARS))
         self._structure_of = structure_of
         self._values: list[Any] = []
+        self._options: list[Any] = []
         self._structures: list[object] = []
         self.groups: list[dict[str, Any]] = []
         self.version = self.structure = 0
@@ -54,28 +58,30 @@ class Hyperparameters:
         Raises:
             KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
         """
-        values = list(map(self._read_row, groups))
-        values += [tuple(map(group.get, self._own, self._own.values())) for group in groups]
-        if self._has_betas:
-            values += [tuple(group["betas"]) for group in groups]
-        if not set(map(type, chain.from_iterable(values))) <= _PLAIN_TYPES:
-            values = list(map(by_value, values))
-        if values == self._values and len(groups) == len(self.groups):
+        rows = list(map(self._read_row, groups))
+        own = [tuple(map(group.get, self._own)) for group in groups]
+        values: list[Any] = [rows, own, [tuple(group.get("betas", ())) for group in groups]]
+        are_plain = set(map(type, chain.from_iterable(chain(*values)))) <= _PLAIN_TYPES
+        if not are_plain:
+            values = by_value(values)
+        if values == self._values:
             return
         # Without the parameters: what is taken out of a group must not stay here.
-        complete_groups = [
-            complete({key: value for key, value in group.items() if key != "params"}, self._own)
-            for group in groups
-        ]
+        complete_groups = [complete(group, self._own) for group in groups]
         for group in complete_groups:
+            group.pop("params", None)
             _check_numbers(group)
-        structures = list(map(self._structure_of, complete_groups))
+        # Of what a scheduler changes at each step nothing decides about structure.
+        options = [list(map(self._structural, values[0])), values[1]]
+        structures = self._structures
+        if options != self._options:
+            structures = list(map(self._structure_of, complete_groups))
         if structures != self._structures:
-            self._structures = structures
             self.structure += 1
         self.version += 1
+        self._structures, self._options, self.groups = structures, options, complete_groups
         # The last write: an interrupt before it leaves the next step to read anew.
-        self.groups, self._values = complete_groups, values
+        self._values = values
 
 
 def _check_numbers(group: Mapping[str, Any]) -> None:
@@ -85,13 +91,14 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
         TypeError: for one that is no number, naming it.
         ValueError: for a tensor of several, and for betas that are not two.
     """
-    for name in _NUMBERS:
-        if type(value := group.get(name, 0)) is not float:
+    for name in _NUMBERS & group.keys():
+        if type(value := group[name]) is not float:
             _check_number(name, value)
-    if "betas" in group:
-        if len(group["betas"]) != 2:
-            raise ValueError(f"betas must be two numbers, but got {group['betas']}")
-        for index, beta in enumerate(group["betas"]):
+    betas = group.get("betas", (0.0, 0.0))
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, but got {betas}")
+    for index, beta in enumerate(betas):
+        if type(beta) is not float:
             _check_number(f"betas[{index}]", beta)
 
 
