@@ -40,6 +40,16 @@ def test_the_committed_pictures_show_the_committed_lines() -> None:
         assert plot.digest in picture, f"{name}: python -m benchmarks report"
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_pages_show_the_measured_ratios(page: str) -> None:
+    table = (ROOT / page).read_text(encoding="utf-8").partition("times as fast as torch's fused Adam")[2]
+    shown = [float(ratio) for ratio in re.findall(r"\| ([\d.]+) \|", table.partition("\n\n")[0])]
+    cases = ["1000 x 1000", "465 groups", "GPT-2 124M", "chain, GPT-2 124M"]
+    cpu = [r for r in records.read(RESULTS) if r.environment["device_type"] == "cpu"]
+    current = {(r.case, r.contender): r.ratio for r in report.latest(cpu) if r.ratio}
+    assert shown == [round(current[case, "ours native"].median, 2) for case in cases]
+
+
 spreads = st.none() | st.builds(Spread, *[st.floats(1e-6, 1e6)] * 3, st.integers(1, 99))
 
 
