@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cases import CASES
-from benchmarks.plots import Plot, draw, roofline
+from benchmarks.plots import Plot, draw, roofline, speeds
 from benchmarks.records import SKIPPED, TIMED, Record
 from benchmarks.tables import (
     HEADINGS,
@@ -84,7 +84,8 @@ def plots_of(records: Sequence[Record]) -> list[Plot]:
     found = []
     for name, of_device in by_device(records).items():
         current = latest(of_device)
-        found.append(roofline(current, f"roofline-{slug(name)}"))
+        timed = [record for record in current if not is_host_work(record)]
+        found += [speeds(timed, f"speed-{slug(name)}"), roofline(timed, f"roofline-{slug(name)}")]
     return [plot for plot in found if plot.series]
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks import records, report
 from benchmarks.host import REFERENCE
-from benchmarks.plots import Plot, draw
+from benchmarks.plots import Plot, draw, speeds
 from benchmarks.records import FAILED, SKIPPED, TIMED, WRONG, Record
 from benchmarks.tables import figure, host_rows, rival_rows, rows_of
 from dragon.vm.measuring.timer import Spread
@@ -41,13 +41,16 @@ def test_the_committed_pictures_show_the_committed_lines() -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_the_first_pages_show_the_measured_ratios(page: str) -> None:
-    table = (ROOT / page).read_text(encoding="utf-8").partition("times as fast as torch's fused Adam")[2]
-    shown = [float(ratio) for ratio in re.findall(r"\| ([\d.]+) \|", table.partition("\n\n")[0])]
-    cases = ["1000 x 1000", "465 groups", "GPT-2 124M", "chain, GPT-2 124M"]
-    cpu = [r for r in records.read(RESULTS) if r.environment["device_type"] == "cpu"]
-    current = {(r.case, r.contender): r.ratio for r in report.latest(cpu) if r.ratio}
-    assert shown == [round(current[case, "ours native"].median, 2) for case in cases]
+def test_the_first_pages_show_a_picture_of_the_committed_lines(page: str) -> None:
+    (shown,) = re.findall(r"images/([\w-]+)\.svg", (ROOT / page).read_text(encoding="utf-8"))
+    assert shown in {plot.name for plot in report.plots_of(records.read(RESULTS))}
+
+
+def test_bars_show_the_ratio_of_every_contender() -> None:
+    found = [record(case, name, ratio=Spread(r, 0, 9, 3)) for case, name, r in (("b", "x", 1.0), ("a", "y", 2.0))]
+    plot = speeds([*found, record("c", "copy_")], "p")
+    assert plot.categories == ("b", "a")
+    assert plot.series == {"x": [(0, 1.0)], "y": [(1, 2.0)]}
 
 
 spreads = st.none() | st.builds(Spread, *[st.floats(1e-6, 1e6)] * 3, st.integers(1, 99))
