@@ -13,10 +13,9 @@ from .modes import BF16, FP32, give_gradients, make, train
 SPLITS: list[Any] = ["split16", "split8", FP32]
 
 
-@pytest.mark.parametrize("backend", ["triton", "native"])
-def test_split16_is_an_fp32_run_for_1000_steps(backend: str) -> None:
-    """On the triton backend, which computes both alike; native's fp32 run is torch's own."""
-    steps = 1000 if backend == "triton" else 3
+@pytest.mark.parametrize(("backend", "steps"), [("triton", 100), ("native", 3)])
+def test_split16_is_an_fp32_run(backend: str, steps: int) -> None:
+    """The run without a master is the kernels', which compute both alike; native's is torch's own."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(67, generator=generator).to(BF16)
     split, wide = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
@@ -29,6 +28,21 @@ def test_split16_is_an_fp32_run_for_1000_steps(backend: str) -> None:
         theirs.step()
     ((_, master),) = ours.master_weights()
     assert torch.equal(master, wide)
+    assert torch.equal(ours.state[split]["exp_avg_sq"], theirs.state[wide]["exp_avg_sq"])
+
+
+def test_split16_is_an_fp32_master_for_1000_steps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(67, generator=generator).to(BF16)
+    split, wide = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    ours = AdamW([split], lr=1e-3, backend="eager", master_weights="split16")
+    theirs = AdamW([wide], lr=1e-3, backend="eager", master_weights=FP32)
+    for _ in range(1000):
+        split.grad = wide.grad = torch.randn(67, generator=generator).to(BF16)
+        ours.step()
+        theirs.step()
+    (((_, master),), ((_, expected),)) = ours.master_weights(), theirs.master_weights()
+    assert torch.equal(master, expected)
     assert torch.equal(ours.state[split]["exp_avg_sq"], theirs.state[wide]["exp_avg_sq"])
 
 
