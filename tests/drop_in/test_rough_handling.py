@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +60,15 @@ def test_an_interrupt_during_an_exchange_loses_nothing(backend: str) -> None:
     assert 1 < at < 999
 
 
+@pytest.fixture
+def interrupts_raise() -> Iterator[None]:
+    """Ctrl-C raises, also where the suite was started in the background and ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts_raise")
 def test_ctrl_c_in_the_block_of_swap_ema_leaves_the_parameters() -> None:
     param = nn.Parameter(torch.ones(4))
     optimizer = ours.Adam([param], lr=0.1, ema_decay=0.5)
