@@ -59,7 +59,8 @@ class Hyperparameters:
             KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
         """
         rows = list(map(self._read_row, groups))
-        own = [tuple(map(group.get, self._own, self._own.values())) for group in groups]
+        defaults = self._own.values()
+        own = [tuple(map(group.get, self._own, defaults)) for group in groups]
         values: list[Any] = [rows, own, [tuple(group.get("betas", ())) for group in groups]]
         are_plain = set(map(type, chain.from_iterable(chain(*values)))) <= _PLAIN_TYPES
         if not are_plain:
