@@ -31,8 +31,8 @@ OURS = str(Path(sys.modules[Adam.__module__].__file__ or "").parent)
 WEAKREF_CALLBACK = WeakIdKeyDictionary()._remove.__code__
 
 
-class Interrupt(Exception):
-    """Raised in the middle of a step. An `Exception`, so that a broad `except` would be seen to swallow it."""
+class Interrupt(KeyError):
+    """Raised in the middle of a step. A `KeyError`, which an `except` that expects one would be seen to swallow."""
 
 
 class Tracer:
@@ -48,7 +48,8 @@ class Tracer:
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "call":
-            if not frame.f_code.co_filename.startswith(self.folder) or frame.f_code is WEAKREF_CALLBACK:
+            callers = [each.f_code for each in (frame, frame.f_back) if each]
+            if not frame.f_code.co_filename.startswith(self.folder) or WEAKREF_CALLBACK in callers:
                 return None
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
             return self

@@ -71,21 +71,16 @@ class PlanCache:
             RuntimeError: if a plan would have to be prepared within a capture, and as `prepare`.
             ValueError: as `prepare`.
         """
-        # The usual case first: all parameters have a gradient. One that is missing fails the guard.
         params, shards, grads = members.params, members.shards, members.grads
-        plan = self._latest.get(key)
-        tensors = plan.gather(recipe.state, params, shards, grads) if plan else None
-        if plan and tensors:
-            return Found(plan, params, tensors)
         present = bytes(map(is_not, grads, repeat(None)))
-        if not any(present):
-            return None
         if not all(present):
+            if not any(present):
+                return None
             key = (*key, present)
             params, grads = list(compress(params, present)), list(compress(grads, present))
             shards = params if shards is members.params else list(compress(shards, present))
-            plan = self._latest.get(key)
-            tensors = plan.gather(recipe.state, params, shards, grads) if plan else None
+        plan = self._latest.get(key)
+        tensors = plan.gather(recipe.state, params, shards, grads) if plan else None
         if plan is None or tensors is None:
             if is_capturing():
                 raise RuntimeError(

@@ -27,6 +27,9 @@ from dragon.vm.torch.optim._plan.state_reader import StateReader
 if TYPE_CHECKING:
     from dragon.vm.torch.optim._backends.triton import TritonDevice
 
+# What reading a tensor raises where there is none.
+_ABSENT = (KeyError, TypeError, AttributeError, IndexError)
+
 
 class StepPlan:
     """A step of one set of parameters: who updates which, with states complete and tables laid out.
@@ -67,18 +70,28 @@ class StepPlan:
             state: of the optimizer.
             params: parameters, as many as the plan has.
             shards: for each the tensor that is updated.
-            grads: gradients; None for one that is missing, which is a difference.
+            grads: gradients.
         """
+        try:
+            return self._gather(state, params, shards, grads)
+        except _ABSENT:
+            # Something is no tensor any more, or is not there: then it happens again.
+            try:
+                self._gather(state, params, shards, grads)
+            except _ABSENT:
+                return None
+            # A signal handler raised it.
+            raise
+
+    def _gather(
+        self, state: Mapping[Any, Any], params: list[Tensor], shards: list[Tensor], grads: list[Any]
+    ) -> Gathered | None:
         if self._guard is None:
             return None
-        try:
-            states = self._states.read(state, params)
-            if states is None:
-                return None
-            addresses = self._guard.check(grads, shards, states)
-        except (KeyError, TypeError, AttributeError, IndexError):
-            # Something is no tensor any more, or is not there.
+        states = self._states.read(state, params)
+        if states is None:
             return None
+        addresses = self._guard.check(grads, shards, states)
         return None if addresses is None else Gathered(shards, grads, states, addresses)
 
     def gather_anew(self, state: Mapping[Any, Any], prepared: Prepared) -> Gathered:
