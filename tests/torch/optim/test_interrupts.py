@@ -32,7 +32,7 @@ WEAKREF_CALLBACK = WeakIdKeyDictionary()._remove.__code__
 
 
 class Interrupt(KeyError):
-    """Raised in the middle of a step. A `KeyError`, which an `except` that expects one would be seen to swallow."""
+    """Raised in the middle of a step. A `KeyError`, which an `except` that expects one could swallow."""
 
 
 class Tracer:
