@@ -130,7 +130,7 @@ def ours(**options: Any) -> Callable[[Workload], Step]:
             origin.eps,
             amsgrad=origin.case.amsgrad,
             epsilon_hat=False,
-            state_dtype=origin.precision.state if origin.precision.state != origin.precision.param else None,
+            **{"state_dtype": origin.precision.state} if origin.precision.state != origin.precision.param else {},
             **chain,
             **options,
         )

@@ -38,12 +38,14 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is measured, marked if files that are tracked differ from it."""
+    """The commit that is measured: DRAGON_COMMIT, or git's, marked if files that are tracked differ from it."""
+    if given := os.environ.get("DRAGON_COMMIT"):
+        return given
     try:
         head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
         changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("DRAGON_COMMIT", "unknown")
+        return "unknown"
     return f"{head}-dirty" if changed else head
 
 

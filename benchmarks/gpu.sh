@@ -96,7 +96,7 @@ pytests() {
   local limit=$1 name=$2 mark=$3 workers=()
   shift 3
   # Timings need the GPU for themselves.
-  [ "$name" != timers ] && [ $dry = no ] && "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+  [ "$name" != timers ] && [ $dry = no ] && "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8 -p no:benchmark)
   part "$name" "$limit" "$python" -m pytest -q -m "$mark" "${workers[@]}" -p no:cacheprovider "$@"
 }
 
@@ -108,6 +108,7 @@ if [ $dry = yes ]; then device=cpu rounds=2 turns=0.05 flag=(--dry); fi
 stage_a() {
   local large=("1 x 1B" "10000 x 1000") quick=("GPT-2 124M" "chain, GPT-2 124M" "1000 x 1000" "465 groups" "1000 x 16" "1 x 20M")
   local fast=(--contender "torch fused" --contender "torch foreach" --contender "ours triton") files
+  local rivals=("${fast[@]}" --contender "ours flatten" --contender optimi --contender "flashoptim unquantized")
   if [ $dry = yes ]; then large=("10 x 16") quick=("10 x 16"); fi
   mapfile -d '' -t large < <(cases "${large[@]}")
   mapfile -d '' -t quick < <(cases "${quick[@]}")
@@ -116,8 +117,8 @@ stage_a() {
   bench 75 headline "${large[@]}" --dtype fp32 "${fast[@]}"
   part probe 105 "$python" -m benchmarks.probe "${flag[@]}" --out "$work/probe.jsonl"
   pytests 80 tests gpu "${files[@]}"
-  bench 60 quick "${quick[@]}" "${fast[@]}" --contender "ours flatten" --contender optimi \
-    --contender "flashoptim unquantized"
+  bench 60 quick "${quick[@]}" "${rivals[@]}" --dtype fp32
+  bench 60 mixed "${quick[@]}" "${rivals[@]}" --dtype bf16
   bench 60 slow "${quick[@]}" --dtype fp32 --contender "torch for-loop" --contender "ours eager" \
     --contender "torch compiled"
   part report 20 "$python" -m benchmarks report --results "$work/benchmarks.jsonl" --page "$work/performance.md"
@@ -152,7 +153,7 @@ stage_b() {
   part export 25 "$python" -m dragon.vm.tune --export "$work/tuning.json"
 }
 
-say "stage $stage, $(date -u +%Y-%m-%dT%H:%M:%SZ), commit $(git rev-parse --short=12 HEAD 2>/dev/null || echo "${DRAGON_COMMIT:-unknown}")"
+say "stage $stage, $(date -u +%Y-%m-%dT%H:%M:%SZ), commit ${DRAGON_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}"
 part about 40 "$python" -c '
 import sys, torch, triton, dragon.kernels, dragon.vm.torch.optim
 name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"

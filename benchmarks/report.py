@@ -90,9 +90,9 @@ def plots_of(records: Sequence[Record]) -> list[Plot]:
 
 
 def by_device(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records of each device; a CPU counts once for each number of threads."""
+    """Records of each device, GPUs first; a CPU counts once for each number of threads."""
     found: dict[str, list[Record]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: bool(record.environment["device_type"] == "cpu")):
         about = record.environment
         name = about["device"]
         if about["device_type"] == "cpu":
@@ -102,13 +102,21 @@ def by_device(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def latest(records: Sequence[Record]) -> list[Record]:
-    """Of each case the records of its last run in which something was timed, in the order of `CASES`."""
+    """The last record of each contender in each case, in the order of `CASES`.
+
+    Only the commit counts of the last run in which something of the case was timed.
+    """
     order = {name: index for index, name in enumerate(CASES)}
     newest: list[Record] = []
     for found in by_case(records).values():
-        runs = [record.environment["run"] for record in found if record.status == TIMED]
-        chosen = max(runs or [record.environment["run"] for record in found])
-        newest += [record for record in found if record.environment["run"] == chosen]
+        timed = [record for record in found if record.status == TIMED]
+        last = max(timed or found, key=lambda record: str(record.environment["run"]))
+        of_commit = [each for each in found if each.environment["commit"] == last.environment["commit"]]
+        # What was timed goes before what was not, and the later run before the earlier one.
+        of_commit.sort(key=lambda record: (record.status == TIMED, record.environment["run"]))
+        names = dict.fromkeys(record.contender for record in found)
+        chosen = {record.contender: record for record in of_commit}
+        newest += [chosen[name] for name in names if name in chosen]
     return sorted(newest, key=lambda record: order.get(record.case, len(order)))
 
 

@@ -8,7 +8,7 @@ kernel), `tile`, `formats` and `table` in this order.
 from __future__ import annotations
 
 from dragon.kernels.config import LaunchConfig, default_config
-from dragon.kernels.launch import launch_advance, launch_norm, launch_update
+from dragon.kernels.launch import advance_launcher, norm_launcher, update_launcher
 from dragon.kernels.spec import Spec
 
-__all__ = ["LaunchConfig", "Spec", "default_config", "launch_advance", "launch_norm", "launch_update"]
+__all__ = ["LaunchConfig", "Spec", "advance_launcher", "default_config", "norm_launcher", "update_launcher"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
+import torch
 import triton
 
 from dragon.kernels.advance import advance_kernel
@@ -22,6 +25,11 @@ COMPILE_OPTIONS = {"enable_fp_fusion": False}
 # Threads of a program of `norm_kernel` and of `advance_kernel`, which are not tuned. More of them would read less
 # than 16 bytes each of a tile of bf16.
 REDUCTION_THREADS = 128
+
+# Sets of tables that a launcher remembers. A step has one; a loss scaler's tensors may lie elsewhere at each step.
+MOST_READY = 16
+
+_data_ptr, _dtype_of = torch.Tensor.data_ptr, attrgetter("dtype")
 
 
 def update_constants(spec: Spec, config: LaunchConfig, warp_size: int = 32) -> dict[str, Any]:
@@ -59,18 +67,53 @@ def reduction_options(warp_size: int = 32) -> dict[str, Any]:
     return {"num_warps": REDUCTION_THREADS // warp_size, **COMPILE_OPTIONS}
 
 
-def launch_update(
-    spec: Spec,
-    config: LaunchConfig,
-    n_chunks: int,
-    n_processors: int,
-    warp_size: int,
-    chunks: Any,
-    tensors: Any,
-    grads: Any,
-    scalars: Any,
-) -> None:
-    """Launch `update_kernel` on the chunks of a spec.
+class Launcher:
+    """Launches one kernel again and again, on one device, with the same grid, constants and options.
+
+    At each launch triton looks a kernel's code up by the text of all its arguments, which takes longer than the
+    launch. A launcher has it looked up once for the same tables.
+
+    Args:
+        name: of the kernel, for those who count launches.
+        kernel: a function of triton's.
+        n_programs: of the grid.
+        constants: compile-time constants, in the order of the kernel's last parameters.
+        options: of the compiler.
+    """
+
+    def __init__(
+        self, name: str, kernel: Any, n_programs: int, constants: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        self.name = name
+        self._kernel, self._grid = kernel, (n_programs, 1, 1)
+        self._constants, self._options = constants, options
+        self._values = tuple(constants.values())
+        self._ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def __call__(self, *tables: Any) -> None:
+        """Launch on the current stream.
+
+        Args:
+            tables: tensors on the device, in the order of the kernel's first parameters.
+        """
+        # Triton compiles code of its own for each alignment and dtype of a table.
+        key = (*map(_data_ptr, tables), *map(_dtype_of, tables))
+        run = self._ready.get(key)
+        if run is not None:
+            run(*tables, *self._values)
+            return
+        code = self._kernel[self._grid](*tables, **self._constants, **self._options)
+        # The interpreter has none.
+        if code is not None:
+            if len(self._ready) >= MOST_READY:
+                self._ready.clear()
+            self._ready[key] = code[self._grid]
+
+
+def update_launcher(
+    spec: Spec, config: LaunchConfig, n_chunks: int, n_processors: int, warp_size: int = 32
+) -> Launcher:
+    """Launches `update_kernel` on the chunks of a spec.
 
     Args:
         spec: what is compiled in.
@@ -78,58 +121,47 @@ def launch_update(
         n_chunks: chunks in the table; at least 1.
         n_processors: multiprocessors of the device, for a persistent grid.
         warp_size: threads of a warp.
-        chunks: the table of the spec's chunks.
-        tensors: the table of the device's tensors.
-        grads: the table of their gradients.
-        scalars: what `launch_advance` wrote.
+
+    Returns:
+        What takes the tables: the spec's chunks, tensors, grads, and the scalars of `advance_kernel`.
     """
     n_programs = min(n_chunks, config.programs_per_processor * n_processors) or n_chunks
-    update_kernel[(n_programs,)](
-        chunks,
-        tensors,
-        grads,
-        scalars,
-        **update_constants(spec, config, warp_size),
-        **update_options(config),
-    )
+    constants = update_constants(spec, config, warp_size)
+    return Launcher("update", update_kernel, n_programs, constants, update_options(config))
 
 
-def launch_advance(
-    algorithm: str, norm_kind: int, clip_each: bool, n_tensors: int, *tables: Any, warp_size: int = 32
-) -> None:
-    """Launch `advance_kernel` once for all tensors of a device.
+def advance_launcher(
+    algorithm: str, norm_kind: int, clip_each: bool, n_tensors: int, warp_size: int = 32
+) -> Launcher:
+    """Launches `advance_kernel` once for all tensors of a device.
 
     Args:
         algorithm: "adam" or "sgd"; for "accumulate" one launch serves all later updates.
         norm_kind: NO_NORM, L2_NORM or INF_NORM: which partials of `norm_kernel` are there.
         clip_each: clip each gradient by its own L2 norm.
         n_tensors: rows of the tensor table.
-        tables: counts, tensors, groups, sources, scalars, partials, grad_scale, found_inf, status.
         warp_size: threads of a warp.
+
+    Returns:
+        What takes the tables: counts, tensors, groups, sources, scalars, partials, grad_scale, found_inf, status.
     """
     constants = advance_constants(algorithm, norm_kind, clip_each)
-    grid = (-(-n_tensors // constants["ROWS"]),)
-    advance_kernel[grid](*tables, **constants, **reduction_options(warp_size))
+    n_programs = -(-n_tensors // constants["ROWS"])
+    return Launcher("advance", advance_kernel, n_programs, constants, reduction_options(warp_size))
 
 
-def launch_norm(
-    grad_dtype: str,
-    norm_kind: int,
-    n_spans: int,
-    spans: Any,
-    tensors: Any,
-    grads: Any,
-    groups: Any,
-    partials: Any,
-    warp_size: int = 32,
-) -> None:
-    """Launch `norm_kernel` on the spans of all gradients of a dtype; there must be at least one."""
-    norm_kernel[(n_spans,)](
-        spans,
-        tensors,
-        grads,
-        groups,
-        partials,
-        **norm_constants(grad_dtype, norm_kind),
-        **reduction_options(warp_size),
+def norm_launcher(grad_dtype: str, norm_kind: int, n_spans: int, warp_size: int = 32) -> Launcher:
+    """Launches `norm_kernel` on the spans of all gradients of a dtype.
+
+    Args:
+        grad_dtype: of the gradients.
+        norm_kind: L2_NORM or INF_NORM.
+        n_spans: spans in the table; at least 1.
+        warp_size: threads of a warp.
+
+    Returns:
+        What takes the tables: the dtype's spans, tensors, grads, groups, partials.
+    """
+    return Launcher(
+        "norm", norm_kernel, n_spans, norm_constants(grad_dtype, norm_kind), reduction_options(warp_size)
     )

@@ -6,6 +6,7 @@ What it computes is held against the eager backend, so that a kernel that does n
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,10 @@ from torch import Tensor
 # Around the borders of vectors, of chunks and of a norm's spans.
 SIZES = (1, 7, 15, 16, 17, 31, 1023, 1024, 1025, 2049, 32767, 32769)
 DRY_SIZES = (1, 15, 17, 1025)
+
+# Of tensors whose states may have 8 bits.
+BLOCK_SHAPES = ((64, 64), (3, 1408), (2, 16448), (129, 320))
+DRY_BLOCK_SHAPES = ((64, 64), (3, 1408))
 
 N_STEPS = 2
 LR = 0.01
@@ -32,6 +37,8 @@ class Variant(NamedTuple):
         options: arguments of the class.
         zero_grad: zero the gradients in the same launch.
         sums: add the gradients up first.
+        exact: parameters and states must have the bits of the eager backend on the CPU.
+        only_blocks: leave out tensors whose states cannot have 8 bits: as plain fp32 they are rounded otherwise.
     """
 
     name: str
@@ -41,7 +48,25 @@ class Variant(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012 - never changed, and a NamedTuple's default
     zero_grad: bool = False
     sums: bool = False
+    exact: bool = False
+    only_blocks: bool = False
 
+
+# Of bf16 parameters.
+MODES: dict[str, dict[str, Any]] = {
+    "stochastic rounding": {"stochastic_rounding": True},
+    "bf16 states, stochastic rounding": {"stochastic_rounding": True, "state_dtype": torch.bfloat16},
+    "bf16 states, amsgrad": {"master_weights": "split16", "state_dtype": torch.bfloat16, "amsgrad": True},
+    "split16": {"master_weights": "split16"},
+    "split16, 8-bit states": {"master_weights": "split16", "state_dtype": "8bit"},
+    "split8": {"master_weights": "split8"},
+    "split8, 8-bit states": {"master_weights": "split8", "state_dtype": "8bit"},
+    "split8, 8-bit states, nearest": {
+        **{"master_weights": "split8", "state_dtype": "8bit"},
+        "stochastic_rounding": False,
+    },
+    "fp32 master": {"master_weights": torch.float32},
+}
 
 VARIANTS = (
     Variant("fp32"),
@@ -64,48 +89,73 @@ VARIANTS = (
     Variant("SGD fp32", "SGD"),
     Variant("SGD fp32 momentum", "SGD", options={"momentum": 0.9, "nesterov": True}),
     Variant("SGD bf16 momentum", "SGD", param=torch.bfloat16, options={"momentum": 0.9}),
+    *(
+        Variant(f"mode {name}", param=torch.bfloat16, options={"eps": 1e-6, **options}, exact=True)
+        for name, options in MODES.items()
+    ),
+    Variant("mode fp32, bf16 states", options={"state_dtype": torch.bfloat16}, exact=True),
+    Variant("mode fp32, 8-bit states", options={"state_dtype": "8bit"}, exact=True, only_blocks=True),
 )
 
 
-def tensors(sizes: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int) -> list[Tensor]:
-    """Normal tensors of each size, aligned and, one element further, misaligned."""
+def shapes_of(variant: Variant, dry: bool) -> list[tuple[int, ...]]:
+    """The shapes that a variant is tried with."""
+    plain = [] if variant.only_blocks else [(size,) for size in (DRY_SIZES if dry else SIZES)]
+    blocks = (DRY_BLOCK_SHAPES if dry else BLOCK_SHAPES) if variant.exact else ()
+    return [*plain, *blocks]
+
+
+def tensors(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, seed: int
+) -> list[Tensor]:
+    """Normal tensors of each shape, aligned and, one element further, misaligned."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(start + size, dtype=dtype, generator=generator).to(device)[start:]
-        for size in sizes
+        torch.randn(start + math.prod(shape), dtype=dtype, generator=generator).to(device)[start:].view(shape)
+        for shape in shapes
         for start in (0, 1)
     ]
 
 
-def stepped(variant: Variant, backend: str, sizes: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Parameters after a few steps."""
+def stepped(
+    variant: Variant, backend: str, shapes: Sequence[tuple[int, ...]], device: torch.device
+) -> list[list[Tensor]]:
+    """Each parameter and its states after a few steps."""
     from dragon.vm.torch import optim
 
-    params = [torch.nn.Parameter(value) for value in tensors(sizes, variant.param, device, seed=0)]
+    params = [torch.nn.Parameter(value) for value in tensors(shapes, variant.param, device, seed=0)]
     optimizer = getattr(optim, variant.optimizer)(
         [{"params": params[::2]}, {"params": params[1::2], "lr": LR / 2}],
-        lr=LR,
-        backend=backend,
-        state_dtype=variant.state,
-        **variant.options,
+        **{"lr": LR, "backend": backend, "state_dtype": variant.state, **variant.options},
     )
     for index in range(N_STEPS):
-        for param, grad in zip(params, tensors(sizes, variant.param, device, seed=index + 1), strict=True):
+        for param, grad in zip(params, tensors(shapes, variant.param, device, seed=index + 1), strict=True):
             param.grad = grad
         if variant.sums:
             optimizer.sum_grad()
         optimizer.step(zero_grad=variant.zero_grad)
-    return [param.detach() for param in params]
+    return [[param.detach(), *optimizer.state[param].values()] for param in params]
 
 
-def difference(variant: Variant, sizes: Sequence[int], device: torch.device) -> float:
-    """The largest difference from the eager backend, beyond rounding of the parameters, in learning rates."""
-    found, expected = (stepped(variant, backend, sizes, device) for backend in ("triton", "eager"))
+def same_bits(ours: Any, theirs: Any) -> bool:
+    """Whether two states are equal, tensors wherever they are."""
+    return torch.equal(ours.cpu(), theirs.cpu()) if isinstance(theirs, Tensor) else bool(ours == theirs)
+
+
+def difference(variant: Variant, shapes: Sequence[tuple[int, ...]], device: torch.device) -> float:
+    """The largest difference from the eager backend, beyond rounding of the parameters, in learning rates.
+
+    Infinity if bits differ that must not.
+    """
+    found = stepped(variant, "triton", shapes, device)
+    expected = stepped(variant, "eager", shapes, torch.device("cpu") if variant.exact else device)
     worst = 0.0
     for ours, theirs in zip(found, expected, strict=True):
+        if variant.exact and not all(map(same_bits, ours, theirs)):
+            return float("inf")
         # A rounding may fall the other way in either.
-        rounding = 2 * N_STEPS * torch.finfo(variant.param).eps * theirs.abs()
-        excess = float(((ours - theirs).abs().double() - rounding.double()).max())
+        rounding = 2 * N_STEPS * torch.finfo(variant.param).eps * theirs[0].abs()
+        excess = float(((ours[0] - theirs[0].to(device)).abs().double() - rounding.to(device).double()).max())
         worst = max(worst, excess / LR) if excess == excess else float("inf")
     return worst
 
@@ -124,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--variant {options.variant!r}: no variant has it in its name")
     failed = []
     for variant in chosen:
-        worst = difference(variant, DRY_SIZES if options.dry else SIZES, device)
+        worst = difference(variant, shapes_of(variant, options.dry), device)
         # States of 16 bits are rounded in another place by the eager backend.
         fine = worst <= (0.1 if torch.finfo(variant.param).bits <= 16 else 1e-3)
         print(f"{variant.name}: {'as' if fine else 'NOT as'} eager, {worst:.2g} learning rates apart", flush=True)

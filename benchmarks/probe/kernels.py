@@ -13,7 +13,7 @@ from benchmarks.probe.harness import Probe
 from dragon.kernels import norm, table
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.inspect import UPDATES
-from dragon.kernels.launch import launch_advance, launch_norm
+from dragon.kernels.launch import advance_launcher, norm_launcher
 from dragon.vm.measuring.shapes import gpt2
 from dragon.vm.tuning.candidates import describe
 from dragon.vm.tuning.check import HYPERPARAMETERS, STEPS_TAKEN, check_candidate
@@ -127,7 +127,8 @@ def _norms(probe: Probe, dtype: torch.dtype, dtype_name: str, n: int, numel: int
     tables = (spans, tensors.to(device), addresses, group_table({}, device), partials)
 
     def launch_of(kind: int) -> Callable[[], None]:
-        return lambda: launch_norm(dtype_name, kind, n * n_spans, *tables, warp_size=probe.machine.warp_size)
+        launch = norm_launcher(dtype_name, kind, n * n_spans, probe.machine.warp_size)
+        return lambda: launch(*tables)
 
     kinds = {"L2": int(norm.L2_NORM), "inf": int(norm.INF_NORM)}
     times = probe.median_ms([launch_of(kind) for kind in kinds.values()])
@@ -173,7 +174,6 @@ def _advance(probe: Probe, n_tensors: int, n_partials: int) -> None:
         zeros(int(table.STATUS_COLUMNS)),
     )
     kind = int(norm.L2_NORM if n_partials else norm.NO_NORM)
-    (ms,) = probe.median_ms(
-        [lambda: launch_advance("adam", kind, False, n_tensors, *tables, warp_size=probe.machine.warp_size)]
-    )
+    launch = advance_launcher("adam", kind, False, n_tensors, probe.machine.warp_size)
+    (ms,) = probe.median_ms([lambda: launch(*tables)])
     probe.say("advance", tensors=n_tensors, partials=n_partials, us=1000 * ms)

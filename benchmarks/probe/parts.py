@@ -13,8 +13,10 @@ PARTS: dict[str, Callable[[Probe], None]] = {
     "updates": kernels.updates,
     "norms": kernels.norms,
     "steps": steps.steps,
+    "modes": steps.modes,
     "graphs": steps.graphs,
     "small updates": kernels.small_updates,
     "advances": kernels.advances,
     "other updates": kernels.other_updates,
+    "profile": steps.profile,
 }

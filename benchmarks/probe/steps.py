@@ -1,15 +1,21 @@
-"""Whole steps by the public optimizer: beside torch's fused Adam, and as replays of a CUDA graph."""
+"""Whole steps by the public optimizer: beside others, in memory modes, profiled, and as replays of CUDA graphs."""
 
 from __future__ import annotations
 
+import cProfile
+import math
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
 import torch
 
-from benchmarks.cases import FP32, Case
-from benchmarks.contenders import TORCH_FUSED, foreign, ours
+from benchmarks.cases import BF16, FP32, Case, Precision
+from benchmarks.contenders import TORCH_FUSED, Step, foreign, imported, ours
 from benchmarks.probe.harness import Probe
 from benchmarks.timing import Entry, take_turns
-from benchmarks.workload import Workload, make_origin
-from dragon.vm.measuring.shapes import equal
+from benchmarks.workload import Origin, Workload, make_origin
+from dragon.vm.measuring.shapes import Shapes, equal, gpt2
 from dragon.vm.measuring.timer import Spread
 from dragon.vm.torch.optim import Adam
 
@@ -18,24 +24,77 @@ GRAPH_SIZES = ((1000, 1000), (10_000, 1000), (148, 2**20), (1, 2**28))
 
 BUILDERS = {"ours triton": ours(backend="triton"), TORCH_FUSED: foreign(torch.optim.Adam, fused=True)}
 
+# fp32 first, then bf16 parameters with less and less memory.
+MODES = {
+    **BUILDERS,
+    "fp32 master": ours(backend="triton", master_weights=torch.float32),
+    "split16": ours(backend="triton", master_weights="split16"),
+    "bf16 states": ours(backend="triton", stochastic_rounding=True, state_dtype=torch.bfloat16),
+    "split8, 8-bit states": ours(backend="triton", master_weights="split8", state_dtype="8bit"),
+}
+MODE_CASES = (((8192, 16384),), gpt2(12, 768), equal(1000, 1000))
+DRY_SHAPES = ((64, 64), (5,))
+
 
 def steps(probe: Probe) -> None:
     """Cold, warm, host and device time of steps with fresh gradients and a new learning rate each."""
     for n, numel in SIZES[: probe.sized(len(SIZES), 2)]:
         n, numel = (min(n, 3), min(numel, 20)) if probe.is_dry else (n, numel)
-        origin = make_origin(Case(f"{n} x {numel}", equal(n, numel)), FP32, probe.machine.device)
-        entries = []
-        for name, build in BUILDERS.items():
-            workload = Workload(origin)
-            entries.append(Entry(name, build(workload), workload.before_step))
-        take_turns(entries, entries[0], probe.timer, probe.sized(9, 1), budget_s=1.0)
-        for entry in entries:
-            spreads = {
-                clock.replace("_ms", "_us"): 1000 * Spread.of(samples).median
-                for clock in ("cold_ms", "warm_ms", "host_ms", "device_ms")
-                if (samples := entry.samples(clock))
-            }
-            probe.say("step", contender=entry.name, tensors=n, numel=numel, **spreads)
+        _steps(probe, "step", equal(n, numel), dict.fromkeys(BUILDERS, FP32), BUILDERS)
+
+
+def modes(probe: Probe) -> None:
+    """Steps of memory modes beside those of fp32, and beside FlashOptim's 8-bit states with a 24-bit master."""
+    builders = MODES | ({"flashoptim": imported("flashoptim.FlashAdam")} if find_spec("flashoptim") else {})
+    precisions = {name: FP32 if name in BUILDERS else BF16 for name in builders}
+    for case in MODE_CASES[: probe.sized(len(MODE_CASES), 1)]:
+        _steps(probe, "mode", DRY_SHAPES if probe.is_dry else case, precisions, builders)
+
+
+def _steps(
+    probe: Probe,
+    part: str,
+    shapes: Shapes,
+    precisions: Mapping[str, Precision],
+    builders: Mapping[str, Callable[[Workload], Step]],
+) -> None:
+    origins: dict[Precision, Origin] = {}
+    entries = []
+    for name, build in builders.items():
+        precision = precisions[name]
+        if precision not in origins:
+            origins[precision] = make_origin(Case("probe", shapes), precision, probe.machine.device)
+        workload = Workload(origins[precision])
+        entries.append(Entry(name, build(workload), workload.before_step))
+    take_turns(entries, entries[0], probe.timer, probe.sized(9, 1), budget_s=1.0)
+    numel = sum(map(math.prod, shapes))
+    for entry in entries:
+        spreads = {
+            clock.replace("_ms", "_us"): 1000 * Spread.of(samples).median
+            for clock in ("cold_ms", "warm_ms", "host_ms", "device_ms")
+            if (samples := entry.samples(clock))
+        }
+        probe.say(part, contender=entry.name, tensors=len(shapes), numel=numel, **spreads)
+
+
+def profile(probe: Probe) -> None:
+    """Where the host's time of a step goes: the functions that take most of it."""
+    for n in (1, probe.sized(1000, 3)):
+        workload = Workload(make_origin(Case("probe", equal(n, 16)), FP32, probe.machine.device))
+        step = BUILDERS["ours triton"](workload)
+        profiler = cProfile.Profile()
+        for index in range(probe.sized(60, 4)):
+            workload.before_step()
+            probe.timer.synchronize()
+            if index > 2:
+                profiler.enable()
+            step()
+            profiler.disable()
+        for found in sorted(profiler.getstats(), key=lambda each: -each.inlinetime)[:25]:
+            code = found.code
+            name = code if isinstance(code, str) else f"{Path(code.co_filename).name}:{code.co_name}"
+            us = 1e6 * found.inlinetime / (index - 2)
+            probe.say("profile", tensors=n, function=name, calls=found.callcount, us=us)
 
 
 def graphs(probe: Probe) -> None:

@@ -16,6 +16,8 @@ FLUSH_NBYTES = 2**29
 # An upper bound of what `torch.cuda._sleep` counts in a millisecond.
 CYCLES_PER_MS = 2_000_000
 
+HEAD_START_MS = 1.0
+
 Call = Callable[[], object]
 
 
@@ -94,6 +96,8 @@ class Timer:
             return [self.wall_ms(call).total_ms for call in calls]
         with torch.cuda.device(self._device):
             pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
+            # The host gets ahead of the device, or the first call would begin when it is launched.
+            torch.cuda._sleep(int(HEAD_START_MS * CYCLES_PER_MS))
             for call, (start, end) in zip(calls, pairs, strict=True):
                 if host_ms:
                     torch.cuda._sleep(int((2 * host_ms + 0.1) * CYCLES_PER_MS))

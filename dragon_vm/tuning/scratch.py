@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dragon.kernels import table
 from dragon.kernels.config import LaunchConfig
-from dragon.kernels.launch import launch_advance, launch_update
+from dragon.kernels.launch import advance_launcher, update_launcher
 from dragon.kernels.norm import NO_NORM
 from dragon.kernels.spec import Spec
 from dragon.vm.measuring.machine import Machine
@@ -129,11 +129,10 @@ class Tables:
 
     def advance(self, group: Tensor) -> None:
         """Derive the scalars of each tensor, as a step does."""
-        launch_advance(
-            self._spec.algorithm,
-            int(NO_NORM),
-            False,
-            len(self._numels),
+        launch = advance_launcher(
+            self._spec.algorithm, int(NO_NORM), False, len(self._numels), self._machine.warp_size
+        )
+        launch(
             torch.tensor([len(self._numels), 0], device=self._device),
             self._tensors,
             group,
@@ -143,7 +142,6 @@ class Tables:
             torch.ones(1, device=self._device),
             torch.zeros(1, device=self._device),
             self._zeros(int(table.STATUS_COLUMNS)),
-            warp_size=self._machine.warp_size,
         )
 
     def launch(self, config: LaunchConfig) -> Callable[[], None]:
@@ -152,17 +150,7 @@ class Tables:
             self._chunks[config.chunk] = chunk_pairs(self._numels, config.chunk).to(self._device)
         chunks = self._chunks[config.chunk]
 
-        def run() -> None:
-            launch_update(
-                self._spec,
-                config,
-                len(chunks) - 1,
-                self._machine.n_processors,
-                self._machine.warp_size,
-                chunks,
-                self._tensors,
-                self._grads,
-                self._scalars,
-            )
-
-        return run
+        launch = update_launcher(
+            self._spec, config, len(chunks) - 1, self._machine.n_processors, self._machine.warp_size
+        )
+        return lambda: launch(chunks, self._tensors, self._grads, self._scalars)

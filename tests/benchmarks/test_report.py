@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -84,19 +85,29 @@ def test_a_contenders_last_line_in_a_run_counts_and_a_cut_line_does_not(tmp_path
     assert [(r.contender, r.cold_ms.median) for r in found] == [("ours native", 2.0), ("other", 2.0)]
 
 
-def test_a_case_is_shown_as_last_measured_and_never_mixed_from_runs() -> None:
-    later = {**ABOUT, "run": "2"}
-    skipped = {**ABOUT, "run": "3"}
+def test_a_case_is_shown_as_last_measured_and_never_mixed_from_commits() -> None:
+    def run(number: str, commit: str = "b") -> dict[str, Any]:
+        return {**ABOUT, "run": number, "commit": commit}
+
     found = report.latest(
         [
-            record(contender="torch fused"),
-            record(),
-            record(ms=1.0, environment=later),
-            record(status=SKIPPED, cold_ms=None, environment=skipped),
+            record(contender="of an old commit", environment=run("1", "a")),
+            record(environment=run("1", "a")),
+            record(contender="torch fused", environment=run("2")),
+            record(contender="optimi", environment=run("2")),
+            record(contender="torch fused", environment=run("3")),
+            record(ms=1.0, environment=run("3")),
+            record(status=SKIPPED, cold_ms=None, environment=run("4")),
             record("1000 x 1"),
         ]
     )
-    assert [(r.case, r.environment["run"]) for r in found] == [("1000 x 1", "1"), ("1 x 20M", "2")]
+    shown = [(r.case, r.contender, r.environment["run"], r.status) for r in found]
+    assert shown == [
+        ("1000 x 1", "ours native", "1", TIMED),
+        ("1 x 20M", "ours native", "3", TIMED),
+        ("1 x 20M", "torch fused", "3", TIMED),
+        ("1 x 20M", "optimi", "2", TIMED),
+    ]
 
 
 def test_a_row_shows_the_time_and_a_wrong_contender_is_named() -> None:

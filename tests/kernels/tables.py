@@ -128,8 +128,8 @@ class Tables:
 
     def advance(self, algorithm: str = "adam", norm: int = NO_NORM.value, clip_each: bool = False) -> None:
         """Launch `advance_kernel`."""
-        launch.launch_advance(
-            algorithm, norm, clip_each, len(self.rows), self.counts, self.tensors, self.hyper, self.source_table,
+        launch.advance_launcher(algorithm, norm, clip_each, len(self.rows))(
+            self.counts, self.tensors, self.hyper, self.source_table,
             self.scalars, self.partials, self.grad_scale, self.found_inf, self.status,
         )  # fmt: skip
 
@@ -137,16 +137,15 @@ class Tables:
         """Launch `update_kernel`."""
         assert config.chunk == self.chunk, "the chunks were cut for another configuration"
         if self.chunks:
-            launch.launch_update(
-                spec, config, len(self.chunks), n_processors, 32,
-                self.chunk_table, self.tensors, self.grads, self.scalars,
-            )  # fmt: skip
+            launch.update_launcher(spec, config, len(self.chunks), n_processors)(
+                self.chunk_table, self.tensors, self.grads, self.scalars
+            )
 
     def reduce(self, norm: int, dtype: str = "float32") -> None:
         """Launch `norm_kernel`."""
         if self.spans:
-            launch.launch_norm(
-                dtype, norm, len(self.spans), self.span_table, self.tensors, self.grads, self.hyper, self.partials
+            launch.norm_launcher(dtype, norm, len(self.spans))(
+                self.span_table, self.tensors, self.grads, self.hyper, self.partials
             )
 
 

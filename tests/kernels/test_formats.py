@@ -155,6 +155,8 @@ def random_patterns(seed: int) -> Tensor:
         1,
     ]
     pattern[: len(special)] = torch.tensor(special)
+    # Arithmetic, of which updates are made, makes every NaN a quiet one.
+    pattern = torch.where(pattern.to(torch.int32).view(torch.float32).isnan(), pattern | 0x400000, pattern)
     return pattern.to(torch.int32).view(torch.float32)
 
 

@@ -73,9 +73,9 @@ def lost_average(spec: Spec, config: LaunchConfig) -> tuple[Spec, LaunchConfig]:
 def test_a_planted_defect_is_reported(
     defect: Callable[..., Any], name: str, said: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = scratch.launch_update
+    original = scratch.update_launcher
     monkeypatch.setattr(
-        scratch, "launch_update", lambda spec, config, *rest: original(*defect(spec, config), *rest)
+        scratch, "update_launcher", lambda spec, config, *rest: original(*defect(spec, config), *rest)
     )
     reason = check_candidate(UPDATES[name], SMALL, machine)
     assert reason is not None
@@ -86,7 +86,7 @@ def test_a_launch_that_fails_is_reported(machine: Machine, monkeypatch: pytest.M
     def fail(*arguments: object) -> None:
         raise RuntimeError("out of resource: registers\nmore lines")
 
-    monkeypatch.setattr(scratch, "launch_update", fail)
+    monkeypatch.setattr(scratch, "update_launcher", fail)
     reason = check_candidate(UPDATES["adam fp32"], SMALL, machine)
     assert reason == "RuntimeError: out of resource: registers"
 

@@ -149,13 +149,18 @@ class PlantedTimer:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
         self.clock, self.launched = clock, []
-        original = scratch.launch_update
+        original = scratch.update_launcher
 
-        def launch(spec: object, config: LaunchConfig, *rest: object) -> None:
-            self.launched.append(config)
-            original(spec, config, *rest)
+        def launcher(spec: object, config: LaunchConfig, *rest: object) -> Callable[..., None]:
+            launch = original(spec, config, *rest)
 
-        monkeypatch.setattr(scratch, "launch_update", launch)
+            def noted(*tables: object) -> None:
+                self.launched.append(config)
+                launch(*tables)
+
+            return noted
+
+        monkeypatch.setattr(scratch, "update_launcher", launcher)
 
     def device_ms(self, launches: Sequence[Callable[[], None]]) -> list[float]:
         times = []

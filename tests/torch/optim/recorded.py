@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from dragon.kernels import launch
+from dragon.kernels.launch import Launcher
 from dragon.vm.torch.optim import optimizer as optimizer_module
 from dragon.vm.torch.optim._table.table import DeviceTable
-
-RECORDED = [(launch, name) for name in ("launch_norm", "launch_advance", "launch_update")]
 
 
 class RecordedGraph:
@@ -27,8 +25,8 @@ class RecordedGraph:
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             patch.setattr(optimizer_module, "check_capture", lambda *_: None)
             patch.setattr(DeviceTable, "captured_copy", lambda *args: self._record_copy(*args))
-            for module, name in RECORDED:
-                patch.setattr(module, name, self._recorder(name, getattr(module, name)))
+            plain = Launcher.__call__
+            patch.setattr(Launcher, "__call__", lambda *args: self._record_launch(plain, *args))
             step()
         return self.replay
 
@@ -36,12 +34,9 @@ class RecordedGraph:
         for call in self._calls:
             call()
 
-    def _recorder(self, name: str, function: Callable[..., Any]) -> Callable[..., None]:
-        def record(*args: Any, **kwargs: Any) -> None:
-            self.names.append(name)
-            self._calls.append(lambda: function(*args, **kwargs))
-
-        return record
+    def _record_launch(self, plain: Callable[..., None], launcher: Launcher, *tables: torch.Tensor) -> None:
+        self.names.append(launcher.name)
+        self._calls.append(lambda: plain(launcher, *tables))
 
     def _record_copy(self, table: DeviceTable, name: str, words: Any) -> torch.Tensor:
         source = torch.frombuffer(words, dtype=torch.int64).clone()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,18 @@ def home(backend: str) -> str:
     if backend != "triton" or launch.INTERPRETED:
         return "cpu"
     return "cuda" if torch.cuda.is_available() else "xpu"
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """Within this block, an operation for which the host waits for a CUDA device raises RuntimeError."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def maker(

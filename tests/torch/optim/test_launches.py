@@ -81,17 +81,16 @@ def test_a_step_is_two_launches_or_three_with_a_norm(
 
 def test_the_interpreter_launches_what_the_recorder_counts(monkeypatch, interpreted):
     counted = Counter()
-    for name in ("launch_advance", "launch_update", "launch_norm"):
-        plain = getattr(launch, name)
+    plain = launch.Launcher.__call__
 
-        def counting(*args, name=name, plain=plain, **kwargs):
-            counted[name] += 1
-            return plain(*args, **kwargs)
+    def counting(launcher, *tables):
+        counted[launcher.name] += 1
+        plain(launcher, *tables)
 
-        monkeypatch.setattr(launch, name, counting)
+    monkeypatch.setattr(launch.Launcher, "__call__", counting)
     optimizer, _ = optimizer_of(10, 3, max_grad_norm=1.0)
     optimizer.step()
-    assert counted == {"launch_norm": 1, "launch_advance": 1, "launch_update": 1}
+    assert counted == {"norm": 1, "advance": 1, "update": 1}
     assert all(state["step"] == 1 for state in optimizer.state.values())
 
 

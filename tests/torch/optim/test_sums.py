@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import SGD, Adam
 
+from .support import home
+
 BACKENDS = ["native", "triton", "eager"]
 SHAPES = [(3, 5), (1100,), (), (0,)]
 
 
-def parameters(dtype):
-    return [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SHAPES]
+def parameters(dtype, device):
+    return [torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape in SHAPES]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -24,7 +26,7 @@ def parameters(dtype):
     seed=st.integers(0, 1000),
 )
 def test_a_step_uses_the_sum_and_what_came_after_it(backend, dtype, history, seed):
-    params = parameters(dtype)
+    params = parameters(dtype, home(backend))
     optimizer = SGD(params, lr=1.0, backend=backend)
     generator = torch.Generator().manual_seed(seed)
     totals = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
@@ -33,7 +35,8 @@ def test_a_step_uses_the_sum_and_what_came_after_it(backend, dtype, history, see
         for param, total, magnitude, has_grad in zip(params, totals, magnitudes, present, strict=True):
             if has_grad:
                 grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(dtype)
-                param.grad = grad.clone() if param.grad is None else param.grad + grad
+                own = grad.clone().to(param.device)
+                param.grad = own if param.grad is None else param.grad + own
                 total += grad.double()
                 magnitude += grad.double().abs()
         if summed:
@@ -43,7 +46,7 @@ def test_a_step_uses_the_sum_and_what_came_after_it(backend, dtype, history, see
     for param, total, magnitude in zip(params, totals, magnitudes, strict=True):
         # Additions outside the sum round to the parameter's dtype, up to one for each backward pass.
         allowed = (len(history) + 2) * torch.finfo(dtype).eps * magnitude
-        assert ((param.detach().double() + total).abs() <= allowed).all()
+        assert ((param.detach().cpu().double() + total).abs() <= allowed).all()
     assert not optimizer._sums
 
 
@@ -86,14 +89,14 @@ def test_zero_grad_leaves_the_sum_alone_and_a_copy_takes_it_along():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_skipped_step_uses_the_sum_up(backend):
-    param = torch.nn.Parameter(torch.zeros(3))
+    param = torch.nn.Parameter(torch.zeros(3, device=home(backend)))
     optimizer = SGD([param], lr=1.0, backend=backend, skip_nonfinite=True)
-    param.grad = torch.tensor([1.0, float("inf"), 1.0])
+    param.grad = torch.tensor([1.0, float("inf"), 1.0]).to(param.device)
     optimizer.sum_grad()
     optimizer.step()
     assert (param == 0).all()
     assert optimizer.n_skipped_steps == 1
-    param.grad = torch.ones(3)
+    param.grad = torch.ones_like(param)
     optimizer.sum_grad()
     optimizer.step()
     assert (param == -1).all()
@@ -101,9 +104,11 @@ def test_a_skipped_step_uses_the_sum_up(backend):
 
 def test_gradients_of_another_layout_are_summed_element_by_element():
     for backend in BACKENDS:
-        param = torch.nn.Parameter(torch.zeros(4, 3))
+        where = torch.device(home(backend))
+        param = torch.nn.Parameter(torch.zeros(4, 3, device=where))
         optimizer = SGD([param], lr=1.0, backend=backend)
-        grads = [torch.randn(4, 3), torch.randn(3, 4).t(), torch.randn(4, 6)[:, ::2]]
+        with where:
+            grads = [torch.randn(4, 3), torch.randn(3, 4).t(), torch.randn(4, 6)[:, ::2]]
         expected = -sum(grads)
         for grad in grads:
             param.grad = grad

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from dragon.kernels import table
 
@@ -49,10 +50,10 @@ class DeviceContext:
             run: what launches.
             in_order: enqueue behind all earlier launches of this kind, whichever streams those were on.
         """
-        if self._module is None:
-            run()
+        current = None if self._module is None else self._module.current_device()
+        if current is None or current == self.device.index:
+            self._run(run, in_order)
             return
-        current = self._module.current_device()
         try:
             try:
                 self._module.set_device(self.device)
@@ -74,11 +75,11 @@ class DeviceContext:
         run()
         self._last.record()
 
-    def stream(self) -> Any:
+    def stream(self) -> int | None:
         """The stream on which memory is allocated and work enqueued now; None on a device without streams."""
-        return None if self.device.type != "cuda" else torch.cuda.current_stream(self.device)
+        return None if self.device.type != "cuda" else driver.active.get_current_stream(self.device.index)
 
-    def record(self, allocated_on: Any, tensors: Sequence[Tensor]) -> None:
+    def record(self, allocated_on: int | None, tensors: Sequence[Tensor]) -> None:
         """Tell the allocator that tensors and what this object keeps are used on the current stream.
 
         Args:
@@ -87,11 +88,13 @@ class DeviceContext:
         """
         stream = self.stream()
         if stream != allocated_on:
-            for tensor in tensors:
-                tensor.record_stream(stream)
+            self._record(tensors)
         if stream != self._stream:
-            for tensor in (self.status, self.spare_status, self.one, self.zero):
-                tensor.record_stream(stream)
+            self._record((self.status, self.spare_status, self.one, self.zero))
+
+    def _record(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.record_stream(torch.cuda.current_stream(self.device))
 
     def partials(self, n_partials: int) -> Tensor:
         """Scratch memory for at least `n_partials` partial norms, float64."""
@@ -101,7 +104,7 @@ class DeviceContext:
             self._partials.append((torch.zeros(n_partials, dtype=torch.float64, device=self.device), stream))
         partials, allocated_on = self._partials[-1]
         if stream != allocated_on:
-            partials.record_stream(stream)
+            self._record([partials])
         return partials
 
 

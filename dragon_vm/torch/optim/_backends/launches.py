@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dragon.kernels import table
-from dragon.kernels.config import LaunchConfig
+from dragon.kernels.launch import Launcher, update_launcher
 from dragon.kernels.spec import Spec
 from dragon.vm.torch.optim._backends.configs import config_for
 from dragon.vm.torch.optim._backends.context import DeviceContext
@@ -24,9 +24,7 @@ from dragon.vm.torch.optim._table.table import DeviceTable, packed
 class UpdateLaunch(NamedTuple):
     """One update launch: all chunks of the tensors that share a `Spec`."""
 
-    spec: Spec
-    config: LaunchConfig
-    n_chunks: int
+    launch: Launcher
     chunks: Tensor
 
 
@@ -105,7 +103,10 @@ def plan_launches(
     sections |= {f"spans {dtype}": packed(pairs) for dtype, pairs in spans.items()}
     device_table = DeviceTable(sections, context.device)
     updates = [
-        UpdateLaunch(spec, config, len(pairs) // 2, device_table.section(f"chunks {index}", torch.int32))
+        UpdateLaunch(
+            update_launcher(spec, config, len(pairs) // 2, hardware.n_processors, hardware.warp_size),
+            device_table.section(f"chunks {index}", torch.int32),
+        )
         for index, (spec, config, pairs) in enumerate(zip(specs, configs, chunks, strict=True))
         if pairs
     ]

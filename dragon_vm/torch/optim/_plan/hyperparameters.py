@@ -8,12 +8,13 @@ from operator import itemgetter
 from types import NoneType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._options import by_value, complete
 
 # Immutable: whoever holds one of these sees no change in it.
-_PLAIN_TYPES = {float, int, bool, NoneType}
+_PLAIN_TYPES = {float, int, bool, str, NoneType, torch.dtype}
 # Hyperparameters that kernels read where they are, if they are tensors on the device.
 _LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
 _NUMBERS = {

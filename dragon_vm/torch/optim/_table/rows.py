@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from dragon.kernels import table
@@ -12,12 +13,19 @@ from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, host_number
 from dragon.vm.torch.optim._gradients.scaling import clip_value, group_factor
 from dragon.vm.torch.optim._options import Settings
 
-_SOURCES = ((table.LR_SOURCE, "lr", None), (table.BETA1_SOURCE, "betas", 0), (table.BETA2_SOURCE, "betas", 1))
+# The kernels' constants as integers: each conversion calls Python.
+_COLUMNS = {name: int(value) for name, value in vars(table).items() if isinstance(value, tl.constexpr)}
+_N_COLUMNS, _N_SOURCES = _COLUMNS["GROUP_COLUMNS"], _COLUMNS["SOURCE_COLUMNS"]
+_SOURCES = (
+    (_COLUMNS["LR_SOURCE"], "lr", None),
+    (_COLUMNS["BETA1_SOURCE"], "betas", 0),
+    (_COLUMNS["BETA2_SOURCE"], "betas", 1),
+)
 
 
 def group_row(group: dict[str, Any], algorithm: Algorithm, settings: Settings) -> list[float]:
     """A group's row of the hyperparameter table; tensors on a device stand in the source table instead."""
-    row = [0.0] * int(table.GROUP_COLUMNS)
+    row = [0.0] * _N_COLUMNS
     columns = {
         "LR": host_number(group["lr"]),
         "WEIGHT_DECAY": float(group["weight_decay"]),
@@ -30,7 +38,7 @@ def group_row(group: dict[str, Any], algorithm: Algorithm, settings: Settings) -
         **algorithm.columns(group),
     }
     for name, value in columns.items():
-        row[int(getattr(table, name))] = value
+        row[_COLUMNS[name]] = value
     return row
 
 
@@ -40,7 +48,7 @@ def source_row(group: dict[str, Any], device: torch.device) -> list[int]:
     Raises:
         ValueError: for a tensor of another device or dtype than the kernels can read.
     """
-    row = [0] * int(table.SOURCE_COLUMNS)
+    row = [0] * _N_SOURCES
     for column, key, index in _SOURCES:
         value = group.get(key) if index is None else group.get(key, (None, None))[index]
         if not isinstance(value, Tensor) or value.device.type == "cpu":

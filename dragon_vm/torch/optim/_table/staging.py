@@ -7,9 +7,6 @@ from collections import deque
 import torch
 from torch import Tensor
 
-# Words of the smallest buffer; the others are twice, four times, ... as long.
-_SMALLEST = 64
-
 
 class StagingRing:
     """Pinned host buffers for copies to the device, each reused only once its last copy is done.
@@ -17,22 +14,18 @@ class StagingRing:
     A busy buffer is never waited for: there will be more of them. A captured copy reads its buffer at every
     replay, so it gets one that is never used again. It comes from a reserve, since not every PyTorch allocates
     pinned memory within a capture.
-
-    Args:
-        length: words of the longest copy.
     """
 
-    def __init__(self, length: int) -> None:
-        self._length = length
-        # By their length, those in turn first that were used longest ago.
+    def __init__(self) -> None:
+        # By their length, of which a table has few; those in turn first that were used longest ago.
         self._slots: dict[int, deque[tuple[Tensor, torch.cuda.Event]]] = {}
         self._reserve: list[Tensor] = []
         self._captured: list[Tensor] = []
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy int64 `source` on the CPU to `target` of the same length on a CUDA device, in stream order."""
-        staging, event = self._free_slot(min(_SMALLEST << (len(source) // _SMALLEST).bit_length(), self._length))
-        _copy_to_device(staging[: len(source)].copy_(source), target)
+        staging, event = self._free_slot(len(source))
+        _copy_to_device(staging.copy_(source), target)
         event.record()
 
     def expect_capture(self, length: int) -> None:

@@ -34,7 +34,7 @@ class DeviceTable:
             self._bounds[name] = start, len(self._host)
         self._words = torch.frombuffer(self._host, dtype=torch.int64) if self._host else torch.empty(0)
         self.buffer = torch.empty(len(self._host), dtype=torch.int64, device=device)
-        self._ring = StagingRing(len(self._host)) if device.type == "cuda" else None
+        self._ring = StagingRing() if device.type == "cuda" else None
         self._changed = (0, len(self._host))
         self.n_uploads = 0
 

@@ -62,6 +62,9 @@ def capture(optimizer: Adam, inputs: list[torch.Tensor]) -> torch.cuda.CUDAGraph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         train()
+    # The gradients of this loss are its inputs; until the first replay nothing has written them.
+    for param, x in zip(params_of(optimizer), inputs, strict=True):
+        param.grad.copy_(x)
     return graph
 
 
@@ -77,7 +80,6 @@ def test_each_replay_is_one_step() -> None:
     for _ in range(3):
         for x in inputs:
             x.normal_()
-        # The gradients of this loss are its inputs.
         for param, x in zip(params_of(optimizer), inputs, strict=True):
             param.grad.copy_(x)
         judged_step(optimizer, graph.replay)

@@ -175,10 +175,12 @@ def test_a_graph_holds_no_upload_of_hyperparameters(options: dict[str, Any], dev
     optimizer = make(device, **options)
     graph = RecordedGraph()
     graph.capture(optimizer.step)
-    expected = ["upload", *(["launch_norm"] if options else []), "launch_advance", "launch_update"]
+    expected = ["upload", *(["norm"] if options else []), "advance", "update"]
     assert graph.names == expected
 
 
+# Nothing was captured before the error.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_number_may_not_change_within_a_capture(graphed: Any) -> None:
     where, capture = graphed
     optimizer = make(where)

@@ -12,19 +12,21 @@ from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import SGD, Adam
 
+from ..support import home
+
 SHAPES = [(3, 5), (17,), (), (0,), (1100,), (4, 4), (16,)]
 BACKENDS = ["native", "triton", "eager"]
 
 
-def parameters(seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+def parameters(backend="native"):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(home(backend))) for shape in SHAPES]
 
 
 def give_grads(params, seed, present, in_place):
     generator = torch.Generator().manual_seed(seed)
     for param, has_grad in zip(params, present, strict=True):
-        grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        grad = torch.randn(param.shape, generator=generator).to(param)
         if not has_grad:
             param.grad = None
         elif in_place and param.grad is not None:
@@ -37,7 +39,7 @@ def pair(make, backend):
     """Two optimizers of equal parameters in two groups, one of them flat."""
     pairs = []
     for flatten in (False, True):
-        params = parameters()
+        params = parameters(backend)
         groups = [{"params": params[:3], "lr": 1e-2}, {"params": params[3:]}]
         pairs.append((params, make(groups, backend=backend, flatten=flatten)))
     return pairs
@@ -88,7 +90,7 @@ def test_flat_buffers_change_no_result(backend, history, amsgrad, epsilon_hat):
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_a_buffer_is_one_entry_until_a_step_of_some_splits_it_for_good(backend):
-    params = [torch.nn.Parameter(torch.randn(10)) for _ in range(20)]
+    params = [torch.nn.Parameter(torch.randn(10, device=home(backend))) for _ in range(20)]
     optimizer = Adam(params, backend=backend, flatten=True)
     for _ in range(2):
         give_grads(params, 0, [True] * 20, in_place=False)
@@ -98,7 +100,7 @@ def test_a_buffer_is_one_entry_until_a_step_of_some_splits_it_for_good(backend):
     optimizer.step()
     assert n_joined(optimizer) == 19
     for _ in range(2):
-        params[7].grad = torch.randn(10)
+        params[7].grad = torch.randn_like(params[7])
         optimizer.step()
         assert n_joined(optimizer) == 20
     assert [float(optimizer.state[p]["step"]) for p in params] == [5.0] * 7 + [4.0] + [5.0] * 12
@@ -106,7 +108,7 @@ def test_a_buffer_is_one_entry_until_a_step_of_some_splits_it_for_good(backend):
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_a_first_step_of_some_splits_a_buffer_too(backend):
-    params = [torch.nn.Parameter(torch.randn(10)) for _ in range(3)]
+    params = [torch.nn.Parameter(torch.randn(10, device=home(backend))) for _ in range(3)]
     optimizer = Adam(params, backend=backend, flatten=True)
     for present in ([True, False, True], [True] * 3):
         give_grads(params, 0, present, in_place=False)
@@ -117,7 +119,7 @@ def test_a_first_step_of_some_splits_a_buffer_too(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_tensor_has_a_storage_of_its_own_all_the_same(backend):
-    params = parameters()
+    params = parameters(backend)
     optimizer = Adam(params, backend=backend, flatten=True)
     give_grads(params, 0, [True] * len(params), in_place=False)
     optimizer.step()
@@ -153,15 +155,15 @@ def test_a_swapped_parameter_is_the_one_that_is_updated(backend):
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_parameters_of_a_buffer_share_a_count_until_one_gets_its_own(backend, in_place):
-    params = [torch.nn.Parameter(torch.randn(10)) for _ in range(4)]
+    params = [torch.nn.Parameter(torch.randn(10, device=home(backend))) for _ in range(4)]
     optimizer = Adam(params, backend=backend, flatten=True)
     for step in range(3):
         for param in params:
-            param.grad = torch.ones(10)
+            param.grad = torch.ones_like(param)
         if step == 2 and in_place:
             optimizer.state[params[1]]["step"].fill_(7)
         elif step == 2:
-            optimizer.state[params[1]]["step"] = torch.tensor(7.0)
+            optimizer.state[params[1]]["step"] = torch.tensor(7.0, device=home(backend))
         optimizer.step()
     counts = [float(optimizer.state[param]["step"]) for param in params]
     assert counts == ([8.0] * 4 if in_place else [3.0, 8.0, 3.0, 3.0])
@@ -200,7 +202,7 @@ def test_groups_added_later_and_loaded_states_stay_right(backend):
     for seed in range(4):
         for each, its in ((params, optimizer), (flat_params, flat)):
             if seed == 1:
-                each.append(torch.nn.Parameter(torch.ones(33)))
+                each.append(torch.nn.Parameter(torch.ones(33, device=home(backend))))
                 its.add_param_group({"params": each[-1], "lr": 0.5})
             if seed == 3:
                 its.load_state_dict(copy.deepcopy(its.state_dict()))
@@ -235,7 +237,7 @@ def test_parameters_that_are_not_dense_stay_where_they_are():
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_a_nan_does_not_stay_in_the_padding_between_joined_gradients(backend):
-    params = parameters()
+    params = parameters(backend)
     optimizer = Adam(params, backend=backend, flatten=True, max_grad_norm=1.0)
     for value, expected in ((math.nan, math.nan), (math.inf, math.inf), (1.0, None)):
         optimizer.zero_grad(set_to_none=True)

@@ -125,7 +125,7 @@ def fake(monkeypatch):
 
 
 def test_a_buffer_is_not_written_while_its_copy_waits(fake):
-    ring, targets = StagingRing(3), [torch.zeros(3, dtype=torch.int64) for _ in range(4)]
+    ring, targets = StagingRing(), [torch.zeros(3, dtype=torch.int64) for _ in range(4)]
     for number, target in enumerate(targets):
         ring.copy(torch.full((3,), number), target)
     fake.run()
@@ -139,7 +139,7 @@ def test_a_buffer_is_not_written_while_its_copy_waits(fake):
 
 
 def test_a_captured_copy_keeps_its_buffer(fake):
-    ring, captured, target = StagingRing(2), [], torch.zeros(2, dtype=torch.int64)
+    ring, captured, target = StagingRing(), [], torch.zeros(2, dtype=torch.int64)
     ring.copy(torch.tensor([1, 1]), target)
     for number in (2, 3):
         ring.expect_capture(2)
@@ -155,7 +155,7 @@ def test_a_captured_copy_keeps_its_buffer(fake):
 
 
 def test_a_buffer_is_ready_before_a_capture(fake, monkeypatch):
-    ring, target = StagingRing(2), torch.zeros(2, dtype=torch.int64)
+    ring, target = StagingRing(), torch.zeros(2, dtype=torch.int64)
 
     def refuse(length):
         raise AssertionError("pinned memory was allocated within a capture")

@@ -1,0 +1,119 @@
+"""Launchers: code is looked up once for the same tables, and gets what a launch through triton would get."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dragon.kernels import LaunchConfig, Spec, launch
+from dragon.kernels.norm import L2_NORM
+
+SPEC = Spec("adam", "float32", "float32", ("float32", "float32"))
+
+
+class Kernel:
+    """Stands for a compiled kernel: notes what it is launched with, and by which way."""
+
+    def __init__(self) -> None:
+        self.looked_up: list[tuple[Any, ...]] = []
+        self.ran: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def look_up(*tables: Any, **constants: Any) -> "Code":
+            self.looked_up.append((grid, tables, constants))
+            return Code(self)
+
+        return look_up
+
+
+class Code:
+    """What triton returns for a launch."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments: self._kernel.ran.append((grid, arguments))
+
+
+LAUNCHERS = {
+    "update": launch.update_launcher(SPEC, LaunchConfig(), 7, 2),
+    "advance": launch.advance_launcher("adam", int(L2_NORM), False, 300),
+    "norm": launch.norm_launcher("float32", int(L2_NORM), 5),
+}
+
+
+def tables(n: int) -> list[torch.Tensor]:
+    return [torch.zeros(4, dtype=torch.float64) for _ in range(n)]
+
+
+def launcher_of(kernel: Kernel) -> launch.Launcher:
+    return launch.Launcher("a name", kernel, 3, {"SPEC": SPEC, "WIDTH": 8}, {"num_warps": 4})
+
+
+def test_code_is_looked_up_once_for_the_same_tables() -> None:
+    kernel, own = Kernel(), tables(2)
+    launcher = launcher_of(kernel)
+    for _ in range(3):
+        launcher(*own)
+    assert kernel.looked_up == [((3, 1, 1), tuple(own), {"SPEC": SPEC, "WIDTH": 8, "num_warps": 4})]
+    assert kernel.ran == [((3, 1, 1), (*own, SPEC, 8))] * 2
+
+
+@pytest.mark.parametrize("change", ["address", "dtype", "alignment"])
+def test_other_tables_are_looked_up_anew(change: str) -> None:
+    kernel, own = Kernel(), tables(1)
+    launcher = launcher_of(kernel)
+    launcher(*own)
+    other = {"address": tables(1)[0], "dtype": own[0].view(torch.int64), "alignment": own[0][1:]}[change]
+    launcher(other)
+    assert len(kernel.looked_up) == 2
+    launcher(*own)
+    launcher(other)
+    assert [arguments[0] is table for (_, arguments), table in zip(kernel.ran, [*own, other], strict=True)] == [
+        True
+    ] * 2
+
+
+def test_a_launcher_remembers_a_few_sets_of_tables() -> None:
+    kernel = Kernel()
+    launcher = launcher_of(kernel)
+    own = tables(3 * launch.MOST_READY)
+    for table in own:
+        launcher(table)
+        assert len(launcher._ready) <= launch.MOST_READY
+    launcher(own[-1])
+    assert len(kernel.ran) == 1
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_constants_stand_in_the_order_of_the_kernels_parameters(name: str) -> None:
+    launcher = LAUNCHERS[name]
+    constants = list(launcher._constants)
+    assert list(launcher._kernel.arg_names)[-len(constants) :] == constants
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"clip_norm": 0.1}], ids=str)
+def test_a_launch_without_a_look_up_does_the_same(
+    options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dragon.vm.torch.optim import Adam
+
+    plain = launch.Launcher.__call__
+
+    def through_triton(launcher: launch.Launcher, *tables: torch.Tensor) -> None:
+        launcher._ready.clear()
+        plain(launcher, *tables)
+
+    results = []
+    for call in (plain, through_triton):
+        monkeypatch.setattr(launch.Launcher, "__call__", call)
+        params = [torch.nn.Parameter(torch.ones(n, device="cuda")) for n in (5, 70_000)]
+        optimizer = Adam(params, lr=0.1, **options)
+        for step in range(4):
+            for param in params:
+                param.grad = torch.full_like(param, 0.1 + step)
+            optimizer.step()
+        results.append(params)
+    assert all(map(torch.equal, *results))
