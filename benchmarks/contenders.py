@@ -120,9 +120,11 @@ def ours(**options: Any) -> Callable[[Workload], Step]:
     def build(workload: Workload) -> Step:
         from dragon.vm.torch.optim import Adam
 
-        origin, chain = workload.origin, dict[str, Any]()
+        origin, asked = workload.origin, dict[str, Any]()
+        if origin.precision.state != origin.precision.param:
+            asked["state_dtype"] = origin.precision.state
         if origin.case.chain:
-            chain = {"max_grad_norm": MAX_GRAD_NORM, "skip_nonfinite": True}
+            asked |= {"max_grad_norm": MAX_GRAD_NORM, "skip_nonfinite": True}
         optimizer = Adam(
             workload.groups,
             LR,
@@ -130,9 +132,7 @@ def ours(**options: Any) -> Callable[[Workload], Step]:
             origin.eps,
             amsgrad=origin.case.amsgrad,
             epsilon_hat=False,
-            **{"state_dtype": origin.precision.state} if origin.precision.state != origin.precision.param else {},
-            **chain,
-            **options,
+            **(asked | options),
         )
         if origin.case.chain:
             optimizer.grad_scale = torch.full((1,), LOSS_SCALE, device=origin.device)  # type: ignore[attr-defined]  # as a GradScaler does
