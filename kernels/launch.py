@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
-import torch
 import triton
 
 from dragon.kernels.advance import advance_kernel
@@ -29,7 +28,7 @@ REDUCTION_THREADS = 128
 # Sets of tables that a launcher remembers. A step has one; a loss scaler's tensors may lie elsewhere at each step.
 MOST_READY = 16
 
-_data_ptr, _dtype_of = torch.Tensor.data_ptr, attrgetter("dtype")
+_data_ptr, _dtype_of = methodcaller("data_ptr"), attrgetter("dtype")
 
 
 def update_constants(spec: Spec, config: LaunchConfig, warp_size: int = 32) -> dict[str, Any]:

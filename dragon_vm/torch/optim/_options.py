@@ -25,6 +25,10 @@ OWN_GROUP_DEFAULTS: dict[str, Any] = {
 # How tensors are stored is this optimizer's choice: state dicts do not have it.
 STORAGE_OPTIONS = ("state_dtype", "stochastic_rounding", "master_weights")
 
+# Of the hyperparameters of all groups: a number that is new after each change but of learning rates alone, and one
+# that is new after each of those.
+Version = tuple[int, int]
+
 
 class Settings(NamedTuple):
     """Options of the optimizer as a whole; see `Adam`."""

@@ -20,6 +20,7 @@ from dragon.vm.torch.optim._backends.stored import StoredUpdate
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
+from dragon.vm.torch.optim._options import Version
 
 Group = dict[str, Any]
 
@@ -56,7 +57,12 @@ class EagerGroup:
         self.pick = picker([entry.position for entry in group.entries], n_gathered)
 
     def update(
-        self, tensors: Gathered, grads: Sequence[Tensor], groups: Sequence[Group], version: int, factors: Factors
+        self,
+        tensors: Gathered,
+        grads: Sequence[Tensor],
+        groups: Sequence[Group],
+        version: Version,
+        factors: Factors,
     ) -> None:
         """Update the tensors.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise, starmap
+from itertools import accumulate, chain, pairwise, product, starmap
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dragon.kernels import table
-from dragon.kernels.launch import Launcher, update_launcher
+from dragon.kernels import norm, table
+from dragon.kernels.launch import Launcher, advance_launcher, norm_launcher, update_launcher
 from dragon.kernels.spec import Spec
 from dragon.vm.torch.optim._backends.configs import config_for
 from dragon.vm.torch.optim._backends.context import DeviceContext
@@ -19,6 +19,10 @@ from dragon.vm.torch.optim._backends.tensor_rows import SPAN, dtype_name, format
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup, Signature
 from dragon.vm.torch.optim._table.chunks import n_chunks, plan_chunks
 from dragon.vm.torch.optim._table.table import DeviceTable, packed
+
+# The kernels' constants as integers: each conversion calls Python.
+NO_NORM, L2_NORM, INF_NORM = map(int, (norm.NO_NORM, norm.L2_NORM, norm.INF_NORM))
+NORMS = (L2_NORM, INF_NORM)
 
 
 class UpdateLaunch(NamedTuple):
@@ -29,11 +33,26 @@ class UpdateLaunch(NamedTuple):
 
 
 class NormLaunch(NamedTuple):
-    """One launch that takes partial norms: all spans of the gradients of one dtype."""
+    """One launch that takes partial norms: all spans of the gradients of one dtype, by the kind of norm."""
 
-    grad_dtype: str
-    n_spans: int
+    launches: dict[int, Launcher]
     spans: Tensor
+
+
+class Sections(NamedTuple):
+    """The sections of the table that all launches of a device share."""
+
+    counts: Tensor
+    tensors: Tensor
+    groups: Tensor
+    sources: Tensor
+    grads: Tensor
+
+    @classmethod
+    def of(cls, device_table: DeviceTable) -> Sections:
+        """The sections of a table."""
+        dtypes = {"groups": torch.float64}
+        return cls(*(device_table.section(name, dtypes.get(name, torch.int64)) for name in cls._fields))
 
 
 class Launches(NamedTuple):
@@ -41,14 +60,18 @@ class Launches(NamedTuple):
 
     Attributes:
         table: all sections.
+        sections: those that launches share.
         scalars: scratch memory that `advance_kernel` writes.
+        advances: by the kind of norm, and by whether each gradient is clipped by its own.
         updates: update launches.
         norms: launches of the norm.
         n_spans: partial norms of each row.
     """
 
     table: DeviceTable
+    sections: Sections
     scalars: Tensor
+    advances: dict[tuple[int, bool], Launcher]
     updates: list[UpdateLaunch]
     norms: list[NormLaunch]
     n_spans: list[int]
@@ -85,12 +108,9 @@ def plan_launches(
     chunks = [
         plan_chunks(own, config.chunk, chosen) for config, own, chosen in zip(configs, lengths, rows, strict=True)
     ]
-    by_dtype: dict[str, list[int]] = {}
-    for spec, chosen in zip(specs, rows, strict=True):
-        by_dtype.setdefault(spec.grad, []).extend(chosen)
-    spans = {dtype: plan_chunks([numels[i] for i in chosen], SPAN, chosen) for dtype, chosen in by_dtype.items()}
+    spans = _spans([spec.grad for spec in specs], rows, numels)
     n_spans = [n_chunks(numel, SPAN) for numel in numels]
-    sections = {
+    contents = {
         # These change from step to step; one copy takes them all.
         "groups": array("q", bytes(8 * n_groups * int(table.GROUP_COLUMNS))),
         "sources": array("q", bytes(8 * n_groups * int(table.SOURCE_COLUMNS))),
@@ -99,9 +119,9 @@ def plan_launches(
         "tensors": tensor_rows(entries, numels, [group.signature for group in flattened], firsts, seed),
     }
     for index, pairs in enumerate(chunks):
-        sections[f"chunks {index}"] = packed(array("i", [len(pairs) // 2, 0]) + pairs)
-    sections |= {f"spans {dtype}": packed(pairs) for dtype, pairs in spans.items()}
-    device_table = DeviceTable(sections, context.device)
+        contents[f"chunks {index}"] = packed(array("i", [len(pairs) // 2, 0]) + pairs)
+    contents |= {f"spans {dtype}": packed(pairs) for dtype, pairs in spans.items()}
+    device_table = DeviceTable(contents, context.device)
     updates = [
         UpdateLaunch(
             update_launcher(spec, config, len(pairs) // 2, hardware.n_processors, hardware.warp_size),
@@ -111,13 +131,29 @@ def plan_launches(
         if pairs
     ]
     norms = [
-        NormLaunch(dtype, len(pairs) // 2, device_table.section(f"spans {dtype}", torch.int32))
+        _norm_launch(dtype, device_table.section(f"spans {dtype}", torch.int32), hardware.warp_size)
         for dtype, pairs in spans.items()
         if pairs
     ]
+    advances = {
+        key: advance_launcher(algorithm, *key, len(entries), hardware.warp_size)
+        for key in product((NO_NORM, *NORMS), (False, True))
+    }
     n_scalars = len(entries) * int(table.SCALAR_COLUMNS)
     scalars = torch.empty(n_scalars, dtype=torch.float64, device=context.device)
-    return Launches(device_table, scalars, updates, norms, n_spans)
+    return Launches(device_table, Sections.of(device_table), scalars, advances, updates, norms, n_spans)
+
+
+def _spans(dtypes: Sequence[str], rows: Sequence[range], numels: Sequence[int]) -> dict[str, array[int]]:
+    """The spans of all gradients of a dtype, by its name."""
+    by_dtype: dict[str, list[int]] = {}
+    for dtype, chosen in zip(dtypes, rows, strict=True):
+        by_dtype.setdefault(dtype, []).extend(chosen)
+    return {dtype: plan_chunks([numels[i] for i in chosen], SPAN, chosen) for dtype, chosen in by_dtype.items()}
+
+
+def _norm_launch(dtype: str, spans: Tensor, warp_size: int) -> NormLaunch:
+    return NormLaunch({kind: norm_launcher(dtype, kind, len(spans) // 2, warp_size) for kind in NORMS}, spans)
 
 
 def _spec(algorithm: str, signature: Signature, zero_grad: bool) -> Spec:

@@ -16,6 +16,7 @@ from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.states import counter_buffer
+from dragon.vm.torch.optim._options import Version
 
 Group = dict[str, Any]
 
@@ -38,11 +39,16 @@ class NativeGroup:
         self._needs_steps = False
         self._calls: list[FusedCall] = []
         # What the calls were planned for.
-        self._version = -1
+        self._version: Version | None = None
         self._planned_for: object = None
 
     def update(
-        self, tensors: Gathered, grads: Sequence[Tensor], groups: Sequence[Group], version: int, factors: Factors
+        self,
+        tensors: Gathered,
+        grads: Sequence[Tensor],
+        groups: Sequence[Group],
+        version: Version,
+        factors: Factors,
     ) -> None:
         """Advance the counters and update the tensors.
 

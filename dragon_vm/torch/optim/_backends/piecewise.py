@@ -12,6 +12,7 @@ from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._backends.stored import StoredUpdate
 from dragon.vm.torch.optim._gradients.scaling import Factors
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
+from dragon.vm.torch.optim._options import Version
 
 # Elements of a piece. Its decoded tensors and the intermediate ones stay in the processor's caches.
 PIECE = 2**16
@@ -38,7 +39,7 @@ class PiecewiseGroup:
         tensors: Gathered,
         grads: Sequence[Tensor],
         groups: Sequence[dict[str, Any]],
-        version: int,
+        version: Version,
         factors: Factors,
     ) -> None:
         """Update the tensors.

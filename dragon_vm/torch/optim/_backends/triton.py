@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dragon.kernels import norm, table
-from dragon.kernels.launch import Launcher, advance_launcher, norm_launcher
+from dragon.kernels import table
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.context import DeviceContext
-from dragon.vm.torch.optim._backends.launches import plan_launches
+from dragon.vm.torch.optim._backends.launches import INF_NORM, L2_NORM, NO_NORM, plan_launches
 from dragon.vm.torch.optim._backends.process_sums import AdvanceTables, ProcessSums
 from dragon.vm.torch.optim._backends.selection import picker
 from dragon.vm.torch.optim._backends.tensor_rows import real_numel, tensor_rows
@@ -23,13 +21,10 @@ from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
 from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
-from dragon.vm.torch.optim._options import Settings, needs_norm
+from dragon.vm.torch.optim._options import Settings, Version, needs_norm
 from dragon.vm.torch.optim._table.group_table import GroupTable
 
 Group = dict[str, Any]
-
-# The kernels' constants as integers: each conversion calls Python.
-_NO_NORM, _L2_NORM, _INF_NORM = map(int, (norm.NO_NORM, norm.L2_NORM, norm.INF_NORM))
 
 
 class TritonDevice:
@@ -62,18 +57,8 @@ class TritonDevice:
         self._pick_own = picker([entry.position for entry in entries], n_gathered)
         self._status = context.status if counts else context.spare_status
         self._launches = plan_launches(flattened, algorithm, context, n_groups, zero_grad, seed)
-        section = self._launches.table.section
-        self._grads = section("grads")
-        self._sections = (
-            section("counts"),
-            section("tensors"),
-            section("groups", torch.float64),
-            section("sources"),
-        )
         self._groups = GroupTable(self._launches.table, context.device)
         self._sums: ProcessSums | None = None
-        self._advances: dict[tuple[int, bool], Launcher] = {}
-        self._norms: dict[int, list[Launcher]] = {}
         self._stream = context.stream()
         self._captured_grads: list[Tensor] = []
         self._addresses: list[int] = []
@@ -88,7 +73,7 @@ class TritonDevice:
         addresses: Sequence[int],
         groups: Sequence[Group],
         algorithm: Algorithm,
-        version: int,
+        version: Version,
         settings: Settings,
         scaling: Scaling,
         shared: SharedNorm | None = None,
@@ -106,16 +91,16 @@ class TritonDevice:
         """
         context = self._context
         self._groups.write(groups, algorithm, version, settings)
-        kind = _NO_NORM
+        kind = NO_NORM
         if needs_norm(settings) or self._groups.clips_each:
             infinite = settings.norm_type == math.inf and not self._groups.clips_each
-            kind = _INF_NORM if infinite else _L2_NORM
+            kind = INF_NORM if infinite else L2_NORM
         if scaling.grad_scale is not None or scaling.found_inf is not None:
             scaling = Scaling(*(None if t is None else t.to(context.device, non_blocking=True) for t in scaling))
         own = list(self._pick_own(addresses))
         if shared is not None and not kind and scaling.found_inf is not None:
             # All processes skip the step that one must skip.
-            kind = _L2_NORM
+            kind = L2_NORM
         context.launch(
             lambda: self._launch(own, kind, scaling, shared, settings.skip_nonfinite),
             in_order=self._groups.is_live,
@@ -132,7 +117,7 @@ class TritonDevice:
             row[int(table.GRAD_FACTOR)] = 1.0
             self._groups.write_rows([row], [[0] * int(table.SOURCE_COLUMNS)])
             # The scalars of a sum stay as the first launch leaves them.
-            kind = _NO_NORM
+            kind = NO_NORM
         self._context.launch(lambda: self._launch(addresses, kind, Scaling()), in_order=False)
 
     def _launch(
@@ -145,15 +130,15 @@ class TritonDevice:
     ) -> None:
         context, launches = self._context, self._launches
         grads = self._place(addresses)
-        counts, tensors, groups, sources = self._sections
+        counts, tensors, groups, sources, _ = launches.sections
         if kind is not None:
             # Without a norm there are none to read.
             partials = context.partials(sum(launches.n_spans)) if kind else context.status
             found_inf = context.zero if scaling.found_inf is None else scaling.found_inf
             read = AdvanceTables(counts, tensors, partials, found_inf)
             if kind:
-                for each, reduce in zip(launches.norms, self._norm_launchers(kind), strict=True):
-                    reduce(each.spans, tensors, grads, groups, partials)
+                for each in launches.norms:
+                    each.launches[kind](each.spans, tensors, grads, groups, partials)
             if kind and shared is not None:
                 if self._sums is None:
                     self._sums = ProcessSums(launches.n_spans, tensors)
@@ -164,27 +149,9 @@ class TritonDevice:
                 )
             scale = context.one if scaling.grad_scale is None else scaling.grad_scale
             tables = read.counts, read.tensors, groups, sources, launches.scalars, read.partials
-            self._advance_launcher(kind)(*tables, scale, read.found_inf, self._status)
+            launches.advances[kind, self._groups.clips_each](*tables, scale, read.found_inf, self._status)
         for update in launches.updates:
             update.launch(update.chunks, tensors, grads, launches.scalars)
-
-    def _advance_launcher(self, kind: int) -> Launcher:
-        key = kind, self._groups.clips_each
-        found = self._advances.get(key)
-        if found is None:
-            n_tensors, warp_size = len(self._launches.n_spans), self._context.hardware.warp_size
-            found = self._advances[key] = advance_launcher(self._algorithm, *key, n_tensors, warp_size)
-        return found
-
-    def _norm_launchers(self, kind: int) -> list[Launcher]:
-        found = self._norms.get(kind)
-        if found is None:
-            warp_size = self._context.hardware.warp_size
-            found = [
-                norm_launcher(each.grad_dtype, kind, each.n_spans, warp_size) for each in self._launches.norms
-            ]
-            self._norms[kind] = found
-        return found
 
     def _place(self, addresses: list[int]) -> Tensor:
         """Bring the device's table up to date, in at most one copy; return the section of the gradients."""
@@ -207,7 +174,7 @@ class TritonDevice:
         if self._groups.is_live:
             device_table.expect_capture("grads")
         device_table.upload()
-        return self._grads
+        return self._launches.sections.grads
 
     def publish(self, index: int, group: Group, algorithm: Algorithm, settings: Settings) -> None:
         """Bring one group's hyperparameters up to date between steps, in stream order."""

@@ -15,7 +15,7 @@ from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, TotalNorm
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
 from dragon.vm.torch.optim._gradients.zeroing import apart
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
-from dragon.vm.torch.optim._options import needs_norm
+from dragon.vm.torch.optim._options import Version, needs_norm
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 
@@ -46,7 +46,9 @@ class HostStep:
             first_of = [*prepared.among_all, *(prepared.among_all[j.positions[0]] for j in prepared.joined)]
             self.shared = SharedNorm(recipe.reductions, [first_of[i] for i in self._walked], recipe.n_params)
 
-    def run(self, recipe: Recipe, tensors: Gathered, version: int, scaling: Scaling) -> tuple[Outcome, Scaling]:
+    def run(
+        self, recipe: Recipe, tensors: Gathered, version: Version, scaling: Scaling
+    ) -> tuple[Outcome, Scaling]:
         """Decide, and update the host groups.
 
         Args:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._options import by_value, complete
+from dragon.vm.torch.optim._options import Version, by_value, complete
 
 # Immutable: whoever holds one of these sees no change in it.
 _PLAIN_TYPES = {float, int, bool, str, NoneType, torch.dtype}
+_RATE_TYPES = {float, int}
 # Hyperparameters that kernels read where they are, if they are tensors on the device.
 _LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
 _NUMBERS = {
@@ -22,7 +23,9 @@ _NUMBERS = {
     *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
 }
 # Numbers that decide nothing about which tensors and kernels take part.
-_SCALARS = {"lr", "weight_decay", "eps"}
+_SCALARS = {"weight_decay", "eps"}
+
+_rate_of = itemgetter("lr")
 
 
 class Hyperparameters:
@@ -35,23 +38,25 @@ class Hyperparameters:
 
     Attributes:
         groups: the groups with all options, without their parameters.
-        version: a number that is new after each change.
-        structure: likewise, of the structure of some group.
+        version: another one after each change.
+        structure: a number that is new after each change of the structure of some group.
     """
 
     def __init__(
         self, names: Sequence[str], own: Mapping[str, Any], structure_of: Callable[[Mapping[str, Any]], object]
     ) -> None:
         self._own = dict(own)
-        names = [name for name in names if name != "betas"]
+        names = [name for name in names if name not in ("lr", "betas")]
         self._read_row = itemgetter(*names)
         self._structural = itemgetter(*(i for i, name in enumerate(names) if name not in _SCALARS))
         self._structure_of = structure_of
-        self._values: list[Any] = []
+        # All but numbers that are learning rates, and those.
+        self._seen: tuple[list[Any], list[Any]] = [], []
         self._options: list[Any] = []
         self._structures: list[object] = []
         self.groups: list[dict[str, Any]] = []
-        self.version = self.structure = 0
+        self.version: Version = (0, 0)
+        self.structure = 0
 
     def read(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Read all groups, and check what has changed.
@@ -59,15 +64,29 @@ class Hyperparameters:
         Raises:
             KeyError, TypeError, ValueError: for a hyperparameter that is missing, or not a number.
         """
+        rates = list(map(_rate_of, groups))
         rows = list(map(self._read_row, groups))
         defaults = self._own.values()
         own = [tuple(map(group.get, self._own, defaults)) for group in groups]
         values: list[Any] = [rows, own, [tuple(group.get("betas", ())) for group in groups]]
-        are_plain = set(map(type, chain.from_iterable(chain(*values)))) <= _PLAIN_TYPES
-        if not are_plain:
+        if not set(map(type, rates)) <= _RATE_TYPES:
+            values.append([(rate,) for rate in rates])
+        if not set(map(type, chain.from_iterable(chain(*values)))) <= _PLAIN_TYPES:
             values = by_value(values)
-        if values == self._values:
+        seen, seen_rates = self._seen
+        if values != seen:
+            self._take(groups, values)
+        elif len(values) == 3 and rates != seen_rates:
+            # What a scheduler does at each step.
+            for group, rate in zip(self.groups, rates, strict=True):
+                group["lr"] = rate
+            self.version = self.version[0], self.version[1] + 1
+        else:
             return
+        # The last write: an interrupt before it leaves the next step to read anew.
+        self._seen = values, rates
+
+    def _take(self, groups: Sequence[Mapping[str, Any]], values: list[Any]) -> None:
         # Without the parameters: what is taken out of a group must not stay here.
         complete_groups = [complete(group, self._own) for group in groups]
         for group in complete_groups:
@@ -80,10 +99,8 @@ class Hyperparameters:
             structures = list(map(self._structure_of, complete_groups))
         if structures != self._structures:
             self.structure += 1
-        self.version += 1
+        self.version = self.version[0] + 1, self.version[1]
         self._structures, self._options, self.groups = structures, options, complete_groups
-        # The last write: an interrupt before it leaves the next step to read anew.
-        self._values = values
 
 
 def _check_numbers(group: Mapping[str, Any]) -> None:

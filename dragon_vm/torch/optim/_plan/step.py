@@ -17,7 +17,7 @@ from dragon.vm.torch.optim._gradients.zeroing import apart, detach_all, zero_all
 from dragon.vm.torch.optim._graphs.live import LiveGroup
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
-from dragon.vm.torch.optim._options import Settings, needs_norm
+from dragon.vm.torch.optim._options import Settings, Version, needs_norm
 from dragon.vm.torch.optim._plan.guards import Guard, addresses_of
 from dragon.vm.torch.optim._plan.host_step import HostStep
 from dragon.vm.torch.optim._plan.preparation import Prepared
@@ -106,7 +106,7 @@ class StepPlan:
         recipe: Recipe,
         params: list[Tensor],
         tensors: Gathered,
-        version: int,
+        version: Version,
         scaling: Scaling,
         *,
         are_own: bool,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._options import Settings
-from dragon.vm.torch.optim._table.rows import group_row, source_row
+from dragon.vm.torch.optim._options import Settings, Version
+from dragon.vm.torch.optim._table.rows import group_row, source_row, with_rate
 from dragon.vm.torch.optim._table.table import DeviceTable, words_of
 
 Group = dict[str, Any]
@@ -33,22 +33,24 @@ class GroupTable:
         self._table, self._device = table, device
         self._rows: list[list[float]] = []
         self._sources: list[list[int]] = []
-        self._written_for: object = None
+        self._written_for: tuple[Version, Settings] | None = None
         self.clips_each = self.is_live = False
 
-    def write(self, groups: Sequence[Group], algorithm: Algorithm, version: int, settings: Settings) -> None:
+    def write(self, groups: Sequence[Group], algorithm: Algorithm, version: Version, settings: Settings) -> None:
         """Write the hyperparameters, if they are of another version than those written last.
 
         Raises:
             ValueError: for a hyperparameter on a device that kernels cannot read.
         """
-        if (version, settings) == self._written_for:
-            return
-        self._written_for = None
-        rows = [group_row(group, algorithm, settings) for group in groups]
-        self.write_rows(rows, [source_row(group, self._device) for group in groups])
-        self.clips_each = any(group["clip_norm"] for group in groups)
-        self.is_live = any(group["capturable"] for group in groups)
+        written_for, self._written_for = self._written_for, None
+        if written_for is None or (written_for[0][0], written_for[1]) != (version[0], settings):
+            rows = [group_row(group, algorithm, settings) for group in groups]
+            self.write_rows(rows, [source_row(group, self._device) for group in groups])
+            self.clips_each = any(group["clip_norm"] for group in groups)
+            self.is_live = any(group["capturable"] for group in groups)
+        elif written_for[0] != version:
+            rates = [float(group["lr"]) for group in groups]
+            self.write_rows(list(map(with_rate, self._rows, rates)), self._sources)
         self._written_for = (version, settings)
 
     def write_one(self, index: int, group: Group, algorithm: Algorithm, settings: Settings) -> bool:

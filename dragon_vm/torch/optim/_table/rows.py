@@ -42,6 +42,13 @@ def group_row(group: dict[str, Any], algorithm: Algorithm, settings: Settings) -
     return row
 
 
+def with_rate(row: list[float], rate: float) -> list[float]:
+    """A group's row with another learning rate."""
+    row = list(row)
+    row[_COLUMNS["LR"]] = rate
+    return row
+
+
 def source_row(group: dict[str, Any], device: torch.device) -> list[int]:
     """Addresses of a group's hyperparameters that are tensors on the device, 0 for the others.
 
