@@ -36,13 +36,15 @@ def vector_kernel(
     chunks_ptr, tensors_ptr, grads_ptr, scalars_ptr,
     SPEC: tl.constexpr, CONFIG: tl.constexpr, WARP_SIZE: tl.constexpr,
 ):  # fmt: skip
+    # Triton 3.6 passes text to a function only as a constexpr.
+    EVICTION: tl.constexpr = CONFIG.eviction
     row, index = load_pair(chunks_ptr + 2 * (tl.program_id(0).to(tl.int64) + 1), WARP_SIZE)
     row = row.to(tl.int64)
     first = index.to(tl.int64) * CONFIG.chunk
     scalars = load_scalars(scalars_ptr, row, SPEC, WARP_SIZE)
     numel, tensors, source = load_tensors(tensors_ptr, grads_ptr, row, WARP_SIZE)
     whole = tl.multiple_of(numel // VECTOR_NUMEL * VECTOR_NUMEL, VECTOR_NUMEL)
-    update_tile(tensors, source, scalars, make_place(first, whole, CONFIG.chunk), SPEC, CONFIG.eviction, 16)
+    update_tile(tensors, source, scalars, make_place(first, whole, CONFIG.chunk), SPEC, EVICTION, 16)
 
 
 def report(spec: Spec, arch: str) -> dict[str, float]:
