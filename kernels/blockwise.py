@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dragon.kernels.rounding import INFINITY, MAGNITUDE, NAN, SIGN
+from dragon.kernels.rounding import INFINITY, MAGNITUDE, NAN, SIGN, uniform
 
 BLOCK = tl.constexpr(64)
 _ONE = tl.constexpr(0x3F800000)
@@ -61,17 +61,15 @@ def _fourth_root(x):
     y = (-(x.to(tl.int32, bitcast=True) >> 2) + _GUESS).to(tl.float32, bitcast=True)
     root = x * (y * y * y)
     e = root * y
-    return root * (e * (-e * (e - _E2) + _E1) + _E0)
-
-
-@triton.jit
-def _power(ratio):
-    return (ratio * tl.abs(ratio)) * (ratio * ratio)
+    return root * tl.sub(_E0, e * tl.sub(e * (e - _E2), _E1))
 
 
 @triton.jit
 def _square(steps, scale):
-    root = scale[:, None] * _power(steps * (1 / 255))
+    """The second moment at a number of steps, at least 0."""
+    ratio = steps * (1 / 255)
+    ratio *= ratio
+    root = scale[:, None] * (ratio * ratio)
     return root * root
 
 
@@ -82,7 +80,8 @@ def decode_signed(
 ):
     """First moments, fp32 [n]."""
     ratio = _blocks(codes, scale.shape[0]).to(tl.float32) * (1 / 127)
-    return tl.reshape(scale[:, None] * _power(ratio), codes.shape)
+    power = (ratio * tl.abs(ratio)) * (ratio * ratio)
+    return tl.reshape(scale[:, None] * power, codes.shape)
 
 
 @triton.jit
@@ -111,10 +110,11 @@ def _step_stochastically(tile, steps, scale, words):
     """Move on to the step beyond the second moment with the probability that makes the mean exact."""
     steps = steps + _INTEGER - _INTEGER
     here = _square(steps, scale)
-    beyond = steps + tl.where(tile < here, -1.0, 1.0)
+    gap = tile - here
+    one = ((gap.to(tl.uint32, bitcast=True) & SIGN) | _ONE).to(tl.float32, bitcast=True)
+    beyond = steps + one
     distance = tl.abs(_square(beyond, scale) - here)
-    uniform = (words.to(tl.float32) + 0.5) * (1 / 65536)
-    return tl.where(uniform * distance < tl.abs(tile - here), beyond, steps)
+    return tl.where(uniform(words) * distance < tl.abs(gap), beyond, steps)
 
 
 @triton.jit

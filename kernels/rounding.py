@@ -79,6 +79,12 @@ def random_words_each(
 
 
 @triton.jit
+def uniform(words):
+    """Numbers (word + 1/2) / 65536 in fp32: a word is the last 16 bits of a number from 128 to 129."""
+    return (words | 0x43000000).to(tl.float32, bitcast=True) - (128 - 1 / 131072)
+
+
+@triton.jit
 def bits_of(tile):
     """The bits of an fp32 tile as int32, with one NaN for all."""
     return tl.where(tile == tile, tile.to(tl.int32, bitcast=True), NAN)
@@ -87,7 +93,7 @@ def bits_of(tile):
 @triton.jit
 def round_by(tile, bits, carry, DROPPED: tl.constexpr, LARGEST: tl.constexpr):
     """Add a carry to the bits of a tile, if it is below `LARGEST` in magnitude, and clear the last `DROPPED`."""
-    return (bits + tl.where(tl.abs(tile) < LARGEST, carry, 0)) & -(1 << DROPPED)
+    return tl.where(tl.abs(tile) < LARGEST, bits + carry, bits) & -(1 << DROPPED)
 
 
 @triton.jit
@@ -162,10 +168,11 @@ def split_8(tile, words, STOCHASTIC: tl.constexpr):
 @triton.jit
 def clamp_moment(exp_avg, root, bound):
     """The first moment within `bound` times the root of the second; a NaN stays, and all if there is no bound."""
-    limit = tl.where(bound < float("inf"), root * bound, float("inf"))
-    magnitude = tl.minimum(tl.abs(exp_avg), limit, tl.PropagateNan.ALL)
-    sign = exp_avg.to(tl.int32, bitcast=True) & ~MAGNITUDE
-    return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    if bound < float("inf"):
+        magnitude = tl.minimum(tl.abs(exp_avg), root * bound, tl.PropagateNan.ALL)
+        sign = exp_avg.to(tl.int32, bitcast=True) & ~MAGNITUDE
+        exp_avg = (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return exp_avg
 
 
 @triton.jit

@@ -111,10 +111,14 @@ def no_tiles():
 def ready_grad(grad, param, scalars):
     """The gradient that the update sees: scaled, clipped elementwise, with L2 decay added.
 
-    The decay is selected, not multiplied by 0, so that an infinite parameter without decay keeps a finite moment.
+    Clipping and decay are jumped over where there are none. A decay of 0 is not multiplied, so that an infinite
+    parameter keeps a finite moment.
     """
     clip = scalars[table.CLIP]
     weight_decay = scalars[table.L2]
     grad = grad * scalars[table.GRAD_SCALE]
-    grad = tl.minimum(tl.maximum(grad, -clip, tl.PropagateNan.ALL), clip, tl.PropagateNan.ALL)
-    return tl.where(weight_decay == 0, grad, grad + weight_decay * param)
+    if clip < float("inf"):
+        grad = tl.minimum(tl.maximum(grad, -clip, tl.PropagateNan.ALL), clip, tl.PropagateNan.ALL)
+    if weight_decay != 0:
+        grad += weight_decay * param
+    return grad

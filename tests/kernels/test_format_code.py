@@ -17,18 +17,18 @@ BUDGETS = {
     "sm_90": {
         "split16 fast": 39,
         "bfloat16 stochastic fast": 53,
-        "split8 + q8 fast": 109,
-        "split8 + q8 stochastic fast": 144,
-        "split8 + q8": 144,
-        "split8 + q8 stochastic": 180,
+        "split8 + q8 fast": 105,
+        "split8 + q8 stochastic fast": 139,
+        "split8 + q8": 142,
+        "split8 + q8 stochastic": 175,
     },
     "sm_100": {
         "split16 fast": 38,
         "bfloat16 stochastic fast": 48,
-        "split8 + q8 fast": 87,
-        "split8 + q8 stochastic fast": 113,
-        "split8 + q8": 122,
-        "split8 + q8 stochastic": 148,
+        "split8 + q8 fast": 85,
+        "split8 + q8 stochastic fast": 111,
+        "split8 + q8": 121,
+        "split8 + q8 stochastic": 146,
     },
 }
 # Conversions and approximate functions, which have a quarter of the throughput or less.

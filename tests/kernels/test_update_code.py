@@ -5,11 +5,20 @@ import os
 import subprocess
 import sys
 from functools import cache
+from operator import gt
 from pathlib import Path
 
-# Instructions an element with tables, masks, decay and clipping, divisions and roots correctly rounded, their slow
-# paths included: 3 % more than measured with triton 3.7.1.
-BUDGETS = {"split16": 88, "bf16 stochastic": 102, "split8 + q8": 161, "split8 + q8 stochastic": 196}
+# Instructions an element with tables, masks, decay and clipping, divisions and roots correctly rounded: all of
+# them, and those of the usual path. That leaves out quotients and roots of numbers out of the usual range. It
+# counts decay and clipping, which are jumped over where there are none. 3 % more than measured with triton 3.7.1.
+BUDGETS = {
+    "split16": (88, 62),
+    "bf16 stochastic": (101, 75),
+    "split8 + q8": (156, 130),
+    "split8 + q8 stochastic": (190, 163),
+}
+# As many as leave room for seven programs of 128 threads on a multiprocessor, of 65,536 registers.
+REGISTERS = 72
 
 
 @cache
@@ -22,11 +31,12 @@ def reports() -> dict[str, dict[str, float]]:
 
 
 def test_updates_keep_to_their_budget() -> None:
-    found = {name: report["instructions"] for name, report in reports().items()}
-    assert {name: count for name, count in found.items() if count > BUDGETS[name]} == {}
+    found = {name: (report["instructions"], report["usual"]) for name, report in reports().items()}
+    assert {name: counts for name, counts in found.items() if any(map(gt, counts, BUDGETS[name]))} == {}
 
 
 def test_no_register_is_spilled_and_shuffles_are_for_block_maxima() -> None:
     for name, report in reports().items():
         assert report["spilled_nbytes"] == 0, name
+        assert report["registers"] <= REGISTERS, name
         assert report["shuffles"] == (6 if "q8" in name else 0), name

@@ -4,6 +4,7 @@ Run as a script it prints, as JSON, what the compiler makes of each case: ``pyth
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,8 +12,6 @@ import triton
 import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-from format_kernels import machine_code
 
 from dragon.kernels.config import default_config
 from dragon.kernels.formats import make_place
@@ -36,22 +35,41 @@ def vector_kernel(
     chunks_ptr, tensors_ptr, grads_ptr, scalars_ptr,
     SPEC: tl.constexpr, CONFIG: tl.constexpr, WARP_SIZE: tl.constexpr,
 ):  # fmt: skip
+    # Triton 3.6 passes text to a function only as a constexpr.
+    EVICTION: tl.constexpr = CONFIG.eviction
     row, index = load_pair(chunks_ptr + 2 * (tl.program_id(0).to(tl.int64) + 1), WARP_SIZE)
     row = row.to(tl.int64)
     first = index.to(tl.int64) * CONFIG.chunk
     scalars = load_scalars(scalars_ptr, row, SPEC, WARP_SIZE)
     numel, tensors, source = load_tensors(tensors_ptr, grads_ptr, row, WARP_SIZE)
     whole = tl.multiple_of(numel // VECTOR_NUMEL * VECTOR_NUMEL, VECTOR_NUMEL)
-    update_tile(tensors, source, scalars, make_place(first, whole, CONFIG.chunk), SPEC, CONFIG.eviction, 16)
+    update_tile(tensors, source, scalars, make_place(first, whole, CONFIG.chunk), SPEC, EVICTION, 16)
+
+
+def straight_pieces(listing: str) -> list[list[str]]:
+    """The names of a kernel's instructions, padding left out, cut at labels and after branches."""
+    pieces: list[list[str]] = [[]]
+    for line in listing.splitlines():
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)
+        if found and found[1] != "NOP":
+            pieces[-1].append(found[1])
+        if line.startswith(".L_") or (found and found[1] == "BRA"):
+            pieces.append([])
+    return pieces
 
 
 def report(spec: Spec, arch: str) -> dict[str, float]:
     config = default_config(arch)
     arguments = update_constants(spec, config), update_options(config), arch
-    code = machine_code(bytes(compile_kernel(vector_kernel, *arguments).asm["cubin"]))
+    listing = compile_kernel(vector_kernel, *arguments).machine_code
+    code = [name for piece in straight_pieces(listing) for name in piece]
+    # The functions that the kernel calls come behind it: of quotients and roots of numbers out of the usual range.
+    usual = [piece for piece in straight_pieces(listing.split(".weak")[0]) if "CALL" not in " ".join(piece)]
     whole = compile_kernel(update_kernel, *arguments)
+    elements = config.chunk / (config.n_warps * 32)
     return {
-        "instructions": len(code) / (config.chunk / (config.n_warps * 32)),
+        "instructions": len(code) / elements,
+        "usual": sum(map(len, usual)) / elements,
         "shuffles": sum(name.startswith("SHFL") for name in code),
         "spilled_nbytes": whole.spilled_nbytes,
         "registers": whole.registers,
