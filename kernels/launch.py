@@ -69,6 +69,7 @@ def launch_update(
     tensors: Any,
     grads: Any,
     scalars: Any,
+    grad_scale: Any = None,
 ) -> None:
     """Launch `update_kernel` on the chunks of a spec.
 
@@ -82,6 +83,7 @@ def launch_update(
         tensors: the table of the device's tensors.
         grads: the table of their gradients.
         scalars: what `launch_advance` wrote.
+        grad_scale: fp32 [1], what the gradients that stay behind are divided by; None to leave them as they are.
     """
     n_programs = min(n_chunks, config.programs_per_processor * n_processors) or n_chunks
     update_kernel[(n_programs,)](
@@ -89,6 +91,7 @@ def launch_update(
         tensors,
         grads,
         scalars,
+        grad_scale,
         **update_constants(spec, config, warp_size),
         **update_options(config),
     )

@@ -32,6 +32,7 @@ class Variant(NamedTuple):
         options: arguments of the class.
         zero_grad: zero the gradients in the same launch.
         sums: add the gradients up first.
+        scale: what a `GradScaler` hands over; what the step leaves of the gradients is compared as well.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Variant(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012 - never changed, and a NamedTuple's default
     zero_grad: bool = False
     sums: bool = False
+    scale: float | None = None
 
 
 VARIANTS = (
@@ -51,6 +53,7 @@ VARIANTS = (
     Variant("fp32 average", options={"ema_decay": 0.9}),
     Variant("fp32 zero_grad", zero_grad=True),
     Variant("fp32 sum_grad", sums=True),
+    Variant("fp32 scaled", scale=3.0),
     Variant("fp32 global norm", options={"max_grad_norm": 0.5, "skip_nonfinite": True}),
     Variant("fp32 largest element", options={"max_grad_norm": 0.5, "norm_type": float("inf")}),
     Variant("fp32 norm of each", options={"clip_norm": 0.5}),
@@ -59,6 +62,7 @@ VARIANTS = (
     Variant("bf16, fp32 state", param=torch.bfloat16, state=torch.float32),
     Variant("bf16 global norm", param=torch.bfloat16, options={"max_grad_norm": 0.5}),
     Variant("fp16", param=torch.float16),
+    Variant("fp16 scaled", param=torch.float16, scale=8.0),
     Variant("fp64", param=torch.float64),
     Variant("complex64", param=torch.complex64),
     Variant("SGD fp32", "SGD"),
@@ -78,7 +82,7 @@ def tensors(sizes: Sequence[int], dtype: torch.dtype, device: torch.device, seed
 
 
 def stepped(variant: Variant, backend: str, sizes: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Parameters after a few steps."""
+    """Parameters after a few steps, and gradients of a scaled loss."""
     from dragon.vm.torch import optim
 
     params = [torch.nn.Parameter(value) for value in tensors(sizes, variant.param, device, seed=0)]
@@ -94,8 +98,11 @@ def stepped(variant: Variant, backend: str, sizes: Sequence[int], device: torch.
             param.grad = grad
         if variant.sums:
             optimizer.sum_grad()
+        if variant.scale is not None:
+            optimizer.grad_scale = torch.full((1,), variant.scale, device=device)
         optimizer.step(zero_grad=variant.zero_grad)
-    return [param.detach() for param in params]
+    left = [] if variant.scale is None else [param.grad for param in params]
+    return [*(param.detach() for param in params), *left]
 
 
 def difference(variant: Variant, sizes: Sequence[int], device: torch.device) -> float:

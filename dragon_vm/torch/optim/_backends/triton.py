@@ -78,6 +78,7 @@ class TritonDevice:
         settings: Settings,
         scaling: Scaling,
         shared: SharedNorm | None = None,
+        kept_scale: Tensor | None = None,
     ) -> None:
         """Update all tensors.
 
@@ -89,6 +90,7 @@ class TritonDevice:
             settings: options that decide about norms and skipping.
             scaling: a `GradScaler`'s.
             shared: sums over the processes that share the gradients; None if there are no others.
+            kept_scale: what the gradients are divided by that stay behind; None to leave them as they are.
         """
         context = self._context
         self._groups.write(groups, algorithm, version, settings)
@@ -96,13 +98,14 @@ class TritonDevice:
         if needs_norm(settings) or self._groups.clips_each:
             infinite = settings.norm_type == math.inf and not self._groups.clips_each
             kind = int(norm.INF_NORM if infinite else norm.L2_NORM)
-        scaling = Scaling(*(None if t is None else t.to(context.device, non_blocking=True) for t in scaling))
+        scaling = Scaling(*(context.here(tensor) for tensor in scaling))
+        kept_scale = context.here(kept_scale)
         own = list(self._pick_own(addresses))
         if shared is not None and not kind and scaling.found_inf is not None:
             # All processes skip the step that one must skip.
             kind = int(norm.L2_NORM)
         context.launch(
-            lambda: self._launch(own, kind, scaling, shared, settings.skip_nonfinite),
+            lambda: self._launch(own, kind, scaling, shared, settings.skip_nonfinite, kept_scale),
             in_order=self._groups.is_live,
         )
 
@@ -127,6 +130,7 @@ class TritonDevice:
         scaling: Scaling,
         shared: SharedNorm | None = None,
         skip_nonfinite: bool = False,
+        kept_scale: Tensor | None = None,
     ) -> None:
         context, launches = self._context, self._launches
         hardware, section = context.hardware, launches.table.section
@@ -159,7 +163,7 @@ class TritonDevice:
         for update in launches.updates:
             launch.launch_update(
                 *(update.spec, update.config, update.n_chunks, hardware.n_processors, hardware.warp_size),
-                *(update.chunks, tensors, grads, launches.scalars),
+                *(update.chunks, tensors, grads, launches.scalars, kept_scale),
             )
 
     def _place(self, addresses: list[int]) -> Tensor:
