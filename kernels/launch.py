@@ -93,10 +93,11 @@ class Launcher:
         """Launch on the current stream.
 
         Args:
-            tables: tensors on the device, in the order of the kernel's first parameters.
+            tables: tensors on the device, in the order of the kernel's first parameters; the last may be None.
         """
         # Triton compiles code of its own for each alignment and dtype of a table.
-        key = (*map(_data_ptr, tables), *map(_dtype_of, tables))
+        given = tables if tables[-1] is not None else tables[:-1]
+        key = (*map(_data_ptr, given), *map(_dtype_of, given))
         run = self._ready.get(key)
         if run is not None:
             run(*tables, *self._values)
@@ -122,7 +123,8 @@ def update_launcher(
         warp_size: threads of a warp.
 
     Returns:
-        What takes the tables: the spec's chunks, tensors, grads, and the scalars of `advance_kernel`.
+        What takes the tables: the spec's chunks, tensors, grads, and the scalars of `advance_kernel`. Then fp32
+        [1], what the gradients that stay behind are divided by, or None to leave them as they are.
     """
     n_programs = min(n_chunks, config.programs_per_processor * n_processors) or n_chunks
     constants = update_constants(spec, config, warp_size)

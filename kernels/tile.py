@@ -50,6 +50,12 @@ def load_scalars(scalars_ptr, row, SPEC: tl.constexpr, WARP_SIZE: tl.constexpr):
 
 
 @triton.jit
+def load_scale(grad_scale_ptr, SPEC: tl.constexpr):
+    """What gradients are divided by, in the dtype of the maths."""
+    return tl.load(grad_scale_ptr).to(compute_dtype(SPEC))
+
+
+@triton.jit
 def load_tensors(tensors_ptr, grads_ptr, row, WARP_SIZE: tl.constexpr):
     """The element count of a tensor, the addresses of parameter, gradient, states and ema, and what rounds them.
 

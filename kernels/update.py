@@ -8,6 +8,7 @@ import triton.language as tl
 from dragon.kernels import table
 from dragon.kernels.algorithms import update_by
 from dragon.kernels.formats import load_tile, make_place, open_parts, store_tile
+from dragon.kernels.maths import divide
 from dragon.kernels.spec import (
     average_format,
     compute_dtype,
@@ -24,6 +25,7 @@ from dragon.kernels.tile import (
     are_aligned,
     load_pair,
     load_scalars,
+    load_scale,
     load_tensors,
     no_tiles,
     ready_grad,
@@ -37,6 +39,7 @@ def update_tile(
     source,  # of random words
     scalars,  # in the dtype of the maths, by column
     place,  # of the tile
+    grad_scale_ptr,  # fp32 [1], what the gradient that stays behind is divided by; None to leave it as it is
     SPEC: tl.constexpr,
     EVICTION: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -55,6 +58,10 @@ def update_tile(
         ema_parts = open_parts(tensors[3], average_format(SPEC), ALIGNMENT)
         ema = load_tile(ema_parts, place, average_format(SPEC), COMPUTE_DTYPE, EVICTION)
 
+    if (grad_scale_ptr is not None) and not SPEC.zero_grad:
+        # Before the update, which then holds no second gradient in registers. The format is plain: no words.
+        unscaled_grad = divide(grad, load_scale(grad_scale_ptr, SPEC))
+        store_tile(grad_parts, place, unscaled_grad, unscaled_grad, grad_format(SPEC), EVICTION)
     grad = ready_grad(grad, param, scalars)
     param *= scalars[table.DECAY]
     param, states = update_by(param, grad, states, scalars, SPEC)
@@ -81,6 +88,7 @@ def update_chunk(
     tensors_ptr,  # int64 [n_tensors, TENSOR_COLUMNS]
     grads_ptr,  # int64 [n_tensors]
     scalars_ptr,  # float64 [n_tensors, SCALAR_COLUMNS]
+    grad_scale_ptr,  # fp32 [1], or None
     SPEC: tl.constexpr,
     CONFIG: tl.constexpr,
     WARP_SIZE: tl.constexpr,
@@ -104,13 +112,15 @@ def update_chunk(
             if not has_blocks(SPEC):  # noqa: SIM102  # see above
                 if (first + CHUNK > whole) & (whole < numel):
                     tail = make_place(whole, numel, VECTOR_NUMEL)
-                    update_tile(tensors, source, scalars, tail, SPEC, EVICTION, 16)
-            update_tile(tensors, source, scalars, make_place(first, whole, CHUNK), SPEC, EVICTION, 16)
+                    update_tile(tensors, source, scalars, tail, grad_scale_ptr, SPEC, EVICTION, 16)
+            update_tile(
+                tensors, source, scalars, make_place(first, whole, CHUNK), grad_scale_ptr, SPEC, EVICTION, 16
+            )
         else:
             # A loop: as one block this path would set the registers of the whole kernel.
             while first < end:
                 single = make_place(first, numel, SINGLES)
-                update_tile(tensors, source, scalars, single, SPEC, EVICTION, 1)
+                update_tile(tensors, source, scalars, single, grad_scale_ptr, SPEC, EVICTION, 1)
                 first += SINGLES
     elif SPEC.zero_grad:
         # A skipped step drops its gradients all the same: what is infinite must not be added to.
@@ -127,6 +137,7 @@ def update_kernel(
     tensors_ptr,  # int64 [n_tensors, TENSOR_COLUMNS]
     grads_ptr,  # int64 [n_tensors]
     scalars_ptr,  # float64 [n_tensors, SCALAR_COLUMNS]
+    grad_scale_ptr,  # fp32 [1], what the gradients that stay behind are divided by; None to leave them as they are
     SPEC: tl.constexpr,
     CONFIG: tl.constexpr,
     WARP_SIZE: tl.constexpr,
@@ -139,9 +150,9 @@ def update_kernel(
     if CONFIG.programs_per_processor > 0:
         n_chunks = tl.load(chunks_ptr)
         while index < n_chunks:
-            update_chunk(
-                chunks_ptr + 2 * (index + 1), tensors_ptr, grads_ptr, scalars_ptr, SPEC, CONFIG, WARP_SIZE
-            )
+            chunk_ptr = chunks_ptr + 2 * (index + 1)
+            update_chunk(chunk_ptr, tensors_ptr, grads_ptr, scalars_ptr, grad_scale_ptr, SPEC, CONFIG, WARP_SIZE)
             index += tl.num_programs(0)
     else:
-        update_chunk(chunks_ptr + 2 * (index + 1), tensors_ptr, grads_ptr, scalars_ptr, SPEC, CONFIG, WARP_SIZE)
+        chunk_ptr = chunks_ptr + 2 * (index + 1)
+        update_chunk(chunk_ptr, tensors_ptr, grads_ptr, scalars_ptr, grad_scale_ptr, SPEC, CONFIG, WARP_SIZE)

@@ -39,6 +39,7 @@ class Variant(NamedTuple):
         sums: add the gradients up first.
         exact: parameters and states must have the bits of the eager backend on the CPU.
         only_blocks: leave out tensors whose states cannot have 8 bits: as plain fp32 they are rounded otherwise.
+        scale: what a `GradScaler` hands over; what the step leaves of the gradients is compared as well.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Variant(NamedTuple):
     sums: bool = False
     exact: bool = False
     only_blocks: bool = False
+    scale: float | None = None
 
 
 # Of bf16 parameters.
@@ -76,6 +78,7 @@ VARIANTS = (
     Variant("fp32 average", options={"ema_decay": 0.9}),
     Variant("fp32 zero_grad", zero_grad=True),
     Variant("fp32 sum_grad", sums=True),
+    Variant("fp32 scaled", scale=3.0),
     Variant("fp32 global norm", options={"max_grad_norm": 0.5, "skip_nonfinite": True}),
     Variant("fp32 largest element", options={"max_grad_norm": 0.5, "norm_type": float("inf")}),
     Variant("fp32 norm of each", options={"clip_norm": 0.5}),
@@ -84,6 +87,7 @@ VARIANTS = (
     Variant("bf16, fp32 state", param=torch.bfloat16, state=torch.float32),
     Variant("bf16 global norm", param=torch.bfloat16, options={"max_grad_norm": 0.5}),
     Variant("fp16", param=torch.float16),
+    Variant("fp16 scaled", param=torch.float16, scale=8.0),
     Variant("fp64", param=torch.float64),
     Variant("complex64", param=torch.complex64),
     Variant("SGD fp32", "SGD"),
@@ -120,7 +124,7 @@ def tensors(
 def stepped(
     variant: Variant, backend: str, shapes: Sequence[tuple[int, ...]], device: torch.device
 ) -> list[list[Tensor]]:
-    """Each parameter and its states after a few steps."""
+    """Each parameter after a few steps, with what a scaled loss leaves of its gradient, and its states."""
     from dragon.vm.torch import optim
 
     params = [torch.nn.Parameter(value) for value in tensors(shapes, variant.param, device, seed=0)]
@@ -133,8 +137,13 @@ def stepped(
             param.grad = grad
         if variant.sums:
             optimizer.sum_grad()
+        if variant.scale is not None:
+            optimizer.grad_scale = torch.full((1,), variant.scale, device=device)
         optimizer.step(zero_grad=variant.zero_grad)
-    return [[param.detach(), *optimizer.state[param].values()] for param in params]
+    left = [[param.grad] if variant.scale is not None else [] for param in params]
+    return [
+        [param.detach(), *grad, *optimizer.state[param].values()] for param, grad in zip(params, left, strict=True)
+    ]
 
 
 def same_bits(ours: Any, theirs: Any) -> bool:
@@ -153,10 +162,12 @@ def difference(variant: Variant, shapes: Sequence[tuple[int, ...]], device: torc
     for ours, theirs in zip(found, expected, strict=True):
         if variant.exact and not all(map(same_bits, ours, theirs)):
             return float("inf")
-        # A rounding may fall the other way in either.
-        rounding = 2 * N_STEPS * torch.finfo(variant.param).eps * theirs[0].abs()
-        excess = float(((ours[0] - theirs[0].to(device)).abs().double() - rounding.to(device).double()).max())
-        worst = max(worst, excess / LR) if excess == excess else float("inf")
+        for own, other in list(zip(ours, theirs, strict=True))[: 1 if variant.scale is None else 2]:
+            other = other.to(device)
+            # A rounding may fall the other way in either.
+            rounding = 2 * N_STEPS * torch.finfo(variant.param).eps * other.abs()
+            excess = float(((own - other).abs().double() - rounding.double()).max())
+            worst = max(worst, excess / LR) if excess == excess else float("inf")
     return worst
 
 

@@ -153,4 +153,4 @@ class Tables:
         launch = update_launcher(
             self._spec, config, len(chunks) - 1, self._machine.n_processors, self._machine.warp_size
         )
-        return lambda: launch(chunks, self._tensors, self._grads, self._scalars)
+        return lambda: launch(chunks, self._tensors, self._grads, self._scalars, None)

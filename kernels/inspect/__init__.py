@@ -18,7 +18,7 @@ from dragon.kernels.inspect.assembly import Lines, accesses_by_path, calls_in, l
 from dragon.kernels.inspect.compile import Compiled, compile_kernel, scratch_cache
 from dragon.kernels.inspect.machine_code import late_loads
 from dragon.kernels.inspect.report import PATHS, Report, format_table
-from dragon.kernels.inspect.variants import ADVANCES, NORMS, UPDATES
+from dragon.kernels.inspect.variants import ADVANCES, NORMS, UNSCALES, UPDATES
 from dragon.kernels.launch import REDUCTION_THREADS, reduction_options, update_constants, update_options
 from dragon.kernels.spec import Spec
 
@@ -27,6 +27,7 @@ __all__ = [
     "ARCHS",
     "NORMS",
     "PATHS",
+    "UNSCALES",
     "UPDATES",
     "Report",
     "compile_update",
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 # These functions read tables; all other accesses on a path are to tensors.
-TABLE_READERS = (tile.load_pair, tile.load_four, tile.load_tensors)
+TABLE_READERS = (tile.load_pair, tile.load_four, tile.load_tensors, tile.load_scale)
 
 
 def _report(
@@ -61,8 +62,12 @@ def _report(
     )
 
 
-def _update(name: str, spec: Spec, config: LaunchConfig, arch: str) -> tuple[Report, Compiled]:
+def _update(
+    name: str, spec: Spec, config: LaunchConfig, arch: str, *, unscales: bool = False
+) -> tuple[Report, Compiled]:
     constants = update_constants(spec, config, warp_size(arch))
+    if not unscales:
+        constants["grad_scale_ptr"] = None
     compiled = compile_kernel(update.update_kernel, constants, update_options(config), arch)
     calls = calls_in(update.update_chunk, update.update_tile.__name__)
     paths = dict(zip(("tail", "vector", "misaligned"), calls, strict=True))
@@ -99,6 +104,9 @@ def _compile_all(archs: Sequence[str], pattern: str) -> Iterator[tuple[Report, C
         for name, spec in UPDATES.items():
             if pattern in name:
                 yield _update(name, spec, default_config(arch), arch)
+        for name, spec in UNSCALES.items():
+            if pattern in name:
+                yield _update(name, spec, default_config(arch), arch, unscales=True)
         for name, constants in NORMS.items():
             if pattern in name:
                 yield _norm(name, constants, arch)

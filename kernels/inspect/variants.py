@@ -26,6 +26,11 @@ UPDATES: dict[str, Spec] = {
     "accumulate fp32 bf16-grad": Spec("accumulate", FP32, BF16),
 }
 
+# Launches that a `GradScaler` leaves unscaling to: they write the gradient that stays behind.
+UNSCALES: dict[str, Spec] = {
+    f"{name} unscale": UPDATES[name] for name in ("adam fp32", "adam bf16", "adam fp16", "sgd fp32 momentum")
+}
+
 NORMS = {
     f"norm {order} {dtype}": norm_constants(dtype, norm)
     for dtype in (FP32, BF16)

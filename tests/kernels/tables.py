@@ -133,12 +133,14 @@ class Tables:
             self.scalars, self.partials, self.grad_scale, self.found_inf, self.status,
         )  # fmt: skip
 
-    def update(self, spec: Spec, config: LaunchConfig = SMALL, n_processors: int = 1) -> None:
-        """Launch `update_kernel`."""
+    def update(
+        self, spec: Spec, config: LaunchConfig = SMALL, n_processors: int = 1, *, unscales: bool = False
+    ) -> None:
+        """Launch `update_kernel`; it may leave gradients divided by `grad_scale`."""
         assert config.chunk == self.chunk, "the chunks were cut for another configuration"
         if self.chunks:
             launch.update_launcher(spec, config, len(self.chunks), n_processors)(
-                self.chunk_table, self.tensors, self.grads, self.scalars
+                self.chunk_table, self.tensors, self.grads, self.scalars, self.grad_scale if unscales else None
             )
 
     def reduce(self, norm: int, dtype: str = "float32") -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dragon.kernels.config import LaunchConfig
-from dragon.kernels.inspect import ADVANCES, ARCHS, NORMS, UPDATES, compile_update
+from dragon.kernels.inspect import ADVANCES, ARCHS, NORMS, UNSCALES, UPDATES, compile_update
 from dragon.kernels.launch import REDUCTION_THREADS
 from dragon.kernels.norm import TILE, norm_kernel
 from dragon.kernels.spec import Spec
@@ -35,6 +35,11 @@ FLOOR = {
     "sgd bf16 momentum": 10,
     "accumulate fp32": 12,
     "accumulate fp32 bf16-grad": 10,
+    # The gradient is written as well.
+    "adam fp32 unscale": 32,
+    "adam bf16 unscale": 16,
+    "adam fp16 unscale": 16,
+    "sgd fp32 momentum unscale": 24,
 }
 
 I32_ARITHMETIC = re.compile(r"arith\.(?:add|sub|mul|shl|divs|rems)\w* .*: (?:tensor<[\dx]+)?i32>? loc")
@@ -46,7 +51,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 # Registers a thread of the kernels that most steps run: with at most 64 a multiprocessor holds 8 programs.
-N_REGISTERS = {"adam fp32": 64, "adam bf16": 64, "adam bf16 fp32-state": 64, "adam fp32 amsgrad": 80}
+N_REGISTERS = {
+    "adam fp32": 64,
+    "adam bf16": 64,
+    "adam bf16 fp32-state": 64,
+    "adam fp32 amsgrad": 80,
+    "adam fp32 unscale": 72,
+    "adam bf16 unscale": 64,
+}
 
 # What reads a double and rounds it, in PTX.
 NARROWING = re.compile(r"cvt\.rn\.f32\.f64")
@@ -61,7 +73,7 @@ def inspected(
     done = run("--arch", request.param, "--json", "--dump", str(folder))
     assert done.returncode == 0, done.stderr
     reports = {report["kernel"]: report for report in json.loads(done.stdout)}
-    assert reports.keys() == {*UPDATES, *NORMS, *ADVANCES}
+    assert reports.keys() == {*UPDATES, *UNSCALES, *NORMS, *ADVANCES}
     return request.param, reports, folder
 
 
@@ -70,8 +82,9 @@ def test_every_kernel_is_all_vector_without_spills(inspected) -> None:
     narrow = {name: r["paths"] for name, r in reports.items() if r["paths"] and not r["is_vectorized"]}
     assert narrow == {}, "accesses of less than 16 bytes on the vector path"
     assert {name: r["spilled_nbytes"] for name, r in reports.items() if r["spilled_nbytes"]} == {}
-    assert {name: r["nbytes_per_element"] for name, r in reports.items() if name in UPDATES} == FLOOR
-    for name in {*UPDATES, *NORMS}:
+    assert {name: r["nbytes_per_element"] for name, r in reports.items() if name in FLOOR} == FLOOR
+    assert FLOOR.keys() == {*UPDATES, *UNSCALES}
+    for name in {*FLOOR, *NORMS}:
         assert reports[name]["paths"]["tail"]["loads"], f"{name}: no tail was recognised"
         assert reports[name]["paths"]["misaligned"]["loads"], f"{name}: no misaligned path was recognised"
 

@@ -49,8 +49,8 @@ class Driver:
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device: 0)
 
-def compile(spec, config=LaunchConfig()):
-    pointers = [MockTensor(dtype) for dtype in (tl.int32, tl.int64, tl.int64, tl.float64)]
+def compile(spec, config=LaunchConfig(), grad_scale=None):
+    pointers = [MockTensor(dtype) for dtype in (tl.int32, tl.int64, tl.int64, tl.float64)] + [grad_scale]
     constants = {**launch.update_constants(spec, config), **launch.update_options(config)}
     update_kernel.warmup(*pointers, grid=(1,), **constants)
     return len(compiled)
@@ -65,13 +65,15 @@ print(compile(Spec("adam", "float32", "float32", states)))
 print(compile(Spec("accumulate", "float32", "float32")))
 print(compile(Spec("accumulate", "float32", "float32"), LaunchConfig(eviction="evict_first")))
 print(compile(Spec("adam", "float32", "float32", states)))
+print(compile(Spec("adam", "float32", "float32", states), grad_scale=MockTensor(tl.float32)))
+print(compile(Spec("adam", "float32", "float32", states), grad_scale=MockTensor(tl.float32)))
 """
 
 
 def test_a_launch_compiles_once_for_a_spec_beside_a_compile_hook():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILATIONS], env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["1", "1", "2", "3", "3"], done.stderr
+    assert done.stdout.split() == ["1", "1", "2", "3", "3", "4", "4"], done.stderr
 
 
 def test_names_of_architectures_have_one_spelling():

@@ -163,6 +163,44 @@ def test_gradients_are_set_to_zero_on_the_way(device: torch.device, offset: int)
     assert row.param.isnan().all()
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [3.0, 2.0**16])
+def test_gradients_stay_behind_divided_by_the_scale_alone(
+    device: torch.device, offset: int, dtype: torch.dtype, scale: float
+) -> None:
+    grad = Fenced((150,), device=device, misalign=offset, dtype=dtype)
+    grad.tensor.copy_(torch.linspace(-300, 300, 150))
+    wide = torch.promote_types(dtype, torch.float32)
+    left = (grad.tensor.to(wide) / scale).to(dtype)
+    row = Row(place(torch.zeros(150, device=device, dtype=dtype), offset), grad.tensor)
+    tables = Tables([row], device=device).set_scalars(GRAD_SCALE=0.25, CLIP=8.0)
+    tables.grad_scale.fill_(scale)
+    expected = (grad.tensor.to(wide) * 0.25).clamp(-8, 8).to(dtype)
+    tables.update(spec_of("accumulate", row), unscales=True)
+    assert torch.equal(row.param, expected)
+    assert torch.equal(grad.tensor, left)
+    grad.check()
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_gradients_that_are_set_to_zero_are_not_divided(device: torch.device, offset: int) -> None:
+    grad = place(torch.full((40,), float("nan"), device=device), offset)
+    row = Row(place(torch.zeros(40, device=device), offset), grad)
+    Tables([row], device=device).set_scalars().update(spec_of("accumulate", row, zero_grad=True), unscales=True)
+    assert not grad.any()
+
+
+def test_an_inactive_tensor_keeps_its_gradient_scaled(device: torch.device) -> None:
+    grad = place(torch.full((40,), 8.0, device=device))
+    row = Row(place(torch.zeros(40, device=device)), grad)
+    tables = Tables([row], device=device).set_scalars(ACTIVE=0.0)
+    tables.grad_scale.fill_(4.0)
+    tables.update(spec_of("accumulate", row), unscales=True)
+    assert (grad == 8).all()
+    assert not row.param.any()
+
+
 def test_gradients_are_scaled_then_clipped_then_decayed(device: torch.device) -> None:
     param = place(torch.tensor([1.0, -1.0, 2.0, float("inf"), 0.0], device=device))
     grad = place(torch.tensor([1.0, -8.0, 8.0, 1.0, float("nan")], device=device))

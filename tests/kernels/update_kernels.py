@@ -43,7 +43,7 @@ def vector_kernel(
     scalars = load_scalars(scalars_ptr, row, SPEC, WARP_SIZE)
     numel, tensors, source = load_tensors(tensors_ptr, grads_ptr, row, WARP_SIZE)
     whole = tl.multiple_of(numel // VECTOR_NUMEL * VECTOR_NUMEL, VECTOR_NUMEL)
-    update_tile(tensors, source, scalars, make_place(first, whole, CONFIG.chunk), SPEC, EVICTION, 16)
+    update_tile(tensors, source, scalars, make_place(first, whole, CONFIG.chunk), None, SPEC, EVICTION, 16)
 
 
 def straight_pieces(listing: str) -> list[list[str]]:

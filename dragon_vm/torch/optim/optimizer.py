@@ -18,6 +18,7 @@ from dragon.vm.torch.optim._distributed.handles import borrowed, returned
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._distributed.owners import check_accumulated
 from dragon.vm.torch.optim._gradients.scaling import handed_over
+from dragon.vm.torch.optim._gradients.unscaling import unscale_left
 from dragon.vm.torch.optim._gradients.zeroing import is_dragon, zero_or_remove
 from dragon.vm.torch.optim._graphs.capture import check_capture, is_capturing
 from dragon.vm.torch.optim._graphs.live import make_live
@@ -193,9 +194,11 @@ class Optimizer(StoringOptimizer):
         )
         if summed:
             self._sums.clear()
+            # The step read the sums: the gradients that came after them are apart.
             if zero_grad:
-                # The step read the sums: the gradients that came after them are apart.
                 zero_or_remove(members.params, False)
+            elif scaling.grad_scale is not None:
+                unscale_left(members.params, scaling)
 
     def _read_groups(self) -> list[dict[str, Any]]:
         if self._originals:

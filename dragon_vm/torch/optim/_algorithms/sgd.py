@@ -85,7 +85,9 @@ def _fused(
         **options.numbers,
     )
     if half:
-        torch._foreach_copy_([*params, *buffers], [*wide[0], *wide[2]])
+        # What the operation writes: the gradients only where it scales them.
+        scaled = (grads, wide[1]) if options.numbers["grad_scale"] is not None else ([], [])
+        torch._foreach_copy_([*params, *buffers, *scaled[0]], [*wide[0], *wide[2], *scaled[1]])
 
 
 SGD = Algorithm(

@@ -96,6 +96,10 @@ class DeviceContext:
         for tensor in tensors:
             tensor.record_stream(torch.cuda.current_stream(self.device))
 
+    def here(self, tensor: Tensor | None) -> Tensor | None:
+        """A tensor on this device."""
+        return None if tensor is None else tensor.to(self.device, non_blocking=True)
+
     def partials(self, n_partials: int) -> Tensor:
         """Scratch memory for at least `n_partials` partial norms, float64."""
         stream = self.stream()

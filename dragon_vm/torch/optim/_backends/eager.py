@@ -19,6 +19,7 @@ from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._backends.stored import StoredUpdate
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
+from dragon.vm.torch.optim._gradients.unscaling import unscale_all
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._options import Version
 
@@ -81,6 +82,8 @@ class EagerGroup:
             self._update_one(
                 tensors.params[position], grad, states, groups[index], factors.of(position, groups[index])
             )
+        if factors.kept_scale not in (None, 1.0):
+            unscale_all(grads, factors.kept_scale)
 
     def _update_one(
         self, param: Tensor, grad: Tensor, states: dict[str, Tensor], group: Group, factor: float

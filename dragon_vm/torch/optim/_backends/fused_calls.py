@@ -37,6 +37,8 @@ class FusedCall(NamedTuple):
         factor: of the gradients, positive: the sign is `maximize`'s.
         bound: of the gradients' magnitudes; 0 for none.
         numbers: keywords of the operation, whatever the algorithm.
+        divisor: what the gradients are divided by after the operation; 1 to leave them as it does.
+        is_kept: whether the operation must not scale the gradients themselves.
         is_small: whether one thread is faster.
     """
 
@@ -46,12 +48,19 @@ class FusedCall(NamedTuple):
     factor: float
     bound: float
     numbers: dict[str, Any]
+    divisor: float
+    is_kept: bool
     is_small: bool
 
     def limited(self, grads: list[Tensor]) -> list[Tensor]:
-        """Gradients that the operation does not scale on its own, scaled, and all of them clipped."""
+        """Gradients that the operation does not scale on its own, scaled, and all of them clipped.
+
+        Those that it scales, but must not, are copied.
+        """
         if self.factor != 1 and self.numbers["grad_scale"] is None:
             grads = list(torch._foreach_mul(grads, self.factor))
+        elif self.is_kept:
+            grads = [grad.clone() for grad in grads]
         if self.bound:
             grads = list(torch._foreach_clamp_min(torch._foreach_clamp_max(grads, self.bound), -self.bound))
         return grads
@@ -67,6 +76,7 @@ class FusedPlanner:
 
     def __init__(self, group: FlattenedGroup, algorithm: Algorithm) -> None:
         self._algorithm, self._param_dtype = algorithm, group.signature.param_dtype
+        self._reads_copies = group.signature.grad_dtype != group.signature.param_dtype
         self._positions = [entry.position for entry in group.entries]
         self._group_index = [entry.group_index for entry in group.entries]
         self._read_key = itemgetter(*algorithm.fused_names, *_COMMON_NAMES)
@@ -104,10 +114,11 @@ class FusedPlanner:
         calls = []
         for (_, factor, is_small), members in parts.items():
             first, pick = self._pick_parts(tuple(members))
-            calls.append(self._call(first, pick, groups[members[0][0]], factor, is_small))
+            calls.append(self._call(first, pick, groups[members[0][0]], factor, factors.kept_scale, is_small))
         for (_, factor, _, is_small), positions in single.items():
             pick = picker(positions, len(self._positions))
-            calls.append(self._call(positions[0], pick, groups[self._group_index[positions[0]]], factor, is_small))
+            group = groups[self._group_index[positions[0]]]
+            calls.append(self._call(positions[0], pick, group, factor, factors.kept_scale, is_small))
         return calls
 
     def _pick_parts(self, parts: tuple[tuple[int, bool], ...]) -> tuple[int, Any]:
@@ -120,7 +131,9 @@ class FusedPlanner:
             self._picks[parts] = positions[0], picker(positions, len(self._positions))
         return self._picks[parts]
 
-    def _call(self, first: int, pick: Any, group: Group, factor: float, is_small: bool) -> FusedCall:
+    def _call(
+        self, first: int, pick: Any, group: Group, factor: float, kept_scale: float | None, is_small: bool
+    ) -> FusedCall:
         bound = clip_value(group)
         numbers: dict[str, Any] = {
             "lr": float(group["lr"]),
@@ -132,6 +145,13 @@ class FusedPlanner:
         # The operation divides by an fp32 number: too coarse for fp64, too late for a clip, infinite for tiny
         # factors. Nor may it write a NaN into the gaps of a flat buffer.
         is_wide = self._param_dtype in (torch.float64, torch.complex128)
-        if factor != 1 and not bound and not is_wide and 1e-38 < abs(factor) < math.inf:
+        is_scaled = factor != 1 and not bound and not is_wide and 1e-38 < abs(factor) < math.inf
+        if is_scaled:
             numbers["grad_scale"] = torch.tensor(1 / factor, dtype=torch.float32, device="cpu")
-        return FusedCall(pick, first, group, factor, bound, numbers, is_small)
+        # It writes back what it has scaled.
+        leaves_own = is_scaled and not self._reads_copies
+        is_right = kept_scale is None or (kept_scale != 0 and factor == 1 / kept_scale)
+        divisor = 1.0 if kept_scale is None or (leaves_own and is_right) else kept_scale
+        return FusedCall(
+            pick, first, group, factor, bound, numbers, divisor, leaves_own and not is_right, is_small
+        )

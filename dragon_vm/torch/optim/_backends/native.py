@@ -14,6 +14,7 @@ from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._backends.threads import on_one_thread
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors
+from dragon.vm.torch.optim._gradients.unscaling import unscale_all
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.states import counter_buffer
 from dragon.vm.torch.optim._options import Version
@@ -54,12 +55,12 @@ class NativeGroup:
 
         Args:
             tensors: all that the step gathered.
-            grads: this group's gradients; those with a factor other than 1 may be left scaled.
+            grads: this group's gradients.
             groups: all parameter groups of the optimizer.
             version: of their hyperparameters; a new one after each change.
             factors: of the gradients.
         """
-        signature = self._signature
+        signature, own_grads = self._signature, grads
         if signature.grad_dtype != signature.param_dtype:
             grads = [grad.to(signature.param_dtype) for grad in grads]
         if version != self._version:
@@ -70,7 +71,7 @@ class NativeGroup:
         counters = self.pick(tensors.states["step"]) if self._counters else ()
         steps = self._counters.advance(counters, self._needs_steps) if self._counters else []
         # Counts advance together: their differences stay, and with them what may share a call.
-        planned_for = ([step - steps[0] for step in steps], factors.common, factors.each)
+        planned_for = ([step - steps[0] for step in steps], factors.common, factors.each, factors.kept_scale)
         if planned_for != self._planned_for:
             self._calls = self._planner.plan(groups, steps, factors)
             self._planned_for = planned_for
@@ -78,6 +79,9 @@ class NativeGroup:
         if small:
             on_one_thread(lambda: self._run(small, params, grads, states, counters, steps))
         self._run([call for call in self._calls if not call.is_small], params, grads, states, counters, steps)
+        for call in self._calls:
+            if call.divisor != 1:
+                unscale_all(call.pick(own_grads), call.divisor)
         if signature.ema_dtype is not None:
             emas = self.pick(tensors.states["ema"])
             for param, ema, index in zip(params, emas, self._group_index, strict=True):

@@ -14,6 +14,7 @@ from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._formats import Format, Rounding, random_words, square_root
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
+from dragon.vm.torch.optim._gradients.unscaling import unscale_all
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import is_dense
 from dragon.vm.torch.optim._groups.storage import walker
@@ -62,6 +63,8 @@ class StoredUpdate:
             rounding = Rounding(self._seed, stream, 0 if counter is None else counter, first)
             param = tensors.params[position]
             self._update_one(param, grad, state, group, factors.of(position, group), rounding)
+        if factors.kept_scale not in (None, 1.0):
+            unscale_all(grads, factors.kept_scale)
 
     def _update_one(
         self,

@@ -77,6 +77,7 @@ class TritonDevice:
         settings: Settings,
         scaling: Scaling,
         shared: SharedNorm | None = None,
+        kept_scale: Tensor | None = None,
     ) -> None:
         """Update all tensors.
 
@@ -88,6 +89,7 @@ class TritonDevice:
             settings: options that decide about norms and skipping.
             scaling: a `GradScaler`'s.
             shared: sums over the processes that share the gradients; None if there are no others.
+            kept_scale: what the gradients are divided by that stay behind; None to leave them as they are.
         """
         context = self._context
         self._groups.write(groups, algorithm, version, settings)
@@ -95,14 +97,14 @@ class TritonDevice:
         if needs_norm(settings) or self._groups.clips_each:
             infinite = settings.norm_type == math.inf and not self._groups.clips_each
             kind = INF_NORM if infinite else L2_NORM
-        if scaling.grad_scale is not None or scaling.found_inf is not None:
-            scaling = Scaling(*(None if t is None else t.to(context.device, non_blocking=True) for t in scaling))
+        scaling = Scaling(*map(context.here, scaling))
+        kept_scale = context.here(kept_scale)
         own = list(self._pick_own(addresses))
         if shared is not None and not kind and scaling.found_inf is not None:
             # All processes skip the step that one must skip.
             kind = L2_NORM
         context.launch(
-            lambda: self._launch(own, kind, scaling, shared, settings.skip_nonfinite),
+            lambda: self._launch(own, kind, scaling, shared, settings.skip_nonfinite, kept_scale),
             in_order=self._groups.is_live,
         )
 
@@ -127,6 +129,7 @@ class TritonDevice:
         scaling: Scaling,
         shared: SharedNorm | None = None,
         skip_nonfinite: bool = False,
+        kept_scale: Tensor | None = None,
     ) -> None:
         context, launches = self._context, self._launches
         grads = self._place(addresses)
@@ -151,7 +154,7 @@ class TritonDevice:
             tables = read.counts, read.tensors, groups, sources, launches.scalars, read.partials
             launches.advances[kind, self._groups.clips_each](*tables, scale, read.found_inf, self._status)
         for update in launches.updates:
-            update.launch(update.chunks, tensors, grads, launches.scalars)
+            update.launch(update.chunks, tensors, grads, launches.scalars, kept_scale)
 
     def _place(self, addresses: list[int]) -> Tensor:
         """Bring the device's table up to date, in at most one copy; return the section of the gradients."""

@@ -53,12 +53,15 @@ class Factors(NamedTuple):
         common: what all gradients are multiplied by, beside their groups' own factors.
         each: what each gradient is multiplied by in addition; empty for 1.
         norm: the norm of all gradients together, float64 0-dim; None if nothing asked for it.
+        kept_scale: what the gradients are divided by that stay behind: 1 to leave them as they are; None if nobody
+            reads them any more.
     """
 
     skip: bool = False
     common: float = 1.0
     each: Sequence[float] = ()
     norm: Tensor | None = None
+    kept_scale: float | None = 1.0
 
     def of(self, index: int, group: dict[str, Any]) -> float:
         """The factor of a gradient by its position and group; negative to maximise."""

@@ -60,13 +60,16 @@ def zero_or_remove(params: Iterable[Tensor], set_to_none: bool | None) -> None:
 
 
 def apart(grads: list[Tensor]) -> list[Tensor]:
-    """Gradients of which no two are the same memory, so that one may be written after it was read."""
+    """Gradients of which no two are the same memory, so that one may be written after it was read.
+
+    Those without memory of their own have address 0.
+    """
     addresses = list(map(Tensor.data_ptr, grads))
     if len(set(addresses)) == len(addresses):
         return grads
     seen: set[int] = set()
     chosen = []
     for grad, address in zip(grads, addresses, strict=True):
-        chosen.append(grad.clone() if address in seen and grad.numel() else grad)
+        chosen.append(grad.clone() if address and address in seen and grad.numel() else grad)
         seen.add(address)
     return chosen

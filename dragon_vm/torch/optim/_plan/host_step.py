@@ -47,7 +47,7 @@ class HostStep:
             self.shared = SharedNorm(recipe.reductions, [first_of[i] for i in self._walked], recipe.n_params)
 
     def run(
-        self, recipe: Recipe, tensors: Gathered, version: Version, scaling: Scaling
+        self, recipe: Recipe, tensors: Gathered, version: Version, scaling: Scaling, kept_scale: float | None
     ) -> tuple[Outcome, Scaling]:
         """Decide, and update the host groups.
 
@@ -56,6 +56,7 @@ class HostStep:
             tensors: what the step gathered, flat buffers behind the parameters.
             version: of the hyperparameters.
             scaling: a `GradScaler`'s.
+            kept_scale: see `Factors`.
 
         Returns:
             The outcome, and the decision as the scaling of kernels.
@@ -65,11 +66,12 @@ class HostStep:
         asked = any(part is not None for part in scaling) or needs_norm(settings)
         if asked or any(group["clip_norm"] for group in groups):
             factors = self._factors(recipe, tensors, scaling)
+        factors = factors._replace(kept_scale=kept_scale)
         if factors.skip:
             return Outcome(factors.norm, 1), Scaling()
         grads = tensors.grads
         if asked or any(group["grad_scale"] != 1 or group["clip_norm"] for group in groups):
-            # The native backend may leave gradients scaled: no two may be the same memory.
+            # A gradient may be written to after it was read: no two may be the same memory.
             grads = list(grads)
             for position, grad in zip(self._walked, apart([grads[i] for i in self._walked]), strict=True):
                 grads[position] = grad

@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import Scaling
+from dragon.vm.torch.optim._gradients.unscaling import assign
 from dragon.vm.torch.optim._gradients.zeroing import apart, detach_all, zero_all
 from dragon.vm.torch.optim._graphs.live import LiveGroup
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
@@ -110,6 +111,7 @@ class StepPlan:
         scaling: Scaling,
         *,
         are_own: bool,
+        are_last: bool = False,
     ) -> Outcome:
         """Update the parameters from their gradients.
 
@@ -120,28 +122,34 @@ class StepPlan:
             version: of the hyperparameters; a new one after each change.
             scaling: a `GradScaler`'s.
             are_own: whether the gradients are the parameters' own, and not sums of them.
+            are_last: whether nobody reads the gradients after this step.
         """
         settings = recipe.settings
+        are_left = not (self._zero_grad or are_last)
+        kept_scale = scaling.grad_scale if are_own and are_left else None
         if self._joined and are_own:
             tensors = self._in_buffers(params, tensors)
         grads = tensors.grads
-        ready = self._ready(tensors, are_own)
+        ready = self._ready(tensors, are_own, writes=kept_scale is not None or self._kernel_zeroes)
         outcome, are_zero = Outcome(), self._kernel_zeroes
         values = recipe.groups, recipe.algorithm, version
         if self._host.groups or (len(self._devices) > 1 and needs_norm(settings)):
-            outcome, decided = self._host.run(recipe, ready, version, scaling)
+            kept = (1.0 if kept_scale is None else float(kept_scale)) if are_left else None
+            outcome, decided = self._host.run(recipe, ready, version, scaling, kept)
             are_zero &= not outcome.n_skipped
             without = settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
             for device in self._devices if not outcome.n_skipped else ():
-                device.update(ready.addresses, *values, without, decided)
+                device.update(ready.addresses, *values, without, decided, kept_scale=kept_scale)
         else:
             for device in self._devices:
-                device.update(ready.addresses, *values, settings, scaling, self._host.shared)
+                device.update(ready.addresses, *values, settings, scaling, self._host.shared, kept_scale)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(params)
             if self._are_distributed:
                 increment_version(tensors.params)
+            if kept_scale is not None:
+                self._put_back(grads, ready.grads)
         if are_zero:
             detach_all(grads)
             increment_version(grads)
@@ -159,8 +167,17 @@ class StepPlan:
                 grads[position], addresses[position] = view, address
         return tensors._replace(grads=grads, addresses=addresses)
 
-    def _ready(self, tensors: Gathered, are_own: bool) -> Gathered:
-        """The tensors with gradients in their parameters' layouts, and with flat buffers behind the parameters."""
+    def _put_back(self, grads: Sequence[Tensor], unscaled: Sequence[Tensor]) -> None:
+        """Take over what became of gradients where the update read copies of them, and tell autograd."""
+        for position in self._strays:
+            assign(grads[position], unscaled[position])
+        increment_version(grads)
+
+    def _ready(self, tensors: Gathered, are_own: bool, *, writes: bool) -> Gathered:
+        """The tensors with gradients in their parameters' layouts, and with flat buffers behind the parameters.
+
+        With `writes`, no two gradients are the same memory.
+        """
         shards, grads, states, addresses = tensors
         if self._host.groups:
             states = self._states.by_position(states)
@@ -169,7 +186,7 @@ class StepPlan:
             for position in self._strays:
                 grads[position] = in_layout_of(shards[position], grads[position])
             addresses = addresses_of(grads)
-        if self._kernel_zeroes and len(set(addresses)) < len(addresses):
+        if writes and len(set(addresses)) < len(addresses):
             grads = apart(grads)
             addresses = addresses_of(grads)
         if self._joined:

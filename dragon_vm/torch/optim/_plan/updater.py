@@ -138,7 +138,8 @@ class Updater:
                 self.plans.capture(found.plan, found.tensors, settings)
             else:
                 self.masters.notice(with_masters, state)
-            outcome = found.plan.run(recipe, found.params, found.tensors, values.version, scaling, are_own=are_own)
+            step = recipe, found.params, found.tensors, values.version, scaling
+            outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
             self.masters.note(with_masters)
         self._grad_norm = outcome.grad_norm
         self._n_skipped = self._n_skipped + outcome.n_skipped

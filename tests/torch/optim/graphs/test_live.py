@@ -73,6 +73,26 @@ def replace_by_tensor(group: Any, number: int) -> None:
     group["lr"] = 0.1 / number if where.type == "cpu" else torch.tensor(0.1 / number, device=where)
 
 
+@pytest.mark.parametrize("kind", [Adam, SGD])
+def test_a_replay_leaves_gradients_unscaled_by_the_scale_of_its_moment(graphed: Any, kind: Any) -> None:
+    where, capture = graphed
+    optimizer = make(where, kind, fused=True)
+    optimizer.grad_scale = torch.full((), 4.0, device=where)
+    optimizer.found_inf = torch.zeros((), device=where)
+    optimizer.step()
+    before = [param.grad.clone() for param in params_of(optimizer)]
+    replay = capture(optimizer.step)
+    assert same_bits([param.grad for param in params_of(optimizer)], before)
+    for number, found in ((3, 0.0), (5, 1.0), (7, 0.0)):
+        new_values(optimizer, number)
+        grads = [param.grad.clone() for param in params_of(optimizer)]
+        optimizer.grad_scale.fill_(number)
+        optimizer.found_inf.fill_(found)
+        replay()
+        expected = grads if found else [grad / number for grad in grads]
+        assert same_bits([param.grad for param in params_of(optimizer)], expected)
+
+
 @pytest.mark.parametrize("change", [set_rate, set_betas, set_several, merge, replace_by_tensor])
 @pytest.mark.parametrize("kind", [Adam, AdamW])
 def test_a_replay_has_the_numbers_of_its_moment(graphed: Any, kind: Any, change: Callable[..., None]) -> None:

@@ -1,0 +1,191 @@
+"""What a step leaves in `.grad`: with a `GradScaler` what PyTorch's fused step leaves, else what was there."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dragon.vm.torch import optim as ours
+
+from ..support import BACKENDS, bits, home, numbers, parameters, patient
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+SHAPES = ((33,), (33,), (4, 6), (0,), ())
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of two steps: tensors, how they lie in memory, options, and what a scaler hands over."""
+
+    name: str
+    dtype: torch.dtype
+    layouts: tuple[str, ...]
+    scale: float
+    found: tuple[float, float]
+    options: dict[str, Any] = field(default_factory=dict)
+    sums: bool = False
+    zero_grad: bool = False
+
+
+# Each with a dtype of the parameters.
+MODES: list[tuple[torch.dtype, dict[str, Any]]] = [
+    (FP32, {"state_dtype": BF16}),
+    (FP32, {"state_dtype": "8bit"}),
+    (BF16, {"stochastic_rounding": True}),
+    (BF16, {"master_weights": "split16"}),
+    (BF16, {"master_weights": "split8", "state_dtype": "8bit"}),
+    (FP16, {"master_weights": FP32}),
+]
+LIMITS: list[dict[str, Any]] = [
+    {}, {}, {"max_grad_norm": 0.5}, {"clip_norm": 0.5}, {"clip_value": 0.5}, {"grad_scale": 0.3},
+    {"max_grad_norm": 0.5, "skip_nonfinite": True, "grad_scale": 2.0},
+]  # fmt: skip
+FLAGS = [{}, {"amsgrad": True}, {"maximize": True}, {"ema_decay": 0.9}, {"flatten": True}, {"epsilon_hat": True}]
+LAYOUTS = ["plain", "plain", "transposed", "expanded", "shared", "strided", "wide"]
+
+
+def _options(name: str, flags: dict[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
+    if name == "SGD":
+        flags = {key: value for key, value in flags.items() if key not in ("amsgrad", "epsilon_hat")}
+    if "clip_norm" in limit:
+        flags.pop("flatten", None)
+    return {**flags, **limit}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    name = draw(st.sampled_from(["Adam", "AdamW", "SGD"]))
+    dtype = draw(st.sampled_from([FP32, FP32, BF16, FP16, FP64, torch.complex64]))
+    options = _options(name, draw(st.sampled_from(FLAGS)), draw(st.sampled_from(LIMITS)))
+    if name != "SGD" and draw(st.booleans()):
+        dtype, mode = draw(st.sampled_from(MODES))
+        options |= mode
+    layouts = [draw(st.sampled_from(LAYOUTS)) for _ in SHAPES]
+    scale = draw(st.sampled_from([2.0**16, 2.0**10, 1.0, 3.0, 0.7]))
+    found = (draw(st.sampled_from([0.0, 0.0, 1.0])), 0.0)
+    sums = draw(st.sampled_from([False, False, True]))
+    zero_grad = draw(st.sampled_from([False, False, False, True]))
+    return Case(name, dtype, tuple(layouts), scale, found, options, sums, zero_grad)
+
+
+def make_param(case: Case, index: int, device: str) -> torch.nn.Parameter:
+    """A parameter; a strided one lies in every other element of its memory."""
+    value = numbers(index, *SHAPES[index], dtype=case.dtype, device=device)
+    if case.layouts[index] == "strided" and "flatten" not in case.options and not is_narrow(case):
+        value = torch.stack([value, value], dim=-1)[..., 0]
+    param = torch.nn.Parameter(value)
+    if case.layouts[index] == "wide":
+        param.grad_dtype = None
+    return param
+
+
+def is_narrow(case: Case) -> bool:
+    return any(key in case.options for key in ("state_dtype", "stochastic_rounding", "master_weights"))
+
+
+def give_gradients(case: Case, params: list[torch.nn.Parameter], seed: int) -> None:
+    """Gradients of a scaled loss, each in its layout."""
+    for index, (param, layout) in enumerate(zip(params, case.layouts, strict=True)):
+        # Finite in half precision.
+        grad = numbers(seed + index, *param.shape, dtype=param.dtype, device=str(param.device)) * (case.scale / 64)
+        if layout == "transposed":
+            grad = grad.t().contiguous().t() if grad.dim() > 1 else grad
+        elif layout == "expanded" and grad.numel():
+            grad = grad.flatten()[:1].sum().expand(grad.shape)
+        elif layout == "shared" and index == 1:
+            grad = params[0].grad.view(grad.shape)
+        elif layout == "wide" and "flatten" not in case.options and not grad.is_complex():
+            grad = grad.to(FP64 if grad.dtype == FP64 else FP32)
+        param.grad = grad
+
+
+def left_by_torch(case: Case, grads: list[Tensor], found: float) -> list[Tensor]:
+    """What PyTorch's fused step leaves of gradients, each in memory of its own."""
+    left = []
+    for grad in grads:
+        whole = torch.view_as_real(grad) if grad.is_complex() else grad
+        param = torch.nn.Parameter(torch.zeros_like(whole, memory_format=torch.contiguous_format))
+        param.grad = whole.clone(memory_format=torch.contiguous_format)
+        options = {} if case.name == "SGD" else {"amsgrad": case.options.get("amsgrad", False)}
+        optimizer = getattr(torch.optim, case.name)([param], lr=0.01, fused=True, **options)
+        optimizer.grad_scale = torch.tensor(case.scale, device=grad.device)
+        optimizer.found_inf = torch.tensor(found, device=grad.device)
+        optimizer.step()
+        left.append(torch.view_as_complex(param.grad) if grad.is_complex() else param.grad)
+    return left
+
+
+@each_backend
+@patient
+@pytest.mark.filterwarnings("ignore:.*rounded to nearest")
+@given(case=cases())
+def test_gradients_after_a_scaled_step_are_pytorchs(backend: str, case: Case) -> None:
+    device = home(backend)
+    params = [make_param(case, index, device) for index in range(len(SHAPES))]
+    optimizer = getattr(ours, case.name)(params, lr=0.01, fused=True, backend=backend, **case.options)
+    for number, found in enumerate(case.found):
+        if case.sums:
+            give_gradients(case, params, 50 + 100 * number)
+            optimizer.sum_grad()
+        give_gradients(case, params, 100 * number)
+        grads = [param.grad for param in params]
+        expected = left_by_torch(case, grads, found)
+        optimizer.grad_scale = torch.tensor([case.scale], device=device)
+        optimizer.found_inf = torch.tensor([found], device=device)
+        optimizer.step(zero_grad=case.zero_grad)
+        for param, grad, left in zip(params, grads, expected, strict=True):
+            if "flatten" not in case.options:
+                assert param.grad is grad
+            assert param.grad.dtype == left.dtype
+            assert bits(param.grad) == bits(torch.zeros_like(left) if case.zero_grad else left)
+
+
+LIMITED = [{"max_grad_norm": 0.1}, {"clip_norm": 0.1}, {"clip_value": 0.1}, {"grad_scale": 0.3}]
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64, torch.complex64])
+@pytest.mark.parametrize("options", LIMITED)
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_without_a_scaler_gradients_stay_as_they_are(
+    backend: str, dtype: torch.dtype, options: dict[str, Any], name: str, zero_grad: bool
+) -> None:
+    params = parameters([(5,), (3, 4), (9000,)], dtype, home(backend))
+    optimizer = getattr(ours, name)(params, lr=0.1, backend=backend, **options)
+    for param in params:
+        param.grad = numbers(1, *param.shape, dtype=dtype, device=home(backend))
+    grads = [torch.zeros_like(param) if zero_grad else param.grad.clone() for param in params]
+    optimizer.step(zero_grad=zero_grad)
+    assert [bits(param.grad) for param in params] == [bits(grad) for grad in grads]
+
+
+@each_backend
+def test_autograd_knows_that_gradients_were_unscaled(backend: str) -> None:
+    (param,) = parameters([(5,)], device=home(backend))
+    optimizer = ours.Adam([param], backend=backend, fused=True)
+    param.grad = torch.ones_like(param)
+    optimizer.grad_scale = torch.tensor(2.0, device=home(backend))
+    version = param.grad._version
+    optimizer.step()
+    assert param.grad._version > version
+
+
+@each_backend
+def test_a_norm_beyond_all_bounds_leaves_gradients_scaled(backend: str) -> None:
+    """The step is skipped, as one is that the scaler skips."""
+    params = parameters([(5,), (3, 4)], device=home(backend))
+    optimizer = ours.Adam(params, backend=backend, fused=True, skip_nonfinite=True)
+    for param in params:
+        param.grad = torch.full_like(param, math.inf)
+        param.grad.view(-1)[0] = 4.0
+    optimizer.grad_scale = torch.tensor(2.0, device=home(backend))
+    optimizer.step()
+    assert [float(param.grad.view(-1)[0]) for param in params] == [4.0, 4.0]
