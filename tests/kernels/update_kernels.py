@@ -60,12 +60,12 @@ def straight_pieces(listing: str) -> list[list[str]]:
 
 def report(spec: Spec, arch: str) -> dict[str, float]:
     config = default_config(arch)
-    arguments = update_constants(spec, config), update_options(config), arch
-    listing = compile_kernel(vector_kernel, *arguments).machine_code
+    constants, options = update_constants(spec, config), update_options(config)
+    listing = compile_kernel(vector_kernel, constants, options, arch).machine_code
     code = [name for piece in straight_pieces(listing) for name in piece]
     # The functions that the kernel calls come behind it: of quotients and roots of numbers out of the usual range.
     usual = [piece for piece in straight_pieces(listing.split(".weak")[0]) if "CALL" not in " ".join(piece)]
-    whole = compile_kernel(update_kernel, *arguments)
+    whole = compile_kernel(update_kernel, {**constants, "grad_scale_ptr": None}, options, arch)
     elements = config.chunk / (config.n_warps * 32)
     return {
         "instructions": len(code) / elements,
