@@ -85,6 +85,8 @@ def test_each_replay_is_one_step() -> None:
         judged_step(optimizer, graph.replay)
 
 
+# PyTorch does not see that a replay is a step.
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.gpu
 def test_a_scheduler_drives_a_captured_training_step() -> None:
     optimizer, inputs = make(lr=0.1)
