@@ -135,9 +135,10 @@ def _finish(found: list[records.Record], out: Path, console: Console) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from benchmarks.probe.report import read
     from benchmarks.report import write
 
-    write(records.read(options.results), options.page)
+    write(records.read(options.results), options.page, read(options.results / "probe"))
     print(f"{options.page} is what {options.results} gives")
     return 0
 

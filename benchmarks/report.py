@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.cases import CASES
 from benchmarks.plots import Plot, draw, roofline, speeds
+from benchmarks.probe import report as probe
 from benchmarks.records import SKIPPED, TIMED, Record
 from benchmarks.tables import (
     HEADINGS,
@@ -19,6 +20,9 @@ from benchmarks.tables import (
     rival_rows,
     rows_of,
 )
+
+# Lines of a probe by the name of its device.
+Probed = dict[str, list[probe.Line]]
 
 TITLE = """\
 # Performance
@@ -62,20 +66,26 @@ Kernels and the operations behind torch's fused Adam are replaced by functions t
 ABSENT = "Nothing has been measured yet.\n"
 
 
-def write(records: Sequence[Record], page: Path) -> None:
+def write(records: Sequence[Record], page: Path, probed: Probed | None = None) -> None:
     """Write the page and the pictures beside it."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(render(records), encoding="utf-8")
+    page.write_text(render(records, probed), encoding="utf-8")
     for plot in plots_of(records):
         draw(plot, page.parent / "images")
 
 
-def render(records: Sequence[Record]) -> str:
-    """The page's text."""
+def render(records: Sequence[Record], probed: Probed | None = None) -> str:
+    """The page's text.
+
+    Args:
+        records: of cases and contenders.
+        probed: lines of `benchmarks.probe` by the device's name.
+    """
+    probed = probed or {}
     devices = by_device(records)
     current = {name: latest(found) for name, found in devices.items()}
-    results = [_device_section(name, found) for name, found in current.items()]
-    details = [_details_section(name, found) for name, found in current.items()]
+    results = [_device_section(name, found, probed.get(name, [])) for name, found in current.items()]
+    details = [_details_section(name, found, probed.get(name, [])) for name, found in current.items()]
     return "\n".join(part for part in (TITLE, *(results or [ABSENT]), METHOD, *details) if part)
 
 
@@ -125,20 +135,22 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def _device_section(name: str, records: list[Record]) -> str:
+def _device_section(name: str, records: list[Record], probed: list[probe.Line]) -> str:
     """What a reader looks for first: the picture, and the tables that compare."""
+    modes, mode_rows = probe.mode_rows(probed)
     timed = [record for record in records if not is_host_work(record)]
     parts = [
         f"## {name}\n",
         *(f"![{plot.title}](images/{plot.name}.svg)\n" for plot in plots_of(timed)),
         _section("Against the fastest other", RIVAL_HEADINGS, rival_rows(records)),
+        _section(modes, probe.MODE_HEADINGS, mode_rows),
         _section("Host work", HOST_HEADINGS, host_rows(records)),
         _origin(records),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _details_section(name: str, records: list[Record]) -> str:
+def _details_section(name: str, records: list[Record], probed: list[probe.Line]) -> str:
     """Every contender of every case."""
     records = [record for record in records if not is_host_work(record)]
     never = _never_timed(records)
@@ -147,7 +159,8 @@ def _details_section(name: str, records: list[Record]) -> str:
         for found in by_case(records).values()
     ]
     absent = ["### Not timed in any case\n", _reasons(list(never.items()))] if never else []
-    parts = [part for part in (*cases, *absent) if part]
+    kernels = _section("Kernels alone", probe.KERNEL_HEADINGS, probe.kernel_rows(probed))
+    parts = [part for part in (*cases, *absent, kernels) if part]
     return "\n".join([f"## Details: {name}\n", *parts]) if parts else ""
 
 

@@ -1,5 +1,6 @@
 """The page says what the lines say, and nothing else."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from benchmarks import records, report
 from benchmarks.host import REFERENCE
 from benchmarks.plots import Plot, draw, speeds
+from benchmarks.probe.report import kernel_rows, mode_rows, read
 from benchmarks.records import FAILED, SKIPPED, TIMED, WRONG, Record
 from benchmarks.tables import figure, host_rows, rival_rows, rows_of
 from dragon.vm.measuring.timer import Spread
@@ -29,7 +31,7 @@ def record(case: str = "1 x 20M", contender: str = "ours native", ms: float = 2.
 
 
 def test_the_committed_page_is_what_the_committed_lines_give() -> None:
-    assert PAGE.read_text(encoding="utf-8") == report.render(records.read(RESULTS)), "python -m benchmarks report"
+    assert PAGE.read_text(encoding="utf-8") == report.render(records.read(RESULTS), read(RESULTS / "probe"))
 
 
 def test_the_committed_pictures_show_the_committed_lines() -> None:
@@ -199,3 +201,38 @@ def test_without_lines_the_page_says_so() -> None:
 )
 def test_figures_have_three_digits(value: float | None, text: str) -> None:
     assert figure(value) == text
+
+
+def test_a_probes_lines_are_tables_of_its_device(tmp_path: Path) -> None:
+    mode = {"part": "mode", "cold_us": 3.0, "host_us": 1.0}
+    lines = [
+        {"part": "device", "name": "A CPU"},
+        {
+            "part": "mode",
+            "contender": "ours triton",
+            "numel": 9,
+            "device_us": 2000.0,
+            "cold_us": 3.0,
+            "host_us": 1.0,
+        },
+        {"part": "mode", "contender": "split16", "numel": 9, "device_us": 1.0, "cold_us": 3.0, "host_us": 1.0},
+        {"part": "mode", "contender": "split16", "numel": 9, "device_us": 1000.0, "cold_us": 3.0, "host_us": 1.0},
+        {"part": "mode", "contender": "ours triton", "numel": 8, "device_us": 7.0, "cold_us": 3.0, "host_us": 1.0},
+        {"part": "norm", "kind": "L2", "dtype": "float32", "tensors": 3, "ms": 0.5, "of_copy": 0.25},
+        {"part": "advance", "tensors": 2, "partials": 5, "us": 4.0},
+        {"part": "launch", "host_us": 30.0},
+        {"part": "launch", "host_us": 9.0},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report.render([record()], read(tmp_path))
+    assert ("Memory modes: one tensor of 9 parameters" in page) == ("## A CPU\n" in page)
+    rows = mode_rows(read(tmp_path)["A CPU"])[1]
+    assert rows == [
+        ("ours, fp32", "2.000", "1.00", "0.003", "0.001"),
+        ("ours, split16", "1.000", "2.00", "0.003", "0.001"),
+    ]
+    assert kernel_rows(read(tmp_path)["A CPU"]) == [
+        ("L2 norm, float32, 3 tensors", "500.0", "25.0%"),
+        ("counters and scalars of 2 tensors, 5 partial norms", "4.0", ""),
+        ("host time of a launch", "9.0", ""),
+    ]
