@@ -207,17 +207,10 @@ def test_a_probes_lines_are_tables_of_its_device(tmp_path: Path) -> None:
     mode = {"part": "mode", "cold_us": 3.0, "host_us": 1.0}
     lines = [
         {"part": "device", "name": "A CPU"},
-        {
-            "part": "mode",
-            "contender": "ours triton",
-            "numel": 9,
-            "device_us": 2000.0,
-            "cold_us": 3.0,
-            "host_us": 1.0,
-        },
-        {"part": "mode", "contender": "split16", "numel": 9, "device_us": 1.0, "cold_us": 3.0, "host_us": 1.0},
-        {"part": "mode", "contender": "split16", "numel": 9, "device_us": 1000.0, "cold_us": 3.0, "host_us": 1.0},
-        {"part": "mode", "contender": "ours triton", "numel": 8, "device_us": 7.0, "cold_us": 3.0, "host_us": 1.0},
+        {**mode, "contender": "ours triton", "numel": 9, "device_us": 2000.0},
+        {**mode, "contender": "split16", "numel": 9, "device_us": 1.0},
+        {**mode, "contender": "split16", "numel": 9, "device_us": 1000.0},
+        {**mode, "contender": "ours triton", "numel": 8, "device_us": 7.0},
         {"part": "norm", "kind": "L2", "dtype": "float32", "tensors": 3, "ms": 0.5, "of_copy": 0.25},
         {"part": "advance", "tensors": 2, "partials": 5, "us": 4.0},
         {"part": "launch", "host_us": 30.0},
