@@ -36,7 +36,7 @@ def test_a_model_of_the_present_folder_is_found(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("my_package.model", 'expected "module:factory", got \'my_package.model\''),
+        ("my_package.model", "expected \"module:factory\", got 'my_package.model'"),
         ("absent.model:make", "there is no module 'absent' in this folder"),
         ("my_package.absent:make", "there is no module 'my_package.absent' in this folder"),
         ("my_package.model:absent", "my_package.model has no 'absent'"),
