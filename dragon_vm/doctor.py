@@ -6,9 +6,11 @@ wrong, 2 if a test that is possible here was not run, else 0.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
@@ -23,6 +25,10 @@ from dragon.vm.torch.optim._groups.eligibility import choose_backend, why_not
 if TYPE_CHECKING:
     from dragon.vm.testing import AdamState
 
+SUMMARY = (
+    "Print versions, devices, the backend of each device and the tuning files in force. Test each backend for a "
+    "second. The exit code is 1 if something is wrong, and 2 if a possible test was not run."
+)
 BACKENDS = ("triton", "native", "eager")
 PACKAGES = ("dragon-vm-torch", "torch", "triton", "numpy", "hypothesis", "argcomplete", "rich", "matplotlib")
 
@@ -194,8 +200,9 @@ def conclusion(findings: Sequence[Finding]) -> tuple[str, int]:
     return text, 1 if wrong else 2 if untested else 0
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Print the findings as they come, and a conclusion; the exit code is that of `conclusion`."""
+    argparse.ArgumentParser(prog="python -m dragon.vm.doctor", description=SUMMARY).parse_args(arguments)
     findings = []
     for finding in examine():
         findings.append(finding)
@@ -206,4 +213,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

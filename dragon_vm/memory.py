@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import inspect
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,17 +50,38 @@ def make_on_meta(path: str) -> torch.nn.Module:
     """Call a factory of a module, "package.module:factory", on the meta device.
 
     Raises:
-        ValueError: for a path without ":", and for a factory that returns no module.
+        ValueError: for a path without ":", for a module or a factory that does not exist, and for a factory that
+            needs arguments or returns no module.
     """
     module, colon, name = path.partition(":")
     if not colon or not module or not name:
         raise ValueError(f'--model: expected "module:factory", got {path!r}')
-    factory: Any = getattr(importlib.import_module(module), name)
+    factory = _find(module, name)
     with torch.device("meta"):
         model = factory()
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"--model: {path} must return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def _find(module: str, name: str) -> Callable[[], Any]:
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # One that this module imports is an error of its own, with a traceback.
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(
+            f"--model: there is no module {error.name!r} in this folder, PYTHONPATH or the installed packages"
+        ) from None
+    if not hasattr(found, name):
+        raise ValueError(f"--model: {module} has no {name!r}")
+    factory: Callable[[], Any] = getattr(found, name)
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise ValueError(f"--model: {module}:{name} cannot be called without arguments: {error}") from None
+    return factory
 
 
 def rows(params: Sequence[Tensor]) -> list[Row]:
@@ -78,7 +101,8 @@ def _arguments(options: StorageOptions) -> str:
 
 
 def main(path: str) -> int:
-    """Print the table."""
+    """Print the table; modules of the present folder are found, as with ``python -m``."""
+    sys.path.insert(0, "")
     params = [param for param in make_on_meta(path).parameters() if param.requires_grad]
     numel = sum(param.numel() for param in params)
     print(f"{path}: {numel:,} trained parameters in {len(params)} tensors")

@@ -24,10 +24,14 @@ def seconds(text: str) -> float:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of both commands."""
+    """The options of all commands."""
     parser = argparse.ArgumentParser(prog="dragon-vm", description="Tools around dragon.vm.torch.")
     commands = parser.add_subparsers(dest="command", required=True)
-    tune = commands.add_parser("tune", help="find the fastest launch configurations on this GPU, and store them")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+    tune = add("tune", "find the fastest launch configurations on this GPU, and store them")
     tune.add_argument(
         "--case", action="append", default=[], help="large, transformer or small; may be repeated; by default all"
     )
@@ -43,10 +47,14 @@ def make_parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--import", type=Path, metavar="FILE", dest="imported", help="store an exported file's results"
     )
-    commands.add_parser("doctor", help="print versions, devices, backends and tuning files, and test each backend")
-    memory = commands.add_parser("memory", help="print the bytes that each memory mode takes for a model")
+    add("doctor", "print versions, devices, backends and tuning files, and test each backend")
+    memory = add("memory", "print the bytes that each memory mode takes for a model")
     memory.add_argument(
-        "--model", required=True, metavar="MODULE:FACTORY", help="what builds it; no memory is used"
+        "--model",
+        required=True,
+        metavar="MODULE:FACTORY",
+        help="a function without arguments that returns the module, such as my_package.model:make; modules of the "
+        "present folder are found, and the model takes no memory",
     )
     return parser
 
@@ -68,7 +76,7 @@ def console(arguments: Sequence[str] | None = None) -> int:
 
         try:
             return tabulate(options.model)
-        except (AttributeError, ImportError, ValueError) as error:
+        except ValueError as error:
             parser.error(str(error))
     if importlib.util.find_spec("triton") is None:
         print("triton is not installed, and there are no kernels to tune without it.")

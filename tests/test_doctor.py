@@ -147,3 +147,19 @@ def test_the_whole_examination_finds_this_installation_sound(monkeypatch: pytest
     findings = list(doctor.examine())
     assert [finding for finding in findings if finding.verdict is Verdict.WRONG] == []
     assert {f"{backend} on cpu" for backend in BACKENDS_HERE} <= {finding.topic for finding in findings}
+
+
+def test_help_is_printed_and_nothing_is_examined(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: python -m dragon.vm.doctor")
+    assert "python   " not in out
+
+
+def test_an_unknown_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main(["--verbose"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --verbose" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`python -m examples.gpt`: one run a memory mode from one seed, a table, a picture."""
+"""Train a small GPT once in each memory mode, from one seed; print a table and draw the loss curves."""
 
 import argparse
 from functools import partial

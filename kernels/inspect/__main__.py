@@ -13,10 +13,12 @@ from pathlib import Path
 from dragon.kernels import inspect
 from dragon.kernels.archs import ARCHS
 
+SUMMARY = "Show registers, spills and the widths of accesses of every kernel. The GPUs need not be there."
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; the command line is described by ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m dragon.kernels.inspect", description=inspect.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dragon.kernels.inspect", description=SUMMARY)
     parser.add_argument("--arch", action="append", help=f"may be repeated; by default {', '.join(ARCHS)}")
     parser.add_argument("--kernel", default="", metavar="TEXT", help="only kernels with TEXT in their name")
     parser.add_argument("--json", action="store_true", help="a list of reports instead of a table")

@@ -54,3 +54,48 @@ def test_groups_that_a_graph_follows_are_copies_of_the_constructors_dicts(captur
         group["lr"] = 0.5
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == [0.5, 0.1 if capturable else 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_sgd_of_half_precision_is_right_where_pytorchs_is_wrong(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = torch.randn(4, 64, generator=generator)
+    found = []
+    for make, kind in ((torch.optim.SGD, torch.float32), (torch.optim.SGD, dtype), (ours.SGD, dtype)):
+        param = nn.Parameter(start.to(kind, copy=True))
+        optimizer = make([param], lr=0.1, momentum=0.9, fused=True)
+        for grad in grads:
+            param.grad = grad.to(kind)
+            optimizer.step()
+        found.append(param.detach().float())
+    expected, theirs, mine = found
+    assert (theirs - expected).abs().max() > 0.1
+    torch.testing.assert_close(mine, expected, rtol=0, atol=0.02)
+
+
+def test_a_model_whose_dtype_changes_goes_on_with_its_states() -> None:
+    for module, is_refused in ((torch.optim, True), (ours, False)):
+        model = nn.Linear(3, 2)
+        optimizer = module.Adam(model.parameters())
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.double()
+        model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+        if is_refused:
+            with pytest.raises(RuntimeError, match="expected dtype"):
+                optimizer.step()
+            continue
+        optimizer.step()
+        state = optimizer.state[model.weight]
+        assert (model.weight.dtype, state["exp_avg"].dtype) == (torch.float64, torch.float32)
+        assert state["step"] == 2
+
+
+def test_parameters_of_a_flat_buffer_share_one_step_count() -> None:
+    params = [nn.Parameter(torch.ones(100)) for _ in range(2)]
+    optimizer = ours.Adam(params, flatten=True)
+    sum(param.sum() for param in params).backward()
+    optimizer.step()
+    optimizer.state[params[0]]["step"].fill_(50)
+    assert optimizer.state[params[1]]["step"] == 50

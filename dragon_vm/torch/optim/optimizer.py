@@ -230,7 +230,8 @@ class Optimizer(StoringOptimizer):
             set_to_none: remove the gradients instead. None decides by each parameter: gradients of Dragon's own
                 are zeroed, those of all others removed, as with PyTorch.
         """
-        without_torch_function(self._zero_grad, (), (set_to_none,), {})
+        with torch.autograd.profiler.record_function(self._zero_grad_profile_name):
+            without_torch_function(self._zero_grad, (), (set_to_none,), {})
 
     def _zero_grad(self, set_to_none: bool | None) -> None:
         if self._release is not None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dragon.vm.torch.optim import SGD, Adam
 
@@ -30,6 +31,20 @@ def test_the_average_starts_at_the_parameter_and_follows_it(backend, make, flatt
     params, optimizer, averages = trained(backend, make, flatten=flatten)
     for param, average in zip(params, averages, strict=True):
         torch.testing.assert_close(optimizer.state[param]["ema"].double(), average, rtol=1e-6, atol=1e-7)
+
+
+def test_pytorchs_averaged_model_is_the_same_if_it_begins_before_the_first_step():
+    model = torch.nn.Linear(5, 3)
+    optimizer = Adam(model.parameters(), lr=0.1, ema_decay=0.9)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    averaged.update_parameters(model)
+    for _ in range(3):
+        model(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    with optimizer.swap_ema():
+        for param, expected in zip(model.parameters(), averaged.module.parameters(), strict=True):
+            torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend", ["triton", "eager"])

@@ -1,0 +1,60 @@
+"""``dragon-vm memory``: the table of a model of one's own, and what a wrong ``--model`` is told."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dragon.vm import tune
+
+MODEL = "import torch\n\ndef make():\n    return torch.nn.Linear(64, 64)\n\ndef wide(width):\n    return make()\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The present folder, with the package that the guide names."""
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "model.py").write_text(MODEL, encoding="utf-8")
+    (package / "broken.py").write_text("import not_installed\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def test_a_model_of_the_present_folder_is_found(folder: Path) -> None:
+    code = "from dragon.vm.tune import console; console(['memory', '--model', 'my_package.model:make'])"
+    # Isolated, as a console script is: without the present folder in the path.
+    command = [sys.executable, "-c", f"import sys; sys.path.remove(''); {code}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("my_package.model:make: 4,160 trained parameters in 2 tensors\n")
+    assert "state_dtype='8bit', master_weights='split8'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("my_package.model", "expected \"module:factory\", got 'my_package.model'"),
+        ("absent.model:make", "there is no module 'absent' in this folder"),
+        ("my_package.absent:make", "there is no module 'my_package.absent' in this folder"),
+        ("my_package.model:absent", "my_package.model has no 'absent'"),
+        ("my_package.model:wide", "my_package.model:wide cannot be called without arguments: missing a required"),
+        ("my_package.model:MODEL", "my_package.model has no 'MODEL'"),
+        ("my_package.model:torch", "my_package.model:torch cannot be called without arguments: "),
+        ("argparse:Namespace", "argparse:Namespace must return a torch.nn.Module, got Namespace"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_a_wrong_model_is_named(path: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tune.console(["memory", "--model", path])
+    assert stopped.value.code == 2
+    assert f"--model: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_error_inside_of_the_model_keeps_its_traceback() -> None:
+    with pytest.raises(ModuleNotFoundError, match="not_installed"):
+        tune.console(["memory", "--model", "my_package.broken:make"])
