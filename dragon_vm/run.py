@@ -16,10 +16,11 @@ from types import CodeType, ModuleType, TracebackType
 from typing import NamedTuple
 
 from dragon.vm._children import include_children, print_report
+from dragon.vm._run_options import UsageError, options_help, parse
 from dragon.vm.torch.optim import swap
 from dragon.vm.torch.optim._swap import Swap
 
-USAGE = "usage: python -m dragon.vm.run {script.py | -m module} [argument ...]"
+USAGE = "usage: python -m dragon.vm.run [option ...] {script.py | -m module} [argument ...]"
 HELP = f"""{USAGE}
 
 Run a script, a folder or a module as `python` does. torch.optim.Adam, AdamW and SGD build those of
@@ -28,7 +29,12 @@ dragon.vm.torch.optim in it. At the end a report on stderr says what was replace
 Processes that the script starts by multiprocessing build ours too. Those that it starts otherwise build PyTorch's:
 put the launcher in front.
   torchrun --nproc-per-node 2 -m dragon.vm.run train.py --your-arguments
-  accelerate launch --module dragon.vm.run train.py --your-arguments"""
+  accelerate launch --module dragon.vm.run train.py --your-arguments
+
+The options are those of swap(), and hold for every optimizer that is replaced:
+  python -m dragon.vm.run --state-dtype 8bit train.py --your-arguments
+
+{options_help()}"""
 HINT = """  Programs that a script starts build PyTorch's own; a launcher goes in front:
   torchrun -m dragon.vm.run script.py, or accelerate launch --module dragon.vm.run script.py"""
 
@@ -62,23 +68,26 @@ def main(arguments: Sequence[str]) -> int:
     """Run a script, or a module after ``-m``, as `python` would, and report what was replaced.
 
     Args:
-        arguments: the script and its arguments.
+        arguments: options of `swap`, then the script and its arguments.
 
     Returns:
-        The exit code: 0, 1 after an uncaught exception or without the module, 2 without the script.
+        The exit code: 0, 1 after an uncaught exception or without the module, 2 without the script and for a wrong
+        option.
 
     Raises:
         SystemExit: what the script raised.
     """
-    as_module = list(arguments[:1]) == ["-m"]
-    argv = list(arguments[1:] if as_module else arguments)
-    if argv[:1] in (["-h"], ["--help"]):
+    if list(arguments[:1]) in (["-h"], ["--help"]):
         print(HELP)
         return 0
-    if not argv or (argv[0].startswith("-") and not as_module):
-        print(USAGE, file=sys.stderr)
+    try:
+        options, argv, as_module = parse(arguments)
+        if not argv:
+            raise UsageError("there is nothing to run")
+        swapped = swap(**options)
+    except (UsageError, TypeError, ValueError) as error:
+        print(f"{USAGE}\npython -m dragon.vm.run: error: {error}", file=sys.stderr)
         return 2
-    swapped = swap()
     undo = include_children(swapped)
     try:
         _run(argv, as_module)

@@ -1,14 +1,20 @@
+import math
 import os
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dragon.vm._run_options import parse
 from dragon.vm.run import HELP, HINT, USAGE, main
+from dragon.vm.torch.optim._hints import option_of
+from dragon.vm.torch.optim._swap import own_options
 
 SCRIPT = """
 import pickle
@@ -152,9 +158,82 @@ def test_it_says_how_to_use_it(run_here: Runner, capsys: pytest.CaptureFixture[s
     for help_ in ("--help", "-h"):
         assert run_here(help_) == 0
         assert capsys.readouterr() == (f"{HELP}\n", "")
-    for arguments in ((), ("-m",), ("--nonsense", "train.py")):
-        assert run_here(*arguments) == 2
-        assert capsys.readouterr() == ("", f"{USAGE}\n")
+    assert max(map(len, HELP.splitlines())) <= 115
+
+
+def test_help_has_a_meaning_for_every_option_of_swap() -> None:
+    for name in own_options() - {"process_group"}:
+        assert re.search(rf"^  {option_of(name)}\b.*(?:\n {{10,}}|  )\S", HELP, re.MULTILINE), name
+
+
+WRONG = {
+    (): "there is nothing to run",
+    ("-m",): "there is nothing to run",
+    ("--flatten",): "there is nothing to run",
+    ("--nonsense", "train.py"): "unknown option --nonsense",
+    ("-x", "train.py"): "unknown option -x",
+    ("--lr", "1", "train.py"): "unknown option --lr",
+    ("--process-group", "1", "train.py"): "unknown option --process-group",
+    ("--state-dtyp", "8bit", "train.py"): "unknown option --state-dtyp. Did you mean --state-dtype?",
+    ("--optim-bits", "8", "train.py"): "unknown option --optim-bits: here --state-dtype 8bit",
+    ("--kahan-sum", "train.py"): "unknown option --kahan-sum: here --master-weights split16, which is exact",
+    ("--state-dtype",): "argument --state-dtype: expected one argument",
+    ("--state-dtype", "int8", "train.py"): (
+        'state_dtype: expected a floating point dtype of 2 bytes or more, "8bit" or None, got torch.int8'
+    ),
+    ("--master-weights", "True", "train.py"): (
+        """master_weights: expected torch.float32, "split16", "split8" or None, got 'True'"""
+    ),
+    ("--rounding-seed", "x", "-m", "train"): "argument --rounding-seed: invalid int value: 'x'",
+    ("--backend", "cuda", "train.py"): "backend must be None, 'triton', 'native' or 'eager', but got 'cuda'",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_a_wrong_option_is_named_before_anything_runs(
+    arguments: tuple[str, ...], run_here: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(*arguments) == 2
+    assert capsys.readouterr() == ("", f"{USAGE}\npython -m dragon.vm.run: error: {WRONG[arguments]}\n")
+    assert type(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])).__module__ == "torch.optim.adamw"
+
+
+RIGHT: dict[tuple[str, ...], dict[str, Any]] = {
+    ("--state-dtype", "8bit"): {"state_dtype": "8bit"},
+    ("--state-dtype=bfloat16", "--no-stochastic-rounding"): {
+        "state_dtype": torch.bfloat16,
+        "stochastic_rounding": False,
+    },
+    ("--state-dtype", "exp_avg=bfloat16,exp_avg_sq=torch.float32"): {
+        "state_dtype": {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.float32}
+    },
+    ("--master-weights", "split8", "--rounding-seed", "7"): {"master_weights": "split8", "rounding_seed": 7},
+    ("--master-weights", "float32"): {"master_weights": torch.float32},
+    ("--flatten", "--max-grad-norm", "1e-2"): {"flatten": True, "max_grad_norm": 0.01},
+    ("--norm-type", "inf", "--backend", "native"): {"norm_type": math.inf, "backend": "native"},
+    ("--epsilon-hat", "--ema-decay", "0.9"): {"epsilon_hat": True, "ema_decay": 0.9},
+}
+
+
+@pytest.mark.parametrize("words", RIGHT, ids=" ".join)
+@pytest.mark.parametrize("program", [["train.py", "--flatten", "-m"], ["-m", "train", "--state-dtype", "x"]])
+def test_options_in_front_of_the_script_are_those_of_swap(words: tuple[str, ...], program: list[str]) -> None:
+    as_module = program[0] == "-m"
+    assert parse([*words, *program]) == (RIGHT[words], program[as_module:], as_module)
+
+
+def test_an_unmodified_script_trains_in_8_bits(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("narrow.py").write_text(
+        "import sys, torch\n"
+        "p = torch.nn.Parameter(torch.ones(64, 64))\n"
+        "p.grad = torch.ones(64, 64)\n"
+        "optimizer = torch.optim.Adam([p])\n"
+        "optimizer.step()\n"
+        "print(sys.argv, sorted(optimizer.state[p]))\n"
+    )
+    assert run_here("--state-dtype", "8bit", "narrow.py", "--lr", "3") == 0
+    states = ["exp_avg_q8", "exp_avg_scale", "exp_avg_sq_q8", "exp_avg_sq_scale", "step", "stream"]
+    assert capsys.readouterr().out == f"{['narrow.py', '--lr', '3']} {states}\n"
 
 
 def test_a_script_without_an_optimizer_is_told_so(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +326,9 @@ def test_processes_of_multiprocessing_swap_too_and_the_first_reports(method: str
 def test_a_launcher_goes_in_front(in_front: bool, folder: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     run = ["-m", "dragon.vm.run"]
-    command = [*launcher, *run, "train.py"] if in_front else [*run, *launcher, "train.py"]
+    command = (
+        [*launcher, *run, "--state-dtype", "bfloat16", "train.py"] if in_front else [*run, *launcher, "train.py"]
+    )
     code, out, err = python(*command, cwd=folder, OMP_NUM_THREADS="1")
     assert code == 0, err
     module = "dragon.vm.torch.optim.adam" if in_front else "torch.optim.adamw"

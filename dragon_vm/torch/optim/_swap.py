@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._compile import _disable_dynamo
 
+from dragon.vm.torch.optim._hints import hint
 from dragon.vm.torch.optim.adam import Adam, AdamW
 from dragon.vm.torch.optim.optimizer import Optimizer
 from dragon.vm.torch.optim.sgd import SGD
@@ -140,15 +141,17 @@ def swap(**options: Any) -> Swap:
     return Swap(options)
 
 
-def _own_options(original: type[torch.optim.Optimizer]) -> set[str]:
+def own_options(original: type[torch.optim.Optimizer] = torch.optim.Adam) -> set[str]:
     """The names of the options that ours has and PyTorch's lacks."""
     return set(inspect.signature(_OURS[original]).parameters) - set(inspect.signature(original).parameters)
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    unknown = set(options) - _own_options(torch.optim.Adam)
+    known = own_options()
+    unknown = sorted(set(options) - known)
     if unknown:
-        raise TypeError(f"swap() got unexpected keyword arguments: {', '.join(map(repr, sorted(unknown)))}")
+        names = ", ".join(map(repr, unknown))
+        raise TypeError(f"swap() got unexpected keyword arguments: {names}{hint(unknown[0], known)}")
     # The trial is on the CPU, where triton is impossible; the real parameters may be on a GPU.
     trial = {name: value for name, value in options.items() if (name, value) != ("backend", "triton")}
     dtype = torch.bfloat16 if options.get("master_weights") is not None else torch.float32
@@ -217,7 +220,7 @@ def _become_ours(
     Returns:
         None, or why ours refuses; the object is PyTorch's again then, and the groups are as they were.
     """
-    options = {name: value for name, value in _swaps[-1].options.items() if name in _own_options(original)}
+    options = {name: value for name, value in _swaps[-1].options.items() if name in own_options(original)}
     before = [(group, dict(group)) for group in _groups(args, kwargs)]
     optimizer.__class__ = _OURS[original]
     try:

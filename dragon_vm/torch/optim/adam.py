@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from dragon.vm.torch.optim._algorithms.adam import ADAM
+from dragon.vm.torch.optim._hints import with_hints
 from dragon.vm.torch.optim._options import given
 from dragon.vm.torch.optim._takeover import take_over
 from dragon.vm.torch.optim.optimizer import Optimizer
@@ -73,6 +74,7 @@ class Adam(Optimizer, torch.optim.Adam):
 
     _algorithm = ADAM
 
+    @with_hints
     def __init__(
         self,
         params: ParamsT,
@@ -130,6 +132,7 @@ class AdamW(Adam, torch.optim.AdamW):
     It replaces `torch.optim.AdamW`; see `Adam` for what differs and for the arguments.
     """
 
+    @with_hints
     def __init__(
         self,
         params: ParamsT,

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from dragon.vm.torch.optim._algorithms.sgd import SGD as ALGORITHM
+from dragon.vm.torch.optim._hints import with_hints
 from dragon.vm.torch.optim._options import given
 from dragon.vm.torch.optim._takeover import take_over
 from dragon.vm.torch.optim.optimizer import Optimizer
@@ -41,6 +42,7 @@ class SGD(Optimizer, torch.optim.SGD):
 
     _algorithm = ALGORITHM
 
+    @with_hints
     def __init__(
         self,
         params: ParamsT,

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from dragon.vm.torch.optim import SGD, Adam, AdamW
+from dragon.vm.torch.optim import SGD, Adam, AdamW, swap
+from dragon.vm.torch.optim._hints import ELSEWHERE, option_of
 from dragon.vm.torch.optim._options import OWN_GROUP_DEFAULTS, TORCH_GROUP_OPTIONS, Settings
 
 ALGORITHMS = (Adam, AdamW, SGD)
@@ -92,3 +93,44 @@ def test_values_at_the_border_are_taken(options):
     optimizer.step()
     assert param.isfinite().all()
     assert (param < 1).all()
+
+
+ELSEWHERES = {
+    "optim_bits": r': here state_dtype="8bit"$',
+    "use_8bit": r': here state_dtype="8bit"$',
+    "state_bits": r': here state_dtype="8bit"$',
+    "quantize": r': here state_dtype="8bit"$',
+    "exp_avg_sq_dtype": r': here state_dtype=\{"exp_avg_sq": dtype\}$',
+    "moment_dtype": r": here state_dtype=dtype$",
+    "bf16_stochastic_round": r": here stochastic_rounding=True$",
+    "master_weight_bits": r': here master_weights="split8", or "split16", which is exact$',
+    "store_param_remainders": r': here master_weights="split16", which is exact$',
+    "kahan": r': here master_weights="split16", which is exact$',
+    "kahan_sum": r': here master_weights="split16", which is exact$',
+    "state_dtyp": r"\. Did you mean 'state_dtype'\?$",
+    "nonsense": "'nonsense'$",
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERES)
+def test_an_option_of_another_library_is_refused_with_the_name_of_ours(name):
+    said = rf"unexpected keyword arguments?:? {name!r}{ELSEWHERES[name].removeprefix(repr(name))}"
+    for make in (Adam, AdamW, SGD):
+        with pytest.raises(TypeError, match=rf"^{make.__name__}\.__init__\(\) got an {said}"):
+            make([torch.nn.Parameter(torch.ones(2))], **{name: 8})
+    with pytest.raises(TypeError, match=rf"^swap\(\) got {said}"):
+        swap(**{name: 8})
+
+
+def test_every_hint_names_an_option_that_is_there():
+    for ours in ELSEWHERE.values():
+        name = ours.argument.partition("=")[0]
+        assert name in inspect.signature(Adam).parameters
+        assert ours.word.startswith(option_of(name))
+    assert not ELSEWHERE.keys() & inspect.signature(Adam).parameters.keys()
+
+
+def test_true_for_masters_is_refused_with_what_there_is():
+    there = re.escape('master_weights: expected torch.float32, "split16", "split8" or None, got True')
+    with pytest.raises(ValueError, match=there):
+        Adam([torch.nn.Parameter(torch.ones(2).bfloat16())], master_weights=True)
