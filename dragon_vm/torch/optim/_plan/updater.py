@@ -138,6 +138,7 @@ class Updater:
                 self.plans.capture(found.plan, found.tensors, settings)
             else:
                 self.masters.notice(with_masters, state)
+                self.masters.meet(with_masters, state)
             outcome = found.plan.run(recipe, found.params, found.tensors, values.version, scaling, are_own=are_own)
             self.masters.note(with_masters)
         self._grad_norm = outcome.grad_norm
