@@ -17,6 +17,7 @@ from . import (
     reductions,
     refusals,
     release,
+    soak,
     steps,
     training,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "reductions",
     "refusals",
     "release",
+    "soak",
     "steps",
     "training",
 ]

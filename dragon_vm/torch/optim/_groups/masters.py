@@ -76,4 +76,5 @@ def reconcile(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
 
 
 def _version(param: Tensor) -> int:
-    return int(local(param)._version)
+    """Grows with each write: to a distributed parameter, which its shard does not count, and to the shard."""
+    return int(param._version) + int(local(param)._version)
