@@ -117,10 +117,13 @@ def as_param(param: Any, value: Tensor) -> Tensor:
 class Run:
     """A model under a wrapper and its optimizer. Gradients are given by hand once the wrapper has reduced its own."""
 
-    def __init__(self, kind: str, mode: str, name: str, **options: Any) -> None:
+    def __init__(self, kind: str, mode: str, name: str, n_late: int = 0, **options: Any) -> None:
         self.dtype, own = MODES[mode]
         self.model = WRAPPERS[kind](self.dtype)
         self.names, self.params, groups = ordered(self.model)
+        # These join the optimizer later.
+        self.late = self.params[len(self.params) - n_late :]
+        groups[-1]["params"] = groups[-1]["params"][: len(groups[-1]["params"]) - n_late]
         self.options = {"lr": 1e-2, **own, **options}
         # Of fp32 tensors, which "8bit" leaves some, PyTorch's fused operation rounds the last few otherwise.
         rounds_otherwise = name == "native" and mode in ("plain", "plain bf16", "8bit", "8bit to nearest")
@@ -153,7 +156,7 @@ class Run:
         found: dict[str, Any] = {}
         for name, param in zip(self.names, self.params, strict=True):
             found[name] = whole(param)
-            for key, value in self.optimizer.state[param].items():
+            for key, value in self.optimizer.state.get(param, {}).items():
                 found[f"{name} {key}"] = entire(value) if isinstance(value, Tensor) else value
         return found
 
@@ -166,9 +169,11 @@ class Alone(Run):
         self.model = (Wide if hasattr(getattr(run.model, "module", run.model), "last") else EvenWide)().to(run.dtype)
         named = dict(self.model.named_parameters())
         self.params = [named[name] for name in run.names]
+        first = len(self.params) - len(run.late)
+        self.late = self.params[first:]
         self.options = {key: value for key, value in run.options.items() if key != "release_gradients"}
         self.backend = run.backend.replace("triton", "eager")
-        self.optimizer = AdamW(self.params, backend=self.backend, **self.options)
+        self.optimizer = AdamW(self.params[:first], backend=self.backend, **self.options)
 
 
 def entire(tensor: Any) -> Tensor:

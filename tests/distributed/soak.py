@@ -16,9 +16,9 @@ from dragon.vm.torch.optim import AdamW
 from .memory import Alone, Run, unexpected
 
 
-def interleaved(kind: str, mode: str, name: str, options: dict[str, Any], events: list[Any]) -> list[str]:
+def interleaved(kind: str, mode: str, name: str, options: dict[str, Any], events: list[Any], n_late: int) -> list[str]:
     """What differs after some events, each a name of a function below and its arguments."""
-    run = Run(kind, mode, name, **options)
+    run = Run(kind, mode, name, n_late, **options)
     alone = Alone(run)
     # Nothing is summed or skipped before there are states.
     for event, *arguments in (("step", 0, []), *events):
@@ -73,6 +73,13 @@ def average(each: Run) -> None:
             each.optimizer.state_dict()
 
 
+def join(each: Run) -> None:
+    """The remaining parameters join the optimizer."""
+    if each.late:
+        each.optimizer.add_param_group({"params": each.late, "lr": 0.03})
+        each.late = []
+
+
 def load(each: Run, how: str) -> None:
     """Go on from a state dict, in the same optimizer or a new one."""
     if how == "fresh":
@@ -80,7 +87,8 @@ def load(each: Run, how: str) -> None:
         saved = copy.deepcopy(each.optimizer.state_dict())
         each.optimizer = AdamW(groups, backend=each.backend, **each.options)
         each.optimizer.load_state_dict(saved)
-    elif how == "same" or isinstance(each, Alone):
+    elif how == "same" or isinstance(each, Alone) or each.late:
+        # PyTorch's checkpoint functions want all parameters of the model in the optimizer.
         each.optimizer.load_state_dict(copy.deepcopy(each.optimizer.state_dict()))
     else:
         options = StateDictOptions(full_state_dict=how == "full", broadcast_from_rank0=how == "full")
@@ -90,5 +98,5 @@ def load(each: Run, how: str) -> None:
 
 
 EVENTS = {
-    function.__name__: function for function in (step, sum_up, skip, change, write, average, load)
+    function.__name__: function for function in (step, sum_up, skip, change, write, average, join, load)
 }

@@ -58,7 +58,10 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         saved = super().state_dict()
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
             self._drop_defaults(group, packed)
-            if not is_native:
+            if is_native:
+                # As a record, and for flat dicts. PyTorch's checkpoint functions know no dtypes here.
+                packed.update((name, str(packed[name])) for name in STORAGE_OPTIONS if name in packed)
+            else:
                 _drop_storage(packed)
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         convert = tagged_state if is_native else pytorch_state
