@@ -1,14 +1,19 @@
 """Worker processes that run scenarios on gloo, started once and used by all tests of a session."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from .worker import main
+
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONFAULTHANDLER": "1"}
 DEADLINE_S = 240.0
 GRACE_S = 5.0
 
@@ -21,7 +26,7 @@ class Cluster:
     """Runs a function of a module beside this one on some processes, which share a process group of their own."""
 
     def __init__(self, folder: Path) -> None:
-        self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
+        self._workers: list[tuple[ForkServerProcess, Connection]] = []
         self._folder = folder
         self._n_runs = 0
 
@@ -51,24 +56,35 @@ class Cluster:
         for process, connection in self._workers:
             connection.close()
             process.kill()
-            process.wait()
+            process.join()
         self._workers = []
 
 
-def _start() -> tuple[subprocess.Popen[bytes], Connection]:
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What workers inherit. One process imports everything once, and the workers are forked from it."""
+    before = dict(os.environ)
+    paths = [str(ROOT), *filter(None, [before.get("PYTHONPATH")])]
+    os.environ.update({**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _start() -> tuple[ForkServerProcess, Connection]:
     ours, theirs = Pipe()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONFAULTHANDLER": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.distributed.worker", str(theirs.fileno())],
-        cwd=ROOT,
-        env=environment,
-        pass_fds=[theirs.fileno()],
-    )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.preloaded"])
+    with _environment():
+        process = context.Process(target=main, args=(theirs,), daemon=True)
+        process.start()
     theirs.close()
     return process, ours
 
 
-def _answers(workers: list[tuple[subprocess.Popen[bytes], Connection]]) -> list[tuple[bool, Any, bool]]:
+def _answers(workers: list[tuple[ForkServerProcess, Connection]]) -> list[tuple[bool, Any, bool]]:
     """For each worker whether it succeeded, what it says, and whether it lives."""
     answers: dict[int, tuple[bool, Any, bool]] = {}
     until = time.monotonic() + DEADLINE_S
@@ -83,7 +99,8 @@ def _answers(workers: list[tuple[subprocess.Popen[bytes], Connection]]) -> list[
                 try:
                     answers[rank] = (*connection.recv(), True)
                 except EOFError:
-                    answers[rank] = False, f"died with exit code {process.wait()}", False
+                    process.join()
+                    answers[rank] = False, f"died with exit code {process.exitcode}", False
                 if not answers[rank][0]:
                     # The others may wait for this one in a collective.
                     until = min(until, time.monotonic() + GRACE_S)

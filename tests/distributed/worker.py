@@ -10,15 +10,14 @@ from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import debug
 
 
-def main() -> None:
+def main(connection: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     # What is imported once is not searched after each scenario.
-    importlib.import_module("tests.distributed.wrappers")
     gc.freeze()
-    connection = Connection(int(sys.argv[1]))
     while True:
         try:
             store, n_processes, rank, scenario, arguments = connection.recv()
@@ -45,8 +44,14 @@ def answer(store, n_processes, rank, scenario, arguments):
         return False, traceback.format_exc()
     finally:
         dist.destroy_process_group()
+        _forget_meshes()
         gc.collect()
 
 
-if __name__ == "__main__":
-    main()
+def _forget_meshes():
+    """Drop what PyTorch caches for all equal meshes: it has the names of process groups that are gone."""
+    redistribute = sys.modules.get("torch.distributed.tensor._redistribute")
+    for module, name in ((redistribute, "_gen_transform_infos"), (debug, "_clear_sharding_prop_cache")):
+        cached = getattr(module, name, None)
+        if cached is not None:
+            getattr(cached, "cache_clear", cached)()

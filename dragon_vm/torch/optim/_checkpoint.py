@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -12,23 +12,22 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._distributed.hidden import is_flat_dict_asked_for
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._formats import Plain
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
 from dragon.vm.torch.optim._groups.exchange import (
-    FORMAT,
-    FORMAT_KEY,
     is_part,
     pytorch_state,
     restored_entries,
     tagged_state,
 )
+from dragon.vm.torch.optim._groups.saved import checked_state, saved_labels
 from dragon.vm.torch.optim._groups.states import State, missing_states, zeros_for
 from dragon.vm.torch.optim._groups.storage import (
     held_format,
     options_of,
-    part_keys,
     storage_of,
     stored_entries,
 )
@@ -55,15 +54,21 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         parameter after the other, or as it is if `native_state_dict` says so: see `pytorch_state`.
         """
         self._complete_switched_on()
+        is_native = self._settings.native_state_dict
         saved = super().state_dict()
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
             self._drop_defaults(group, packed)
-            for name in STORAGE_OPTIONS:
-                packed.pop(name, None)
+            if is_native:
+                # As a record, and for flat dicts. PyTorch's checkpoint functions know no dtypes here.
+                packed.update((name, str(packed[name])) for name in STORAGE_OPTIONS if name in packed)
+            else:
+                _drop_storage(packed)
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        convert = tagged_state if self._settings.native_state_dict else pytorch_state
+        convert = tagged_state if is_native else pytorch_state
         saved["state"] = {
-            key: convert(params[key], entries) if isinstance(key, int) and isinstance(entries, dict) else entries
+            key: convert(params[key], entries, key)
+            if isinstance(key, int) and isinstance(entries, dict)
+            else entries
             for key, entries in saved["state"].items()
         }
         if not self._algorithm.saves_steps:
@@ -128,6 +133,24 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                     state.update(stored_entries(param, state, storage, ("max_exp_avg_sq",))[0])
 
 
+def _drop_storage(packed: Group) -> None:
+    """Take out of a saved group what PyTorch's does not have, and a bound that the betas imply.
+
+    Raises:
+        RuntimeError: if PyTorch's checkpoint functions ask for a flat dict, which they could not load.
+    """
+    for name in STORAGE_OPTIONS:
+        value = packed.pop(name, None)
+        if value is not None and is_flat_dict_asked_for():
+            raise RuntimeError(
+                f"flatten_optimizer_state_dict=True with {name}={value!r}: PyTorch loads a flat dict by the names "
+                "under which this optimizer stores its states. Give native_state_dict=True to the optimizer, or "
+                "leave the dict nested"
+            )
+    if packed.get("bound_betas") == tuple(map(float, packed.get("betas", ()))):
+        del packed["bound_betas"]
+
+
 def _uncounted(entries: Any) -> Any:
     """A state without its step counter, which PyTorch's counterpart lacks; without a buffer before a first step.
 
@@ -181,61 +204,24 @@ def restored_states(
     """
     owners: list[tuple[Tensor, Group, State]] = []
     algorithm = optimizer._algorithm
-    labels = _labels(optimizer.param_groups, saved_groups)
+    labels = saved_labels(optimizer.param_groups, saved_groups)
     for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
         own = {name: group.get(name) for name in STORAGE_OPTIONS}
         merged = complete({**group, **saved_group, **own}, algorithm.own_defaults)
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             label = next(labels)
-            state = {name: value for name, value in saved.get(key, {}).items() if value is not None}
+            state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(value)}
             if state:
                 # An average begins when it is asked for.
                 optional = {"ema", *algorithm.optional_keys(saved_group)}
                 required = [key for key in algorithm.all_state_keys(merged) if key not in optional]
-                owners.append((param, merged, _checked(algorithm, param, merged, state, required, label)))
+                owners.append((param, merged, checked_state(algorithm, param, merged, state, required, label)))
     return _copied(algorithm, optimizer._settings, owners)
 
 
-def _labels(groups: Sequence[Group], saved_groups: Sequence[Group]) -> Iterator[str]:
-    """What to call each parameter, in order: its index, and its name if it has one."""
-    names = chain.from_iterable(
-        group.get("param_names") or saved.get("param_names") or [None] * len(group["params"])
-        for group, saved in zip(groups, saved_groups, strict=True)
-    )
-    return (f"parameter {index}" + (f" ({name})" if name else "") for index, name in enumerate(names))
-
-
-def _checked(
-    algorithm: Algorithm, param: Tensor, group: Group, state: State, required: Sequence[str], label: str
-) -> State:
-    """The state, with its step count as a 0-dim tensor if it counts; raises if it cannot be used."""
-    for key in required:
-        if held_format(state, key) is None:
-            raise ValueError(f"loaded state dict has no {key} for {label}: it has {', '.join(state) or 'nothing'}")
-    if state.get(FORMAT_KEY, FORMAT) != FORMAT:
-        raise ValueError(f"loaded state dict has {FORMAT_KEY} {state[FORMAT_KEY]!r} for {label}, not {FORMAT!r}")
-    for key in algorithm.all_state_keys(group):
-        form = held_format(state, key)
-        for part_key, part in zip(part_keys(key, form), form.parts, strict=True) if form else ():
-            value = state.get(part_key)
-            shape = part.shape(param.shape) if part.elements > 1 else param.shape
-            if not isinstance(value, Tensor) or value.shape != shape or value.is_complex() != param.is_complex():
-                found = (
-                    f"shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else repr(value)
-                )
-                raise ValueError(
-                    f"loaded state dict has {part_key} of {found} for {label} "
-                    f"of shape {tuple(param.shape)} and {param.dtype}"
-                )
-    if not algorithm.counts_steps(group):
-        return {name: value for name, value in state.items() if algorithm.saves_steps or name != "step"}
-    step = state.get("step", algorithm.uncounted_steps)
-    if step is None:
-        raise ValueError(f"loaded state dict has no step for {label}: it has {', '.join(state)}")
-    if isinstance(step, Tensor) and step.numel() != 1:
-        raise ValueError(f"loaded state dict has a step of shape {tuple(step.shape)} for {label}, not one number")
-    count = step.detach().reshape(()) if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
-    return {**state, "step": count}
+def _is_missing(value: Any) -> bool:
+    """Whether a saved entry is none. PyTorch's flat dicts have an empty dict for one that is not in the file."""
+    return value is None or (isinstance(value, dict) and not value)
 
 
 @torch.no_grad()

@@ -35,6 +35,16 @@ class StoringOptimizer(AccumulatingOptimizer):
 
     _has_warned = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in PyTorch's format, or as it is stored if `native_state_dict` says so.
+
+        Raises:
+            RuntimeError: as for sums of gradients that others have parts of, and for flat dicts that PyTorch's
+                checkpoint functions could not load.
+        """
+        self._settle_masters()
+        return super().state_dict()
+
     def state_formats(self) -> dict[str, dict[str, str]]:
         """How each parameter and its states are stored, by its name, or its position if it has none.
 
@@ -55,6 +65,7 @@ class StoringOptimizer(AccumulatingOptimizer):
 
         A parameter without a step so far is its own master. A distributed parameter has a distributed master.
         """
+        self._settle_masters()
         for name, param, group in self._named_params():
             if group["master_weights"] is not None and param.requires_grad:
                 state = self.state.get(param, {})
@@ -97,6 +108,10 @@ class StoringOptimizer(AccumulatingOptimizer):
             for index, param in enumerate(group["params"]):
                 yield names[index] if names else str(position), param, whole
                 position += 1
+
+    def _settle_masters(self) -> None:
+        """Make parameters their own masters that somebody wrote to since the last step."""
+        raise NotImplementedError
 
     def _params_with_masters(self) -> list[Tensor]:
         groups = [group for group in self.param_groups if group.get("master_weights") is not None]

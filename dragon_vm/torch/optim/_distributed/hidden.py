@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -94,13 +95,24 @@ def is_state_asked_for() -> bool:
 
     They give zeros as gradients and as learning rates then.
     """
-    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    return _caller("torch.distributed.checkpoint.state_dict", "_init_optim_state") is not None
+
+
+def is_flat_dict_asked_for() -> bool:
+    """Whether PyTorch's checkpoint functions call `state_dict` on this thread to flatten what it returns."""
+    frame = _caller("torch.distributed.checkpoint.state_dict", "_get_optim_state_dict")
+    return bool(getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False)) if frame else False
+
+
+def _caller(name: str, function: str) -> FrameType | None:
+    """The frame of a function of an imported module on this thread's stack; None if it is not there."""
+    module = sys.modules.get(name)
     frame = sys._getframe() if module is not None else None
     while frame is not None and module is not None:
-        if frame.f_code.co_name == "_init_optim_state" and frame.f_globals is vars(module):
-            return True
+        if frame.f_code.co_name == function and frame.f_globals is vars(module):
+            return frame
         frame = frame.f_back
-    return False
+    return None
 
 
 def _is_built_by_zero() -> bool:

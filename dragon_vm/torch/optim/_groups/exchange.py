@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.placement import placed_like
-from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._formats import Format, Master, Plain, Split8, Split16
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense
 from dragon.vm.torch.optim._groups.storage import (
@@ -24,38 +24,44 @@ from dragon.vm.torch.optim._groups.storage import (
     unflat,
 )
 
-# The entry of a native state that says how its parts are to be read.
-FORMAT_KEY, FORMAT = "storage", "q8/64/1"
+# The entry of a native state that says how its parts are to be read. A number: PyTorch's flat dicts have no strings.
+FORMAT_KEY, FORMAT = "storage", 1
 # The entry of PyTorch's form that has a master in fp32.
 MASTER = "master_param"
-
-_MASTER_PARTS = ("param_remainder", "param_master")
+# Those of the native form.
+MASTER_PARTS = ("param_remainder", "param_master")
 
 
 def is_part(key: str) -> bool:
     """Whether an entry is a part of something, or what stands for it in a state dict."""
-    return key in (*_MASTER_PARTS, MASTER, FORMAT_KEY) or key.endswith(("_q8", "_scale"))
+    return key in (*MASTER_PARTS, MASTER, FORMAT_KEY) or key.endswith(("_q8", "_scale"))
 
 
 def held_master(state: Mapping[str, Any], param: Tensor) -> Format | None:
-    """How the master of a parameter is stored now; None if it has none."""
+    """How the master of a parameter is stored or saved; None if it has none."""
     remainder = state.get("param_remainder")
     if isinstance(remainder, Tensor):
-        return Split16() if remainder.dtype == torch.int16 else Split8(False)
+        return Split8(False) if remainder.dtype == torch.int8 else Split16()
     return Master(param.dtype) if isinstance(state.get("param_master"), Tensor) else None
 
 
 @torch.no_grad()
-def pytorch_state(param: Tensor, state: State) -> State:
-    """A state in PyTorch's form: 8-bit moments in fp32, the master as `master_param`, and the rest as it is."""
+def pytorch_state(param: Tensor, state: State, position: int) -> State:
+    """A state in PyTorch's form: 8-bit moments in fp32, the master as `master_param`, and the rest as it is.
+
+    Without the number of its random words where that is the parameter's position, as it will be when the state is
+    loaded: DCP's planner would not find it in a file of PyTorch's optimizer.
+    """
     found: State = {}
     for key, value in state.items():
+        if key == "stream" and value == position:
+            continue
         if key.endswith("_q8"):
             name = key.removesuffix("_q8")
             form = held_format(state, name)
             assert form is not None
             found[name] = unflat(param, decode_entry(param, state, name, form))
-        elif key in _MASTER_PARTS:
+        elif key in MASTER_PARTS:
             form = held_master(state, param)
             assert form is not None
             found[MASTER] = (
@@ -66,9 +72,17 @@ def pytorch_state(param: Tensor, state: State) -> State:
     return found
 
 
-def tagged_state(param: Tensor, state: State) -> State:
-    """A state in the native form, with the version of the format if it has parts."""
-    return {**state, FORMAT_KEY: FORMAT} if any(map(is_part, state)) else state
+def tagged_state(param: Tensor, state: State, position: int) -> State:
+    """A state in the native form, with the version of the format if it has parts.
+
+    An int16 remainder becomes bf16 of the same bits: process groups of gloo and NCCL have no int16.
+    """
+    if not any(map(is_part, state)):
+        return state
+    found, remainder = {**state, FORMAT_KEY: FORMAT}, state.get("param_remainder")
+    if isinstance(remainder, Tensor) and remainder.dtype == torch.int16:
+        found["param_remainder"] = distributed_like(param, local(remainder).view(torch.bfloat16))
+    return found
 
 
 def restored_entries(
@@ -120,6 +134,8 @@ def _restored_master(param: Tensor, form: Format, saved: Mapping[str, Any]) -> S
         return made
     assert held is not None
     placed = _placed(param, saved, part_keys("param", held))
+    if isinstance(held, Split16):
+        placed["param_remainder"] = placed["param_remainder"].view(torch.int16)
     if all(key in placed and placed[key].dtype == local(made[key]).dtype for key in keys):
         for key in keys:
             local(made[key]).copy_(placed[key])

@@ -26,7 +26,16 @@ class MasterVersions:
     def notice(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
         """Make parameters that were written to since `note` their own masters."""
         seen = self._seen
-        resync([param for param in params if seen.get(id(param), _version(param)) != _version(param)], state)
+        written = [param for param in params if seen.get(id(param), _version(param)) != _version(param)]
+        resync(written, state)
+        self.note(written)
+
+    def meet(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
+        """Make those elements their own masters that do not round to the parameter, where `note` saw none yet.
+
+        Between a copy or a load and the next step somebody may have written the parameters.
+        """
+        reconcile([param for param in params if id(param) not in self._seen], state)
 
     def note(self, params: Sequence[Tensor]) -> None:
         """Take what is in the parameters now for this optimizer's own doing."""
@@ -56,5 +65,16 @@ def resync(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
             local(entries["param_master"]).copy_(local(param))
 
 
+@torch.no_grad()
+def reconcile(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
+    """Make elements their own masters whose fp32 master does not round to them. A remainder belongs to any."""
+    for param in params:
+        master = state.get(param, {}).get("param_master")
+        if isinstance(master, Tensor):
+            kept, shard = local(master), local(param)
+            kept.copy_(torch.where(kept.to(shard.dtype) == shard, kept, shard.to(kept.dtype)))
+
+
 def _version(param: Tensor) -> int:
-    return int(local(param)._version)
+    """Grows with each write: to a distributed parameter, which its shard does not count, and to the shard."""
+    return int(param._version) + int(local(param)._version)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.hidden import check_norms, split_by_fsdp1
 from dragon.vm.torch.optim._distributed.shards import is_distributed
+from dragon.vm.torch.optim._formats.resolve import EIGHT_BIT
 from dragon.vm.torch.optim._options import Settings
 
 
 def check_sharding(groups: Sequence[Mapping[str, Any]], settings: Settings) -> None:
-    """Check that norms will be those of whole gradients, and that no buffer takes memory from its owner.
+    """Check that norms are those of whole gradients, that no buffer takes memory, and that tensors have rows.
 
     Raises:
         TypeError, ValueError: naming the option, the reason and the remedy.
@@ -33,3 +34,12 @@ def check_sharding(groups: Sequence[Mapping[str, Any]], settings: Settings) -> N
             "flatten=True moves parameters, but these are distributed: their owner goes on gathering the "
             "memory that they were moved away from. Leave flatten=False"
         )
+    for group in groups:
+        asked = group.get("state_dtype")
+        values = asked.values() if isinstance(asked, Mapping) else [asked]
+        if EIGHT_BIT in values and any(split_by_fsdp1(group["params"])):
+            raise ValueError(
+                f"state_dtype={asked!r} is for tensors with rows, but FullyShardedDataParallel splits parameters "
+                "into pieces without: nothing would get 8 bits. Use FSDP2's fully_shard, or "
+                "state_dtype=torch.bfloat16"
+            )

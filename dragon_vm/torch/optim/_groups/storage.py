@@ -88,9 +88,10 @@ def _has_whole_blocks(param: Any) -> bool:
         return True
     columns = 1
     for placement, size in zip(param.placements, param.device_mesh.shape, strict=True):
-        if placement.is_replicate() or placement.is_shard(0):
+        # Rows may be cut in any way, also by FSDP2 within tensor parallelism.
+        if placement.is_replicate() or getattr(placement, "dim", None) == 0:
             continue
-        if not (placement.is_shard(1) and param.ndim == 2) or "Strided" in type(placement).__name__:
+        if not placement.is_shard(1) or param.ndim != 2:
             return False
         columns *= size
     return bool(param.shape[-1] % (BLOCK * columns) == 0) or columns == 1

@@ -221,7 +221,8 @@ def _give_streams(
 ) -> None:
     """Give each state that needs random words a number of its own: at first its parameter's position.
 
-    It is a Python int: PyTorch's loader casts every tensor of a state.
+    It is a Python int: PyTorch's loader casts every tensor of a state. A position that is in use elsewhere is
+    replaced by a number that is no position: loaded states without a number are still to get theirs.
     """
     new = [i for i, signature in enumerate(signatures) if signature.is_stochastic and "stream" not in states[i]]
     if not new:
@@ -231,7 +232,7 @@ def _give_streams(
     taken = {held["stream"] for held in recipe.state.values() if isinstance(held, dict) and "stream" in held}
     for i in new:
         stream = positions[id(params[i])]
-        states[i]["stream"] = 1 + max(taken) if stream in taken else stream
+        states[i]["stream"] = 1 + max(*taken, *positions.values()) if stream in taken else stream
         taken.add(states[i]["stream"])
 
 

@@ -138,6 +138,7 @@ class Updater:
                 self.plans.capture(found.plan, found.tensors, settings)
             else:
                 self.masters.notice(with_masters, state)
+                self.masters.meet(with_masters, state)
             step = recipe, found.params, found.tensors, values.version, scaling
             outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
             self.masters.note(with_masters)

@@ -1,0 +1,65 @@
+"""Checks of saved states before they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._groups.exchange import FORMAT, FORMAT_KEY, MASTER, MASTER_PARTS
+from dragon.vm.torch.optim._groups.states import State
+from dragon.vm.torch.optim._groups.storage import held_format, part_keys
+
+
+def saved_labels(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What to call each parameter, in order: its index, and its name if it has one."""
+    names = chain.from_iterable(
+        group.get("param_names") or saved.get("param_names") or [None] * len(group["params"])
+        for group, saved in zip(groups, saved_groups, strict=True)
+    )
+    return (f"parameter {index}" + (f" ({name})" if name else "") for index, name in enumerate(names))
+
+
+def checked_state(
+    algorithm: Algorithm, param: Tensor, group: dict[str, Any], state: State, required: Sequence[str], label: str
+) -> State:
+    """The state, with its step count as a 0-dim tensor if it counts.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    for key in required:
+        if held_format(state, key) is None:
+            raise ValueError(f"loaded state dict has no {key} for {label}: it has {', '.join(state) or 'nothing'}")
+    if state.get(FORMAT_KEY, FORMAT) != FORMAT:
+        raise ValueError(f"loaded state dict has {FORMAT_KEY} {state[FORMAT_KEY]!r} for {label}, not {FORMAT!r}")
+    for key, shape in _shapes(algorithm, param, group, state).items():
+        value = state.get(key)
+        if not isinstance(value, Tensor) or value.shape != shape or value.is_complex() != param.is_complex():
+            found = f"shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(
+                f"loaded state dict has {key} of {found} for {label} of shape {tuple(param.shape)} and {param.dtype}"
+            )
+    if not algorithm.counts_steps(group):
+        return {name: value for name, value in state.items() if algorithm.saves_steps or name != "step"}
+    step = state.get("step", algorithm.uncounted_steps)
+    if step is None:
+        raise ValueError(f"loaded state dict has no step for {label}: it has {', '.join(state)}")
+    if isinstance(step, Tensor) and step.numel() != 1:
+        raise ValueError(f"loaded state dict has a step of shape {tuple(step.shape)} for {label}, not one number")
+    count = step.detach().reshape(()) if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
+    return {**state, "step": count}
+
+
+def _shapes(algorithm: Algorithm, param: Tensor, group: dict[str, Any], state: State) -> dict[str, Size]:
+    """The shape that each saved entry of a parameter must have."""
+    shapes = {key: param.shape for key in (MASTER, *MASTER_PARTS) if key in state}
+    for key in algorithm.all_state_keys(group):
+        form = held_format(state, key)
+        for part_key, part in zip(part_keys(key, form), form.parts, strict=True) if form else ():
+            shapes[part_key] = part.shape(param.shape) if part.elements > 1 else param.shape
+    return shapes
