@@ -59,7 +59,9 @@ def _scales_and_steps(magnitude: Tensor, floor: int, unit: float) -> tuple[Tenso
     divisor = torch.where(broken, _ONE, peak.clamp(min=floor)).view(torch.float32)
     scale = torch.where(broken, torch.nan, torch.where(empty, 0.0, divisor))
     inverse = _inverse(divisor * unit)
-    x = torch.where((broken | empty)[:, None], 0, magnitude).view(torch.float32) * inverse[:, None]
+    # All bits or none.
+    whole = (broken | empty).to(torch.int32) - 1
+    x = (magnitude & whole[:, None]).view(torch.float32).mul_(inverse[:, None])
     return scale, _fourth_root(x)
 
 
@@ -78,15 +80,19 @@ def _fourth_root(x: Tensor) -> Tensor:
     return root * (_E0 + e * (_E1 + e * (_E2 - e)))
 
 
-def _power(ratio: Tensor) -> Tensor:
-    """The fourth power of a ratio in [-1, 1], with its sign."""
-    return (ratio * ratio.abs()) * (ratio * ratio)
-
-
 def _square(steps: Tensor, scale: Tensor) -> Tensor:
     """The second moment at a number of steps."""
-    root = scale[:, None] * _power(steps * (1 / 255))
-    return root * root
+    power = steps * (1 / 255)
+    power *= power
+    power *= power
+    power *= scale[:, None]
+    power *= power
+    return power
+
+
+def _last_byte(steps: Tensor) -> Tensor:
+    """Integers with the rounded steps as their last byte."""
+    return (steps + _INTEGER).view(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,9 @@ class SignedQ8:
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         """The first moment."""
         codes, scale = parts
-        ratio = codes.view(-1, BLOCK).float() * (1 / 127)
-        return (scale.view(-1, 1) * _power(ratio)).view(codes.shape)
+        ratio = codes.view(-1, BLOCK).float().mul_(1 / 127)
+        power = ratio.abs().mul_(ratio).mul_(ratio.mul_(ratio))
+        return power.mul_(scale.view(-1, 1)).view(codes.shape)
 
     def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
         """Divide each block by its maximum and round."""
@@ -109,7 +116,7 @@ class SignedQ8:
         value = value.view(-1, BLOCK)
         new_scale, steps = _scales_and_steps(magnitude_bits(value), _SIGNED_FLOOR, _SIGNED_UNIT)
         scale.view(-1).copy_(new_scale)
-        codes.view(-1, BLOCK).copy_(torch.copysign(steps, value) + _INTEGER - _INTEGER)
+        codes.view(-1, BLOCK).copy_(_last_byte(steps.copysign_(value)))
 
 
 @dataclass(frozen=True)
@@ -141,9 +148,10 @@ class SquareQ8:
         if self.stochastic:
             words = required(words, self.name).view(-1, BLOCK)
             steps = _step_stochastically(value, steps, new_scale, words)
-        steps = steps.maximum((value > 0).float())
+        # At least one step for what is above 0.
+        steps = steps.maximum(value.sign())
         scale.view(-1).copy_(new_scale)
-        codes.view(-1, BLOCK).copy_((steps + _INTEGER - _INTEGER).to(torch.uint8))
+        codes.view(-1, BLOCK).copy_(_last_byte(steps))
 
 
 def _step_stochastically(value: Tensor, steps: Tensor, scale: Tensor, words: Tensor) -> Tensor:
@@ -154,7 +162,10 @@ def _step_stochastically(value: Tensor, steps: Tensor, scale: Tensor, words: Ten
     """
     steps = steps + _INTEGER - _INTEGER
     here = _square(steps, scale)
-    beyond = steps + torch.where(value < here, -1.0, 1.0)
-    distance = (_square(beyond, scale) - here).abs()
-    uniform = (words.float() + 0.5) * 2.0**-16
-    return torch.where(uniform * distance < (value - here).abs(), beyond, steps)
+    gap = value - here
+    direction = gap.sign()
+    distance = _square(steps + direction, scale).sub_(here).abs_()
+    uniform = (words.float() + 0.5).mul_(2.0**-16)
+    # As fp32, 1 or 0.
+    is_moving = uniform.mul_(distance).lt_(gap.abs_())
+    return is_moving.mul_(direction).add_(steps)

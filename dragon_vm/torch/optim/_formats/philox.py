@@ -48,27 +48,29 @@ def philox_4x32(counter: Words, key: tuple[int, int], n_rounds: int = N_ROUNDS) 
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(n_rounds):
-        # An int64 product wraps: its bits are those of the unsigned one.
+        # An int64 product wraps: its bits are those of the unsigned one. Only factors must have 32 bits.
         product_0 = c0 * _MULTIPLIERS[0]
         product_1 = c2 * _MULTIPLIERS[1]
-        c0 = ((product_1 >> 32) ^ (c1 ^ k0)) & _MASK
-        c2 = ((product_0 >> 32) ^ (c3 ^ k1)) & _MASK
-        c1 = product_1 & _MASK
-        c3 = product_0 & _MASK
+        c0 = ((product_1 >> 32) ^ c1 ^ k0).bitwise_and_(_MASK)
+        c2 = ((product_0 >> 32) ^ c3 ^ k1).bitwise_and_(_MASK)
+        c1, c3 = product_1, product_0
         k0 = (k0 + _KEY_STEPS[0]) & _MASK
         k1 = (k1 + _KEY_STEPS[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def _calls(first: int, last: int, rounding: Rounding, device: torch.device) -> Tensor:
-    """The words of the calls `first` to `last`, int64 [calls, 4]."""
+    """The words of the calls `first` to `last`, int32 [calls, 4]."""
     index = torch.arange(first, last + 1, dtype=torch.int64, device=device)
     # Below 2^34 elements the upper word is 0 for all: one element stands for them.
     upper = index >> 32 if last >> 32 else index.new_zeros(1)
     step = torch.as_tensor(rounding.step, device=device).to(torch.int64).reshape(1)
     counter = (index & _MASK, upper, step, index.new_full((1,), rounding.stream))
     key = (rounding.seed & _MASK, rounding.seed >> 32 & _MASK)
-    return torch.stack(torch.broadcast_tensors(*philox_4x32(counter, key)), -1)
+    words = torch.empty(index.numel(), 4, dtype=torch.int32, device=device)
+    for column, word in zip(words.unbind(1), philox_4x32(counter, key), strict=True):
+        column.copy_(word)
+    return words
 
 
 def random_words(rounding: Rounding, numel: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -95,9 +97,10 @@ def random_words(rounding: Rounding, numel: int, device: torch.device | str = "c
     call, skipped = divmod(rounding.first, ELEMENTS_PER_CALL)
     words = _calls(call, (rounding.first + numel - 1) // ELEMENTS_PER_CALL, rounding, torch.device(device))
     part = slice(skipped, skipped + numel)
-    return _halves(words)[part], _halves(words << 8 | words >> 24)[part]
+    rotated = (words << 8).bitwise_or_((words >> 24).bitwise_and_(0xFF))
+    return _halves(words)[part], _halves(rotated)[part]
 
 
 def _halves(words: Tensor) -> Tensor:
-    """The lower and the upper 16 of the last 32 bits of each word, in this order."""
-    return torch.stack((words & 0xFFFF, words >> 16 & 0xFFFF), -1).to(torch.int32).reshape(-1)
+    """The lower and the upper 16 bits of each word, in this order, as memory has them."""
+    return words.view(torch.int16).view(-1).to(torch.int32).bitwise_and_(0xFFFF)

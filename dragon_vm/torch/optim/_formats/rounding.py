@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats.bits import MAX_BFLOAT16, bits_of, round_by, round_up, upper_half
+from dragon.vm.torch.optim._formats.bits import bits_of, round_by, round_up, upper_half
 from dragon.vm.torch.optim._formats.format import Part, required
 
 
@@ -56,7 +56,7 @@ class StochasticBfloat16:
     def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
         """Round by 16 random bits an element."""
         words = required(words, self.name)
-        parts[0].copy_(upper_half(round_by(bits_of(value), words, 16, MAX_BFLOAT16)))
+        parts[0].copy_(upper_half(round_by(bits_of(value), words, 16)))
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats.bits import (
-    MAX_24_BIT,
-    bits_of,
-    from_upper_half,
-    round_by,
-    upper_half,
-)
+from dragon.vm.torch.optim._formats.bits import bits_of, from_upper_half, round_by, upper_half
 from dragon.vm.torch.optim._formats.format import Part, required
 
 # Half a unit of the bf16 half. Ties go away from zero: to even, two masters would share their parts.
@@ -66,8 +60,7 @@ class Split8:
     def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
         """Round to 24 bits, by the upper 8 bits of the words if stochastic, and split them."""
         bits = bits_of(value)
-        carry = required(words, self.name) >> 8 if self.stochastic else torch.tensor(0x80, dtype=torch.int32)
-        bits = round_by(bits, carry, 8, MAX_24_BIT)
+        bits = round_by(bits, required(words, self.name) >> 8 if self.stochastic else 0x80, 8)
         parts[0].copy_(upper_half(bits + _HALF))
         parts[1].copy_((bits >> 8).to(torch.int8))
 
