@@ -32,7 +32,7 @@ FLOORS = (
     {"_groups", "_table"},
     {"_algorithms"},
     {"_formats", "_gradients"},
-    {"_distributed", "_graphs", "_options", KERNELS},
+    {"_distributed", "_graphs", "_options", "_hints", KERNELS},
 )
 FOLDERS_OF_OPTIM = {
     "_plan", "_backends", "_groups", "_table", "_algorithms", "_formats", "_gradients", "_distributed", "_graphs",

@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,25 +15,6 @@ from dragon.vm.torch.optim._graphs.live import LiveGroup
 
 from ..judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots
 from ..recorded import RecordedGraph
-
-
-def capture_on_device(step: Callable[[], Any]) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-@pytest.fixture(params=["recorded", pytest.param("cuda", marks=pytest.mark.gpu)])
-def graphed(request: Any, device: torch.device) -> Iterator[Any]:
-    """Where parameters live, and what turns a step into its replay."""
-    if request.param == "cuda":
-        yield torch.device("cuda"), capture_on_device
-    elif device.type != "cpu":
-        pytest.skip("a graph is captured rather than recorded")
-    else:
-        yield device, RecordedGraph().capture
 
 
 def make(where: torch.device, kind: Any = Adam, **options: Any) -> Any:
@@ -71,27 +52,6 @@ def merge(group: Any, number: int) -> None:
 def replace_by_tensor(group: Any, number: int) -> None:
     where = group["params"][0].device
     group["lr"] = 0.1 / number if where.type == "cpu" else torch.tensor(0.1 / number, device=where)
-
-
-@pytest.mark.parametrize("kind", [Adam, SGD])
-def test_a_replay_leaves_gradients_unscaled_by_the_scale_of_its_moment(graphed: Any, kind: Any) -> None:
-    where, capture = graphed
-    optimizer = make(where, kind, fused=True)
-    optimizer.grad_scale = torch.full((), 4.0, device=where)
-    optimizer.found_inf = torch.zeros((), device=where)
-    optimizer.step()
-    before = [param.grad.clone() for param in params_of(optimizer)]
-    replay = capture(optimizer.step)
-    assert same_bits([param.grad for param in params_of(optimizer)], before)
-    for number, found in ((3, 0.0), (5, 1.0), (7, 0.0)):
-        new_values(optimizer, number)
-        grads = [param.grad.clone() for param in params_of(optimizer)]
-        optimizer.grad_scale.fill_(number)
-        optimizer.found_inf.fill_(found)
-        replay()
-        # By a tensor: PyTorch multiplies with the reciprocal of a number on CUDA.
-        expected = grads if found else [grad / optimizer.grad_scale for grad in grads]
-        assert same_bits([param.grad for param in params_of(optimizer)], expected)
 
 
 @pytest.mark.parametrize("change", [set_rate, set_betas, set_several, merge, replace_by_tensor])
