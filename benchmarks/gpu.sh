@@ -137,10 +137,11 @@ stage_b() {
     fi
     # Without torch's cache each tensor is an allocation of its own: the first byte behind it is out of bounds.
     part memcheck 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${check[@]}" "${tests[@]}" --variant fp32
+    part memcheck_modes 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${check[@]}" "${tests[@]}" --variant mode
   fi
   if tool ncu; then
     [ $dry = no ] && profile=(ncu --clock-control none --set basic --section MemoryWorkloadAnalysis
-      --section WarpStateStats -k 'regex:update_kernel|norm_kernel' -c 4)
+      --section WarpStateStats -k 'regex:update_kernel|norm_kernel' -c 8)
     part ncu 35 "${profile[@]}" "$python" -m benchmarks.probe.profiled "${flag[@]}"
   fi
   pytests 30 timers gpu tests/tuning/test_timer.py tests/benchmarks/test_timing.py

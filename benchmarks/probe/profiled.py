@@ -1,4 +1,4 @@
-"""A few steps on one large tensor, with a gradient norm, for a profiler to look at."""
+"""A few steps on one large tensor, with a gradient norm, in fp32 and with 8-bit states: for a profiler."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -20,14 +21,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"
     from dragon.vm.torch.optim import Adam
 
-    param = torch.nn.Parameter(
-        torch.randn(2**12 if options.dry else 2**27, device="cpu" if options.dry else "cuda")
-    )
-    optimizer = Adam([param], max_grad_norm=1.0, backend="triton")
-    for _ in range(3):
-        param.grad = torch.randn_like(param)
-        optimizer.step()
-    print(f"3 steps with {param.numel():,} elements")
+    shape, device = ((64, 64), "cpu") if options.dry else ((8192, 16384), "cuda")
+    modes: dict[torch.dtype, dict[str, Any]] = {
+        torch.float32: {},
+        torch.bfloat16: {"master_weights": "split8", "state_dtype": "8bit"},
+    }
+    for dtype, mode in modes.items():
+        param = torch.nn.Parameter(torch.randn(shape, dtype=dtype, device=device))
+        optimizer = Adam([param], max_grad_norm=1.0, backend="triton", **mode)
+        for _ in range(2):
+            param.grad = torch.randn_like(param)
+            optimizer.step()
+        print(f"2 steps with {param.numel():,} elements of {dtype}")
     return 0
 
 
