@@ -99,7 +99,7 @@ def give_gradients(case: Case, params: list[torch.nn.Parameter], seed: int) -> N
             grad = grad.t().contiguous().t() if grad.dim() > 1 else grad
         elif layout == "expanded" and grad.numel():
             grad = grad.flatten()[:1].sum().expand(grad.shape)
-        elif layout == "shared" and index == 1:
+        elif layout == "shared" and index == 1 and params[0].grad.dtype == grad.dtype:
             grad = params[0].grad.view(grad.shape)
         elif layout == "wide" and "flatten" not in case.options and not grad.is_complex():
             grad = grad.to(FP64 if grad.dtype == FP64 else FP32)
