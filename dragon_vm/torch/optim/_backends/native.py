@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, FusedOptions
-from dragon.vm.torch.optim._backends.fused_calls import FusedCall, FusedPlanner
+from dragon.vm.torch.optim._backends.fused_calls import FusedCall, FusedPlanner, in_pieces
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._backends.threads import on_one_thread
 from dragon.vm.torch.optim._gradients.norms import as_real
@@ -103,17 +103,19 @@ class NativeGroup:
             if chosen[0].is_complex():
                 chosen, chosen_grads = list(map(as_real, chosen)), list(map(as_real, chosen_grads))
                 chosen_states = [list(map(as_real, state)) for state in chosen_states]
-            if call.factor != 1 or call.bound:
-                chosen_grads = call.limited(chosen_grads)
             step = steps[call.first] if len(steps) > 1 else next(iter(steps), 0.0)
-            self._algorithm.fused(
-                chosen,
-                chosen_grads,
-                chosen_states,
-                list(call.pick(counters)) if counters else [],
-                FusedOptions(call.numbers, call.group),
-                step,
-            )
+            chosen_counters = list(call.pick(counters)) if counters else []
+            options = FusedOptions(call.numbers, call.group)
+            if not call.needs_copies:
+                self._algorithm.fused(chosen, chosen_grads, chosen_states, chosen_counters, options, step)
+            elif call.is_small:
+                limited = call.limited(chosen_grads)
+                self._algorithm.fused(chosen, limited, chosen_states, chosen_counters, options, step)
+            else:
+                for index, (param, grad, *pieces) in in_pieces([chosen, chosen_grads, *chosen_states]):
+                    own_counter = chosen_counters[index : index + 1]
+                    own_states = [[piece] for piece in pieces]
+                    self._algorithm.fused([param], call.limited([grad]), own_states, own_counter, options, step)
 
 
 class _Counters:
