@@ -1,4 +1,4 @@
-"""Large gradients that a native step must copy are copied piece by piece: the bits stay, and so do the gradients."""
+"""Large gradients that a native step copies are copied piece by piece: the bits stay, and so do the gradients."""
 
 from typing import Any
 
