@@ -1,14 +1,19 @@
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.memory import steps
 from benchmarks.memory.adam import MODES, FormatAdam
 from benchmarks.memory.histories import HISTORIES, largest_update
 from benchmarks.memory.peers import Dynamic, Float8, LinearRoot, Softsign, _dynamic_table
 from benchmarks.memory.training import train_digits, train_text
 from dragon.vm.torch.optim._formats import Format
 
+STEPS = Path(__file__).parents[2] / "benchmarks" / "results" / "memory" / "steps.jsonl"
 OURS = [name for name, mode in MODES.items() if mode.bounded]
 
 
@@ -73,3 +78,20 @@ def test_every_mode_learns(name: str) -> None:
 def test_the_transformer_learns() -> None:
     outcome = train_text(MODES["fp32"], 0, 10)
     assert outcome.losses[-1] < outcome.losses[0]
+
+
+def test_every_mode_is_timed_beside_fp32() -> None:
+    records = steps.measure(["split16", "split8, 8bit"], ((64, 64), (64,)), 1)
+    assert [record["mode"] for record in records] == ["fp32", "split16", "split8, 8bit"]
+    assert records[0]["ratio"] == 1
+    assert all(record["numel"] == 64 * 65 and record["ratio"] > 0 for record in records)
+
+
+def test_the_page_tells_the_measured_times() -> None:
+    ratios = {line["mode"]: line["ratio"] for line in map(json.loads, STEPS.read_text().splitlines())}
+    page = (STEPS.parents[3] / "docs" / "memory.md").read_text()
+    (sentence,) = re.findall(r"On one thread and GPT-2's shapes .*?\.memory\.steps`", page, re.DOTALL)
+    told = ["fp32 masters", "split16", "bf16 states", "8bit", "split8, 8bit"]
+    assert [int(number) for number in re.findall(r"(\d+) times", sentence)] == [
+        round(ratios[mode]) for mode in told
+    ]

@@ -36,6 +36,11 @@ def _numpy() -> Any:
     return numpy
 
 
+def numpy_of(device: torch.device) -> Any:
+    """NumPy, which does some operations faster, for tensors on the CPU; None on other devices and without it."""
+    return _numpy() if device.type == "cpu" else None
+
+
 def square_root(value: Tensor) -> Tensor:
     """The correctly rounded square root of fp32.
 
@@ -43,7 +48,7 @@ def square_root(value: Tensor) -> Tensor:
     is the processor's. The root in fp64 is off by less than the distance of any exact root from the middle of two
     fp32 numbers, and takes five times as long.
     """
-    numpy = _numpy() if value.device.type == "cpu" else None
+    numpy = numpy_of(value.device)
     if numpy is None:
         return value.double().sqrt().float()
     with numpy.errstate(invalid="ignore"):

@@ -75,9 +75,9 @@ def _inverse(d: Tensor) -> Tensor:
 def _fourth_root(x: Tensor) -> Tensor:
     """x^(1/4) up to a constant factor and a relative error of 1.4e-5."""
     y = (_GUESS - (x.view(torch.int32) >> 2)).view(torch.float32)
-    root = x * (y * y * y)
+    root = (y * y).mul_(y).mul_(x)
     e = root * y
-    return root * (_E0 + e * (_E1 + e * (_E2 - e)))
+    return (_E2 - e).mul_(e).add_(_E1).mul_(e).add_(_E0).mul_(root)
 
 
 def _square(steps: Tensor, scale: Tensor) -> Tensor:
@@ -91,8 +91,8 @@ def _square(steps: Tensor, scale: Tensor) -> Tensor:
 
 
 def _last_byte(steps: Tensor) -> Tensor:
-    """Integers with the rounded steps as their last byte."""
-    return (steps + _INTEGER).view(torch.int32)
+    """Integers with the rounded steps as their last byte, in the memory of the steps."""
+    return steps.add_(_INTEGER).view(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,12 @@ def _step_stochastically(value: Tensor, steps: Tensor, scale: Tensor, words: Ten
     The decoded second moments themselves decide: a value that has a code gets that code. No value moves on from
     the largest code: the rounding of the root is less than 2^-17 of a step.
     """
-    steps = steps + _INTEGER - _INTEGER
+    steps = (steps + _INTEGER).sub_(_INTEGER)
     here = _square(steps, scale)
     gap = value - here
     direction = gap.sign()
     distance = _square(steps + direction, scale).sub_(here).abs_()
-    uniform = (words.float() + 0.5).mul_(2.0**-16)
+    uniform = words.float().add_(0.5).mul_(2.0**-16)
     # As fp32, 1 or 0.
     is_moving = uniform.mul_(distance).lt_(gap.abs_())
     return is_moving.mul_(direction).add_(steps)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dragon.vm.torch.optim._formats.bits import numpy_of
 
 N_ROUNDS = 7
 # Elements that share a call of `philox_4x32`: each takes 16 of its 128 bits.
@@ -15,7 +17,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
-Words = tuple[Tensor, Tensor, Tensor, Tensor]
+# Tensors, or NumPy's arrays.
+Words = tuple[Any, Any, Any, Any]
 
 
 class Rounding(NamedTuple):
@@ -37,11 +40,10 @@ class Rounding(NamedTuple):
 def philox_4x32(counter: Words, key: tuple[int, int], n_rounds: int = N_ROUNDS) -> Words:
     """Encrypt a counter: Philox-4x32 of J. Salmon et al. (2011), https://doi.org/10.1145/2063384.2063405.
 
-    Seven rounds pass BigCrush there. Counter words that are one-element tensors are multiplied once, not for each
-    element.
+    Seven rounds pass BigCrush there. A counter word that has one element is multiplied once, not for each element.
 
     Args:
-        counter: int64 tensors of 32-bit words, of shapes that broadcast.
+        counter: int64 tensors or arrays of 32-bit words, of shapes that broadcast.
         key: two 32-bit words.
         n_rounds: rounds to run.
     """
@@ -51,8 +53,8 @@ def philox_4x32(counter: Words, key: tuple[int, int], n_rounds: int = N_ROUNDS) 
         # An int64 product wraps: its bits are those of the unsigned one. Only factors must have 32 bits.
         product_0 = c0 * _MULTIPLIERS[0]
         product_1 = c2 * _MULTIPLIERS[1]
-        c0 = ((product_1 >> 32) ^ c1 ^ k0).bitwise_and_(_MASK)
-        c2 = ((product_0 >> 32) ^ c3 ^ k1).bitwise_and_(_MASK)
+        c0 = ((product_1 >> 32) ^ c1 ^ k0) & _MASK
+        c2 = ((product_0 >> 32) ^ c3 ^ k1) & _MASK
         c1, c3 = product_1, product_0
         k0 = (k0 + _KEY_STEPS[0]) & _MASK
         k1 = (k1 + _KEY_STEPS[1]) & _MASK
@@ -65,11 +67,13 @@ def _calls(first: int, last: int, rounding: Rounding, device: torch.device) -> T
     # Below 2^34 elements the upper word is 0 for all: one element stands for them.
     upper = index >> 32 if last >> 32 else index.new_zeros(1)
     step = torch.as_tensor(rounding.step, device=device).to(torch.int64).reshape(1)
-    counter = (index & _MASK, upper, step, index.new_full((1,), rounding.stream))
+    counter: Words = (index & _MASK, upper, step, index.new_full((1,), rounding.stream))
+    if numpy_of(device) is not None:
+        counter = tuple(word.numpy() for word in counter)
     key = (rounding.seed & _MASK, rounding.seed >> 32 & _MASK)
     words = torch.empty(index.numel(), 4, dtype=torch.int32, device=device)
     for column, word in zip(words.unbind(1), philox_4x32(counter, key), strict=True):
-        column.copy_(word)
+        column.copy_(torch.as_tensor(word))
     return words
 
 

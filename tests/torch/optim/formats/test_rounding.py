@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import Plain, StochasticBfloat16, UpwardBfloat16, square_root
+from dragon.vm.torch.optim._formats import (
+    Plain,
+    Rounding,
+    StochasticBfloat16,
+    UpwardBfloat16,
+    bits,
+    philox,
+    random_words,
+    square_root,
+)
 
 WORDS = torch.arange(65536, dtype=torch.int32)
 LARGEST = torch.finfo(torch.bfloat16).max
@@ -93,6 +102,29 @@ def test_plain_storage_is_a_cast(dtype: torch.dtype) -> None:
     assert Plain(dtype).name == str(dtype).removeprefix("torch.")
 
 
+@pytest.fixture(params=["NumPy", "PyTorch alone"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "PyTorch alone":
+        for module in (bits, philox):
+            monkeypatch.setattr(module, "numpy_of", lambda device: None)
+    else:
+        assert bits.numpy_of(torch.device("cpu")) is not None
+
+
+@pytest.mark.usefixtures("arithmetic")
+def test_words_are_the_same_with_and_without_numpy() -> None:
+    first, second = random_words(Rounding(2**63 + 12345, 2**32 - 1, torch.tensor(7.0), 2**36 - 40), 64)
+    assert first[:4].tolist() == [23097, 36106, 20587, 1862]
+    assert second[-4:].tolist() == [1527, 43513, 62104, 40416]
+
+
+@pytest.mark.usefixtures("arithmetic")
+def test_the_root_of_what_has_none_is_nan() -> None:
+    assert square_root(torch.tensor([-1.0, torch.nan, torch.inf, 0.0])).tolist()[2:] == [torch.inf, 0.0]
+    assert square_root(torch.tensor([-1.0, torch.nan])).isnan().all()
+
+
+@pytest.mark.usefixtures("arithmetic")
 def test_roots_are_correctly_rounded() -> None:
     value = numbers(1000).abs()
     root = square_root(value).double()

@@ -1,0 +1,100 @@
+"""Time a step of the native backend in each memory mode beside its fp32 step.
+
+It is run by ``python -m benchmarks.memory.steps``.
+
+The modes take turns on GPT-2's shapes. A ratio is the median over the rounds of a mode's time by that of fp32 in
+the same round. On one thread the time is the processor's, which other processes do not add to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import describe
+from dragon.vm.measuring.shapes import Shapes, gpt2
+from dragon.vm.torch.optim import AdamW
+
+BF16, FP32 = torch.bfloat16, torch.float32
+REFERENCE = "fp32"
+
+# The parameters' dtype and the options of each mode.
+MODES: Mapping[str, tuple[torch.dtype, Mapping[str, Any]]] = {
+    REFERENCE: (FP32, {}),
+    "bf16 states": (FP32, {"state_dtype": BF16}),
+    "8bit": (FP32, {"state_dtype": "8bit"}),
+    "split16": (BF16, {"master_weights": "split16"}),
+    "split16, bf16 states": (BF16, {"master_weights": "split16", "state_dtype": BF16}),
+    "split8, bf16 states": (BF16, {"master_weights": "split8", "state_dtype": BF16}),
+    "split8, 8bit": (BF16, {"master_weights": "split8", "state_dtype": "8bit"}),
+    "fp32 masters": (BF16, {"master_weights": FP32}),
+    "bf16 stochastic, bf16 states": (BF16, {"stochastic_rounding": True, "state_dtype": BF16}),
+    "bf16 stochastic, 8bit": (BF16, {"stochastic_rounding": True, "state_dtype": "8bit"}),
+}
+
+
+def optimizer_of(mode: str, shapes: Shapes) -> AdamW:
+    """The optimizer of parameters with gradients, after its first step."""
+    dtype, options = MODES[mode]
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    for param in params:
+        param.grad = (torch.randn(param.shape, generator=generator) * 1e-2).to(dtype)
+    optimizer = AdamW(params, backend="native", **options)
+    optimizer.step()
+    return optimizer
+
+
+def measure(modes: list[str], shapes: Shapes, n_rounds: int) -> list[dict[str, Any]]:
+    """One record a mode: the median time and the ratio to fp32."""
+    optimizers = {mode: optimizer_of(mode, shapes) for mode in {REFERENCE: None, **dict.fromkeys(modes)}}
+    times: dict[str, list[float]] = {mode: [] for mode in optimizers}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    for _ in range(n_rounds):
+        for mode, optimizer in optimizers.items():
+            start = clock()
+            optimizer.step()
+            times[mode].append(clock() - start)
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    return [
+        {
+            "mode": mode,
+            "numel": numel,
+            "threads": torch.get_num_threads(),
+            "step_ms": round(1e3 * statistics.median(taken), 2),
+            "ratio": round(statistics.median(map(float.__truediv__, taken, times[REFERENCE])), 2),
+        }
+        for mode, taken in times.items()
+    ]
+
+
+def main() -> None:
+    """Print a line a mode; the command line is described by ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory.steps", description=__doc__)
+    parser.add_argument("--layers", type=int, default=12, help="of GPT-2; 12 are the model of 124M parameters")
+    parser.add_argument("--vocabulary", type=int, default=50257)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--mode", action="append", choices=MODES, help="may be repeated; by default all")
+    parser.add_argument("--output", type=Path, help="a file to write one JSON line a mode to")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    shapes = gpt2(options.layers, 768, options.vocabulary)
+    records = measure(options.mode or list(MODES), shapes, options.rounds)
+    for record in records:
+        print(f"{record['mode']:30} {record['step_ms']:10.1f} ms {record['ratio']:8.2f} x fp32")
+    if options.output:
+        environment = describe(torch.device("cpu"))
+        lines = [json.dumps({**record, "environment": environment}) + "\n" for record in records]
+        options.output.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
