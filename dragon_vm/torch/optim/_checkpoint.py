@@ -254,7 +254,7 @@ def _fill(copy: State, state: State, param: Tensor) -> None:
     for key, value in state.items():
         if key in ("step", "ema") and key in copy:
             copy[key].copy_(placed_like(copy[key], value))
-        elif key in copy or is_part(key):
+        elif key in copy or f"{key}_q8" in copy or is_part(key):
             continue
         elif isinstance(value, Tensor):
             copy[key] = value.detach().to(param.device, copy=True)
