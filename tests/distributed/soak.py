@@ -16,7 +16,9 @@ from .factories import params_of
 from .memory import Alone, Run, as_param, unexpected
 
 
-def interleaved(kind: str, mode: str, name: str, options: dict[str, Any], events: list[Any], n_late: int) -> list[str]:
+def interleaved(
+    kind: str, mode: str, name: str, options: dict[str, Any], events: list[Any], n_late: int
+) -> list[str]:
     """What differs after some events, each a name of a function below and its arguments."""
     run = Run(kind, mode, name, n_late, **options)
     alone = Alone(run)
@@ -98,6 +100,4 @@ def load(each: Run, how: str) -> None:
         set_optimizer_state_dict(each.model, each.optimizer, state, options=options)
 
 
-EVENTS = {
-    function.__name__: function for function in (step, sum_up, skip, change, write, average, join, load)
-}
+EVENTS = {function.__name__: function for function in (step, sum_up, skip, change, write, average, join, load)}

@@ -9,7 +9,14 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from dragon.vm.torch.optim import AdamW
 
@@ -21,8 +28,8 @@ SHAPES = ((64, 64), (37,), (3, 5, 7))
 SEEDS = st.integers(0, 2**32)
 MISSING = st.just(set()) | st.sets(st.integers(0, 3), max_size=2)
 OPTIONS: tuple[dict[str, Any], ...] = (
-    {}, {"flatten": True}, {"max_grad_norm": 1e9}, {"ema_decay": 0.9}, {"amsgrad": True}, {"native_state_dict": True},
-    {"amsgrad": True, "ema_decay": 0.5, "native_state_dict": True},
+    {}, {"flatten": True}, {"max_grad_norm": 1e9}, {"ema_decay": 0.9}, {"amsgrad": True},
+    {"native_state_dict": True}, {"amsgrad": True, "ema_decay": 0.5, "native_state_dict": True},
 )  # fmt: skip
 CHANGES = st.fixed_dictionaries(
     {"lr": st.sampled_from([0.0, 1e-3, 0.1])},
@@ -57,7 +64,7 @@ class Modes(RuleBasedStateMachine):
     def start(self, mode: str, options: dict[str, Any], seed: int) -> None:
         self.dtype, own = MODES[mode]
         self.options = {"lr": 1e-2, "skip_nonfinite": True, **own, **options}
-        self.optimizers = []
+        self.optimizers, self.is_written = [], False
         for backend in self.backends:
             params = [torch.nn.Parameter(drawn(shape, seed, self.dtype)) for shape in SHAPES]
             # Without a mode of its own a tensor is PyTorch's, which rounds otherwise than the kernels.
@@ -67,7 +74,7 @@ class Modes(RuleBasedStateMachine):
 
     def is_plain(self, own: dict[str, Any]) -> bool:
         """Whether some tensor has fp32 states and no rounding."""
-        return own.get("state_dtype") == "8bit" and "master_weights" not in own or "one bf16" in str(own)
+        return (own.get("state_dtype") == "8bit" and "master_weights" not in own) or "exp_avg" in str(own)
 
     def parameters(self) -> Any:
         return zip(*map(params_of, self.optimizers), strict=True)
@@ -93,6 +100,11 @@ class Modes(RuleBasedStateMachine):
     def skip(self, seed: int, index: int, bad: float) -> None:
         """A step with a non-finite gradient changes no code, scale, remainder or counter."""
         self.give_gradients(set(), seed)
+        if self.is_written:
+            # A step notices writes, also if it is skipped.
+            for optimizer in self.optimizers:
+                optimizer.resync_master()
+        self.is_written = False
         for param in (param for twins in self.parameters() for param in twins):
             # A first step makes states, skipped or not.
             if not any(optimizer.state.get(param) for optimizer in self.optimizers):
@@ -128,6 +140,7 @@ class Modes(RuleBasedStateMachine):
     @rule(index=st.integers(0, 4), factor=st.sampled_from([0.5, -1.0, 3.0]))
     def write(self, index: int, factor: float) -> None:
         """A parameter that somebody wrote to is its own master."""
+        self.is_written = True
         for optimizer in self.optimizers:
             params = params_of(optimizer)
             with torch.no_grad():
@@ -182,15 +195,19 @@ class Modes(RuleBasedStateMachine):
                 {key: value for key, value in group.items() if key not in MODES_OPTIONS}
                 for group in optimizer.param_groups
             ]
-            backend = ("eager" if self.is_plain(own) else "native") if self.backends[i] == "native" else self.backends[i]
+            backend = (
+                ("eager" if self.is_plain(own) else "native") if self.backends[i] == "native" else self.backends[i]
+            )
             self.optimizers[i] = AdamW(groups, backend=backend, **self.options)
             self.optimizers[i].load_state_dict(saved)
+        self.train(set(), data.draw(SEEDS), False)
 
     def everything(self, optimizer: Any) -> list[Any]:
         """Parameters and states, but for numbers that a dict does not hold as long as nothing was rounded anew."""
         params = params_of(optimizer)
         states = [
-            {key: value for key, value in optimizer.state.get(param, {}).items() if key != "stream"} for param in params
+            {key: value for key, value in optimizer.state.get(param, {}).items() if key != "stream"}
+            for param in params
         ]
         return [[param.detach() for param in params], states]
 
@@ -204,7 +221,7 @@ class Modes(RuleBasedStateMachine):
 
 MODES_OPTIONS = ("state_dtype", "stochastic_rounding", "master_weights", "bound_betas")
 # Runs for each example of other tests; fewest where kernels are interpreted.
-SHARES = {("eager", "native"): 1.0, ("eager", "native", "triton"): 0.2}
+SHARES = {("eager", "native"): 0.4, ("eager", "native", "triton"): 0.08}
 
 
 @pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded to nearest")
@@ -212,4 +229,4 @@ SHARES = {("eager", "native"): 1.0, ("eager", "native", "triton"): 0.2}
 def test_backends_agree_through_any_interleaving(backends: tuple[str, ...]) -> None:
     machine = type("Modes", (Modes,), {"backends": backends})
     runs = max(int(settings().max_examples * SHARES[backends]), 1)
-    run_state_machine_as_test(machine, settings=settings(max_examples=runs, stateful_step_count=15))
+    run_state_machine_as_test(machine, settings=settings(max_examples=runs, stateful_step_count=12))

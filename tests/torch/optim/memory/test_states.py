@@ -46,12 +46,31 @@ def test_pytorchs_adam_refuses_the_native_form() -> None:
         other.step()
 
 
+def test_the_native_form_has_what_process_groups_can_send() -> None:
+    params, optimizer = make("split16", native_state_dict=True)
+    train(params, optimizer, 2)
+    saved, kept = optimizer.state_dict()["state"][0], optimizer.state[params[0]]
+    assert saved["param_remainder"].dtype == BF16
+    assert torch.equal(saved["param_remainder"].view(torch.int16), kept["param_remainder"])
+    assert {type(value) for value in saved.values()} == {torch.Tensor, int}
+
+
 def test_an_unknown_native_form_is_refused() -> None:
     params, optimizer = make("8bit", native_state_dict=True)
     train(params, optimizer, 1)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][1]["storage"] = 2
     with pytest.raises(ValueError, match="storage 2 for parameter 1, not 1"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("key", ["param_remainder", "master_param"])
+def test_misshapen_masters_are_refused(key: str) -> None:
+    params, optimizer = make("split16", native_state_dict=key == "param_remainder")
+    train(params, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1][key] = saved["state"][1][key][:1]
+    with pytest.raises(ValueError, match=rf"{key} of shape \(1, 192\) .* for parameter 1"):
         optimizer.load_state_dict(saved)
 
 
