@@ -221,7 +221,7 @@ class Modes(RuleBasedStateMachine):
 
 MODES_OPTIONS = ("state_dtype", "stochastic_rounding", "master_weights", "bound_betas")
 # Runs for each example of other tests; fewest where kernels are interpreted.
-SHARES = {("eager", "native"): 0.4, ("eager", "native", "triton"): 0.08}
+SHARES = {("eager", "native"): 1.0, ("eager", "native", "triton"): 0.08}
 
 
 @pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded to nearest")
