@@ -70,7 +70,9 @@ def fsdp2(dtype: torch.dtype, mesh: Any = None, **options: Any) -> nn.Module:
 
 def tensor_parallel(dtype: torch.dtype, mesh: Any = None) -> nn.Module:
     model = EvenWide().to(dtype)
-    return parallelize_module(model, mesh or world_mesh(), {"first": ColwiseParallel(), "second": RowwiseParallel()})
+    return parallelize_module(
+        model, mesh or world_mesh(), {"first": ColwiseParallel(), "second": RowwiseParallel()}
+    )
 
 
 def fsdp2_and_tp(dtype: torch.dtype) -> nn.Module:
@@ -110,12 +112,17 @@ def as_param(param: Any, value: Tensor) -> Tensor:
         return value
     placed = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
     return DTensor.from_local(
-        placed.to_local(), param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+        placed.to_local(),
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
     )
 
 
 class Run:
-    """A model under a wrapper and its optimizer. Gradients are given by hand once the wrapper has reduced its own."""
+    """A model under a wrapper and its optimizer. Gradients are given by hand after the wrapper's own reduction."""
 
     def __init__(self, kind: str, mode: str, name: str, n_late: int = 0, **options: Any) -> None:
         self.dtype, own = MODES[mode]
@@ -166,7 +173,9 @@ class Alone(Run):
 
     def __init__(self, run: Run) -> None:
         self.dtype, self.names, self.releases, self.step = run.dtype, run.names, False, 0
-        self.model = (Wide if hasattr(getattr(run.model, "module", run.model), "last") else EvenWide)().to(run.dtype)
+        self.model = (Wide if hasattr(getattr(run.model, "module", run.model), "last") else EvenWide)().to(
+            run.dtype
+        )
         named = dict(self.model.named_parameters())
         self.params = [named[name] for name in run.names]
         first = len(self.params) - len(run.late)

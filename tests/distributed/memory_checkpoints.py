@@ -79,7 +79,9 @@ def whole_dicts(kind: str, modes: list[str], name: str) -> dict[str, list[str]]:
                 run, fresh = (Run(kind, mode, name, native_state_dict=is_native) for _ in range(2))
                 run.train(range(2))
                 # PyTorch's own load would share the step counters of the running optimizer.
-                state = copy.deepcopy(dicts(run.model, run.optimizer, full_state_dict=True, cpu_offload=is_from_first))
+                state = copy.deepcopy(
+                    dicts(run.model, run.optimizer, full_state_dict=True, cpu_offload=is_from_first)
+                )
                 load(fresh, state, full_state_dict=True, broadcast_from_rank0=is_from_first)
                 for each in (run, fresh):
                     each.train(range(2, N_STEPS))
@@ -113,7 +115,9 @@ def load_in_other_mode(kind: str, source: str, target: str, folder: str, saver: 
     if loader != "torch":
         return differing(found, expected)
     # DCP does not ask for entries that PyTorch's optimizer has not; its operations round shards otherwise.
-    return [key for key, value in found.items() if not torch.allclose(value.float(), expected[key].float(), atol=1e-6)]
+    return [
+        key for key, value in found.items() if not torch.allclose(value.float(), expected[key].float(), atol=1e-6)
+    ]
 
 
 def _alone(kind: str, mode: str, name: str) -> Run:

@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -13,10 +12,13 @@ from torch.distributed.checkpoint.state_dict import (
 
 from dragon.vm.torch.optim import AdamW
 
-from .memory import Alone, Run, unexpected
+from .factories import params_of
+from .memory import Alone, Run, as_param, unexpected
 
 
-def interleaved(kind: str, mode: str, name: str, options: dict[str, Any], events: list[Any], n_late: int) -> list[str]:
+def interleaved(
+    kind: str, mode: str, name: str, options: dict[str, Any], events: list[Any], n_late: int
+) -> list[str]:
     """What differs after some events, each a name of a function below and its arguments."""
     run = Run(kind, mode, name, n_late, **options)
     alone = Alone(run)
@@ -42,17 +44,17 @@ def sum_up(each: Run, seed: int) -> None:
 
 
 def skip(each: Run, seed: int, index: int) -> None:
-    """A step in which one process has an infinite gradient."""
+    """A step with one infinite element, in whichever processes have it."""
     each.backward(seed)
-    param = each.params[index % len(each.params)]
-    shard = getattr(param.grad, "_local_tensor", param.grad)
-    if shard.numel() and (isinstance(each, Alone) or shard is param.grad or dist.get_rank() == 0):
-        shard.view(-1)[0] = torch.inf
+    known = params_of(each.optimizer)
+    param = known[index % len(known)]
+    poison = torch.zeros(param.shape, dtype=param.dtype)
+    poison.view(-1)[seed % poison.numel()] = torch.inf
+    param.grad = param.grad + as_param(param, poison)
     n_skipped = each.optimizer.n_skipped_steps
     each.optimizer.step()
     each.optimizer.zero_grad()
-    if shard is param.grad:
-        assert each.optimizer.n_skipped_steps == n_skipped + 1
+    assert each.optimizer.n_skipped_steps == n_skipped + 1
 
 
 def change(each: Run, changes: dict[str, Any]) -> None:
@@ -91,12 +93,11 @@ def load(each: Run, how: str) -> None:
         # PyTorch's checkpoint functions want all parameters of the model in the optimizer.
         each.optimizer.load_state_dict(copy.deepcopy(each.optimizer.state_dict()))
     else:
-        options = StateDictOptions(full_state_dict=how == "full", broadcast_from_rank0=how == "full")
+        # Not strict: a parameter that joined a moment ago has no state.
+        options = StateDictOptions(full_state_dict=how == "full", broadcast_from_rank0=how == "full", strict=False)
         saving = StateDictOptions(full_state_dict=how == "full", cpu_offload=how == "full")
         state = copy.deepcopy(get_optimizer_state_dict(each.model, each.optimizer, options=saving))
         set_optimizer_state_dict(each.model, each.optimizer, state, options=options)
 
 
-EVENTS = {
-    function.__name__: function for function in (step, sum_up, skip, change, write, average, join, load)
-}
+EVENTS = {function.__name__: function for function in (step, sum_up, skip, change, write, average, join, load)}

@@ -89,10 +89,10 @@ def poison(optimizer: Any) -> None:
         next(shard for shard in shards if shard.numel()).view(-1)[0] = torch.inf
 
 
-def skipped(kind: str, name: str) -> list[int]:
+def skipped(kind: str, name: str, **options: Any) -> list[int]:
     """The steps that were skipped; a skipped one changes no parameter."""
     wrapped = WRAPPERS[kind]()
-    optimizer = make(name, wrapped.groups, skip_nonfinite=True, **group_options(wrapped))
+    optimizer = make(name, wrapped.groups, skip_nonfinite=True, **options, **group_options(wrapped))
     counts = []
     for step in range(N_STEPS):
         backward(wrapped, step)
@@ -147,6 +147,17 @@ def without_gradients(name: str) -> list[float]:
         optimizer.step()
     assert bool(param.any()) == (dist.get_rank() > 0)
     return [float(optimizer.grad_norm), param.tolist()[0]]
+
+
+def extreme(name: str, size: float) -> tuple[float, float]:
+    """The norm of float64 gradients of one size, and PyTorch's."""
+    mesh = world_mesh()
+    param = nn.Parameter(distribute_tensor(torch.zeros(7, 3, dtype=torch.float64), mesh, [Shard(0)]))
+    optimizer = make(name, [param], max_grad_norm=MAX_NORM)
+    param.grad = distribute_tensor(torch.full((7, 3), size, dtype=torch.float64), mesh, [Shard(0)])
+    theirs = whole(nn.utils.get_total_norm([param.grad]))
+    optimizer.step()
+    return float(optimizer.grad_norm), float(theirs)
 
 
 def calls_of_a_step(name: str, n_params: int, is_distributed: bool) -> int:

@@ -46,7 +46,8 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     releases = kind != "ddp" and draw(st.booleans())
     options = draw(
         st.fixed_dictionaries(
-            {}, optional={"amsgrad": st.booleans(), "ema_decay": st.sampled_from([0.5, 0.9]), "rounding_seed": SEEDS}
+            {},
+            optional={"amsgrad": st.booleans(), "ema_decay": st.sampled_from([0.5, 0.9]), "rounding_seed": SEEDS},
         )
     )
     options |= {"native_state_dict": draw(st.booleans())}

@@ -60,7 +60,9 @@ def test_each_tensors_norm_is_that_of_one_process(
 def test_all_processes_skip_a_step_in_which_one_has_an_infinity(
     cluster: Cluster, name: str, kind: str, n_processes: int
 ) -> None:
-    assert cluster.run(n_processes, "steps:skipped", kind=kind, name=name) == [[0, 1, 1, 2]] * n_processes
+    for options in ({}, {"clip_norm": 1.0}) if kind != "fsdp1" else ({},):
+        found = cluster.run(n_processes, "steps:skipped", kind=kind, name=name, **options)
+        assert found == [[0, 1, 1, 2]] * n_processes
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1e9}, {"skip_nonfinite": True}], ids=str)
@@ -100,6 +102,18 @@ def test_a_norm_makes_no_step_wait_for_the_device(cluster: Cluster, kind: str, o
 def test_a_process_without_gradients_takes_part(cluster: Cluster, name: str, n_processes: int) -> None:
     results = cluster.run(n_processes, "steps:without_gradients", name=name)
     assert [norm for norm, _ in results] == [math.sqrt(36 * (n_processes - 1))] * n_processes
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e150, 1e200])
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+def test_squares_overflow_where_those_of_one_process_and_of_torch_do(
+    cluster: Cluster, name: str, n_processes: int, size: float
+) -> None:
+    for backend in (name, "triton"):
+        results = cluster.run(n_processes, "steps:extreme", name=backend, size=size)
+        expected = math.sqrt(21) * size if size < 1e154 else math.inf
+        assert [ours for ours, _ in results] == pytest.approx([expected] * n_processes, rel=1e-14)
+        assert [theirs for _, theirs in results] == pytest.approx([expected] * n_processes, rel=1e-14)
 
 
 def test_a_distributed_parameter_costs_no_more_calls_than_a_plain_one(cluster: Cluster, name: str) -> None:

@@ -43,6 +43,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
     _algorithm: Algorithm
     _settings: Settings
+    # Inside swap_ema(), the shards of parameters as they are without it.
+    _originals: dict[Tensor, Tensor]
     # Between the check of a state dict and the end of its loading.
     _restored: dict[Tensor, State] | None = None
 
@@ -66,7 +68,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         convert = tagged_state if is_native else pytorch_state
         saved["state"] = {
-            key: convert(params[key], entries, key)
+            key: convert(self._own_value(params[key]), entries, key)
             if isinstance(key, int) and isinstance(entries, dict)
             else entries
             for key, entries in saved["state"].items()
@@ -78,6 +80,11 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def _follows_dragon(self, group: Group) -> bool:
         """Whether the parameters of a group are Dragon's own."""
         raise NotImplementedError
+
+    def _own_value(self, param: Tensor) -> Tensor:
+        """A parameter as it is outside swap_ema(): remainders belong to it, not to the average."""
+        original = self._originals.get(param)
+        return param if original is None else distributed_like(param, original)
 
     def _complete_groups(self, earlier: Sequence[Group]) -> None:
         """Give loaded groups what they do not know, as earlier ones had it, and leave only options of groups."""
@@ -254,7 +261,7 @@ def _fill(copy: State, state: State, param: Tensor) -> None:
     for key, value in state.items():
         if key in ("step", "ema") and key in copy:
             copy[key].copy_(placed_like(copy[key], value))
-        elif key in copy or is_part(key):
+        elif key in copy or f"{key}_q8" in copy or is_part(key):
             continue
         elif isinstance(value, Tensor):
             copy[key] = value.detach().to(param.device, copy=True)

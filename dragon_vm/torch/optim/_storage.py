@@ -69,9 +69,9 @@ class StoringOptimizer(AccumulatingOptimizer):
         for name, param, group in self._named_params():
             if group["master_weights"] is not None and param.requires_grad:
                 state = self.state.get(param, {})
-                form = held_master(state, param)
-                value = decode_entry(param, state, "param", form) if form else None
-                yield name, param.detach().float() if value is None else unflat(param, value.clone())
+                own, form = self._own_value(param), held_master(state, param)
+                value = decode_entry(own, state, "param", form) if form else None
+                yield name, own.detach().float() if value is None else unflat(own, value.clone())
 
     def resync_master(self) -> None:
         """Make the parameters, as they are now, their own masters.

@@ -24,7 +24,7 @@ from dragon.vm.torch.optim._groups.storage import (
     unflat,
 )
 
-# The entry of a native state that says how its parts are to be read. A number: PyTorch's flat dicts have no strings.
+# The entry of a native state that says how its parts are to be read. PyTorch's flat dicts take numbers alone.
 FORMAT_KEY, FORMAT = "storage", 1
 # The entry of PyTorch's form that has a master in fp32.
 MASTER = "master_param"

@@ -42,7 +42,8 @@ def checked_state(
         if not isinstance(value, Tensor) or value.shape != shape or value.is_complex() != param.is_complex():
             found = f"shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(
-                f"loaded state dict has {key} of {found} for {label} of shape {tuple(param.shape)} and {param.dtype}"
+                f"loaded state dict has {key} of {found} for {label} "
+                f"of shape {tuple(param.shape)} and {param.dtype}"
             )
     if not algorithm.counts_steps(group):
         return {name: value for name, value in state.items() if algorithm.saves_steps or name != "step"}

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dragon.vm.torch.optim._backends import piecewise
+
 from .modes import MODES, bits, make, train
 
 SMALL = ((64, 64), (65, 64))
@@ -17,6 +19,15 @@ def test_native_is_eager_for_300_steps(mode: str) -> None:
         train(*ours, 50, first)
         train(*theirs, 50, first)
         assert bits(*ours) == bits(*theirs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pieces_of_a_tensor_have_the_bits_of_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(piecewise, "PIECE", 1024)
+    ours, theirs = make(mode, ((81, 64),), "native"), make(mode, ((81, 64),), "eager")
+    train(*ours, 3)
+    train(*theirs, 3)
+    assert bits(*ours) == bits(*theirs)
 
 
 @pytest.mark.parametrize("mode", MODES)

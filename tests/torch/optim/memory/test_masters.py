@@ -1,6 +1,7 @@
 """Masters of 16-bit parameters: exact, noticed when stale, and part of checkpoints."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -71,6 +72,61 @@ def test_a_write_to_the_parameter_makes_it_its_own_master(master: Any) -> None:
     masters = dict(optimizer.master_weights())
     assert torch.equal(masters["0"], torch.full((64, 64), 0.5))
     assert not torch.equal(masters["1"], params[1].float())
+
+
+@pytest.mark.parametrize("master", SPLITS)
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle", "master_weights"])
+def test_a_write_before_a_copy_is_noticed_too(master: Any, how: str) -> None:
+    params, optimizer = make("split16", master_weights=master)
+    train(params, optimizer, 2)
+    with torch.no_grad():
+        params[0].fill_(0.5)
+    if how == "state_dict":
+        saved = copy.deepcopy(optimizer.state_dict())
+        theirs, other = make("split16", master_weights=master)
+        theirs[0].data.fill_(0.5)
+        other.load_state_dict(saved)
+    elif how == "master_weights":
+        other = optimizer
+    else:
+        other = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    masters = dict(other.master_weights())
+    assert (masters["0"] == 0.5).all()
+    assert not torch.equal(masters["1"], params[1].float())
+
+
+@pytest.mark.parametrize("master", SPLITS)
+def test_weights_may_be_loaded_after_the_optimizer(master: Any) -> None:
+    """An fp32 master that does not round to the weights is not theirs; a remainder always is."""
+    params, optimizer = make("split16", master_weights=master)
+    train(params, optimizer, 2)
+    theirs, other = make("split16", master_weights=master, lr=0.0, weight_decay=0.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    with torch.no_grad():
+        theirs[0].fill_(0.25)
+        theirs[1].copy_(params[1])
+        theirs[2].copy_(params[2])
+    expected = [value for _, value in optimizer.master_weights()]
+    give_gradients(theirs, 3)
+    other.step()
+    masters = [value for _, value in other.master_weights()]
+    assert (theirs[0] == 0.25).all()
+    assert (masters[0] - 0.25).abs().max() <= 2**-10
+    assert torch.equal(masters[1], expected[1])
+
+
+def test_a_dict_of_averages_leaves_masters_alone() -> None:
+    params, optimizer = make("split16", ema_decay=0.5)
+    train(params, optimizer, 2)
+    before = [value for _, value in optimizer.master_weights()]
+    with optimizer.swap_ema():
+        saved = optimizer.state_dict()["state"]
+        inside = [value for _, value in optimizer.master_weights()]
+        copy.deepcopy(optimizer)
+    assert all(map(torch.equal, inside, before))
+    assert all(torch.equal(saved[i]["master_param"], before[i]) for i in range(3))
+    assert all(map(torch.equal, before, [value for _, value in optimizer.master_weights()]))
 
 
 @pytest.mark.parametrize("master", SPLITS)

@@ -48,12 +48,31 @@ def test_pytorchs_adam_refuses_the_native_form() -> None:
         other.step()
 
 
+def test_the_native_form_has_what_process_groups_can_send() -> None:
+    params, optimizer = make("split16", native_state_dict=True)
+    train(params, optimizer, 2)
+    saved, kept = optimizer.state_dict()["state"][0], optimizer.state[params[0]]
+    assert saved["param_remainder"].dtype == BF16
+    assert torch.equal(saved["param_remainder"].view(torch.int16), kept["param_remainder"])
+    assert {type(value) for value in saved.values()} == {torch.Tensor, int}
+
+
 def test_an_unknown_native_form_is_refused() -> None:
     params, optimizer = make("8bit", native_state_dict=True)
     train(params, optimizer, 1)
     saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][1]["storage"] = "q8/128/2"
-    with pytest.raises(ValueError, match="storage 'q8/128/2' for parameter 1"):
+    saved["state"][1]["storage"] = 2
+    with pytest.raises(ValueError, match="storage 2 for parameter 1, not 1"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("key", ["param_remainder", "master_param"])
+def test_misshapen_masters_are_refused(key: str) -> None:
+    params, optimizer = make("split16", native_state_dict=key == "param_remainder")
+    train(params, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1][key] = saved["state"][1][key][:1]
+    with pytest.raises(ValueError, match=rf"{key} of shape \(1, 192\) .* for parameter 1"):
         optimizer.load_state_dict(saved)
 
 
@@ -132,6 +151,17 @@ def test_bytes_are_those_that_are_allocated(mode: str) -> None:
     assert sum(told.values()) == sum(t.untyped_storage().nbytes() for t in (*params, *grads, *kept))
     assert told["parameters"] == sum(param.nbytes for param in params)
     assert (told["masters"] > 0) == (optimizer.param_groups[0].get("master_weights") is not None)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("native", [False, True])
+def test_loading_leaves_no_more_bytes_than_there_were(mode: str, native: bool) -> None:
+    params, optimizer = make(mode, native_state_dict=native)
+    train(params, optimizer, 1)
+    told, names = optimizer.memory(), set(optimizer.state[params[0]])
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.memory() == told
+    assert set(optimizer.state[params[0]]) | {"stream"} == names | {"stream"}
 
 
 def test_bytes_of_a_large_model_are_those_of_the_table() -> None:
@@ -231,5 +261,6 @@ def test_betas_that_change_widen_the_bound() -> None:
     train(params, optimizer, 1)
     optimizer.param_groups[0]["betas"] = (0.95, 0.999)
     train(params, optimizer, 1, 1)
+    assert "bound_betas" not in make("8bit")[1].state_dict()["param_groups"][0]
     assert optimizer.param_groups[0]["bound_betas"] == (0.85, 0.999)
     assert optimizer.state_dict()["param_groups"][0]["bound_betas"] == (0.85, 0.999)
