@@ -101,6 +101,8 @@ class Modes(RuleBasedStateMachine):
     @rule(seed=SEEDS, index=st.integers(0, 3), bad=st.sampled_from([torch.inf, torch.nan]))
     def skip(self, seed: int, index: int, bad: float) -> None:
         """A step with a non-finite gradient changes no code, scale, remainder or counter."""
+        # Sums of parameters that joined are steps of theirs.
+        self.step()
         self.give_gradients(set(), seed)
         if self.is_written:
             # A step notices writes, also if it is skipped.
