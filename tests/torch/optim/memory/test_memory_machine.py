@@ -62,6 +62,8 @@ class Modes(RuleBasedStateMachine):
 
     @initialize(mode=st.sampled_from(sorted(MODES)), options=st.sampled_from(OPTIONS), seed=SEEDS)
     def start(self, mode: str, options: dict[str, Any], seed: int) -> None:
+        if "triton" in self.backends and self.is_plain(MODES[mode][1]):
+            mode = "bf16 states"
         self.dtype, own = MODES[mode]
         self.options = {"lr": 1e-2, "skip_nonfinite": True, **own, **options}
         self.optimizers, self.is_written = [], False
@@ -99,6 +101,8 @@ class Modes(RuleBasedStateMachine):
     @rule(seed=SEEDS, index=st.integers(0, 3), bad=st.sampled_from([torch.inf, torch.nan]))
     def skip(self, seed: int, index: int, bad: float) -> None:
         """A step with a non-finite gradient changes no code, scale, remainder or counter."""
+        # Sums of parameters that joined are steps of theirs.
+        self.step()
         self.give_gradients(set(), seed)
         if self.is_written:
             # A step notices writes, also if it is skipped.
@@ -183,7 +187,10 @@ class Modes(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def go_on_in_another_mode(self, data: st.DataObject) -> None:
-        mode = data.draw(st.sampled_from(OTHERS[self.dtype]))
+        others = OTHERS[self.dtype]
+        if "triton" in self.backends:
+            others = [other for other in others if not self.is_plain(MODES[other][1])]
+        mode = data.draw(st.sampled_from(others))
         _, own = MODES[mode]
         kept = {key: value for key, value in self.options.items() if key not in MODES_OPTIONS}
         self.options = {**kept, **own}
@@ -221,7 +228,7 @@ class Modes(RuleBasedStateMachine):
 
 MODES_OPTIONS = ("state_dtype", "stochastic_rounding", "master_weights", "bound_betas")
 # Runs for each example of other tests; fewest where kernels are interpreted.
-SHARES = {("eager", "native"): 1.0, ("eager", "native", "triton"): 0.08}
+SHARES = {("eager", "native"): 0.4, ("eager", "triton"): 0.04}
 
 
 @pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded to nearest")
@@ -229,4 +236,5 @@ SHARES = {("eager", "native"): 1.0, ("eager", "native", "triton"): 0.08}
 def test_backends_agree_through_any_interleaving(backends: tuple[str, ...]) -> None:
     machine = type("Modes", (Modes,), {"backends": backends})
     runs = max(int(settings().max_examples * SHARES[backends]), 1)
-    run_state_machine_as_test(machine, settings=settings(max_examples=runs, stateful_step_count=12))
+    n_steps = 6 if "triton" in backends else 12
+    run_state_machine_as_test(machine, settings=settings(max_examples=runs, stateful_step_count=n_steps))
