@@ -131,7 +131,9 @@ def plan_launches(
         if pairs
     ]
     norms = [
-        _norm_launch(dtype, device_table.section(f"spans {dtype}", torch.int32), hardware.warp_size)
+        _norm_launch(
+            dtype, device_table.section(f"spans {dtype}", torch.int32), len(pairs) // 2, hardware.warp_size
+        )
         for dtype, pairs in spans.items()
         if pairs
     ]
@@ -152,8 +154,9 @@ def _spans(dtypes: Sequence[str], rows: Sequence[range], numels: Sequence[int]) 
     return {dtype: plan_chunks([numels[i] for i in chosen], SPAN, chosen) for dtype, chosen in by_dtype.items()}
 
 
-def _norm_launch(dtype: str, spans: Tensor, warp_size: int) -> NormLaunch:
-    return NormLaunch({kind: norm_launcher(dtype, kind, len(spans) // 2, warp_size) for kind in NORMS}, spans)
+def _norm_launch(dtype: str, spans: Tensor, n_spans: int, warp_size: int) -> NormLaunch:
+    # The section may be longer than its spans.
+    return NormLaunch({kind: norm_launcher(dtype, kind, n_spans, warp_size) for kind in NORMS}, spans)
 
 
 def _spec(algorithm: str, signature: Signature, zero_grad: bool) -> Spec:
