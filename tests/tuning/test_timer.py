@@ -68,10 +68,10 @@ def test_a_gpu_is_flushed_by_reading_and_has_its_work_queued(monkeypatch: pytest
     timer = Timer(torch.device("cuda"))
     launch = ["read", "record", "launch", "record"]
     assert timer.device_ms([lambda: log.append("launch")] * 2) == [0.25, 0.25]
-    assert log == [*launch, *launch, "wait"]
+    assert log == ["sleep", *launch, *launch, "wait"]
     log.clear()
     timer.device_ms([lambda: log.append("launch")], host_ms=1.0)
-    assert log == ["sleep", *launch, "wait"]
+    assert log == ["sleep", "sleep", *launch, "wait"]
     log.clear()
     timer.wall_ms(lambda: log.append("launch"))
     timer.wall_ms(lambda: log.append("launch"), cold=False)

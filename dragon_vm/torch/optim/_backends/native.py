@@ -106,7 +106,7 @@ class NativeGroup:
             step = steps[call.first] if len(steps) > 1 else next(iter(steps), 0.0)
             chosen_counters = list(call.pick(counters)) if counters else []
             options = FusedOptions(call.numbers, call.group)
-            if not call.needs_copies:
+            if (call.factor == 1 and not call.bound) or not call.needs_copies:
                 self._algorithm.fused(chosen, chosen_grads, chosen_states, chosen_counters, options, step)
             elif call.is_small:
                 limited = call.limited(chosen_grads)
