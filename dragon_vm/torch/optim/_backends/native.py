@@ -14,7 +14,7 @@ from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._backends.threads import on_one_thread
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors
-from dragon.vm.torch.optim._gradients.unscaling import unscale_all
+from dragon.vm.torch.optim._gradients.unscaling import DIVIDED_IN_PLACE, unscale_all
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.states import counter_buffer
 from dragon.vm.torch.optim._options import Version
@@ -80,7 +80,10 @@ class NativeGroup:
             on_one_thread(lambda: self._run(small, params, grads, states, counters, steps))
         self._run([call for call in self._calls if not call.is_small], params, grads, states, counters, steps)
         for call in self._calls:
-            if call.divisor != 1:
+            if call.divisor != 1 and signature.grad_dtype in DIVIDED_IN_PLACE:
+                # In the layout of a parameter nothing is expanded.
+                torch._foreach_div_(list(call.pick(own_grads)), call.divisor)
+            elif call.divisor != 1:
                 unscale_all(call.pick(own_grads), call.divisor)
         if signature.ema_dtype is not None:
             emas = self.pick(tensors.states["ema"])

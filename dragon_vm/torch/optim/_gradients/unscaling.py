@@ -13,7 +13,7 @@ from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.zeroing import apart
 
 # Rounded once, whatever the divisor: others are divided in float32.
-_IN_PLACE = (torch.float32, torch.float64)
+DIVIDED_IN_PLACE = (torch.float32, torch.float64)
 
 
 def unscale_all(grads: Sequence[Tensor], scale: float | Tensor) -> None:
@@ -27,10 +27,10 @@ def unscale_all(grads: Sequence[Tensor], scale: float | Tensor) -> None:
     parts = [each_once(grad, grad) for grad in grads]
     with torch.no_grad():
         parts = [part if part.is_conj() else as_real(part) for part in parts]
-        if in_place := [part for part in parts if part.dtype in _IN_PLACE]:
+        if in_place := [part for part in parts if part.dtype in DIVIDED_IN_PLACE]:
             torch._foreach_div_(in_place, divisor)
         for part in parts:
-            if part.dtype not in _IN_PLACE:
+            if part.dtype not in DIVIDED_IN_PLACE:
                 part.copy_((part if part.is_complex() else part.float()) / divisor)
 
 
