@@ -220,8 +220,8 @@ CONTENDERS: dict[str, Contender] = {
             chain_grad_accesses=2,
             devices=("cuda", "xpu"),
         ),
-        # The fused operation behind it reads the factor of a chain as a scale, and leaves the gradients scaled.
-        Contender("ours native", ours(backend="native"), native_grad_accesses=3, devices=("cpu",), mixed=False),
+        # In a chain it reads gradients for the norm and for a copy that the operation scales, and divides them.
+        Contender("ours native", ours(backend="native"), native_grad_accesses=4, devices=("cpu",), mixed=False),
         Contender("ours eager", ours(backend="eager"), state_nbytes=as_asked, chain_grad_accesses=2, slow=True),
         Contender(
             "ours flatten",
