@@ -28,10 +28,13 @@ def stepped(kind: Any, dtype: torch.dtype, options: dict[str, Any]) -> list[torc
     optimizer = kind(params, lr=0.1, backend="native", **options)
     for step in range(3):
         grads = [numbers(step, *param.shape, dtype=dtype) for param in params]
-        for param, grad in zip(params, grads, strict=True):
+        # The first one misses a step: its count is another.
+        present = list(zip(params, grads, strict=True))[step == 1 :]
+        for param, grad in present:
             param.grad = grad.clone()
         optimizer.step()
-        assert all(torch.equal(param.grad, grad) for param, grad in zip(params, grads, strict=True))
+        assert all(torch.equal(param.grad, grad) for param, grad in present)
+        optimizer.zero_grad(set_to_none=True)
     return [*params, *(state for entries in optimizer.state.values() for state in entries.values())]
 
 

@@ -189,3 +189,15 @@ def test_a_norm_beyond_all_bounds_leaves_gradients_scaled(backend: str) -> None:
     optimizer.grad_scale = torch.tensor(2.0, device=home(backend))
     optimizer.step()
     assert [float(param.grad.view(-1)[0]) for param in params] == [4.0, 4.0]
+
+
+@each_backend
+def test_a_clipped_step_leaves_gradients_without_the_scale_alone(backend: str) -> None:
+    params = [torch.nn.Parameter(numbers(i, 40, device=home(backend))) for i in range(3)]
+    optimizer = ours.Adam(params, fused=True, backend=backend, max_grad_norm=0.5)
+    optimizer.grad_scale = torch.full((1,), 8.0, device=home(backend))
+    grads = [numbers(9 + i, 40, device=home(backend)) for i in range(3)]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = 8 * grad
+    optimizer.step()
+    assert [bits(param.grad) for param in params] == list(map(bits, grads))
