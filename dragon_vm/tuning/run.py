@@ -122,7 +122,7 @@ def run(
         if job.spec not in pruned:
             seconds = COMPILE_SHARE * (limit - start)
             pruned[job.spec] = tools.prune(job.spec, shapes(machine.warp_size), seconds)
-        decision = _search(bench, pruned[job.spec], default_config(machine.arch), tools, limit)
+        decision = _search(bench, pruned[job.spec], default_config(machine.arch, job.spec), tools, limit)
         wrong = [text for text in decision.outcomes.values() if text.startswith("wrong")]
         if wrong:
             say(f"{job.name}, {job.size}: {len(wrong)} configurations are wrong, the first: {wrong[0]}")
@@ -150,7 +150,7 @@ def _search(
 
 def _result(job: Job, bench: KernelBench, decision: Decision, machine: Machine) -> Result:
     """What is stored: the decision, what it is of, and what it rests on."""
-    default = default_config(machine.arch)
+    default = default_config(machine.arch, job.spec)
     assert decision.config is not None
     trials = [
         {"config": asdict(config), "outcome": outcome, "median_ms": median(times) if times else None}

@@ -103,10 +103,10 @@ def _compile_all(archs: Sequence[str], pattern: str) -> Iterator[tuple[Report, C
     for arch in archs:
         for name, spec in UPDATES.items():
             if pattern in name:
-                yield _update(name, spec, default_config(arch), arch)
+                yield _update(name, spec, default_config(arch, spec), arch)
         for name, spec in UNSCALES.items():
             if pattern in name:
-                yield _update(name, spec, default_config(arch), arch, unscales=True)
+                yield _update(name, spec, default_config(arch, spec), arch, unscales=True)
         for name, constants in NORMS.items():
             if pattern in name:
                 yield _norm(name, constants, arch)

@@ -172,7 +172,8 @@ def test_gradients_stay_behind_divided_by_the_scale_alone(
     grad = Fenced((150,), device=device, misalign=offset, dtype=dtype)
     grad.tensor.copy_(torch.linspace(-300, 300, 150))
     wide = torch.promote_types(dtype, torch.float32)
-    left = (grad.tensor.to(wide) / scale).to(dtype)
+    # By a tensor: on a GPU PyTorch multiplies by the reciprocal of a number.
+    left = (grad.tensor.to(wide) / torch.full((1,), scale, device=device, dtype=wide)).to(dtype)
     row = Row(place(torch.zeros(150, device=device, dtype=dtype), offset), grad.tensor)
     tables = Tables([row], device=device).set_scalars(GRAD_SCALE=0.25, CLIP=8.0)
     tables.grad_scale.fill_(scale)

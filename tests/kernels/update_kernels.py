@@ -59,7 +59,7 @@ def straight_pieces(listing: str) -> list[list[str]]:
 
 
 def report(spec: Spec, arch: str) -> dict[str, float]:
-    config = default_config(arch)
+    config = default_config(arch, spec)
     constants, options = update_constants(spec, config), update_options(config)
     listing = compile_kernel(vector_kernel, constants, options, arch).machine_code
     code = [name for piece in straight_pieces(listing) for name in piece]

@@ -70,7 +70,7 @@ def _find(folder: Path, spec: Spec, arch: str, device_name: str, size: str) -> L
         pass
     except (OSError, ValueError) as error:
         warnings.warn(f"tuning file {path} is ignored: {error}", TuningWarning, stacklevel=3)
-    return default_config(arch)
+    return default_config(arch, spec)
 
 
 def tuning_dir() -> Path:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import compress
+from operator import add, attrgetter, ne
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._distributed.shards import is_distributed_type, local
+
+# The speed of C: a step reads the version of each parameter.
+_version_of = attrgetter("_version")
 
 
 class MasterVersions:
@@ -25,21 +30,24 @@ class MasterVersions:
 
     def notice(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
         """Make parameters that were written to since `note` their own masters."""
-        seen = self._seen
-        written = [param for param in params if seen.get(id(param), _version(param)) != _version(param)]
-        resync(written, state)
-        self.note(written)
+        versions = _versions(params)
+        seen = list(map(self._seen.get, map(id, params), versions))
+        if seen != versions:
+            written = list(compress(params, map(ne, seen, versions)))
+            resync(written, state)
+            self.note(written)
 
     def meet(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
         """Make those elements their own masters that do not round to the parameter, where `note` saw none yet.
 
         Between a copy or a load and the next step somebody may have written the parameters.
         """
-        reconcile([param for param in params if id(param) not in self._seen], state)
+        if not self._seen.keys() >= set(map(id, params)):
+            reconcile([param for param in params if id(param) not in self._seen], state)
 
     def note(self, params: Sequence[Tensor]) -> None:
         """Take what is in the parameters now for this optimizer's own doing."""
-        self._seen.update((id(param), _version(param)) for param in params)
+        self._seen.update(zip(map(id, params), _versions(params), strict=True))
 
     @contextmanager
     def undisturbed(
@@ -75,6 +83,9 @@ def reconcile(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
             kept.copy_(torch.where(kept.to(shard.dtype) == shard, kept, shard.to(kept.dtype)))
 
 
-def _version(param: Tensor) -> int:
-    """Grows with each write: to a distributed parameter, which its shard does not count, and to the shard."""
-    return int(param._version) + int(local(param)._version)
+def _versions(params: Sequence[Tensor]) -> list[int]:
+    """Each grows with each write: to a distributed parameter, which its shard does not count, and to the shard."""
+    versions = list(map(_version_of, params))
+    if not any(map(is_distributed_type, set(map(type, params)))):
+        return versions
+    return list(map(add, versions, map(_version_of, map(local, params))))

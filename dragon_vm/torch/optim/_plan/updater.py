@@ -181,6 +181,6 @@ class Updater:
 def _with_masters(members: Members, groups: Sequence[Group]) -> list[Tensor]:
     """The parameters that have a master."""
     flags = [group["master_weights"] is not None for group in groups]
-    if not any(flags):
-        return []
+    if all(flags) or not any(flags):
+        return members.params if any(flags) else []
     return [param for param, index in zip(members.params, members.group_index(), strict=True) if flags[index]]

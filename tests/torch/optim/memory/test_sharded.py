@@ -1,5 +1,6 @@
 """Parameters cut along their first dimension: every process has the bits that it would have of the whole."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,10 @@ SHAPE = (65, 64)
 
 
 @pytest.fixture
-def as_rank(request: Any) -> Iterator[Any]:
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Act as one process of several: no step here needs the others."""
+    # PyTorch puts the rank before each traceback of this process from now on.
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
     def become(rank: int, n_ranks: int) -> Any:
         if dist.is_initialized():
