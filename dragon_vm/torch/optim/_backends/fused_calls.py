@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._backends.pieces import Piece, Scratch
 from dragon.vm.torch.optim._backends.selection import picker
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
@@ -20,9 +21,6 @@ from dragon.vm.torch.optim._options import by_value
 # A fused operation forks its threads once a tensor. Below this many elements a tensor, one thread is faster:
 # 1000 tensors of 1000 elements took 0.87 ms on one thread, 2.05 ms on two (torch 2.13, 2 cores).
 SINGLE_THREAD_NUMEL = 8192
-
-# Of gradients that are copied at a time.
-PIECE_NUMEL = 2**18
 
 # Hyperparameters, beside those of the algorithm, that tensors of one call must share.
 _COMMON_NAMES = ("maximize", "grad_scale", "clip_norm", "clip_value")
@@ -60,32 +58,24 @@ class FusedCall(NamedTuple):
         """Whether the operation reads other gradients than the tensors' own."""
         return bool(self.bound) or self.is_kept or (self.factor != 1 and self.numbers["grad_scale"] is None)
 
-    def limited(self, grads: list[Tensor]) -> list[Tensor]:
-        """Gradients that the operation does not scale on its own, scaled, and all of them clipped.
-
-        Those that it scales, but must not, are copied.
-        """
+    def limited(self, grads: list[Tensor], copies: list[Tensor]) -> list[Tensor]:
+        """Copies of gradients, which the operation may write to, clipped, and scaled if it does not scale them."""
+        torch._foreach_copy_(copies, grads)
         if self.factor != 1 and self.numbers["grad_scale"] is None:
-            grads = list(torch._foreach_mul(grads, self.factor))
-        elif self.is_kept:
-            grads = [grad.clone() for grad in grads]
+            torch._foreach_mul_(copies, _number(self.factor, copies[0].dtype))
         if self.bound:
-            grads = list(torch._foreach_clamp_min(torch._foreach_clamp_max(grads, self.bound), -self.bound))
-        return grads
+            torch._foreach_clamp_max_(copies, self.bound)
+            torch._foreach_clamp_min_(copies, -self.bound)
+        return copies
+
+    def divide(self, grads: list[Tensor]) -> None:
+        """Divide gradients that stay behind, fp32 or fp64, by the divisor."""
+        torch._foreach_div_(grads, _number(self.divisor, grads[0].dtype))
 
 
-def in_pieces(columns: Sequence[Sequence[Tensor]]) -> Iterator[tuple[int, list[Tensor]]]:
-    """Corresponding pieces of tensors, each with the row that it is of: a copy of one stays in the cache.
-
-    Args:
-        columns: tensors, those of one row in one shape.
-    """
-    for index, row in enumerate(zip(*columns, strict=True)):
-        if all(tensor.is_contiguous() for tensor in row):
-            cut = (tensor.view(-1).split(PIECE_NUMEL) for tensor in row)
-            yield from ((index, list(pieces)) for pieces in zip(*cut, strict=True))
-        else:
-            yield index, list(row)
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """A number for an operation on a list. As a float it would be made a tensor for each element, in 1 us each."""
+    return torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
 
 
 class FusedPlanner:
@@ -106,9 +96,11 @@ class FusedPlanner:
         self._picks: dict[tuple[tuple[int, bool], ...], tuple[int, Any]] = {}
         # Positions in this group of the tensors of one parameter group and size class.
         self._parts: dict[tuple[int, bool], list[int]] = {}
-        for position, entry in enumerate(group.entries):
-            is_small = entry.param.numel() < SINGLE_THREAD_NUMEL
+        params = [entry.param for entry in group.entries]
+        are_small = [param.numel() < SINGLE_THREAD_NUMEL for param in params]
+        for position, (entry, is_small) in enumerate(zip(group.entries, are_small, strict=True)):
             self._parts.setdefault((entry.group_index, is_small), []).append(position)
+        self._scratch = Scratch(params, are_small)
 
     def read(self, groups: Sequence[Group]) -> bool:
         """Take the hyperparameters of all groups; return whether some call depends on the step count."""
@@ -142,6 +134,17 @@ class FusedPlanner:
             group = groups[self._group_index[positions[0]]]
             calls.append(self._call(positions[0], pick, group, factor, factors.kept_scale, is_small))
         return calls
+
+    def pieces(self, call: FusedCall, columns: Sequence[list[Tensor]]) -> Iterable[Piece]:
+        """What a call updates at a time: all, unless it reads copies of the gradients.
+
+        Args:
+            call: one that was planned.
+            columns: parameters, gradients and others of the call.
+        """
+        if (call.factor == 1 and not call.bound) or not call.needs_copies:
+            return [Piece(slice(None), columns, [])]
+        return self._scratch.of_small(call.pick, columns) if call.is_small else self._scratch.of_large(columns, 1)
 
     def _pick_parts(self, parts: tuple[tuple[int, bool], ...]) -> tuple[int, Any]:
         """The first position of parts, and what selects their tensors in the order of the group."""

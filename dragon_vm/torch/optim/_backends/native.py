@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, FusedOptions
-from dragon.vm.torch.optim._backends.fused_calls import FusedCall, FusedPlanner, in_pieces
+from dragon.vm.torch.optim._backends.fused_calls import FusedCall, FusedPlanner
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._backends.threads import on_one_thread
 from dragon.vm.torch.optim._gradients.norms import as_real
@@ -76,15 +76,14 @@ class NativeGroup:
             self._calls = self._planner.plan(groups, steps, factors)
             self._planned_for = planned_for
         small = [call for call in self._calls if call.is_small]
+        columns = [params, grads, own_grads, *states]
         if small:
-            on_one_thread(lambda: self._run(small, params, grads, states, counters, steps))
-        self._run([call for call in self._calls if not call.is_small], params, grads, states, counters, steps)
-        for call in self._calls:
-            if call.divisor != 1 and signature.grad_dtype in DIVIDED_IN_PLACE:
-                # In the layout of a parameter nothing is expanded.
-                torch._foreach_div_(list(call.pick(own_grads)), call.divisor)
-            elif call.divisor != 1:
-                unscale_all(call.pick(own_grads), call.divisor)
+            on_one_thread(lambda: self._run(small, columns, counters, steps))
+        self._run([call for call in self._calls if not call.is_small], columns, counters, steps)
+        if signature.grad_dtype not in DIVIDED_IN_PLACE:
+            for call in self._calls:
+                if call.divisor != 1:
+                    unscale_all(call.pick(own_grads), call.divisor)
         if signature.ema_dtype is not None:
             emas = self.pick(tensors.states["ema"])
             for param, ema, index in zip(params, emas, self._group_index, strict=True):
@@ -93,32 +92,32 @@ class NativeGroup:
     def _run(
         self,
         calls: Sequence[FusedCall],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor]],
+        columns: Sequence[Sequence[Tensor]],
         counters: Sequence[Tensor],
         steps: list[float],
     ) -> None:
+        """Update by fused operations.
+
+        Args:
+            calls: the operations.
+            columns: parameters, gradients, the gradients that stay behind, and states, by name.
+            counters: of the steps.
+            steps: what they count.
+        """
         for call in calls:
-            chosen = list(call.pick(params))
-            chosen_grads = list(call.pick(grads))
-            chosen_states = [list(call.pick(state)) for state in states]
-            if chosen[0].is_complex():
-                chosen, chosen_grads = list(map(as_real, chosen)), list(map(as_real, chosen_grads))
-                chosen_states = [list(map(as_real, state)) for state in chosen_states]
+            chosen = [list(call.pick(column)) for column in columns]
+            if chosen[0][0].is_complex():
+                chosen = [list(map(as_real, column)) for column in chosen]
             step = steps[call.first] if len(steps) > 1 else next(iter(steps), 0.0)
             chosen_counters = list(call.pick(counters)) if counters else []
             options = FusedOptions(call.numbers, call.group)
-            if (call.factor == 1 and not call.bound) or not call.needs_copies:
-                self._algorithm.fused(chosen, chosen_grads, chosen_states, chosen_counters, options, step)
-            elif call.is_small:
-                limited = call.limited(chosen_grads)
-                self._algorithm.fused(chosen, limited, chosen_states, chosen_counters, options, step)
-            else:
-                for index, (param, grad, *pieces) in in_pieces([chosen, chosen_grads, *chosen_states]):
-                    own_counter = chosen_counters[index : index + 1]
-                    own_states = [[piece] for piece in pieces]
-                    self._algorithm.fused([param], call.limited([grad]), own_states, own_counter, options, step)
+            divides = call.divisor != 1 and self._signature.grad_dtype in DIVIDED_IN_PLACE
+            for rows, (params, grads, own_grads, *states), copies in self._planner.pieces(call, chosen):
+                limited = call.limited(grads, copies) if copies else grads
+                self._algorithm.fused(params, limited, states, chosen_counters[rows], options, step)
+                if divides:
+                    # In the layout of a parameter nothing is expanded.
+                    call.divide(own_grads)
 
 
 class _Counters:

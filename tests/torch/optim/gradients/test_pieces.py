@@ -1,4 +1,4 @@
-"""Large gradients that a native step copies are copied piece by piece: the bits stay, and so do the gradients."""
+"""Gradients that a native step copies are copied piece by piece: the bits stay, and so do the gradients."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam
-from dragon.vm.torch.optim._backends import fused_calls
+from dragon.vm.torch.optim._backends import fused_calls, pieces
 
 from ..support import bits, numbers
 
@@ -46,19 +46,25 @@ def test_pieces_change_no_bit(
 ) -> None:
     if dtype.is_complex and "clip_value" in options:
         pytest.skip("there is no order of complex numbers")
-    # Small tensors are copied as they are.
+    # Each of these is small, and the first piece holds them all.
     whole = stepped(kind, dtype, options)
-    monkeypatch.setattr(fused_calls, "SINGLE_THREAD_NUMEL", 1)
-    cuts: list[int] = []
+    cuts: list[list[int]] = []
     plain = fused_calls.FusedCall.limited
 
-    def counting(call: Any, grads: list[torch.Tensor]) -> list[torch.Tensor]:
-        cuts.append(grads[0].numel())
-        return plain(call, grads)
+    def counting(call: Any, grads: list[torch.Tensor], copies: list[torch.Tensor]) -> list[torch.Tensor]:
+        cuts.append([grad.numel() for grad in grads])
+        return plain(call, grads, copies)
 
     monkeypatch.setattr(fused_calls.FusedCall, "limited", counting)
-    monkeypatch.setattr(fused_calls, "PIECE_NUMEL", 64)
+    numel_of_pair = 2 if dtype.is_complex else 1
+    monkeypatch.setattr(pieces, "SMALL_PIECE", 2500 * numel_of_pair)
     assert list(map(bits, stepped(kind, dtype, options))) == list(map(bits, whole))
-    assert 64 in cuts
+    assert max(map(len, cuts)) > 1 or "clip_norm" in options
+    assert max(map(sum, cuts)) <= 2500 * numel_of_pair
+    cuts.clear()
+    monkeypatch.setattr(fused_calls, "SINGLE_THREAD_NUMEL", 1)
+    monkeypatch.setattr(pieces, "LARGE_PIECE", 64)
+    assert list(map(bits, stepped(kind, dtype, options))) == list(map(bits, whole))
+    assert [64] in cuts
     # What does not lie in a row is copied as a whole.
-    assert max(cuts) == 2 * 1200 if dtype.is_complex else 1200
+    assert max(cuts) == [1200 * numel_of_pair]

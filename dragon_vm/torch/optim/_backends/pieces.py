@@ -1,0 +1,100 @@
+"""Gradients that a fused operation must not write to, copied a piece at a time: a copy stays in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._gradients.norms import as_real
+
+# Elements of a piece: of a large tensor, and of the small tensors that share one. 1000 tensors of 1000 elements
+# took 2.95 ms in pieces of 2^16, 3.25 ms in a single one, and 4.5 ms with clones (torch 2.13, one thread).
+LARGE_PIECE = 2**18
+SMALL_PIECE = 2**16
+
+
+class Piece(NamedTuple):
+    """Corresponding parts of some tensors of each kind.
+
+    Attributes:
+        rows: which of the tensors these are.
+        columns: the parts of each kind.
+        copies: memory for a copy of each gradient, until the next piece.
+    """
+
+    rows: slice
+    columns: Sequence[list[Tensor]]
+    copies: list[Tensor]
+
+
+class Scratch:
+    """Memory for copies of the gradients of a flattened group. It is allocated once there is something to copy.
+
+    Args:
+        params: of the group, all dense; gradients are laid out like them.
+        are_small: for each whether it shares a piece with others.
+    """
+
+    def __init__(self, params: Sequence[Tensor], are_small: Sequence[bool]) -> None:
+        self._dtype = as_real(params[0]).dtype
+        # No tensor of the user's is held.
+        self._layouts = [
+            (real.shape, real.stride(), real.numel()) if is_small else None
+            for real, is_small in zip(map(as_real, params), are_small, strict=True)
+        ]
+        self._row: Tensor | None = None
+        # For each tensor the number of its piece and its place there.
+        self._numbers: list[int] = []
+        self._places: list[Tensor | None] = []
+
+    def of_small(
+        self, pick: Callable[[Sequence[Any]], Sequence[Any]], columns: Sequence[Sequence[Tensor]]
+    ) -> Iterator[Piece]:
+        """Small tensors, some at a time.
+
+        Args:
+            pick: selects what belongs to these tensors from a list for all of the group.
+            columns: the tensors of each kind.
+        """
+        if not self._places:
+            self._lay_out()
+        places, start = pick(self._places), 0
+        for _, members in groupby(pick(self._numbers)):
+            rows = slice(start, start + len(list(members)))
+            yield Piece(rows, [list(column[rows]) for column in columns], list(places[rows]))
+            start = rows.stop
+
+    def _lay_out(self) -> None:
+        buffer = torch.empty(SMALL_PIECE, dtype=self._dtype, device="cpu")
+        number, end = 0, 0
+        for layout in self._layouts:
+            place = None
+            if layout is not None:
+                shape, stride, numel = layout
+                if end + numel > SMALL_PIECE:
+                    number, end = number + 1, 0
+                place = buffer.as_strided(shape, stride, end)
+                end += numel
+            self._numbers.append(number)
+            self._places.append(place)
+
+    def of_large(self, columns: Sequence[Sequence[Tensor]], grads: int) -> Iterator[Piece]:
+        """Parts of one large tensor at a time; one that is not contiguous is not cut.
+
+        Args:
+            columns: the tensors of each kind.
+            grads: which column has the gradients.
+        """
+        if self._row is None:
+            self._row = torch.empty(LARGE_PIECE, dtype=self._dtype, device="cpu")
+        for index, tensors in enumerate(zip(*columns, strict=True)):
+            rows = slice(index, index + 1)
+            if not all(tensor.is_contiguous() for tensor in tensors):
+                yield Piece(rows, [[tensor] for tensor in tensors], [torch.empty_like(tensors[grads])])
+                continue
+            for parts in zip(*(tensor.view(-1).split(LARGE_PIECE) for tensor in tensors), strict=True):
+                yield Piece(rows, [[part] for part in parts], [self._row[: len(parts[grads])]])
