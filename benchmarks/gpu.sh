@@ -115,15 +115,15 @@ stage_a() {
   mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests/torch tests/kernels)
   part kernels 80 "$python" -m tests.sanitize "${flag[@]}"
   bench 75 headline "${large[@]}" --dtype fp32 "${fast[@]}"
-  part probe 105 "$python" -m benchmarks.probe "${flag[@]}" --out "$work/probe.jsonl"
+  part probe 160 "$python" -m benchmarks.probe "${flag[@]}" --out "$work/probe.jsonl"
   pytests 80 tests gpu "${files[@]}"
   bench 60 quick "${quick[@]}" "${rivals[@]}" --dtype fp32
   bench 60 mixed "${quick[@]}" "${rivals[@]}" --dtype bf16
   bench 60 slow "${quick[@]}" --dtype fp32 --contender "torch for-loop" --contender "ours eager" \
     --contender "torch compiled"
   part report 20 "$python" -m benchmarks report --results "$work/benchmarks.jsonl" --page "$work/performance.md"
-  tail -n 40 "$work/headline.log"
-  grep -E '"(copy|update|norm|step|graph|launch)"' "$work/probe.jsonl" | cut -c1-200 | head -n 50
+  tail -n 40 "$work/headline.log" 2>/dev/null
+  grep -sE '"(copy|update|norm|step|graph|launch)"' "$work/probe.jsonl" | cut -c1-200 | head -n 50
 }
 
 stage_b() {

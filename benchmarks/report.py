@@ -137,13 +137,12 @@ def slug(text: str) -> str:
 
 def _device_section(name: str, records: list[Record], probed: list[probe.Line]) -> str:
     """What a reader looks for first: the picture, and the tables that compare."""
-    modes, mode_rows = probe.mode_rows(probed)
     timed = [record for record in records if not is_host_work(record)]
     parts = [
         f"## {name}\n",
         *(f"![{plot.title}](images/{plot.name}.svg)\n" for plot in plots_of(timed)),
         _section("Against the fastest other", RIVAL_HEADINGS, rival_rows(records)),
-        _section(modes, probe.MODE_HEADINGS, mode_rows),
+        *(_section(title, probe.MODE_HEADINGS, rows) for title, rows in probe.mode_tables(probed)),
         _section("Host work", HOST_HEADINGS, host_rows(records)),
         _origin(records),
     ]
@@ -160,7 +159,8 @@ def _details_section(name: str, records: list[Record], probed: list[probe.Line])
     ]
     absent = ["### Not timed in any case\n", _reasons(list(never.items()))] if never else []
     kernels = _section("Kernels alone", probe.KERNEL_HEADINGS, probe.kernel_rows(probed))
-    parts = [part for part in (*cases, *absent, kernels) if part]
+    configs = _section("Memory modes over launches", probe.CONFIG_HEADINGS, probe.config_rows(probed))
+    parts = [part for part in (*cases, *absent, kernels, configs) if part]
     return "\n".join([f"## Details: {name}\n", *parts]) if parts else ""
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import matplotlib as mpl
@@ -48,8 +48,11 @@ def _losses(lines: Sequence[Line], mode: str, training: str) -> list[float]:
 
 def _difference(lines: Sequence[Line], mode: str, training: str) -> str:
     pairs = zip(_losses(lines, mode, training), _losses(lines, "fp32", training), strict=True)
-    difference = mean(ours - theirs for ours, theirs in pairs)
-    return f"{difference:+.4f}" if math.isfinite(difference) else "NaN"
+    differences = [ours - theirs for ours, theirs in pairs]
+    if not all(map(math.isfinite, differences)):
+        return "NaN"
+    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return f"{mean(differences):+.4f} ± {error:.4f}"
 
 
 def table(lines: Sequence[Line]) -> str:
@@ -79,7 +82,8 @@ def section(lines: Sequence[Line]) -> str:
     n_seeds = len(_losses(lines, "fp32", "text"))
     return (
         f"{BEGIN}\n\n{table(lines)}\n\n"
-        f"Mean over {n_seeds} seeds; losses are differences to fp32's of the same seed, in nats. Measured on "
+        f"Means over {n_seeds} seeds with their standard errors; losses are differences to fp32's of the same "
+        f"seed, in nats. Measured on "
         f"{environment['device']} with torch {environment['versions']['torch']}, commit "
         f"{environment['commit'][:10]}, {environment['date']}.\n\n{END}"
     )

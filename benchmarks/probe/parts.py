@@ -15,6 +15,7 @@ PARTS: dict[str, Callable[[Probe], None]] = {
     "steps": steps.steps,
     "modes": steps.modes,
     "graphs": steps.graphs,
+    "mode configs": steps.mode_configs,
     "small updates": kernels.small_updates,
     "advances": kernels.advances,
     "other updates": kernels.other_updates,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "probe"
 
 MODE_HEADINGS = ("stored", "device ms", "times as fast as our fp32", "ms a step", "host ms")
 KERNEL_HEADINGS = ("what", "us", "of copy_")
+CONFIG_HEADINGS = ("stored", "elements / warps of a program: us a step")
 
 # What the parameter and its states are stored in, by contender.
 STORED = {
@@ -44,24 +46,40 @@ def _last(lines: Iterable[Line], *names: str) -> list[Line]:
     return list({tuple(line[name] for name in names): line for line in lines}.values())
 
 
-def mode_rows(lines: Sequence[Line]) -> tuple[str, list[Row]]:
-    """A title and rows of the largest case in memory modes; no rows if none was measured."""
-    modes = [line for line in lines if line["part"] == "mode"]
-    largest = max((line["numel"] for line in modes), default=0)
-    chosen = {line["contender"]: line for line in modes if line["numel"] == largest}
-    title = f"Memory modes: one tensor of {largest:,} parameters"
-    if "ours triton" not in chosen:
-        return title, []
-    ours = chosen["ours triton"]["device_us"]
-    return title, [
-        (
-            STORED[name],
-            f"{line['device_us'] / 1000:.3f}",
-            f"{ours / line['device_us']:.2f}",
-            f"{line['cold_us'] / 1000:.3f}",
-            f"{line['host_us'] / 1000:.3f}",
-        )
-        for name, line in chosen.items()
+def mode_tables(lines: Sequence[Line]) -> list[tuple[str, list[Row]]]:
+    """For each case in memory modes, the largest first, a title and rows."""
+    cases: dict[tuple[int, int], dict[str, Line]] = {}
+    for line in lines:
+        if line["part"] == "mode":
+            cases.setdefault((line["numel"], line["tensors"]), {})[line["contender"]] = line
+    tables: list[tuple[str, list[Row]]] = []
+    for (numel, n_tensors), chosen in sorted(cases.items(), reverse=True):
+        if "ours triton" in chosen:
+            what = f"one tensor of {numel:,}" if n_tensors == 1 else f"{n_tensors:,} tensors, {numel:,}"
+            ours = chosen["ours triton"]["device_us"]
+            rows: list[Row] = [
+                (
+                    STORED[name],
+                    f"{line['device_us'] / 1000:.3f}",
+                    f"{ours / line['device_us']:.2f}",
+                    f"{line['cold_us'] / 1000:.3f}",
+                    f"{line['host_us'] / 1000:.3f}",
+                )
+                for name, line in chosen.items()
+            ]
+            tables.append((f"Memory modes: {what} parameters", rows))
+    return tables
+
+
+def config_rows(lines: Sequence[Line]) -> list[Row]:
+    """For each memory mode the device time of a step by launch configuration, the fastest first."""
+    modes: dict[str, dict[str, float]] = {}
+    for line in lines:
+        if line["part"] == "mode config":
+            modes.setdefault(line["mode"], {})[line["config"]] = line["us"]
+    return [
+        (mode, ", ".join(f"{config}: {us:.0f}" for config, us in sorted(times.items(), key=itemgetter(1))))
+        for mode, times in modes.items()
     ]
 
 

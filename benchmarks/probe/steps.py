@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import cProfile
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -15,9 +17,12 @@ from benchmarks.contenders import TORCH_FUSED, Step, foreign, imported, ours
 from benchmarks.probe.harness import Probe
 from benchmarks.timing import Entry, take_turns
 from benchmarks.workload import Origin, Workload, make_origin
+from dragon.kernels.config import LaunchConfig
 from dragon.vm.measuring.shapes import Shapes, equal, gpt2
 from dragon.vm.measuring.timer import Spread
 from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._backends import launches
+from dragon.vm.tuning.candidates import describe
 
 SIZES = ((10, 16), (1000, 16), (1000, 1000), (10_000, 1000), (148, 2**20), (1, 1))
 GRAPH_SIZES = ((1000, 1000), (10_000, 1000), (148, 2**20), (1, 2**28))
@@ -32,6 +37,21 @@ MODES = {
     "bf16 states": ours(backend="triton", stochastic_rounding=True, state_dtype=torch.bfloat16),
     "split8, 8-bit states": ours(backend="triton", master_weights="split8", state_dtype="8bit"),
 }
+# One of each kind of code, over launch configurations.
+CONFIGURED = {
+    "bf16 states": MODES["bf16 states"],
+    "split16, 8-bit states": ours(backend="triton", master_weights="split16", state_dtype="8bit"),
+    "split8, 8-bit states": MODES["split8, 8-bit states"],
+    "split8, 8-bit states to nearest": ours(
+        backend="triton", master_weights="split8", state_dtype="8bit", stochastic_rounding=False
+    ),
+}
+CONFIGS = (
+    *(LaunchConfig(256, 1), LaunchConfig(512, 2), LaunchConfig(1024, 4), LaunchConfig(2048, 8)),
+    *(LaunchConfig(512, 4), LaunchConfig(1024, 8), LaunchConfig(2048, 4), LaunchConfig(2048, 16)),
+    LaunchConfig(1024, 4, eviction="evict_first"),
+    LaunchConfig(1024, 4, programs_per_processor=7),
+)
 MODE_CASES = (((8192, 16384),), gpt2(12, 768), equal(1000, 1000))
 DRY_SHAPES = ((64, 64), (5,))
 
@@ -49,6 +69,22 @@ def modes(probe: Probe) -> None:
     precisions = {name: FP32 if name in BUILDERS else BF16 for name in builders}
     for case in MODE_CASES[: probe.sized(len(MODE_CASES), 1)]:
         _steps(probe, "mode", DRY_SHAPES if probe.is_dry else case, precisions, builders)
+
+
+def mode_configs(probe: Probe) -> None:
+    """Steps of one large tensor in memory modes, over launch configurations."""
+    shapes = DRY_SHAPES if probe.is_dry else MODE_CASES[0]
+    origin = make_origin(Case("probe", shapes), BF16, probe.machine.device)
+    for name, build in CONFIGURED.items():
+        for config in CONFIGS[: probe.sized(len(CONFIGS), 2)]:
+            workload = Workload(origin)
+            with mock.patch.object(launches, "config_for", return_value=config), warnings.catch_warnings():
+                # That moments to nearest cannot decay.
+                warnings.simplefilter("ignore", UserWarning)
+                step = build(workload)
+                workload.before_step()
+                (ms,) = probe.median_ms([step], host_ms=1.0)
+            probe.say("mode config", mode=name, config=describe(config), us=1000 * ms)
 
 
 def _steps(

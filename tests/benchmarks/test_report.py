@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks import records, report
 from benchmarks.host import REFERENCE
 from benchmarks.plots import Plot, draw, speeds
-from benchmarks.probe.report import kernel_rows, mode_rows, read
+from benchmarks.probe.report import config_rows, kernel_rows, mode_tables, read
 from benchmarks.records import FAILED, SKIPPED, TIMED, WRONG, Record
 from benchmarks.tables import figure, host_rows, rival_rows, rows_of
 from dragon.vm.measuring.timer import Spread
@@ -204,13 +204,16 @@ def test_figures_have_three_digits(value: float | None, text: str) -> None:
 
 
 def test_a_probes_lines_are_tables_of_its_device(tmp_path: Path) -> None:
-    mode = {"part": "mode", "cold_us": 3.0, "host_us": 1.0}
+    mode = {"part": "mode", "cold_us": 3.0, "host_us": 1.0, "tensors": 1}
     lines = [
         {"part": "device", "name": "A CPU"},
         {**mode, "contender": "ours triton", "numel": 9, "device_us": 2000.0},
         {**mode, "contender": "split16", "numel": 9, "device_us": 1.0},
         {**mode, "contender": "split16", "numel": 9, "device_us": 1000.0},
-        {**mode, "contender": "ours triton", "numel": 8, "device_us": 7.0},
+        {**mode, "contender": "ours triton", "tensors": 2, "numel": 8, "device_us": 7.0},
+        {**mode, "contender": "split16", "numel": 7, "device_us": 7.0},
+        {"part": "mode config", "mode": "split16", "config": "1024/4", "us": 30.4},
+        {"part": "mode config", "mode": "split16", "config": "512/2", "us": 29.0},
         {"part": "norm", "kind": "L2", "dtype": "float32", "tensors": 3, "ms": 0.5, "of_copy": 0.25},
         {"part": "advance", "tensors": 2, "partials": 5, "us": 4.0},
         {"part": "launch", "host_us": 30.0},
@@ -219,11 +222,16 @@ def test_a_probes_lines_are_tables_of_its_device(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = report.render([record()], read(tmp_path))
     assert ("Memory modes: one tensor of 9 parameters" in page) == ("## A CPU\n" in page)
-    rows = mode_rows(read(tmp_path)["A CPU"])[1]
+    (title, rows), (of_two, _) = mode_tables(read(tmp_path)["A CPU"])
+    assert (title, of_two) == (
+        "Memory modes: one tensor of 9 parameters",
+        "Memory modes: 2 tensors, 8 parameters",
+    )
     assert rows == [
         ("ours, fp32", "2.000", "1.00", "0.003", "0.001"),
         ("ours, split16", "1.000", "2.00", "0.003", "0.001"),
     ]
+    assert config_rows(read(tmp_path)["A CPU"]) == [("split16", "512/2: 29, 1024/4: 30")]
     assert kernel_rows(read(tmp_path)["A CPU"]) == [
         ("L2 norm, float32, 3 tensors", "500.0", "25.0%"),
         ("counters and scalars of 2 tensors, 5 partial norms", "4.0", ""),
