@@ -21,7 +21,7 @@ DRY_SIZES = (1, 15, 17, 1025)
 
 # Of tensors whose states may have 8 bits.
 BLOCK_SHAPES = ((64, 64), (3, 1408), (2, 16448), (129, 320))
-DRY_BLOCK_SHAPES = ((64, 64), (3, 1408))
+DRY_BLOCK_SHAPES = ((3, 1408),)
 
 N_STEPS = 2
 LR = 0.01

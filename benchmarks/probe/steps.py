@@ -65,7 +65,9 @@ def steps(probe: Probe) -> None:
 
 def modes(probe: Probe) -> None:
     """Steps of memory modes beside those of fp32, and beside FlashOptim's 8-bit states with a 24-bit master."""
-    builders = MODES | ({"flashoptim": imported("flashoptim.FlashAdam")} if find_spec("flashoptim") else {})
+    # FlashOptim has no code for a CPU.
+    has_flashoptim = find_spec("flashoptim") is not None and not probe.is_dry
+    builders = MODES | ({"flashoptim": imported("flashoptim.FlashAdam")} if has_flashoptim else {})
     precisions = {name: FP32 if name in BUILDERS else BF16 for name in builders}
     for case in MODE_CASES[: probe.sized(len(MODE_CASES), 1)]:
         _steps(probe, "mode", DRY_SHAPES if probe.is_dry else case, precisions, builders)
