@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._formats.bits import bits_of, round_by, round_up, upper_half
 from dragon.vm.torch.optim._formats.format import Part, required
+
+
+@cache
+def _plain_parts(dtype: torch.dtype) -> tuple[Part, ...]:
+    return (Part("", dtype),)
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Plain:
     @property
     def parts(self) -> tuple[Part, ...]:
         """The value's own tensor."""
-        return (Part("", self.dtype),)
+        return _plain_parts(self.dtype)
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         """The value in the dtype of the maths: fp32 for a narrower one."""

@@ -31,10 +31,15 @@ def same_walk(tensor: Tensor, other: Tensor) -> bool:
     return tensor.numel() == 0 or walking_strides(tensor) == walking_strides(other)
 
 
+def lies_like(tensor: Tensor, other: Tensor) -> bool:
+    """Whether a tensor is dense and has the walk of a dense one of its shape."""
+    return tensor.stride() == other.stride() or (same_walk(tensor, other) and is_dense(tensor))
+
+
 def in_layout_of(param: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` itself if it lies in memory as the dense `param` does, else a copy that does."""
     resolved = not tensor.is_conj() and not tensor.is_neg()
-    if resolved and tensor.shape == param.shape and same_walk(tensor, param) and is_dense(tensor):
+    if resolved and tensor.shape == param.shape and lies_like(tensor, param):
         return tensor
     copy = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=tensor.device)
     return copy.copy_(tensor)

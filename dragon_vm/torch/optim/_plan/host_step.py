@@ -77,7 +77,7 @@ class HostStep:
                 grads[position] = grad
         for member in self.groups:
             member.update(tensors, member.pick(grads), groups, version, factors)
-        return Outcome(factors.norm), Scaling(_divisor(factors.common), None)
+        return Outcome(factors.norm), Scaling() if factors.common == 1 else Scaling(_divisor(factors.common))
 
     def _factors(self, recipe: Recipe, tensors: Gathered, scaling: Scaling) -> Factors:
         walked = [tensors.grads[position] for position in self._walked]

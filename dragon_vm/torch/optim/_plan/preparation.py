@@ -15,7 +15,7 @@ from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, check_state, has_memory, labels
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State, flatten_groups
-from dragon.vm.torch.optim._groups.layout import is_dense, same_walk
+from dragon.vm.torch.optim._groups.layout import is_dense, lies_like
 from dragon.vm.torch.optim._groups.members import has_own_memory
 from dragon.vm.torch.optim._groups.states import missing_states, settled_entries
 from dragon.vm.torch.optim._groups.storage import first_index, kept_format, storage_of, stored_entries
@@ -101,13 +101,14 @@ def prepare(
     for i, member in enumerate(joined):
         entries.append(Entry(member.buffer.values, member.buffer.state, member.group_index, len(params) + i))
         chosen_signatures.append(signatures[member.positions[0]])
+    keys_of = {signature: signature.all_keys for signature in set(signatures)}
     strays = [i for i in solid if i not in inside and is_dense(shards[i]) and not _walks(shards[i], grads[i])]
     return Prepared(
         params,
         shards,
         grads,
         group_index,
-        [signature.all_keys for signature in signatures],
+        [keys_of[signature] for signature in signatures],
         flatten_groups(entries, chosen_signatures),
         joined,
         strays,
@@ -147,7 +148,7 @@ def _has_memory(shard: Tensor, grad: Tensor) -> bool:
 
 
 def _walks(param: Tensor, grad: Tensor) -> bool:
-    return is_dense(grad) and same_walk(grad, param) and not grad.is_conj() and not grad.is_neg()
+    return lies_like(grad, param) and not grad.is_conj() and not grad.is_neg()
 
 
 def _with_states(
@@ -166,9 +167,12 @@ def _with_states(
     storages = [
         storage_of(param, group, algorithm.state_keys(group)) for param, group in zip(params, groups, strict=True)
     ]
+    # Equal ones are one object: what follows from it is computed once.
+    distinct: dict[Signature, Signature] = {}
     signatures = []
     for shard, grad, state, storage, group in zip(shards, grads, held, storages, groups, strict=True):
-        signatures.append(_signature(recipe, shard, grad, state, storage, group))
+        signature = _signature(recipe, shard, grad, state, storage, group)
+        signatures.append(distinct.setdefault(signature, signature))
     devices = [
         step_device(param, signature.backend, group) if signature.counts_steps else None
         for param, signature, group in zip(params, signatures, groups, strict=True)
@@ -177,15 +181,16 @@ def _with_states(
         signature.ema_dtype if group["ema_decay"] else None
         for signature, group in zip(signatures, groups, strict=True)
     ]
-    names = [signature.tensor_keys for signature in signatures]
+    keys_of = {id(signature): signature.tensor_keys for signature in distinct}
+    names = [keys_of[id(signature)] for signature in signatures]
     added = missing_states(params, held, names, devices, averages, algorithm.uncounted_steps)
     states = []
     for param, state, storage, new, group in zip(params, held, storages, added, groups, strict=True):
         entries, replaced = stored_entries(param, state, storage, algorithm.state_keys(group))
         kept = {key: value for key, value in state.items() if key not in replaced}
         states.append({**kept, **entries, **new})
-    for param, state, signature, device in zip(params, states, signatures, devices, strict=True):
-        state.update(settled_entries(param, state, signature.tensor_keys, device))
+    for param, state, keys, device in zip(params, states, names, devices, strict=True):
+        state.update(settled_entries(param, state, keys, device))
     _give_streams(recipe, params, states, signatures)
     return states, signatures
 

@@ -136,7 +136,7 @@ class Updater:
             with_masters = _with_masters(members, values.groups)
             if is_capturing():
                 self.plans.capture(found.plan, found.tensors, settings)
-            else:
+            elif with_masters:
                 self.masters.notice(with_masters, state)
                 self.masters.meet(with_masters, state)
             step = recipe, found.params, found.tensors, values.version, scaling
