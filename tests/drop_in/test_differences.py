@@ -41,8 +41,13 @@ def test_a_compiled_function_cannot_read_groups_that_a_graph_follows() -> None:
     def scaled(x: torch.Tensor) -> torch.Tensor:
         return x * optimizer.param_groups[0]["lr"]
 
-    with pytest.raises(torch._dynamo.exc.InternalTorchDynamoError):
-        scaled(torch.ones(2))
+    try:
+        found = scaled(torch.ones(2))
+    except torch._dynamo.exc.InternalTorchDynamoError:
+        return
+    # Dynamo of torch 2.11 can.
+    assert torch.__version__ < "2.12"
+    assert torch.equal(found, torch.full((2,), 1e-3))
 
 
 @pytest.mark.parametrize("capturable", [False, True])

@@ -61,6 +61,8 @@ class Tracer:
 
     def run(self, call: Callable[[], Any]) -> None:
         before = sys.gettrace()
+        # Python 3.12 counts bytecodes only if it was asked to before.
+        sys._getframe().f_trace_opcodes = True
         sys.settrace(self)
         try:
             call()

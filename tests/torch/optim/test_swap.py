@@ -200,8 +200,10 @@ def test_ours_built_by_name_are_not_recorded(theirs: Any) -> None:
 
 
 def test_a_compiled_function_builds_ours_too(theirs: Any) -> None:
+    params = make_params()
+
     def build() -> torch.optim.Optimizer:
-        return torch.optim.Adam(make_params())
+        return torch.optim.Adam(params)
 
     with swap():
         assert type(torch.compile(build, backend="eager")()) is Adam

@@ -245,7 +245,8 @@ def test_a_step_takes_8_mib_of_scratch_memory_at_most(mode: str) -> None:
     """It does not grow with the tensor."""
     params, optimizer = make(mode, ((2048, 512),), "native")
     train(params, optimizer, 1)
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, activities=activities, acc_events=True) as profile:
         optimizer.step()
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
