@@ -326,7 +326,7 @@ def test_processes_of_multiprocessing_swap_too_and_the_first_reports(method: str
 
 @pytest.mark.parametrize("in_front", [True, False], ids=["in front", "behind"])
 def test_a_launcher_goes_in_front(in_front: bool, folder: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = ["-m", "dragon.vm.run"]
     command = (
         [*launcher, *run, "--state-dtype", "bfloat16", "train.py"] if in_front else [*run, *launcher, "train.py"]
