@@ -19,6 +19,7 @@ from hypothesis import settings
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._backends import pieces
 
 from .support import BACKENDS, bits, give_gradients, home, parameters
 
@@ -183,7 +184,9 @@ def check_interrupted(
             torch.testing.assert_close(optimizer.state[param][name].cpu(), value.cpu(), rtol=1e-5, atol=1e-6)
 
 
-CASES = [(backend, {}) for backend in BACKENDS] + [("native", {"flatten": True})]
+# A bound that changes nothing has gradients copied.
+COPYING: dict[str, Any] = {"clip_value": 1e6}
+CASES = [(backend, {}) for backend in BACKENDS] + [("native", {"flatten": True}), ("native", COPYING)]
 
 
 @pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.__name__)
@@ -207,6 +210,20 @@ def test_an_interrupt_at_any_bytecode_leaves_what_a_later_step_can_build_on(
 
     for _ in range(n_interrupts):
         check_interrupted(situation, interrupted, backend, options)
+
+
+def test_an_interrupt_while_memory_for_copies_is_laid_out_loses_none_of_it() -> None:
+    first_step("native", **COPYING).step()
+    counter = Tracer(None, str(pieces.__file__))
+    counter.run(first_step("native", **COPYING).step)
+    assert counter.count > 50
+    for at in range(1, counter.count + 1):
+
+        def interrupted(optimizer: Any, at: int = at) -> None:
+            with pytest.raises(Interrupt):
+                Tracer(at, str(pieces.__file__)).run(optimizer.step)
+
+        check_interrupted(first_step, interrupted, "native", COPYING)
 
 
 @pytest.fixture

@@ -70,6 +70,8 @@ class Scratch:
 
     def _lay_out(self) -> None:
         buffer = torch.empty(SMALL_PIECE, dtype=self._dtype, device="cpu")
+        numbers: list[int] = []
+        places: list[Tensor | None] = []
         number, end = 0, 0
         for layout in self._layouts:
             place = None
@@ -79,8 +81,11 @@ class Scratch:
                     number, end = number + 1, 0
                 place = buffer.as_strided(shape, stride, end)
                 end += numel
-            self._numbers.append(number)
-            self._places.append(place)
+            numbers.append(number)
+            places.append(place)
+        # Whatever interrupts this, there are places for all or for none.
+        self._numbers = numbers
+        self._places = places
 
     def of_large(self, columns: Sequence[Sequence[Tensor]], grads: int) -> Iterator[Piece]:
         """Parts of one large tensor at a time; one that is not contiguous is not cut.
