@@ -1,6 +1,6 @@
-"""What triton's interpreter does otherwise than a GPU is taken out of these tests' way."""
+"""Kernels on a GPU and in triton's interpreter: what differs is taken out of these tests' way, and graphs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,8 @@ import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+from .recorded import RecordedGraph
 
 _plain_convert = interpreter._convert_float
 
@@ -28,3 +30,22 @@ def interpreted_as_on_a_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(interpreter, "_convert_float", _convert_float)
         yield
+
+
+def capture_on_device(step: Callable[[], Any]) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@pytest.fixture(params=["recorded", pytest.param("cuda", marks=pytest.mark.gpu)])
+def graphed(request: Any, device: torch.device) -> Iterator[Any]:
+    """Where parameters live, and what turns a step into its replay."""
+    if request.param == "cuda":
+        yield torch.device("cuda"), capture_on_device
+    elif device.type != "cpu":
+        pytest.skip("a graph is captured rather than recorded")
+    else:
+        yield device, RecordedGraph().capture

@@ -142,7 +142,7 @@ class FusedPlanner:
             call: one that was planned.
             columns: parameters, gradients and others of the call.
         """
-        if (call.factor == 1 and not call.bound) or not call.needs_copies:
+        if not call.needs_copies:
             return [Piece(slice(None), columns, [])]
         return self._scratch.of_small(call.pick, columns) if call.is_small else self._scratch.of_large(columns, 1)
 

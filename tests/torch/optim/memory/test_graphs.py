@@ -1,6 +1,6 @@
 """A captured step in every memory mode: each replay is a step, with random words of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,31 +8,12 @@ import torch
 
 from dragon.vm.torch.optim import AdamW
 
-from ..recorded import RecordedGraph
 from .modes import MODES, bits, give_gradients, make
 
 SHAPES = ((64, 64), (37,))
 STOCHASTIC = ["split8, 8bit, amsgrad, average", "bf16 stochastic, bf16 states", "8bit"]
 MASTERS = ["split16", "split8, 8bit", "fp32 masters, 8bit", "fp32 masters of fp16"]
 pytestmark = pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded to nearest")
-
-
-def capture_on_device(step: Callable[[], Any]) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-@pytest.fixture(params=["recorded", pytest.param("cuda", marks=pytest.mark.gpu)])
-def graphed(request: Any, device: torch.device) -> Any:
-    """Where parameters live, and what turns a step into its replay."""
-    if request.param == "cuda":
-        return torch.device("cuda"), capture_on_device
-    if device.type != "cpu":
-        pytest.skip("a graph is captured rather than recorded")
-    return device, RecordedGraph().capture
 
 
 def placed(mode: str, where: torch.device, **options: Any) -> tuple[list[torch.Tensor], Any]:
