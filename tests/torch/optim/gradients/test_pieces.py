@@ -68,3 +68,16 @@ def test_pieces_change_no_bit(
     assert [64] in cuts
     # What does not lie in a row is copied as a whole.
     assert max(cuts) == [1200 * numel_of_pair]
+
+
+@pytest.mark.parametrize("options", [{"grad_scale": 0.1}, {"grad_scale": 0.1, "clip_value": 0.05}], ids=str)
+@pytest.mark.parametrize("numel", [10, 10_000])
+def test_a_factor_of_fp64_gradients_is_fp64(numel: int, options: dict[str, Any]) -> None:
+    param, grad = (
+        torch.nn.Parameter(torch.zeros(numel, dtype=torch.float64)),
+        numbers(1, numel, dtype=torch.float64),
+    )
+    param.grad = grad.clone()
+    SGD([param], lr=1.0, backend="native", **options).step()
+    bound = options.get("clip_value", float("inf"))
+    torch.testing.assert_close(param.detach(), -(grad * 0.1).clamp(-bound, bound), rtol=1e-15, atol=0)
