@@ -112,7 +112,7 @@ stage_a() {
   if [ $dry = yes ]; then large=("10 x 16") quick=("10 x 16"); fi
   mapfile -d '' -t large < <(cases "${large[@]}")
   mapfile -d '' -t quick < <(cases "${quick[@]}")
-  mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests/torch tests/kernels)
+  mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu|graphed' tests/torch tests/kernels)
   part kernels 80 "$python" -m tests.sanitize "${flag[@]}"
   bench 75 headline "${large[@]}" --dtype fp32 "${fast[@]}"
   part probe 160 "$python" -m benchmarks.probe "${flag[@]}" --out "$work/probe.jsonl"
