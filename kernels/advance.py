@@ -59,6 +59,7 @@ def store_common_scalars(group, target, lr, factor, active):
 def advance_kernel(
     counts_ptr,  # int64 [COUNTS]
     tensors_ptr,  # int64 [n_tensors, TENSOR_COLUMNS]
+    grads_ptr,  # int64 [n_tensors]
     groups_ptr,  # float64 [n_groups, GROUP_COLUMNS]
     sources_ptr,  # int64 [n_groups, SOURCE_COLUMNS]
     scalars_ptr,  # float64 [n_tensors, SCALAR_COLUMNS], written; rows without WIDE hold float32
@@ -75,7 +76,8 @@ def advance_kernel(
     """Advance `ROWS` tensors a program, of any dtype; the grid is ``(cdiv(n_tensors, ROWS),)``.
 
     A skipped step, for a positive `found_inf` or a non-finite gradient norm in a group that asks for it, leaves
-    the counters alone and clears ACTIVE, at which the update kernel leaves everything alone.
+    the counters alone and clears ACTIVE, at which the update kernel leaves everything alone. The same for a tensor
+    without a gradient.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < tl.load(counts_ptr + table.N_TENSORS)
@@ -100,7 +102,7 @@ def advance_kernel(
     step_ptr = tl.load(tensor_ptr + table.STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
     has_step = mask & (step_ptr.to(tl.int64) != 0)
     step = tl.load(step_ptr, mask=has_step, other=0.0) + 1
-    active = mask & (skip == 0)
+    active = mask & (skip == 0) & (tl.load(grads_ptr + rows, mask=mask, other=0) != table.ABSENT)
     tl.store(step_ptr, step, mask=has_step & active)
 
     wide = tl.load(tensor_ptr + table.WIDE, mask=mask, other=0) != 0

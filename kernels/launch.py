@@ -144,7 +144,8 @@ def advance_launcher(
         warp_size: threads of a warp.
 
     Returns:
-        What takes the tables: counts, tensors, groups, sources, scalars, partials, grad_scale, found_inf, status.
+        What takes the tables: counts, tensors, grads, groups, sources, scalars, partials, grad_scale, found_inf,
+        status.
     """
     constants = advance_constants(algorithm, norm_kind, clip_each)
     n_programs = -(-n_tensors // constants["ROWS"])

@@ -93,7 +93,8 @@ def norm_kernel(
     row_ptr = tensors_ptr + row * table.TENSOR_COLUMNS
     address = tl.load(grads_ptr + row)
     first = span * SPAN
-    end = tl.minimum(first + SPAN, tl.load(row_ptr + table.NUMEL))
+    # A gradient that is absent has no elements.
+    end = tl.where(address == table.ABSENT, first, tl.minimum(first + SPAN, tl.load(row_ptr + table.NUMEL)))
     lanes = tl.arange(0, TILE)
     total = tl.zeros((TILE,), bits_dtype(GRAD_DTYPE, NORM))
     if (address & 15) == 0:

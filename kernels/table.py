@@ -3,7 +3,8 @@
 A kernel takes nothing but pointers to tables and compile-time constants. A device has one set of tables:
 
 * tensors, int64 ``[n_tensors, TENSOR_COLUMNS]``: addresses, element count and group of each tensor;
-* grads, int64 ``[n_tensors]``: the address of each gradient, apart so that a graph replay copies nothing else;
+* grads, int64 ``[n_tensors]``: the address of each gradient, ABSENT where a tensor has none at this step; apart so
+  that a graph replay copies nothing else;
 * groups, float64 ``[n_groups, GROUP_COLUMNS]``: the hyperparameters of each parameter group;
 * sources, int64 ``[n_groups, SOURCE_COLUMNS]``: addresses of hyperparameters that are device tensors;
 * counts, int64 ``[COUNTS]``: sizes that `advance_kernel` reads instead of taking integers as arguments;
@@ -50,6 +51,9 @@ SEED = tl.constexpr(16)
 # One more than there are, so that each pair is a multiple of 16 bytes.
 TENSOR_COLUMNS = tl.constexpr(18)
 
+# In place of a gradient's address: the tensor takes no part in this step. A gradient without elements has 0.
+ABSENT = tl.constexpr(1)
+
 # Groups.
 LR = tl.constexpr(0)
 WEIGHT_DECAY = tl.constexpr(1)
@@ -87,7 +91,7 @@ N_PARTIALS = tl.constexpr(1)
 COUNTS = tl.constexpr(2)
 
 # Scalars, written on the device. Columns stand in fours that are loaded together.
-# 0 where the step is skipped: the update leaves the tensor alone.
+# 0 where the step is skipped or the gradient absent: the update leaves the tensor alone.
 ACTIVE = tl.constexpr(0)
 GRAD_SCALE = tl.constexpr(1)
 CLIP = tl.constexpr(2)

@@ -124,6 +124,7 @@ def update_chunk(
                 first += SINGLES
     elif SPEC.zero_grad:
         # A skipped step drops its gradients all the same: what is infinite must not be added to.
+        end = tl.where(tensors[1][0] == table.ABSENT, first, end)
         grad_parts = open_parts(tensors[1], grad_format(SPEC), 1)
         while first < end:
             zeros = tl.zeros((SINGLES,), compute_dtype(SPEC))

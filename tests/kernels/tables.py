@@ -129,7 +129,7 @@ class Tables:
     def advance(self, algorithm: str = "adam", norm: int = NO_NORM.value, clip_each: bool = False) -> None:
         """Launch `advance_kernel`."""
         launch.advance_launcher(algorithm, norm, clip_each, len(self.rows))(
-            self.counts, self.tensors, self.hyper, self.source_table,
+            self.counts, self.tensors, self.grads, self.hyper, self.source_table,
             self.scalars, self.partials, self.grad_scale, self.found_inf, self.status,
         )  # fmt: skip
 

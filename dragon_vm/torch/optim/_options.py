@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from types import NoneType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 # Options that each parameter group may override, beside the hyperparameters of the formula; the others belong to
@@ -24,6 +26,9 @@ OWN_GROUP_DEFAULTS: dict[str, Any] = {
 }
 # How tensors are stored is this optimizer's choice: state dicts do not have it.
 STORAGE_OPTIONS = ("state_dtype", "stochastic_rounding", "master_weights")
+
+# Immutable: whoever holds one of these sees no change in it.
+PLAIN_TYPES = {float, int, bool, str, NoneType, torch.dtype}
 
 # Of the hyperparameters of all groups: a number that is new after each change but of learning rates alone, and one
 # that is new after each of those.
@@ -180,6 +185,8 @@ def check_momentum(group: Mapping[str, Any]) -> None:
 
 def by_value(value: Any) -> Any:
     """A hyperparameter in a form that tells whether it changed: a tensor's number, or its address on a device."""
+    if type(value) in PLAIN_TYPES:
+        return value
     if isinstance(value, Tensor):
         on_host = value.device.type == "cpu" and value.numel() == 1
         return float(value.detach()) if on_host else (value.data_ptr(), value.dtype, value.device)

@@ -126,6 +126,8 @@ class StoringOptimizer(AccumulatingOptimizer):
                 continue
             now = float(group["betas"][0]), float(group["betas"][1])
             before = group.get("bound_betas")
+            if before == now:
+                continue
             if before is None or _bound(now) > _bound(before):
                 group["bound_betas"] = now
 

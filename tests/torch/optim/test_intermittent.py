@@ -6,10 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim._backends import native
+from dragon.vm.torch.optim._plan import cache, host_step
 
-from .support import BACKENDS, bits, home, numbers, parameters, patient
+from .support import BACKENDS, bits, everything, home, numbers, parameters, patient
 
-histories = st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=6)
+presences = st.lists(st.booleans(), min_size=3, max_size=3)
+histories = st.lists(presences, min_size=1, max_size=6)
 
 
 def give(param, index, number):
@@ -52,10 +55,169 @@ def test_a_step_without_any_gradient_does_nothing(backend, algorithm):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_patterns_of_missing_gradients_keep_few_plans(backend):
     params = parameters([(3,)] * 6, device=home(backend))
-    optimizer = Adam(params, backend=backend)
+    # A norm is summed over one set of gradients.
+    optimizer = Adam(params, backend=backend, max_grad_norm=1.0)
     for pattern in range(1, 33):
         for i, param in enumerate(params):
             param.grad = torch.ones_like(param) if pattern >> i & 1 else None
         optimizer.step()
-    assert len(optimizer._plans) <= 8
+    assert len(optimizer._plans) == 8
     assert [float(optimizer.state[param]["step"]) for param in params] == [16, 16, 16, 16, 16, 1]
+
+
+def prepared_sets(monkeypatch):
+    """How many parameters each plan that is prepared from here on is for."""
+    sizes = []
+    prepare = cache.prepare
+
+    def counted(recipe, params, *others):
+        sizes.append(len(params))
+        return prepare(recipe, params, *others)
+
+    monkeypatch.setattr(cache, "prepare", counted)
+    return sizes
+
+
+def give_some(params, present, number):
+    for i, param in enumerate(params):
+        param.grad = None
+        if present[i]:
+            give(param, i, number)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sets_of_gradients_share_a_plan_however_they_change(backend, monkeypatch):
+    sizes = prepared_sets(monkeypatch)
+    params = parameters([(3,)] * 6, device=home(backend))
+    optimizer = Adam(params, backend=backend)
+    for pattern in (0b111111, *range(1, 33)):
+        give_some(params, [pattern >> i & 1 for i in range(6)], pattern)
+        optimizer.step()
+    assert sizes == [6]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_parameter_that_comes_later_joins_the_plan(backend, monkeypatch):
+    sizes = prepared_sets(monkeypatch)
+    params = parameters([(3,)] * 4, device=home(backend))
+    optimizer = Adam(params, backend=backend)
+    for number, present in enumerate([(1, 1, 0, 0), (0, 0, 1, 0), (1, 0, 0, 0), (0, 1, 1, 0), (1, 1, 1, 0)]):
+        give_some(params, present, number)
+        optimizer.step()
+    assert sizes == [2, 3]
+    assert [params[i] in optimizer.state for i in range(4)] == [True, True, True, False]
+
+
+VARIED = [
+    {"amsgrad": True, "weight_decay": 0.1},
+    {"clip_norm": 0.5},
+    {"clip_value": 0.5, "ema_decay": 0.9},
+    {"max_grad_norm": 0.5},
+    {"skip_nonfinite": True},
+    {"epsilon_hat": True},
+    {"flatten": True},
+]
+NARROW = [
+    {"stochastic_rounding": True, "state_dtype": torch.bfloat16},
+    {"master_weights": "split16", "state_dtype": "8bit"},
+    {"master_weights": torch.float32},
+]
+
+
+@patient
+@given(
+    st.sampled_from(BACKENDS),
+    st.sampled_from([*VARIED, *NARROW]),
+    st.booleans(),
+    st.booleans(),
+    st.lists(presences, min_size=1, max_size=3),
+    st.data(),
+)
+def test_a_plan_for_more_parameters_changes_no_bit(backend, options, scales, zero_grad, history, data):
+    """Beside an optimizer that forgets its plans after each step."""
+    dtype = torch.bfloat16 if options in NARROW else torch.float32
+    runs = [parameters([(5,), (70,), (3, 4)], dtype, home(backend)) for _ in range(2)]
+    optimizers = [Adam(params, backend=backend, lr=0.1, **options) for params in runs]
+    for number, present in enumerate([[True] * 3, *history]):
+        # What is laid out otherwise than before, of another dtype, or shared.
+        kind = data.draw(st.sampled_from(["plain", "strided", "shared"]))
+        for params, optimizer in zip(runs, optimizers, strict=True):
+            for i, param in enumerate(params):
+                param.grad = None
+                if present[i]:
+                    grad = numbers(10 * number + i, *param.shape, dtype=dtype, device=str(param.device))
+                    if kind == "strided":
+                        grad = grad.t().contiguous().t()
+                    elif kind == "shared":
+                        grad = numbers(number, device=str(param.device), dtype=dtype).expand(param.shape)
+                    param.grad = grad
+            if scales:
+                optimizer.grad_scale = torch.full((1,), 2.0, device=params[0].device)
+                optimizer.found_inf = torch.full((1,), float(number == 2), device=params[0].device)
+            versions = [param._version for param in params]
+            optimizer.step(zero_grad=zero_grad and kind != "shared")
+            for i, param in enumerate(params):
+                assert present[i] or param._version == versions[i]
+        optimizers[1]._plans.forget()
+        assert everything(optimizers[0]) == everything(optimizers[1])
+        for left, right in zip(*runs, strict=True):
+            assert (left.grad is None) == (right.grad is None)
+            assert left.grad is None or bits(left.grad) == bits(right.grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("steps_between", [0, 1])
+def test_a_state_that_was_taken_away_does_not_come_back_without_a_gradient(backend, steps_between):
+    params = parameters([(3,)] * 3, device=home(backend))
+    optimizer = Adam(params, backend=backend)
+    give_some(params, (1, 1, 0), 0)
+    optimizer.step()
+    del optimizer.state[params[0]]
+    for number, present in enumerate([(0, 1, 0)] * steps_between + [(0, 1, 1)]):
+        give_some(params, present, number)
+        optimizer.step()
+    assert params[0] not in optimizer.state
+    assert [float(optimizer.state[param]["step"]) for param in params[1:]] == [2 + steps_between, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_unlike_its_parameter_may_come_and_go(backend):
+    params = [torch.nn.Parameter(numbers(i, 4, 6, device=home(backend))) for i in range(2)]
+    alone = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    optimizer, others = Adam(params, backend=backend), [Adam([param], backend=backend) for param in alone]
+    for number, present in enumerate([(1, 1), (0, 1), (1, 0), (1, 1), (0, 1)]):
+        for i in range(2):
+            params[i].grad = alone[i].grad = None
+            if present[i]:
+                grad = numbers(10 * number + i, 6, 4, device=home(backend)).t() if number % 2 else None
+                for param in (params[i], alone[i]):
+                    param.grad = numbers(number, 4, 6, device=home(backend)) if grad is None else grad.clone()
+                others[i].step()
+        optimizer.step()
+    assert [bits(param) for param in params] == [bits(param) for param in alone]
+
+
+def test_an_interrupt_between_two_sets_leaves_no_calls_of_the_other(monkeypatch):
+    """Calls that were planned for one set of gradients, remembered as those of another."""
+
+    class Interrupted(native.NativeGroup):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "_calls" and is_armed:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(host_step, "NativeGroup", Interrupted)
+    is_armed = False
+    params = parameters([(3,)] * 2)
+    optimizer = Adam(params, backend="native")
+    give_some(params, (1, 1), 0)
+    optimizer.step()
+    is_armed = True
+    give_some(params, (1, 0), 1)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    is_armed = False
+    give_some(params, (1, 1), 2)
+    before = bits(params[1])
+    optimizer.step()
+    assert bits(params[1]) != before

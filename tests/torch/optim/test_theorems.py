@@ -132,6 +132,13 @@ def test_misaligned_addresses_do_not_matter(backend, run):
     assert run.result(backend, misaligned=True) == run.result(backend)
 
 
+def saved(found, run):
+    """What a state dict holds of an outcome: PyTorch's SGD has no counts, so ours knows but whether one is 0."""
+    if run.algorithm is Adam:
+        return found
+    return [(param, {key: value for key, value in state.items() if key != "step"}) for param, state in found]
+
+
 @patient
 @given(backends, runs, st.integers(1, 2))
 def test_a_run_goes_on_from_its_state_dict_bit_by_bit(backend, run, before):
@@ -142,7 +149,7 @@ def test_a_run_goes_on_from_its_state_dict_bit_by_bit(backend, run, before):
         again[index].data.copy_(param.data)
     resumed.load_state_dict(optimizer.state_dict())
     run.step(resumed, again, range(before + 1, 4))
-    assert outcome(resumed, again) == run.result(backend)
+    assert saved(outcome(resumed, again), run) == saved(run.result(backend), run)
 
 
 configs = st.sampled_from(

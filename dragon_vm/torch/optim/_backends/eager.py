@@ -60,7 +60,7 @@ class EagerGroup:
     def update(
         self,
         tensors: Gathered,
-        grads: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
         groups: Sequence[Group],
         version: Version,
         factors: Factors,
@@ -69,7 +69,7 @@ class EagerGroup:
 
         Args:
             tensors: all that the step gathered.
-            grads: this group's gradients.
+            grads: this group's gradients; None for a parameter that takes no part.
             groups: all parameter groups of the optimizer.
             version: of their hyperparameters; unused, since nothing is kept from step to step.
             factors: of the gradients.
@@ -78,12 +78,14 @@ class EagerGroup:
             self._stored.update(tensors, grads, groups, factors)
             return
         for (position, index), grad in zip(self._members, grads, strict=True):
+            if grad is None:
+                continue
             states = {key: tensors.states[key][position] for key in self._signature.all_keys}
             self._update_one(
                 tensors.params[position], grad, states, groups[index], factors.of(position, groups[index])
             )
         if factors.kept_scale not in (None, 1.0):
-            unscale_all(grads, factors.kept_scale)
+            unscale_all([grad for grad in grads if grad is not None], factors.kept_scale)
 
     def _update_one(
         self, param: Tensor, grad: Tensor, states: dict[str, Tensor], group: Group, factor: float

@@ -78,6 +78,32 @@ def _number(value: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
 
 
+class _Rows:
+    """The tensors of a flattened group that take part in a step, by parameter group and size class.
+
+    Args:
+        rows: positions of these tensors in the group.
+        classes: of each tensor of the group.
+    """
+
+    def __init__(self, rows: Sequence[int], classes: Sequence[tuple[int, bool]]) -> None:
+        self.rows, self._n_all = rows, len(classes)
+        self.parts: dict[tuple[int, bool], list[int]] = {}
+        for row in rows:
+            self.parts.setdefault(classes[row], []).append(row)
+        self._picks: dict[tuple[tuple[int, bool], ...], tuple[int, Any]] = {}
+
+    def pick(self, parts: tuple[tuple[int, bool], ...]) -> tuple[int, Any]:
+        """The first position of parts, and what selects their tensors in the order of the group."""
+        if parts not in self._picks:
+            # Parts that share a call change with the hyperparameters: what no plan asks for again must go.
+            if len(self._picks) > 2 * len(self.parts):
+                self._picks.clear()
+            positions = sorted(position for part in parts for position in self.parts[part])
+            self._picks[parts] = positions[0], picker(positions, self._n_all)
+        return self._picks[parts]
+
+
 class FusedPlanner:
     """Plans the fused calls of one flattened group.
 
@@ -93,13 +119,10 @@ class FusedPlanner:
         self._group_index = [entry.group_index for entry in group.entries]
         self._read_key = itemgetter(*algorithm.fused_names, *_COMMON_NAMES)
         self._keys: list[Any] = []
-        self._picks: dict[tuple[tuple[int, bool], ...], tuple[int, Any]] = {}
-        # Positions in this group of the tensors of one parameter group and size class.
-        self._parts: dict[tuple[int, bool], list[int]] = {}
         params = [entry.param for entry in group.entries]
         are_small = [param.numel() < SINGLE_THREAD_NUMEL for param in params]
-        for position, (entry, is_small) in enumerate(zip(group.entries, are_small, strict=True)):
-            self._parts.setdefault((entry.group_index, is_small), []).append(position)
+        self._classes = list(zip(self._group_index, are_small, strict=True))
+        self._chosen = _Rows([], self._classes)
         self._scratch = Scratch(params, are_small)
 
     def read(self, groups: Sequence[Group]) -> bool:
@@ -111,11 +134,22 @@ class FusedPlanner:
         self._keys = keys if kinds <= {float, int, bool, tuple} else list(map(by_value, keys))
         return any(map(self._algorithm.depends_on_step, groups))
 
-    def plan(self, groups: Sequence[Group], steps: list[float], factors: Factors) -> list[FusedCall]:
-        """Collect what may go into one call; parameter groups of equal hyperparameters share one."""
+    def plan(
+        self, groups: Sequence[Group], rows: Sequence[int], steps: list[float], factors: Factors
+    ) -> list[FusedCall]:
+        """Collect what may go into one call; parameter groups of equal hyperparameters share one.
+
+        Args:
+            groups: all parameter groups of the optimizer.
+            rows: the tensors of this group that take part.
+            steps: counts of all its tensors, one if they agree, or none if none are needed.
+            factors: of the gradients.
+        """
+        if rows != self._chosen.rows:
+            self._chosen = _Rows(rows, self._classes)
         parts: dict[tuple[Any, float, bool], list[tuple[int, bool]]] = {}
         single: dict[tuple[Any, float, float, bool], list[int]] = {}
-        for part, positions in self._parts.items():
+        for part, positions in self._chosen.parts.items():
             group, key, is_small = groups[part[0]], self._keys[part[0]], part[1]
             counts = steps if self._algorithm.depends_on_step(group) else []
             if len(counts) <= 1 and not factors.each:
@@ -127,7 +161,7 @@ class FusedPlanner:
                 single.setdefault((key, factor, count, is_small), []).append(position)
         calls = []
         for (_, factor, is_small), members in parts.items():
-            first, pick = self._pick_parts(tuple(members))
+            first, pick = self._chosen.pick(tuple(members))
             calls.append(self._call(first, pick, groups[members[0][0]], factor, factors.kept_scale, is_small))
         for (_, factor, _, is_small), positions in single.items():
             pick = picker(positions, len(self._positions))
@@ -145,16 +179,6 @@ class FusedPlanner:
         if not call.needs_copies:
             return [Piece(slice(None), columns, [])]
         return self._scratch.of_small(call.pick, columns) if call.is_small else self._scratch.of_large(columns, 1)
-
-    def _pick_parts(self, parts: tuple[tuple[int, bool], ...]) -> tuple[int, Any]:
-        """The first position of parts, and what selects their tensors in the order of the group."""
-        if parts not in self._picks:
-            # Parts that share a call change with the hyperparameters: what no plan asks for again must go.
-            if len(self._picks) > 2 * len(self._parts):
-                self._picks.clear()
-            positions = sorted(position for part in parts for position in self._parts[part])
-            self._picks[parts] = positions[0], picker(positions, len(self._positions))
-        return self._picks[parts]
 
     def _call(
         self, first: int, pick: Any, group: Group, factor: float, kept_scale: float | None, is_small: bool

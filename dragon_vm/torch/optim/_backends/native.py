@@ -46,7 +46,7 @@ class NativeGroup:
     def update(
         self,
         tensors: Gathered,
-        grads: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
         groups: Sequence[Group],
         version: Version,
         factors: Factors,
@@ -55,25 +55,34 @@ class NativeGroup:
 
         Args:
             tensors: all that the step gathered.
-            grads: this group's gradients.
+            grads: this group's gradients; None for a parameter that takes no part.
             groups: all parameter groups of the optimizer.
             version: of their hyperparameters; a new one after each change.
             factors: of the gradients.
         """
-        signature, own_grads = self._signature, grads
+        signature = self._signature
+        own_grads: Sequence[Any] = grads
         if signature.grad_dtype != signature.param_dtype:
-            grads = [grad.to(signature.param_dtype) for grad in grads]
+            grads = [None if grad is None else grad.to(signature.param_dtype) for grad in grads]
         if version != self._version:
             self._needs_steps = self._planner.read(groups)
             self._planned_for, self._version = None, version
         params = self.pick(tensors.params)
         states = [self.pick(tensors.states[key]) for key in signature.state_keys]
         counters = self.pick(tensors.states["step"]) if self._counters else ()
-        steps = self._counters.advance(counters, self._needs_steps) if self._counters else []
+        rows: Sequence[int] = range(len(params))
+        if not tensors.are_all:
+            rows = [row for row, grad in enumerate(grads) if grad is not None]
+            if not rows:
+                return
+        steps = self._counters.advance(counters, rows, self._needs_steps) if self._counters else []
         # Counts advance together: their differences stay, and with them what may share a call.
-        planned_for = ([step - steps[0] for step in steps], factors.common, factors.each, factors.kept_scale)
+        differences = [step - steps[0] for step in steps]
+        planned_for = (differences, factors.common, factors.each, factors.kept_scale, rows)
         if planned_for != self._planned_for:
-            self._calls = self._planner.plan(groups, steps, factors)
+            # Whatever interrupts this, no calls pass for those of another step.
+            self._planned_for = None
+            self._calls = self._planner.plan(groups, rows, steps, factors)
             self._planned_for = planned_for
         small = [call for call in self._calls if call.is_small]
         columns = [params, grads, own_grads, *states]
@@ -86,7 +95,8 @@ class NativeGroup:
                     unscale_all(call.pick(own_grads), call.divisor)
         if signature.ema_dtype is not None:
             emas = self.pick(tensors.states["ema"])
-            for param, ema, index in zip(params, emas, self._group_index, strict=True):
+            for row in rows:
+                param, ema, index = params[row], emas[row], self._group_index[row]
                 as_real(ema).lerp_(as_real(param), 1 - groups[index]["ema_decay"])
 
     def _run(
@@ -130,13 +140,15 @@ class _Counters:
         # Our own memory, of which the user's counters are pieces.
         self._buffer = counter_buffer(steps) if are_adjacent else None
 
-    def advance(self, counters: Sequence[Tensor], are_needed: bool) -> list[float]:
-        """Count the step; return the counts if they are needed: one if all agree, or none."""
+    def advance(self, counters: Sequence[Tensor], rows: Sequence[int], are_needed: bool) -> list[float]:
+        """Count the step of some rows; return all counts if they are needed: one if all agree, or none."""
         buffer = self._buffer
         if buffer is None:
-            _count(counters)
-        else:
+            _count([counters[row] for row in rows])
+        elif len(rows) == len(counters):
             buffer += 1
+        else:
+            buffer[rows] += 1
         if not are_needed:
             return []
         counts = list(map(float, counters)) if buffer is None else buffer.tolist()

@@ -38,7 +38,7 @@ class PiecewiseGroup:
     def update(
         self,
         tensors: Gathered,
-        grads: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
         groups: Sequence[dict[str, Any]],
         version: Version,
         factors: Factors,
@@ -47,7 +47,7 @@ class PiecewiseGroup:
 
         Args:
             tensors: all that the step gathered.
-            grads: this group's gradients.
+            grads: this group's gradients; None for a parameter that takes no part.
             groups: all parameter groups of the optimizer.
             version: of their hyperparameters; unused, since nothing is kept from step to step.
             factors: of the gradients.

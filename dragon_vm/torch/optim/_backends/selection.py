@@ -10,27 +10,41 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# In place of an address, as in the kernels' tables.
+ABSENT = 1
+
+
+def _all(sequence: Sequence[T]) -> Sequence[T]:
+    return sequence
+
 
 class Gathered(NamedTuple):
     """The tensors of one step, read from where they live. All lists have the same positions.
 
     Attributes:
         params: parameters, or this process's shards of them, then flat buffers.
-        grads: their gradients, in the layouts of the parameters.
+        grads: their gradients, in the layouts of the parameters; None for a parameter that takes no part.
         states: state tensors by name; None for a parameter without that state.
-        addresses: of the gradients.
+        addresses: of the gradients; ABSENT likewise.
+        take: selects what belongs to the parameters that take part.
     """
 
-    params: list[Tensor]
-    grads: list[Tensor]
+    params: Sequence[Tensor]
+    grads: Sequence[Any]
     states: dict[str, list[Any]]
-    addresses: list[int]
+    addresses: Sequence[int]
+    take: Callable[[Sequence[Any]], Sequence[Any]] = _all
+
+    @property
+    def are_all(self) -> bool:
+        """Whether all parameters take part."""
+        return self.take is _all
 
 
 def picker(positions: Sequence[int], n_all: int) -> Callable[[Sequence[T]], Sequence[T]]:
     """What selects elements at positions of sequences of length `n_all`; all in order stay the sequence itself."""
     if list(positions) == list(range(n_all)):
-        return lambda sequence: sequence
+        return _all
     if len(positions) < 2:
         return lambda sequence: [sequence[position] for position in positions]
     return itemgetter(*positions)

@@ -44,17 +44,19 @@ class StoredUpdate:
         self._maths = Maths(square_root if is_exact else torch.sqrt, group.signature.is_bounded)
 
     def update(
-        self, tensors: Gathered, grads: Sequence[Tensor], groups: Sequence[Group], factors: Factors
+        self, tensors: Gathered, grads: Sequence[Tensor | None], groups: Sequence[Group], factors: Factors
     ) -> None:
         """Advance the counters and update the tensors.
 
         Args:
             tensors: all that the step gathered.
-            grads: this group's gradients, in their parameters' layouts.
+            grads: this group's gradients, in their parameters' layouts; None for a parameter that takes no part.
             groups: all parameter groups of the optimizer.
             factors: of the gradients.
         """
         for (position, index, stream, first), grad in zip(self._members, grads, strict=True):
+            if grad is None:
+                continue
             group = groups[index]
             state = {key: tensors.states[key][position] for key in self._signature.all_keys}
             counter = state.get("step")
@@ -64,7 +66,7 @@ class StoredUpdate:
             param = tensors.params[position]
             self._update_one(param, grad, state, group, factors.of(position, group), rounding)
         if factors.kept_scale not in (None, 1.0):
-            unscale_all(grads, factors.kept_scale)
+            unscale_all([grad for grad in grads if grad is not None], factors.kept_scale)
 
     def _update_one(
         self,

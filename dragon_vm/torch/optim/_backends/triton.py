@@ -82,7 +82,7 @@ class TritonDevice:
         """Update all tensors.
 
         Args:
-            addresses: of all gradients that the step gathered.
+            addresses: of all gradients that the step gathered; ABSENT for a parameter that takes no part.
             groups: parameter groups.
             algorithm: what is computed.
             version: of the hyperparameters; a new one after each change.
@@ -151,7 +151,7 @@ class TritonDevice:
                     skip_nonfinite=skip_nonfinite,
                 )
             scale = context.one if scaling.grad_scale is None else scaling.grad_scale
-            tables = read.counts, read.tensors, groups, sources, launches.scalars, read.partials
+            tables = read.counts, read.tensors, grads, groups, sources, launches.scalars, read.partials
             launches.advances[kind, self._groups.clips_each](*tables, scale, read.found_inf, self._status)
         for update in launches.updates:
             update.launch(update.chunks, tensors, grads, launches.scalars, kept_scale)

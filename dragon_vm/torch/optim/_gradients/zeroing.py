@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,4 +73,12 @@ def apart(grads: list[Tensor]) -> list[Tensor]:
     for grad, address in zip(grads, addresses, strict=True):
         chosen.append(grad.clone() if address and address in seen and grad.numel() else grad)
         seen.add(address)
+    return chosen
+
+
+def apart_at(grads: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+    """Gradients of which no two at these positions are the same memory."""
+    chosen = list(grads)
+    for position, grad in zip(positions, apart([grads[i] for i in positions]), strict=True):
+        chosen[position] = grad
     return chosen

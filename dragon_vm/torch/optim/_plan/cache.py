@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from itertools import compress, repeat
 from operator import is_not
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._backends.selection import Gathered
+from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._graphs.capture import check_live, is_capturing
 from dragon.vm.torch.optim._groups.members import Members
-from dragon.vm.torch.optim._options import Settings
+from dragon.vm.torch.optim._options import Settings, needs_norm
 from dragon.vm.torch.optim._plan.preparation import outside_inference_mode, prepare
 from dragon.vm.torch.optim._plan.recipe import Recipe
 from dragon.vm.torch.optim._plan.step import StepPlan
 
-# Sets of parameters with a gradient whose plans are kept.
+# How many plans are kept.
 N_LATEST = 8
 
 
-class Found:
+class Found(NamedTuple):
     """A plan with the tensors of the step that it was found for."""
 
-    def __init__(self, plan: StepPlan, params: list[Tensor], tensors: Gathered) -> None:
-        self.plan, self.params, self.tensors = plan, params, tensors
+    plan: StepPlan
+    params: Sequence[Tensor]
+    tensors: Gathered
 
 
 class PlanCache:
-    """Plans by what they were asked to do, and with which of the parameters.
+    """Plans by what they were asked to do.
 
     Attributes:
         n_kept: how many of the latest plans are kept.
@@ -64,49 +65,54 @@ class PlanCache:
         Args:
             recipe: what the optimizer is.
             members: its parameters, and what they are updated from.
-            key: what plans differ by, beside the parameters that have a gradient.
+            key: what plans differ by.
             zero_grad: set the gradients to zero as well.
 
         Raises:
             RuntimeError: if a plan would have to be prepared within a capture, and as `prepare`.
             ValueError: as `prepare`.
         """
-        params, shards, grads = members.params, members.shards, members.grads
-        present = bytes(map(is_not, grads, repeat(None)))
+        present = bytes(map(is_not, members.grads, repeat(None)))
         if not all(present):
             if not any(present):
                 return None
-            key = (*key, present)
-            params, grads = list(compress(params, present)), list(compress(grads, present))
-            shards = params if shards is members.params else list(compress(shards, present))
+            # The last bits of a norm depend on which gradients are summed, and a buffer is updated as a whole.
+            if needs_norm(recipe.settings) or recipe.reductions is not None or recipe.buffers:
+                key = (*key, present)
         plan = self._latest.get(key)
-        tensors = plan.gather(recipe.state, params, shards, grads) if plan else None
-        if plan is None or tensors is None:
+        covers = plan is not None and plan.gatherer.covers(present)
+        gathered = plan.gatherer.gather(recipe.state, members, present) if plan is not None and covers else None
+        if plan is None or gathered is None:
             if is_capturing():
                 raise RuntimeError(
                     "a first step with these parameters, gradients, states and arguments cannot be captured: "
                     "take one before the capture, as PyTorch's notes on CUDA graphs do"
                 )
-            indices = list(compress(members.group_index(), present))
-            among_all = list(compress(range(len(present)), present))
-            plan, tensors = outside_inference_mode(
-                lambda: self._prepare(recipe, zero_grad, params, shards, grads, indices, among_all)
+            earlier = [] if plan is None or covers else _still_there(plan, recipe, members, present)
+            plan, gathered = outside_inference_mode(
+                lambda: self._prepare(recipe, zero_grad, members, present, earlier)
             )
         # The last one used stands at the end.
         self._latest.pop(key, None)
         self._latest[key] = plan
         while len(self._latest) > self.n_kept:
             self._latest.pop(next(iter(self._latest)))
-        return Found(plan, params, tensors)
+        return Found(plan, *gathered)
 
-    def _prepare(self, recipe: Recipe, zero_grad: bool, *tensors: Any) -> tuple[StepPlan, Gathered]:
+    def _prepare(
+        self, recipe: Recipe, zero_grad: bool, members: Members, present: bytes, earlier: Sequence[int]
+    ) -> tuple[StepPlan, tuple[Sequence[Tensor], Gathered]]:
+        """Prepare a plan for the parameters with a gradient and those of an earlier plan."""
         n_buffers = len(recipe.buffers)
-        prepared = prepare(recipe, *tensors)
+        positions = sorted({*compress(range(len(present)), present), *earlier})
+        pick, group_index = picker(positions, len(present)), members.group_index()
+        params, shards, grads = (list(pick(each)) for each in (members.params, members.shards, members.grads))
+        prepared = prepare(recipe, params, shards, grads, list(pick(group_index)), positions)
         if len(recipe.buffers) < n_buffers:
             # Joined parameters count as one: those that have parted count each for itself in all plans.
             self._latest.clear()
         plan = StepPlan(recipe, prepared, zero_grad)
-        return plan, plan.gather_anew(recipe.state, prepared)
+        return plan, plan.gatherer.gather_anew(recipe.state, prepared, members, present)
 
     def capture(self, plan: StepPlan, tensors: Gathered, settings: Settings) -> None:
         """Keep a plan, and the tensors that the graph will read and write, for a graph that is being captured.
@@ -141,3 +147,10 @@ class PlanCache:
             check_live(group)
         for plan in plans.values():
             plan.publish(live, group, algorithm, settings)
+
+
+def _still_there(plan: StepPlan, recipe: Recipe, members: Members, present: bytes) -> Sequence[int]:
+    """The parameters of a plan whose states are as they were, in place of which it could be prepared with more."""
+    known = set(plan.gatherer.positions)
+    covered = bytes(flag and position in known for position, flag in enumerate(present))
+    return plan.gatherer.positions if plan.gatherer.gather(recipe.state, members, covered) else []

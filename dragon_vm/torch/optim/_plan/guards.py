@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, compress
 from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
+
+# Sets of gradients of one plan whose layouts are compared at the speed of C.
+MOST_GUARDS = 8
 
 _data_ptr = Tensor.data_ptr
 _LAYOUT: tuple[Callable[[Tensor], object], ...] = (
@@ -51,6 +54,28 @@ class _Layouts:
         return _layouts(tensors) == self._seen
 
 
+class _SomeLayouts:
+    """Compares the layouts of some of the tensors of a list with what they were."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._all = _layouts(tensors)
+        # By which ones these are; a guard is made when the same ones come again.
+        self._guards: dict[bytes, LayoutGuard | None] = {}
+
+    def check(self, tensors: Sequence[Tensor], present: bytes) -> bool:
+        """Whether these tensors, one for each that is not 0 in `present`, are laid out like the list's."""
+        guard = self._guards.get(present)
+        if guard is not None:
+            return guard.check(*tensors)
+        if _layouts(tensors) != [list(compress(column, present)) for column in self._all]:
+            return False
+        is_known = present in self._guards
+        if len(self._guards) >= MOST_GUARDS:
+            self._guards.clear()
+        self._guards[present] = LayoutGuard(tensors) if is_known else None
+        return True
+
+
 def _layouts(tensors: Sequence[Tensor]) -> list[list[object]]:
     return [list(map(read, tensors)) for read in _LAYOUT]
 
@@ -70,7 +95,8 @@ class Guard:
     def __init__(
         self, grads: Sequence[Tensor], params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]
     ) -> None:
-        self._layouts = LayoutGuard([*grads, *params])
+        self._params = LayoutGuard(params)
+        self._grads = _SomeLayouts(grads)
         self._state_layouts = LayoutGuard(list(chain(*states.values())))
         self._addresses = addresses_of(chain(params, *states.values()))
         self._identify(states)
@@ -82,13 +108,24 @@ class Guard:
         self._ids = list(map(id, chain(*states.values())))
 
     def check(
-        self, grads: Sequence[Tensor], params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]
+        self,
+        grads: Sequence[Tensor],
+        params: Sequence[Tensor],
+        states: Mapping[str, Sequence[Tensor]],
+        present: bytes,
     ) -> list[int] | None:
-        """The addresses of the gradients if all is as it was, else None. There are as many tensors as then."""
+        """The addresses of the gradients if all is as it was, else None.
+
+        Args:
+            grads: those of the gradients that are there.
+            params: as many as then.
+            states: as many as then.
+            present: for each parameter whether its gradient is there.
+        """
         addresses = addresses_of(grads)
         if addresses_of(chain(params, *states.values())) != self._addresses:
             return None
-        if not self._layouts.check(*grads, *params):
+        if not self._params.check(*params) or not self._grads.check(grads, present):
             return None
         if self._gone or list(map(id, chain(*states.values()))) != self._ids:
             if not self._state_layouts.check(*chain(*states.values())):

@@ -13,7 +13,7 @@ from dragon.vm.torch.optim._backends.piecewise import PiecewiseGroup
 from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, TotalNorm, gradient_factors
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
-from dragon.vm.torch.optim._gradients.zeroing import apart
+from dragon.vm.torch.optim._gradients.zeroing import apart_at
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._options import Version, needs_norm
 from dragon.vm.torch.optim._plan.preparation import Prepared
@@ -72,19 +72,23 @@ class HostStep:
         grads = tensors.grads
         if asked or any(group["grad_scale"] != 1 or group["clip_norm"] for group in groups):
             # A gradient may be written to after it was read: no two may be the same memory.
-            grads = list(grads)
-            for position, grad in zip(self._walked, apart([grads[i] for i in self._walked]), strict=True):
-                grads[position] = grad
+            grads = apart_at(grads, self._present(tensors))
         for member in self.groups:
             member.update(tensors, member.pick(grads), groups, version, factors)
         return Outcome(factors.norm), Scaling() if factors.common == 1 else Scaling(_divisor(factors.common))
 
+    def _present(self, tensors: Gathered) -> list[int]:
+        """Positions of the gradients that are there, in the order of the flattened groups."""
+        return [position for position in self._walked if tensors.grads[position] is not None]
+
     def _factors(self, recipe: Recipe, tensors: Gathered, scaling: Scaling) -> Factors:
-        walked = [tensors.grads[position] for position in self._walked]
-        indices = [self._group_index[position] for position in self._walked]
+        positions = self._present(tensors)
+        walked = [tensors.grads[position] for position in positions]
+        indices = [self._group_index[position] for position in positions]
 
         def measure() -> float:
             if self._total_norm is None:
+                # A plan that measures is for one set of gradients.
                 self._total_norm = TotalNorm(walked, indices)
             return self._total_norm.measure(walked, recipe.groups, recipe.settings.norm_type)
 
@@ -93,7 +97,7 @@ class HostStep:
         if not factors.each:
             return factors
         each = [1.0] * len(self._group_index)
-        for position, factor in zip(self._walked, factors.each, strict=True):
+        for position, factor in zip(positions, factors.each, strict=True):
             each[position] = factor
         return factors._replace(each=each)
 

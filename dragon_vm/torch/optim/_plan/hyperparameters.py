@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
-from types import NoneType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._options import Version, by_value, complete
+from dragon.vm.torch.optim._options import PLAIN_TYPES, Version, by_value, complete
 
-# Immutable: whoever holds one of these sees no change in it.
-_PLAIN_TYPES = {float, int, bool, str, NoneType, torch.dtype}
 _RATE_TYPES = {float, int}
 # Hyperparameters that kernels read where they are, if they are tensors on the device.
 _LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
@@ -46,14 +42,17 @@ class Hyperparameters:
         self, names: Sequence[str], own: Mapping[str, Any], structure_of: Callable[[Mapping[str, Any]], object]
     ) -> None:
         self._own = dict(own)
+        # Names and defaults of those that are no pairs.
+        single = {name: value for name, value in own.items() if name != "bound_betas"}
+        self._single = tuple(single), tuple(single.values())
         names = [name for name in names if name not in ("lr", "betas")]
         self._read_row = itemgetter(*names)
         self._structural = itemgetter(*(i for i, name in enumerate(names) if name not in _SCALARS))
         self._structure_of = structure_of
         # All but numbers that are learning rates, and those.
         self._seen: tuple[list[Any], list[Any]] = [], []
-        self._options: list[Any] = []
-        self._structures: list[object] = []
+        # Options that decide about structure, and the structures of the groups.
+        self._structures: tuple[list[Any], list[object]] = [], []
         self.groups: list[dict[str, Any]] = []
         self.version: Version = (0, 0)
         self.structure = 0
@@ -66,17 +65,17 @@ class Hyperparameters:
         """
         rates = list(map(_rate_of, groups))
         rows = list(map(self._read_row, groups))
-        defaults = self._own.values()
-        own = [tuple(map(group.get, self._own, defaults)) for group in groups]
-        values: list[Any] = [rows, own, [tuple(group.get("betas", ())) for group in groups]]
+        own = [tuple(map(group.get, *self._single)) for group in groups]
+        betas = [tuple(group.get("betas", ())) for group in groups]
+        values: list[Any] = [rows, own, betas, [tuple(group.get("bound_betas") or ()) for group in groups]]
         if not set(map(type, rates)) <= _RATE_TYPES:
             values.append([(rate,) for rate in rates])
-        if not set(map(type, chain.from_iterable(chain(*values)))) <= _PLAIN_TYPES:
+        if not set(map(type, chain.from_iterable(chain(*values)))) <= PLAIN_TYPES:
             values = by_value(values)
         seen, seen_rates = self._seen
         if values != seen:
             self._take(groups, values)
-        elif len(values) == 3 and rates != seen_rates:
+        elif len(values) == 4 and rates != seen_rates:
             # What a scheduler does at each step.
             for group, rate in zip(self.groups, rates, strict=True):
                 group["lr"] = rate
@@ -94,13 +93,14 @@ class Hyperparameters:
             _check_numbers(group)
         # Of what a scheduler changes at each step nothing decides about structure.
         options = [list(map(self._structural, values[0])), values[1]]
-        structures = self._structures
-        if options != self._options:
+        seen_options, seen_structures = self._structures
+        structures = seen_structures
+        if options != seen_options:
             structures = list(map(self._structure_of, complete_groups))
-        if structures != self._structures:
+        if structures != seen_structures:
             self.structure += 1
         self.version = self.version[0] + 1, self.version[1]
-        self._structures, self._options, self.groups = structures, options, complete_groups
+        self._structures, self.groups = (options, structures), complete_groups
 
 
 def _check_numbers(group: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,36 +11,37 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._backends.selection import Gathered
+from dragon.vm.torch.optim._backends.selection import ABSENT, Gathered
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.unscaling import assign
-from dragon.vm.torch.optim._gradients.zeroing import apart, detach_all, zero_all
+from dragon.vm.torch.optim._gradients.zeroing import apart_at, detach_all, zero_all
 from dragon.vm.torch.optim._graphs.live import LiveGroup
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
 from dragon.vm.torch.optim._options import Settings, Version, needs_norm
-from dragon.vm.torch.optim._plan.guards import Guard, addresses_of
+from dragon.vm.torch.optim._plan.gathering import Gatherer
+from dragon.vm.torch.optim._plan.guards import addresses_of
 from dragon.vm.torch.optim._plan.host_step import HostStep
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
-from dragon.vm.torch.optim._plan.state_reader import StateReader
 
 if TYPE_CHECKING:
     from dragon.vm.torch.optim._backends.triton import TritonDevice
-
-# What reading a tensor raises where there is none.
-_ABSENT = (KeyError, TypeError, AttributeError, IndexError)
 
 
 class StepPlan:
     """A step of one set of parameters: who updates which, with states complete and tables laid out.
 
-    It holds no tensor of the user's: each step gathers them from where they live.
+    It holds no tensor of the user's: each step gathers them from where they live. Some of the parameters may have
+    no gradient: they take no part in the step.
 
     Args:
         recipe: what the optimizer is.
         prepared: the tensors in their flattened groups, their states complete.
         zero_grad: set the gradients to zero as well.
+
+    Attributes:
+        gatherer: gathers the tensors of a step.
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, zero_grad: bool) -> None:
@@ -52,60 +53,15 @@ class StepPlan:
         # The kernel zeroes the gradients it reads: not those that it reads copies of.
         self._kernel_zeroes = zero_grad and not self._strays and not self._host.groups
         self._devices = _on_devices(recipe, prepared.flattened, n_gathered, self._kernel_zeroes)
-        self._states = StateReader(recipe.state, prepared)
         # The groups at the rows of the devices' tables, as long as somebody has them.
         self._rows = [weakref.ref(each) if isinstance(each, LiveGroup) else None for each in recipe.param_groups]
-        self._guard: Guard | None = None
-        if not prepared.are_opaque:
-            states = self._states.read(recipe.state, prepared.params)
-            assert states is not None
-            # The last write makes the plan valid.
-            self._guard = Guard(prepared.grads, prepared.shards, states)
-
-    def gather(
-        self, state: Mapping[Any, Any], params: list[Tensor], shards: list[Tensor], grads: list[Any]
-    ) -> Gathered | None:
-        """The tensors of a step, if everything is as it was when this plan was made.
-
-        Args:
-            state: of the optimizer.
-            params: parameters, as many as the plan has.
-            shards: for each the tensor that is updated.
-            grads: gradients.
-        """
-        try:
-            return self._gather(state, params, shards, grads)
-        except _ABSENT:
-            # Something is no tensor any more, or is not there: then it happens again.
-            try:
-                self._gather(state, params, shards, grads)
-            except _ABSENT:
-                return None
-            # A signal handler raised it.
-            raise
-
-    def _gather(
-        self, state: Mapping[Any, Any], params: list[Tensor], shards: list[Tensor], grads: list[Any]
-    ) -> Gathered | None:
-        if self._guard is None:
-            return None
-        states = self._states.read(state, params)
-        if states is None:
-            return None
-        addresses = self._guard.check(grads, shards, states)
-        return None if addresses is None else Gathered(shards, grads, states, addresses)
-
-    def gather_anew(self, state: Mapping[Any, Any], prepared: Prepared) -> Gathered:
-        """The tensors of the step that this plan was just made for."""
-        states = self._states.read(state, prepared.params)
-        assert states is not None
-        addresses = [] if prepared.are_opaque else addresses_of(prepared.grads)
-        return Gathered(prepared.shards, prepared.grads, states, addresses)
+        # The last write makes the plan valid.
+        self.gatherer = Gatherer(recipe, prepared)
 
     def run(
         self,
         recipe: Recipe,
-        params: list[Tensor],
+        params: Sequence[Tensor],
         tensors: Gathered,
         version: Version,
         scaling: Scaling,
@@ -129,7 +85,7 @@ class StepPlan:
         kept_scale = scaling.grad_scale if are_own and are_left else None
         if self._joined and are_own:
             tensors = self._in_buffers(params, tensors)
-        grads = tensors.grads
+        grads = tensors.take(tensors.grads)
         ready = self._ready(tensors, are_own, writes=kept_scale is not None or self._kernel_zeroes)
         outcome, are_zero = Outcome(), self._kernel_zeroes
         values = recipe.groups, recipe.algorithm, version
@@ -145,11 +101,12 @@ class StepPlan:
                 device.update(ready.addresses, *values, settings, scaling, self._host.shared, kept_scale)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
-            increment_version(params)
+            increment_version(tensors.take(params))
             if self._are_distributed:
-                increment_version(tensors.params)
+                increment_version(tensors.take(tensors.params))
             if kept_scale is not None:
-                self._put_back(grads, ready.grads)
+                self._put_back(tensors.grads, ready.grads)
+                increment_version(grads)
         if are_zero:
             detach_all(grads)
             increment_version(grads)
@@ -157,7 +114,7 @@ class StepPlan:
             zero_all(grads)
         return outcome
 
-    def _in_buffers(self, params: list[Tensor], tensors: Gathered) -> Gathered:
+    def _in_buffers(self, params: Sequence[Tensor], tensors: Gathered) -> Gathered:
         """The tensors with the gradients of joined parameters moved into their flat buffers."""
         grads, addresses = list(tensors.grads), list(tensors.addresses)
         for buffer, positions, _ in self._joined:
@@ -167,28 +124,29 @@ class StepPlan:
                 grads[position], addresses[position] = view, address
         return tensors._replace(grads=grads, addresses=addresses)
 
-    def _put_back(self, grads: Sequence[Tensor], unscaled: Sequence[Tensor]) -> None:
-        """Take over what became of gradients where the update read copies of them, and tell autograd."""
+    def _put_back(self, grads: Sequence[Any], unscaled: Sequence[Any]) -> None:
+        """Take over what became of gradients where the update read copies of them."""
         for position in self._strays:
-            assign(grads[position], unscaled[position])
-        increment_version(grads)
+            if grads[position] is not None:
+                assign(grads[position], unscaled[position])
 
     def _ready(self, tensors: Gathered, are_own: bool, *, writes: bool) -> Gathered:
         """The tensors with gradients in their parameters' layouts, and with flat buffers behind the parameters.
 
         With `writes`, no two gradients are the same memory.
         """
-        shards, grads, states, addresses = tensors
+        shards, grads, states, addresses, take = tensors
         if self._host.groups:
-            states = self._states.by_position(states)
+            states = self.gatherer.states.by_position(states)
         if self._strays:
-            grads = list(grads)
+            grads, addresses = list(grads), list(addresses)
             for position in self._strays:
-                grads[position] = in_layout_of(shards[position], grads[position])
-            addresses = addresses_of(grads)
-        if writes and len(set(addresses)) < len(addresses):
-            grads = apart(grads)
-            addresses = addresses_of(grads)
+                if grads[position] is not None:
+                    grads[position] = in_layout_of(shards[position], grads[position])
+                    addresses[position] = grads[position].data_ptr()
+        if writes and len(set(take(addresses))) < len(take(addresses)):
+            grads = apart_at(grads, [position for position, grad in enumerate(grads) if grad is not None])
+            addresses = [ABSENT if grad is None else grad.data_ptr() for grad in grads]
         if self._joined:
             buffers = [joined.buffer for joined in self._joined]
             flat = [
@@ -202,7 +160,7 @@ class StepPlan:
                 for key in {**states, **buffers[0].state}
             }
             addresses = [*addresses, *addresses_of(flat)]
-        return Gathered(shards, grads, states, addresses)
+        return Gathered(shards, grads, states, addresses, take)
 
     def publish(self, live: Any, group: dict[str, Any], algorithm: Algorithm, settings: Settings) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""

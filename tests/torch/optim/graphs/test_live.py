@@ -30,7 +30,8 @@ def make(where: torch.device, kind: Any = Adam, **options: Any) -> Any:
 def new_values(optimizer: Any, number: int) -> None:
     """Other gradients, in the same memory."""
     for param in params_of(optimizer):
-        param.grad.copy_(torch.randn(param.shape, generator=torch.Generator().manual_seed(number)))
+        if param.grad is not None:
+            param.grad.copy_(torch.randn(param.shape, generator=torch.Generator().manual_seed(number)))
 
 
 def set_rate(group: Any, number: int) -> None:
@@ -94,6 +95,23 @@ def test_each_group_has_its_numbers(graphed: Any) -> None:
     judged_step(optimizer, replay)
     optimizer.param_groups[0]["lr"] = 0.01
     judged_step(optimizer, replay)
+
+
+def test_a_graph_of_some_gradients_leaves_the_others_alone(graphed: Any) -> None:
+    where, capture = graphed
+    optimizer = make(where)
+    others = params_of(optimizer)[1:]
+    kept = [param.grad for param in others]
+    for param in others:
+        param.grad = None
+    replay = capture(optimizer.step)
+    for number in (1, 2):
+        new_values(optimizer, number)
+        judged_step(optimizer, replay)
+    for param, grad in zip(others, kept, strict=True):
+        param.grad = grad
+    judged_step(optimizer)
+    assert [float(optimizer.state[param]["step"]) for param in params_of(optimizer)] == [4.0, *[2.0] * len(others)]
 
 
 def test_steps_between_replays_leave_the_graph_alone(graphed: Any) -> None:

@@ -292,7 +292,7 @@ def outcome(optimizer):
 
 def check_change(algorithm, change, backend):
     optimizer, params = warm(algorithm, backend)
-    assert optimizer._plans.latest()[-1]._guard is not None
+    assert optimizer._plans.latest()[-1].gatherer._guard is not None
     change(optimizer, params)
     fresh = twin(optimizer)
     assert outcome(optimizer) == outcome(fresh)

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from dragon.vm.torch.optim import _storage
+from dragon.vm.torch.optim._options import by_value
+from dragon.vm.torch.optim._plan import hyperparameters
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
+
+from ..memory.modes import MODES, give_gradients, make
 
 NAMES = ("lr", "betas", "maximize", "foreach")
 
@@ -29,6 +34,8 @@ def reader():
         lambda g: g.update(maximize=True),
         lambda g: g.update(foreach=False),
         lambda g: g.update(clip_norm=1.0),
+        lambda g: g.update(bound_betas=(0.9, 0.9)),
+        lambda g: g.update(bound_betas=[0.9, torch.tensor(0.9)]),
     ],
 )
 def test_what_changed_is_read(change):
@@ -93,6 +100,21 @@ def test_an_own_option_that_a_group_does_not_hold_has_its_default():
     groups[0]["clip_norm"] = groups[1].pop("clip_norm")
     values.read(groups)
     assert values.version == first
+
+
+@pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded:UserWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_steady_step_of_a_memory_mode_compares_values_as_they_are(mode, monkeypatch):
+    """Whatever must be looked into takes several times as long."""
+    params, optimizer = make(mode)
+    give_gradients(params, 1)
+    optimizer.step()
+    looked_into = []
+    monkeypatch.setattr(hyperparameters, "by_value", lambda value: looked_into.append(value) or by_value(value))
+    monkeypatch.setattr(_storage, "_bound", looked_into.append)
+    optimizer.param_groups[0]["lr"] = 0.01
+    optimizer.step()
+    assert bool(looked_into) == isinstance(optimizer.param_groups[0].get("state_dtype"), dict)
 
 
 def test_the_structure_is_new_only_where_a_group_says_so():

@@ -1,0 +1,110 @@
+"""Gather the tensors of a step from where they live, if they are what its plan was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import compress
+from typing import Any
+
+from torch import Tensor
+
+from dragon.vm.torch.optim._backends.selection import ABSENT, Gathered, picker
+from dragon.vm.torch.optim._groups.members import Members
+from dragon.vm.torch.optim._plan.guards import Guard, addresses_of
+from dragon.vm.torch.optim._plan.preparation import Prepared
+from dragon.vm.torch.optim._plan.recipe import Recipe
+from dragon.vm.torch.optim._plan.state_reader import StateReader
+
+# What reading a tensor raises where there is none.
+_MISSING = (KeyError, TypeError, AttributeError, IndexError)
+
+
+class Gatherer:
+    """Gathers the tensors of a plan, of which it holds none.
+
+    Args:
+        recipe: what the optimizer is.
+        prepared: the tensors, their states complete.
+
+    Attributes:
+        positions: of the plan's parameters among all of the optimizer.
+        states: reads the states.
+    """
+
+    def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
+        self.positions, n_all = prepared.among_all, recipe.n_params
+        self._pick = picker(self.positions, n_all)
+        self._pick_others = picker(sorted({*range(n_all)}.difference(self.positions)), n_all)
+        self.states = StateReader(recipe.state, prepared)
+        self._guard: Guard | None = None
+        if not prepared.are_opaque:
+            states = self.states.read(recipe.state, prepared.params)
+            assert states is not None
+            self._guard = Guard(prepared.grads, prepared.shards, states)
+
+    def covers(self, present: bytes) -> bool:
+        """Whether the plan is for all of the optimizer's parameters that are not 0 in `present`."""
+        return not any(self._pick_others(present))
+
+    def gather(
+        self, state: Mapping[Any, Any], members: Members, present: bytes
+    ) -> tuple[Sequence[Tensor], Gathered] | None:
+        """The plan's parameters and the tensors of a step; None if they are not what they were.
+
+        Args:
+            state: of the optimizer.
+            members: of the optimizer.
+            present: for each whether it takes part, by a gradient; none that the plan does not cover.
+        """
+        try:
+            return self._gather(state, members, present)
+        except _MISSING:
+            # Something is no tensor any more, or is not there: then it happens again.
+            try:
+                self._gather(state, members, present)
+            except _MISSING:
+                return None
+            # A signal handler raised it.
+            raise
+
+    def _gather(
+        self, state: Mapping[Any, Any], members: Members, present: bytes
+    ) -> tuple[Sequence[Tensor], Gathered] | None:
+        if self._guard is None:
+            return None
+        params, grads = self._pick(members.params), self._pick(members.grads)
+        shards = params if members.shards is members.params else self._pick(members.shards)
+        states = self.states.read(state, params)
+        if states is None:
+            return None
+        present = bytes(self._pick(present))
+        chosen = grads if all(present) else list(compress(grads, present))
+        addresses = self._guard.check(chosen, shards, states, present)
+        return None if addresses is None else (params, _gathered(shards, grads, states, addresses, present))
+
+    def gather_anew(
+        self, state: Mapping[Any, Any], prepared: Prepared, members: Members, present: bytes
+    ) -> tuple[Sequence[Tensor], Gathered]:
+        """The tensors of the step that the plan was just made for."""
+        states = self.states.read(state, prepared.params)
+        assert states is not None
+        grads, present = self._pick(members.grads), bytes(self._pick(present))
+        addresses = [0] * sum(present) if prepared.are_opaque else addresses_of(compress(grads, present))
+        return prepared.params, _gathered(prepared.shards, grads, states, addresses, present)
+
+
+def _gathered(
+    shards: Sequence[Tensor],
+    grads: Sequence[Any],
+    states: dict[str, list[Any]],
+    addresses: list[int],
+    present: bytes,
+) -> Gathered:
+    """The tensors of a step, with the addresses of the gradients that are there."""
+    if all(present):
+        return Gathered(shards, grads, states, addresses)
+    chosen = list(compress(range(len(grads)), present))
+    spread = [ABSENT] * len(grads)
+    for position, address in zip(chosen, addresses, strict=True):
+        spread[position] = address
+    return Gathered(shards, grads, states, spread, picker(chosen, len(grads)))
