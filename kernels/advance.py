@@ -87,13 +87,14 @@ def advance_kernel(
 
     skip = tl.load(found_inf_ptr) > 0
     inverse_scale = 1 / tl.load(grad_scale_ptr).to(tl.float64)
-    factor = hyperparameter(group, table.GRAD_FACTOR) * inverse_scale
     if NORM != NO_NORM:
         norm = whole_norm(partials_ptr, counts_ptr, inverse_scale, WIDTH, NORM)
-        factor *= clip_factor(norm, hyperparameter(group, table.MAX_GRAD_NORM), CLIP_EPS)
         skip |= (tl.load(groups_ptr + table.SKIP_NONFINITE) != 0) & ((norm < float("inf")) == 0)
         if tl.program_id(0) == 0:
             tl.store(status_ptr + table.GRAD_NORM, norm)
+    factor = hyperparameter(group, table.GRAD_FACTOR) * inverse_scale
+    if NORM != NO_NORM:
+        factor *= clip_factor(norm, hyperparameter(group, table.MAX_GRAD_NORM), CLIP_EPS)
     if CLIP_EACH:
         factor *= each_clip_factor(partials_ptr, tensor_ptr, group, inverse_scale, ROWS, WIDTH)
     if (tl.program_id(0) == 0) & skip:
@@ -102,7 +103,7 @@ def advance_kernel(
     step_ptr = tl.load(tensor_ptr + table.STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
     has_step = mask & (step_ptr.to(tl.int64) != 0)
     step = tl.load(step_ptr, mask=has_step, other=0.0) + 1
-    active = mask & (skip == 0) & (tl.load(grads_ptr + rows, mask=mask, other=0) != table.ABSENT)
+    active = (tl.load(grads_ptr + rows, mask=mask, other=table.ABSENT) != table.ABSENT) & (skip == 0)
     tl.store(step_ptr, step, mask=has_step & active)
 
     wide = tl.load(tensor_ptr + table.WIDE, mask=mask, other=0) != 0
