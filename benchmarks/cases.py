@@ -37,6 +37,7 @@ class Case:
         precisions: with which dtypes it is measured.
         chain: unscale, clip by the global norm and check for non-finite gradients before the update.
         amsgrad: keep the largest second moment, a third state.
+        changing: half of the gradients are there, another half at each step, as with a mixture of experts.
         quick: part of the quick set.
         scaled: shapes of the model with this many layers; None for a case that cannot be scaled.
         n_layers, n_layers_of_model: how many it has, and how many the whole model has; 0 if it is none.
@@ -48,6 +49,7 @@ class Case:
     precisions: tuple[Precision, ...] = (FP32, BF16, MIXED)
     chain: bool = False
     amsgrad: bool = False
+    changing: bool = False
     quick: bool = False
     scaled: Callable[[int], Shapes] | None = None
     n_layers: int = 0
@@ -88,6 +90,7 @@ CASES: dict[str, Case] = {
         Case("1000 x 1000", equal(1000, 1000), quick=True),
         Case("465 groups", equal(465, 1000), n_groups=465, quick=True),
         Case("chain, 1000 x 1000", equal(1000, 1000), chain=True, quick=True),
+        Case("300 x 1000, changing", equal(300, 1000), changing=True, quick=True),
         Case("1 x 20M", equal(1, 20_000_000), quick=True),
         GPT2_124M,
         replace(GPT2_124M, name="chain, GPT-2 124M", chain=True),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from benchmarks.workload import BETAS, LOSS_SCALE, MAX_GRAD_NORM, Origin, Workload, group_bounds, lr_of
+from benchmarks.workload import BETAS, LOSS_SCALE, MAX_GRAD_NORM, Origin, Workload, group_bounds, has_grad, lr_of
 
 N_STEPS = 3
 
@@ -26,21 +27,26 @@ class Expected:
         params, grads = samples(origin.params), samples(origin.grads)
         factor = chain_factor(origin.grads) if origin.case.chain else 1.0
         n_groups = origin.case.n_groups
-        leaves, groups, lrs = [], [], []
+        groups, lrs = [], []
+        every: list[tuple[Tensor, Tensor]] = []
         for i, (first, end) in enumerate(group_bounds(len(params), n_groups)):
-            leaf = torch.nn.Parameter(torch.cat(params[first:end]).cpu().double())
-            leaf.grad = torch.cat(grads[first:end]).cpu().double() * factor
-            leaves.append(leaf)
-            groups.append({"params": [leaf], "lr": lr_of(i, n_groups)})
-            lrs.append(torch.full_like(leaf, lr_of(i, n_groups)))
+            # One leaf a group, unless some of it has no gradient.
+            cuts = range(first, end + 1) if origin.case.changing else (first, end)
+            leaves = [torch.nn.Parameter(torch.cat(params[a:b]).cpu().double()) for a, b in pairwise(cuts)]
+            groups.append({"params": leaves, "lr": lr_of(i, n_groups)})
+            lrs += [torch.full_like(leaf, lr_of(i, n_groups)) for leaf in leaves]
+            given = [torch.cat(grads[a:b]).cpu().double() * factor for a, b in pairwise(cuts)]
+            every += zip(leaves, given, strict=True)
         optimizer = torch.optim.Adam(
             groups, betas=BETAS, eps=origin.eps, amsgrad=origin.case.amsgrad, foreach=False
         )
         for n_steps in range(1, N_STEPS + 1):
             for i, group in enumerate(optimizer.param_groups):
                 group["lr"] = lr_of(i, n_groups, n_steps)
+            for i, (leaf, grad) in enumerate(every):
+                leaf.grad = grad if has_grad(origin.case, i, n_steps) else None
             optimizer.step()
-        self._params = torch.cat([leaf.detach() for leaf in leaves])
+        self._params = torch.cat([leaf.detach() for leaf, _ in every])
         self._lrs = torch.cat(lrs).detach()
         self._eps = torch.finfo(origin.precision.param).eps
 

@@ -101,7 +101,8 @@ class Contender:
             on_cpu = device.type == "cpu" and self.native_grad_accesses is not None
             grads = (self.native_grad_accesses if on_cpu else None) or self.chain_grad_accesses
         n_moments = 3 if case.amsgrad else 2
-        return (2 + grads) * precision.param.itemsize + n_moments * self.state_nbytes(precision)
+        nbytes = (2 + grads) * precision.param.itemsize + n_moments * self.state_nbytes(precision)
+        return nbytes / 2 if case.changing else nbytes
 
     def nbytes_held(self, case: Case, precision: Precision) -> float:
         """Bytes of memory for a parameter, its old and its new gradient, and its moments."""

@@ -6,6 +6,7 @@ Every step meets what training gives it: gradients at new addresses, and another
 from __future__ import annotations
 
 from itertools import pairwise
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -89,16 +90,21 @@ class Workload:
 
     def before_step(self) -> None:
         """What a backward pass and a scheduler would do, outside of the time that is measured."""
-        for param, grad in zip(self.params, self.origin.grads, strict=True):
-            # The old gradient is still there: the new one has another address.
-            param.grad = grad.clone()
         self._n_steps += 1
+        for i, (param, grad) in enumerate(zip(self.params, self.origin.grads, strict=True)):
+            # The old gradient is still there: the new one has another address.
+            param.grad = grad.clone() if has_grad(self.origin.case, i, self._n_steps) else None
         for i, group in enumerate(self._scheduled):
             lr = lr_of(i, self.origin.case.n_groups, self._n_steps)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
+
+
+def has_grad(case: Case, index: int, n_steps: int) -> bool:
+    """Whether a parameter has a gradient at a step: all at the first one, then half of them if they change."""
+    return not case.changing or n_steps == 1 or Random(f"{index} {n_steps}").random() < 0.5
 
 
 def group_bounds(n_params: int, n_groups: int) -> list[tuple[int, int]]:

@@ -100,10 +100,12 @@ def advance_kernel(
     if (tl.program_id(0) == 0) & skip:
         tl.store(status_ptr + table.N_SKIPPED, tl.load(status_ptr + table.N_SKIPPED) + 1)
 
-    step_ptr = tl.load(tensor_ptr + table.STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
-    has_step = mask & (step_ptr.to(tl.int64) != 0)
+    # What belongs to a tensor without a gradient may be gone.
+    present = tl.load(grads_ptr + rows, mask=mask, other=table.ABSENT) != table.ABSENT
+    step_ptr = tl.load(tensor_ptr + table.STEP, mask=present, other=0).to(tl.pointer_type(tl.float32))
+    has_step = present & (step_ptr.to(tl.int64) != 0)
     step = tl.load(step_ptr, mask=has_step, other=0.0) + 1
-    active = (tl.load(grads_ptr + rows, mask=mask, other=table.ABSENT) != table.ABSENT) & (skip == 0)
+    active = present & (skip == 0)
     tl.store(step_ptr, step, mask=has_step & active)
 
     wide = tl.load(tensor_ptr + table.WIDE, mask=mask, other=0) != 0

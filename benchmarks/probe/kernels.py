@@ -165,6 +165,7 @@ def _advance(probe: Probe, n_tensors: int, n_partials: int) -> None:
     tables = (
         torch.tensor([n_tensors, n_partials], device=device),
         tensors.to(device),
+        torch.zeros(n_tensors, dtype=torch.int64, device=device),
         group_table(HYPERPARAMETERS["adam"], device),
         torch.zeros(int(table.SOURCE_COLUMNS), dtype=torch.int64, device=device),
         zeros(n_tensors * int(table.SCALAR_COLUMNS)),

@@ -135,6 +135,7 @@ class Tables:
         launch(
             torch.tensor([len(self._numels), 0], device=self._device),
             self._tensors,
+            self._grads,
             group,
             torch.zeros(int(table.SOURCE_COLUMNS), dtype=torch.int64, device=self._device),
             self._scalars,

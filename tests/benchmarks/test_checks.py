@@ -14,6 +14,7 @@ from dragon.vm.measuring.shapes import equal
 CPU = torch.device("cpu")
 PLAIN = Case("plain", ((3, 5), (1,), (1000,)), n_groups=2)
 CHAIN = Case("chain", ((3, 5), (1,), (1000,)), chain=True)
+CHANGING = Case("changing", equal(9, 100), n_groups=2, changing=True)
 FUSED = CONTENDERS["torch fused"]
 
 
@@ -67,7 +68,7 @@ def unclipped(workload: Workload) -> Step:
 
 
 @pytest.mark.parametrize(
-    "case", [PLAIN, CHAIN, Case("amsgrad", equal(3, 100), amsgrad=True)], ids=lambda case: case.name
+    "case", [PLAIN, CHAIN, CHANGING, Case("amsgrad", equal(3, 100), amsgrad=True)], ids=lambda case: case.name
 )
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=lambda precision: precision.name)
 def test_torch_itself_passes(case: Case, precision: Precision) -> None:

@@ -57,3 +57,14 @@ def test_each_step_meets_a_new_learning_rate_in_each_group() -> None:
         tensor, number = (group["lr"] for group in optimizer.param_groups)
         assert torch.equal(tensor, torch.tensor(lr_of(0, 2, n_steps)))
         assert number == lr_of(1, 2, n_steps) != lr_of(1, 2, n_steps - 1)
+
+
+def test_another_half_of_changing_gradients_is_there_at_each_step() -> None:
+    workload = Workload(make_origin(Case("", equal(100, 2), changing=True), FP32, CPU))
+    seen = []
+    for _ in range(4):
+        workload.before_step()
+        seen.append([param.grad is not None for param in workload.params])
+    assert all(seen[0])
+    assert all(35 < sum(present) < 65 for present in seen[1:])
+    assert len(set(map(tuple, seen))) == 4

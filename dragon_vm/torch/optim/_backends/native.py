@@ -148,7 +148,10 @@ class _Counters:
         elif len(rows) == len(counters):
             buffer += 1
         else:
-            buffer[rows] += 1
+            flags = bytearray(len(counters))
+            for row in rows:
+                flags[row] = 1
+            buffer += torch.frombuffer(flags, dtype=torch.uint8)
         if not are_needed:
             return []
         counts = list(map(float, counters)) if buffer is None else buffer.tolist()

@@ -98,7 +98,8 @@ class Guard:
         self._params = LayoutGuard(params)
         self._grads = _SomeLayouts(grads)
         self._state_layouts = LayoutGuard(list(chain(*states.values())))
-        self._addresses = addresses_of(chain(params, *states.values()))
+        # Column by column: parameters, then states of one name.
+        self._addresses = list(map(addresses_of, (params, *states.values())))
         self._identify(states)
 
     def _identify(self, states: Mapping[str, Sequence[Tensor]]) -> None:
@@ -123,7 +124,12 @@ class Guard:
             present: for each parameter whether its gradient is there.
         """
         addresses = addresses_of(grads)
-        if addresses_of(chain(params, *states.values())) != self._addresses:
+        columns, seen = [params, *states.values()], self._addresses
+        if len(grads) < len(params) and all(len(column) == len(params) for column in seen):
+            # Nobody reads or writes what belongs to the others.
+            columns = [list(compress(column, present)) for column in columns]
+            seen = [list(compress(column, present)) for column in seen]
+        if list(map(addresses_of, columns)) != seen:
             return None
         if not self._params.check(*params) or not self._grads.check(grads, present):
             return None
