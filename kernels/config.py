@@ -37,7 +37,8 @@ DEFAULT_CONFIG = LaunchConfig()
 BLOCK_CONFIG = LaunchConfig(chunk=512, n_warps=2)
 
 # A warp of CDNA has 64 threads: 1024 elements would leave 4 of them a thread, an access of 8 bytes for bf16.
-DEFAULT_CONFIGS: dict[str, LaunchConfig] = {"gfx942": LaunchConfig(chunk=2048)}
+# Interpreted programs run one after the other, and an operation of NumPy takes much longer to start than to do.
+DEFAULT_CONFIGS: dict[str, LaunchConfig] = {"gfx942": LaunchConfig(chunk=2048), "cpu": LaunchConfig(chunk=4096)}
 
 
 def default_config(arch: str, spec: Spec | None = None) -> LaunchConfig:

@@ -21,6 +21,10 @@ if not HAS_GPU:
 os.environ["DRAGON_VM_TUNING_DIR"] = tempfile.mkdtemp(prefix="dragon-vm-tuning-")
 
 IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if IS_INTERPRETING:
+    from .interpreter import replace_once
+
+    replace_once()
 
 # No deadlines: an interpreted kernel takes seconds on a busy machine, and that is no defect.
 settings.register_profile("dev", max_examples=50, deadline=None)

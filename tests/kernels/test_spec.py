@@ -83,6 +83,7 @@ def test_names_of_architectures_have_one_spelling():
     assert [check_arch(arch) for arch in ARCHS] == list(ARCHS)
     assert default_config("90") == default_config("sm_90") == LaunchConfig()
     assert default_config("gfx942").chunk == 2048
+    assert default_config("cpu").chunk == 4096
     blocks = Spec("adam", "split8", "bfloat16", ("q8_signed", "q8_square"))
     assert default_config("90", blocks) == LaunchConfig(chunk=512, n_warps=2)
     assert default_config("90", Spec("adam", "split16", "bfloat16", ("float32",) * 2)) == LaunchConfig()
