@@ -7,12 +7,20 @@ from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import SGD, Adam
 from dragon.vm.torch.optim._backends import native
-from dragon.vm.torch.optim._plan import cache, host_step
+from dragon.vm.torch.optim._plan import cache, host_step, widening
 
 from .support import BACKENDS, bits, everything, home, numbers, parameters, patient
 
 presences = st.lists(st.booleans(), min_size=3, max_size=3)
 histories = st.lists(presences, min_size=1, max_size=6)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def at_once():
+    """Plans for more parameters than have a gradient are made from the second set on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(widening, "N_MISSED", 1)
+        yield
 
 
 def give(param, index, number):
@@ -86,26 +94,69 @@ def give_some(params, present, number):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sets_of_gradients_share_a_plan_however_they_change(backend, monkeypatch):
+def test_sets_of_gradients_share_a_plan_once_more_of_them_came_than_are_kept(backend, monkeypatch):
+    monkeypatch.setattr(widening, "N_MISSED", 8)
     sizes = prepared_sets(monkeypatch)
     params = parameters([(3,)] * 6, device=home(backend))
     optimizer = Adam(params, backend=backend)
     for pattern in (0b111111, *range(1, 33)):
         give_some(params, [pattern >> i & 1 for i in range(6)], pattern)
         optimizer.step()
-    assert sizes == [6]
+    assert sizes == [6, 1, 1, 2, 1, 2, 2, 3, 6]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_parameter_that_comes_later_joins_the_plan(backend, monkeypatch):
+def test_parameters_that_come_later_join_the_plan(backend, monkeypatch):
+    monkeypatch.setattr(widening, "N_MISSED", 8)
     sizes = prepared_sets(monkeypatch)
-    params = parameters([(3,)] * 4, device=home(backend))
+    params = parameters([(3,)] * 6, device=home(backend))
     optimizer = Adam(params, backend=backend)
-    for number, present in enumerate([(1, 1, 0, 0), (0, 0, 1, 0), (1, 0, 0, 0), (0, 1, 1, 0), (1, 1, 1, 0)]):
-        give_some(params, present, number)
+    for pattern in (*range(1, 16), *range(16, 32), *range(1, 32)):
+        if pattern == 1:
+            n_prepared = len(sizes)
+        give_some(params, [pattern >> i & 1 for i in range(6)], pattern)
         optimizer.step()
-    assert sizes == [2, 3]
-    assert [params[i] in optimizer.state for i in range(4)] == [True, True, True, False]
+    assert len(sizes) == n_prepared <= 20
+    assert max(sizes) == 5
+    assert [param in optimizer.state for param in params] == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_gradients_one_after_another_cost_no_more_than_twice_their_number(backend, monkeypatch):
+    sizes = prepared_sets(monkeypatch)
+    params = parameters([(3,)] * 60, device=home(backend))
+    optimizer = Adam(params, backend=backend)
+    for i in range(60):
+        give_some(params, [i == j for j in range(60)], i)
+        optimizer.step()
+    assert sum(sizes) <= 3 * 60
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n_missed", [1, 8])
+def test_sets_in_turn_are_prepared_once_whatever_the_others_become(backend, n_missed, monkeypatch):
+    monkeypatch.setattr(widening, "N_MISSED", n_missed)
+    sizes = prepared_sets(monkeypatch)
+    params = parameters([(3, 4)] * 4, device=home(backend))
+    optimizer = Adam(params, backend=backend)
+    for number in range(10):
+        present = [number % 2 == i % 2 for i in range(4)]
+        for param, is_present in zip(params, present, strict=True):
+            param.grad = numbers(number, 4, 3, device=home(backend)).t() if is_present else None
+            param.requires_grad_(is_present)
+        optimizer.step()
+    # The first one's states stand elsewhere among all since the second one's are there.
+    assert sizes == [2, 2 if n_missed == 8 else 4, 2]
+
+
+def test_parameters_that_never_step_together_may_share_memory():
+    params = parameters([(3,)] * 3)
+    optimizer = Adam(params, backend="native")
+    params[1].data = params[0].data
+    for number in range(12):
+        give_some(params, [number % 2 == 0, number % 2 == 1, number % 3 == 0], number)
+        optimizer.step()
+    assert [float(optimizer.state[param]["step"]) for param in params] == [6, 6, 4]
 
 
 VARIED = [

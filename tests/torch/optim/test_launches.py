@@ -293,5 +293,5 @@ def calls_of_a_step(n_tensors, n_groups, **options):
 @pytest.mark.parametrize("n_groups", [1, 40])
 def test_the_calls_of_a_step_do_not_grow_with_the_tensors(backend, n_groups, options, launches, interpreted):
     few, many = (calls_of_a_step(n_tensors, n_groups, backend=backend, **options) for n_tensors in (80, 160))
-    # A flat buffer takes some calls of its own, and each group has one: 1,184 calls for 40 of them.
-    assert many == few < 520 + 17 * n_groups
+    # A flat buffer takes some calls of its own, and each group has one: 1,204 calls for 40 of them.
+    assert many == few < 540 + 17 * n_groups

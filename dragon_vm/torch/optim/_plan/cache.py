@@ -13,10 +13,11 @@ from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._graphs.capture import check_live, is_capturing
 from dragon.vm.torch.optim._groups.members import Members
-from dragon.vm.torch.optim._options import Settings, needs_norm
+from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._plan.preparation import outside_inference_mode, prepare
 from dragon.vm.torch.optim._plan.recipe import Recipe
 from dragon.vm.torch.optim._plan.step import StepPlan
+from dragon.vm.torch.optim._plan.widening import Widening
 
 # How many plans are kept.
 N_LATEST = 8
@@ -39,7 +40,8 @@ class PlanCache:
 
     def __init__(self) -> None:
         self.n_kept = N_LATEST
-        self._latest: dict[Hashable, StepPlan] = {}
+        self._latest: dict[tuple[Hashable, bytes | None], StepPlan] = {}
+        self._widening = Widening()
         # Their tables are read by graphs: they stay, whatever becomes of the latest.
         self._captured: list[tuple[StepPlan, Gathered]] = []
 
@@ -58,6 +60,7 @@ class PlanCache:
     def forget(self) -> None:
         """Prepare every step anew from here on."""
         self._latest.clear()
+        self._widening.forget()
 
     def find(self, recipe: Recipe, members: Members, key: tuple[Hashable, ...], zero_grad: bool) -> Found | None:
         """The plan of a step, prepared if need be; None if no parameter has a gradient.
@@ -73,46 +76,53 @@ class PlanCache:
             ValueError: as `prepare`.
         """
         present = bytes(map(is_not, members.grads, repeat(None)))
-        if not all(present):
-            if not any(present):
-                return None
-            # The last bits of a norm depend on which gradients are summed, and a buffer is updated as a whole.
-            if needs_norm(recipe.settings) or recipe.reductions is not None or recipe.buffers:
-                key = (*key, present)
-        plan = self._latest.get(key)
-        covers = plan is not None and plan.gatherer.covers(present)
-        gathered = plan.gatherer.gather(recipe.state, members, present) if plan is not None and covers else None
-        if plan is None or gathered is None:
-            if is_capturing():
-                raise RuntimeError(
-                    "a first step with these parameters, gradients, states and arguments cannot be captured: "
-                    "take one before the capture, as PyTorch's notes on CUDA graphs do"
-                )
-            earlier = [] if plan is None or covers else _still_there(plan, recipe, members, present)
-            plan, gathered = outside_inference_mode(
-                lambda: self._prepare(recipe, zero_grad, members, present, earlier)
+        if not any(present):
+            return None
+        # One for exactly these parameters, or one for more.
+        for wanted in ((key, present), (key, None)):
+            plan = self._latest.get(wanted)
+            gathered = plan.gatherer.gather(recipe.state, members, present) if plan else None
+            if plan is not None and gathered is not None:
+                return self._keep(wanted, Found(plan, *gathered))
+        if is_capturing():
+            raise RuntimeError(
+                "a first step with these parameters, gradients, states and arguments cannot be captured: "
+                "take one before the capture, as PyTorch's notes on CUDA graphs do"
             )
-        # The last one used stands at the end.
+        more = self._widening.worth_adding(recipe, members, key, present, self._latest.get((key, None)))
+        found = outside_inference_mode(lambda: self._prepare(recipe, zero_grad, members, key, present, more))
+        return self._keep((key, None if more else present), found)
+
+    def _keep(self, key: tuple[Hashable, bytes | None], found: Found) -> Found:
+        """Keep a plan as the last one used, which stands at the end."""
         self._latest.pop(key, None)
-        self._latest[key] = plan
+        self._latest[key] = found.plan
         while len(self._latest) > self.n_kept:
             self._latest.pop(next(iter(self._latest)))
-        return Found(plan, *gathered)
+        return found
 
     def _prepare(
-        self, recipe: Recipe, zero_grad: bool, members: Members, present: bytes, earlier: Sequence[int]
-    ) -> tuple[StepPlan, tuple[Sequence[Tensor], Gathered]]:
-        """Prepare a plan for the parameters with a gradient and those of an earlier plan."""
+        self,
+        recipe: Recipe,
+        zero_grad: bool,
+        members: Members,
+        key: Hashable,
+        present: bytes,
+        more: Sequence[int],
+    ) -> Found:
+        """Prepare a plan for the parameters with a gradient, and some more."""
         n_buffers = len(recipe.buffers)
-        positions = sorted({*compress(range(len(present)), present), *earlier})
+        positions = sorted({*compress(range(len(present)), present), *more})
         pick, group_index = picker(positions, len(present)), members.group_index()
         params, shards, grads = (list(pick(each)) for each in (members.params, members.shards, members.grads))
         prepared = prepare(recipe, params, shards, grads, list(pick(group_index)), positions)
         if len(recipe.buffers) < n_buffers:
             # Joined parameters count as one: those that have parted count each for itself in all plans.
             self._latest.clear()
-        plan = StepPlan(recipe, prepared, zero_grad)
-        return plan, plan.gatherer.gather_anew(recipe.state, prepared, members, present)
+        plan = StepPlan(recipe, prepared, zero_grad, takes_parts=bool(more))
+        if not more:
+            self._widening.note(recipe, key, plan)
+        return Found(plan, *plan.gatherer.gather_anew(recipe.state, prepared, members, present))
 
     def capture(self, plan: StepPlan, tensors: Gathered, settings: Settings) -> None:
         """Keep a plan, and the tensors that the graph will read and write, for a graph that is being captured.
@@ -147,10 +157,3 @@ class PlanCache:
             check_live(group)
         for plan in plans.values():
             plan.publish(live, group, algorithm, settings)
-
-
-def _still_there(plan: StepPlan, recipe: Recipe, members: Members, present: bytes) -> Sequence[int]:
-    """The parameters of a plan whose states are as they were, in place of which it could be prepared with more."""
-    known = set(plan.gatherer.positions)
-    covered = bytes(flag and position in known for position, flag in enumerate(present))
-    return plan.gatherer.positions if plan.gatherer.gather(recipe.state, members, covered) else []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ from dragon.vm.torch.optim._plan.guards import Guard, addresses_of
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Recipe
 from dragon.vm.torch.optim._plan.state_reader import StateReader
+
+T = TypeVar("T")
 
 # What reading a tensor raises where there is none.
 _MISSING = (KeyError, TypeError, AttributeError, IndexError)
@@ -25,13 +27,14 @@ class Gatherer:
     Args:
         recipe: what the optimizer is.
         prepared: the tensors, their states complete.
+        takes_parts: whether the plan serves some of its parameters too.
 
     Attributes:
         positions: of the plan's parameters among all of the optimizer.
         states: reads the states.
     """
 
-    def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
+    def __init__(self, recipe: Recipe, prepared: Prepared, *, takes_parts: bool) -> None:
         self.positions, n_all = prepared.among_all, recipe.n_params
         self._pick = picker(self.positions, n_all)
         self._pick_others = picker(sorted({*range(n_all)}.difference(self.positions)), n_all)
@@ -40,11 +43,7 @@ class Gatherer:
         if not prepared.are_opaque:
             states = self.states.read(recipe.state, prepared.params)
             assert states is not None
-            self._guard = Guard(prepared.grads, prepared.shards, states)
-
-    def covers(self, present: bytes) -> bool:
-        """Whether the plan is for all of the optimizer's parameters that are not 0 in `present`."""
-        return not any(self._pick_others(present))
+            self._guard = Guard(prepared.grads, prepared.shards, states, takes_parts=takes_parts)
 
     def gather(
         self, state: Mapping[Any, Any], members: Members, present: bytes
@@ -54,33 +53,34 @@ class Gatherer:
         Args:
             state: of the optimizer.
             members: of the optimizer.
-            present: for each whether it takes part, by a gradient; none that the plan does not cover.
+            present: for each whether it takes part, by a gradient.
         """
-        try:
-            return self._gather(state, members, present)
-        except _MISSING:
-            # Something is no tensor any more, or is not there: then it happens again.
-            try:
-                self._gather(state, members, present)
-            except _MISSING:
-                return None
-            # A signal handler raised it.
-            raise
+        if any(self._pick_others(present)):
+            return None
+        return _unless_missing(lambda: self._gather(state, members, present))
 
     def _gather(
         self, state: Mapping[Any, Any], members: Members, present: bytes
     ) -> tuple[Sequence[Tensor], Gathered] | None:
-        if self._guard is None:
-            return None
         params, grads = self._pick(members.params), self._pick(members.grads)
         shards = params if members.shards is members.params else self._pick(members.shards)
         states = self.states.read(state, params)
-        if states is None:
+        if self._guard is None or states is None:
             return None
         present = bytes(self._pick(present))
         chosen = grads if all(present) else list(compress(grads, present))
         addresses = self._guard.check(chosen, shards, states, present)
         return None if addresses is None else (params, _gathered(shards, grads, states, addresses, present))
+
+    def holds(self, state: Mapping[Any, Any], members: Members) -> bool:
+        """Whether parameters and states are what they were, with a gradient or not."""
+        return bool(_unless_missing(lambda: self._holds(state, members)))
+
+    def _holds(self, state: Mapping[Any, Any], members: Members) -> bool:
+        states = self.states.read(state, self._pick(members.params))
+        if self._guard is None or states is None:
+            return False
+        return self._guard.holds(self._pick(members.shards), states)
 
     def gather_anew(
         self, state: Mapping[Any, Any], prepared: Prepared, members: Members, present: bytes
@@ -91,6 +91,20 @@ class Gatherer:
         grads, present = self._pick(members.grads), bytes(self._pick(present))
         addresses = [0] * sum(present) if prepared.are_opaque else addresses_of(compress(grads, present))
         return prepared.params, _gathered(prepared.shards, grads, states, addresses, present)
+
+
+def _unless_missing(read: Callable[[], T | None]) -> T | None:
+    """What is read, or None if some of it is no tensor any more, or is not there."""
+    try:
+        return read()
+    except _MISSING:
+        # Then it happens again.
+        try:
+            read()
+        except _MISSING:
+            return None
+        # A signal handler raised it.
+        raise
 
 
 def _gathered(

@@ -39,12 +39,13 @@ class StepPlan:
         recipe: what the optimizer is.
         prepared: the tensors in their flattened groups, their states complete.
         zero_grad: set the gradients to zero as well.
+        takes_parts: whether it serves some of its parameters too.
 
     Attributes:
         gatherer: gathers the tensors of a step.
     """
 
-    def __init__(self, recipe: Recipe, prepared: Prepared, zero_grad: bool) -> None:
+    def __init__(self, recipe: Recipe, prepared: Prepared, zero_grad: bool, *, takes_parts: bool = False) -> None:
         self._joined, self._strays = prepared.joined, prepared.strays
         self._are_distributed = prepared.are_distributed
         n_gathered = len(prepared.group_index) + len(prepared.joined)
@@ -56,7 +57,7 @@ class StepPlan:
         # The groups at the rows of the devices' tables, as long as somebody has them.
         self._rows = [weakref.ref(each) if isinstance(each, LiveGroup) else None for each in recipe.param_groups]
         # The last write makes the plan valid.
-        self.gatherer = Gatherer(recipe, prepared)
+        self.gatherer = Gatherer(recipe, prepared, takes_parts=takes_parts)
 
     def run(
         self,
@@ -103,7 +104,8 @@ class StepPlan:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(tensors.take(params))
             if self._are_distributed:
-                increment_version(tensors.take(tensors.params))
+                pairs = zip(tensors.take(params), tensors.take(tensors.params), strict=False)
+                increment_version([shard for param, shard in pairs if shard is not param])
             if kept_scale is not None:
                 self._put_back(tensors.grads, ready.grads)
                 increment_version(grads)

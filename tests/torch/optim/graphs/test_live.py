@@ -12,6 +12,7 @@ import torch
 from dragon.vm.torch.optim import SGD, Adam, AdamW
 from dragon.vm.torch.optim._backends.context import DeviceContext
 from dragon.vm.torch.optim._graphs.live import LiveGroup
+from dragon.vm.torch.optim._plan import widening
 
 from ..judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots
 from ..recorded import RecordedGraph
@@ -97,21 +98,26 @@ def test_each_group_has_its_numbers(graphed: Any) -> None:
     judged_step(optimizer, replay)
 
 
-def test_a_graph_of_some_gradients_leaves_the_others_alone(graphed: Any) -> None:
+def test_a_graph_of_some_gradients_leaves_the_others_alone(graphed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widening, "N_MISSED", 1)
     where, capture = graphed
     optimizer = make(where)
     others = params_of(optimizer)[1:]
     kept = [param.grad for param in others]
     for param in others:
         param.grad = None
+    optimizer.step()
+    plan = optimizer._plans.latest()[-1]
+    assert len(plan.gatherer.positions) == 1 + len(others)
     replay = capture(optimizer.step)
+    assert optimizer._plans.latest()[-1] is plan
     for number in (1, 2):
         new_values(optimizer, number)
         judged_step(optimizer, replay)
     for param, grad in zip(others, kept, strict=True):
         param.grad = grad
     judged_step(optimizer)
-    assert [float(optimizer.state[param]["step"]) for param in params_of(optimizer)] == [4.0, *[2.0] * len(others)]
+    assert [float(optimizer.state[param]["step"]) for param in params_of(optimizer)] == [5.0, *[2.0] * len(others)]
 
 
 def test_steps_between_replays_leave_the_graph_alone(graphed: Any) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam
-from dragon.vm.torch.optim._plan import guards
-from dragon.vm.torch.optim._plan.guards import LayoutGuard
+from dragon.vm.torch.optim._plan import layout_guards
+from dragon.vm.torch.optim._plan.layout_guards import LayoutGuard
 
 from ..support import BACKENDS, everything, give_gradients, home, like, parameters, twin
 from .test_guards import NoTensorGuards, attempt, outcome, warm
@@ -35,7 +35,7 @@ OTHERS = {
 @pytest.mark.parametrize("with_torch", [True, False], ids=["PyTorch's guards", "public calls"])
 def test_a_layout_guard_holds_for_tensors_laid_out_alike_only(what, with_torch, monkeypatch):
     if not with_torch:
-        monkeypatch.setattr(guards, "TensorGuards", NoTensorGuards)
+        monkeypatch.setattr(layout_guards, "TensorGuards", NoTensorGuards)
     tensors = [alike(), alike()]
     guard = LayoutGuard(tensors)
     assert guard.check(alike(), tensors[0])

@@ -1,0 +1,96 @@
+"""The layouts of tensors, compared with what they were: types, dtypes, devices, shapes, strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import compress
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+# Sets of gradients of one plan whose layouts are compared at the speed of C.
+MOST_GUARDS = 8
+
+_LAYOUT: tuple[Callable[[Tensor], object], ...] = (
+    *(type, Tensor.stride, Tensor.is_conj, Tensor.is_neg),
+    attrgetter("shape", "dtype", "device", "layout", "requires_grad"),
+)
+
+
+class LayoutGuard:
+    """Compares the types, dtypes, devices, shapes and strides of tensors with those of others.
+
+    Args:
+        tensors: strided tensors.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        # Sizes and strides that must be the same; None would stand for any.
+        sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+        strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        # PyTorch's check in C++ fails for any tensors under some dispatch modes: there public calls compare.
+        self._check = guards.check if guards.check(*tensors) else _Layouts(tensors).check
+
+    def check(self, *tensors: Tensor) -> bool:
+        """Whether these tensors, as many as those of the guard, are laid out like them."""
+        return bool(self._check(*tensors))
+
+
+class _Layouts:
+    """The same by public calls, several times slower."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._seen = _layouts(tensors)
+
+    def check(self, *tensors: Tensor) -> bool:
+        return _layouts(tensors) == self._seen
+
+
+class PartLayouts:
+    """Compares the layouts of some gradients and of their parameters with what they were.
+
+    Args:
+        grads: gradients of all parameters.
+        params: parameters.
+    """
+
+    def __init__(self, grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        self._grads, self._params = _layouts(grads), _layouts(params)
+        self._all_params = LayoutGuard(params)
+        # By which ones take part; a guard is made when the same ones come again.
+        self._guards: dict[bytes, LayoutGuard | None] = {}
+
+    def check(self, grads: Sequence[Tensor], params: Sequence[Tensor], present: bytes) -> bool:
+        """Whether all is laid out as it was.
+
+        Args:
+            grads: those of the gradients that are there.
+            params: all parameters, of which the others may have changed.
+            present: for each parameter whether its gradient is there.
+        """
+        guard = self._guards.get(present)
+        if guard is not None:
+            return guard.check(*grads, *compress(params, present))
+        if not _are_like(grads, self._grads, present):
+            return False
+        if not self._all_params.check(*params) and not _are_like(
+            list(compress(params, present)), self._params, present
+        ):
+            return False
+        is_known = present in self._guards
+        if len(self._guards) >= MOST_GUARDS:
+            self._guards.clear()
+        self._guards[present] = LayoutGuard([*grads, *compress(params, present)]) if is_known else None
+        return True
+
+
+def _are_like(tensors: Sequence[Tensor], seen: Sequence[list[object]], present: bytes) -> bool:
+    """Whether tensors, one for each that is not 0 in `present`, are laid out as all were seen."""
+    return _layouts(tensors) == [list(compress(column, present)) for column in seen]
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[list[object]]:
+    return [list(map(read, tensors)) for read in _LAYOUT]

@@ -1,0 +1,60 @@
+"""When a plan is worth preparing for more parameters than have a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from itertools import chain, compress
+
+from dragon.vm.torch.optim._groups.checks import has_memory
+from dragon.vm.torch.optim._groups.layout import overlapping_pair
+from dragon.vm.torch.optim._groups.members import Members
+from dragon.vm.torch.optim._options import needs_norm
+from dragon.vm.torch.optim._plan.gathering import Gatherer
+from dragon.vm.torch.optim._plan.recipe import Recipe
+from dragon.vm.torch.optim._plan.step import StepPlan
+
+# Sets of gradients that are prepared one by one before others are expected to come.
+N_MISSED = 8
+
+
+class Widening:
+    """Remembers what was prepared for one set of gradients each, until it has cost as much as a plan for all."""
+
+    def __init__(self) -> None:
+        # Since the last plan for more, and how many parameters that one has.
+        self._missed: list[tuple[Hashable, Gatherer]] = []
+        self._n_wide = 0
+
+    def forget(self) -> None:
+        """Expect nothing."""
+        self._missed.clear()
+
+    def note(self, recipe: Recipe, key: Hashable, plan: StepPlan) -> None:
+        """Note a plan that was prepared for one set of gradients."""
+        # The last bits of a norm depend on which gradients are summed, and a buffer is updated as a whole.
+        if not (needs_norm(recipe.settings) or recipe.reductions is not None or recipe.buffers):
+            self._missed.append((key, plan.gatherer))
+
+    def worth_adding(
+        self, recipe: Recipe, members: Members, key: Hashable, present: bytes, wide: StepPlan | None
+    ) -> list[int]:
+        """Positions of parameters without a gradient for which a plan is to be prepared all the same.
+
+        Args:
+            recipe: what the optimizer is.
+            members: its parameters.
+            key: what plans differ by.
+            present: for each parameter whether it has a gradient.
+            wide: the last plan for more parameters.
+        """
+        n_prepared = sum(len(gatherer.positions) for _, gatherer in self._missed)
+        if len(self._missed) < N_MISSED or n_prepared < self._n_wide:
+            return []
+        earlier = [gatherer for own, gatherer in self._missed if own == key] + ([wide.gatherer] if wide else [])
+        known = [gatherer.positions for gatherer in earlier if gatherer.holds(recipe.state, members)]
+        added = {*chain.from_iterable(known)}.difference(compress(range(len(present)), present))
+        self._n_wide = sum(present) + len(added)
+        self._missed.clear()
+        together = [shard for i, shard in enumerate(members.shards) if present[i] or i in added]
+        # Those that never step together may share memory.
+        return sorted(added) if overlapping_pair(list(filter(has_memory, together))) is None else []
