@@ -25,6 +25,8 @@ COPY = "copy_"
 MOST_COPIED = 2**30
 
 N_WARM_UP = 1
+# What is prepared for sets of gradients takes more of them.
+N_WARM_UP_CHANGING = 20
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def _prepare(origin: Origin, expected: Expected, contender: Contender, base: Rec
         workload = Workload(origin)
         step = contender.build(workload)
         error = check(workload, step, expected)
-        for _ in range(N_WARM_UP):
+        for _ in range(N_WARM_UP_CHANGING if origin.case.changing else N_WARM_UP):
             workload.before_step()
             step()
         if (reason := contender.verify(workload)) is not None:

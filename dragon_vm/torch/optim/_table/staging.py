@@ -7,6 +7,11 @@ from collections import deque
 import torch
 from torch import Tensor
 
+# What graphs read. It is never freed: a graph may outlive its optimizer, and PyTorch would record an event on the
+# stream of the capture, which may be capturing again. Nobody can query such an event; on devices this is
+# https://github.com/pytorch/pytorch/issues/193982.
+_captured: list[Tensor] = []
+
 
 class StagingRing:
     """Pinned host buffers for copies to the device, each reused only once its last copy is done.
@@ -20,7 +25,6 @@ class StagingRing:
         # By their length, of which a table has few; those in turn first that were used longest ago.
         self._slots: dict[int, deque[tuple[Tensor, torch.cuda.Event]]] = {}
         self._reserve: list[Tensor] = []
-        self._captured: list[Tensor] = []
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy int64 `source` on the CPU to `target` of the same length on a CUDA device, in stream order."""
@@ -35,8 +39,8 @@ class StagingRing:
 
     def copy_captured(self, source: Tensor, target: Tensor) -> None:
         """`copy` within a capture: each replay copies what `source` holds now."""
-        self._captured.append(self._reserve.pop() if self._reserve else _new_buffer(len(source)))
-        _copy_to_device(self._captured[-1].copy_(source), target)
+        _captured.append(self._reserve.pop() if self._reserve else _new_buffer(len(source)))
+        _copy_to_device(_captured[-1].copy_(source), target)
 
     def _free_slot(self, length: int) -> tuple[Tensor, torch.cuda.Event]:
         slots = self._slots.setdefault(length, deque())

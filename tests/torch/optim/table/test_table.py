@@ -1,4 +1,6 @@
+import gc
 import struct
+import weakref
 from array import array
 
 import pytest
@@ -152,6 +154,17 @@ def test_a_captured_copy_keeps_its_buffer(fake):
         fake.run()
         assert target.tolist() == [number, number]
     assert [buffer.tolist() for buffer, _ in captured] == [[2, 2], [3, 3]]
+
+
+def test_what_a_graph_reads_outlives_the_optimizer(fake):
+    ring = StagingRing()
+    ring.expect_capture(2)
+    fake.is_capturing = True
+    ring.copy_captured(torch.tensor([1, 2]), torch.zeros(2, dtype=torch.int64))
+    buffer = weakref.ref(fake.copies.pop()[0])
+    del ring
+    gc.collect()
+    assert buffer() is not None
 
 
 def test_a_buffer_is_ready_before_a_capture(fake, monkeypatch):
