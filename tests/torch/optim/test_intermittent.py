@@ -181,15 +181,16 @@ NARROW = [
     st.sampled_from([*VARIED, *NARROW]),
     st.booleans(),
     st.booleans(),
-    st.lists(presences, min_size=1, max_size=3),
+    st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3),
     st.data(),
 )
 def test_a_plan_for_more_parameters_changes_no_bit(backend, options, scales, zero_grad, history, data):
     """Beside an optimizer that forgets its plans after each step."""
     dtype = torch.bfloat16 if options in NARROW else torch.float32
-    runs = [parameters([(5,), (70,), (3, 4)], dtype, home(backend)) for _ in range(2)]
+    shapes = [(5,), (70,), (3, 4), (9,), (33,)]
+    runs = [parameters(shapes, dtype, home(backend)) for _ in range(2)]
     optimizers = [Adam(params, backend=backend, lr=0.1, **options) for params in runs]
-    for number, present in enumerate([[True] * 3, *history]):
+    for number, present in enumerate([[True] * 5, *history]):
         # What is laid out otherwise than before, of another dtype, or shared.
         kind = data.draw(st.sampled_from(["plain", "strided", "shared"]))
         for params, optimizer in zip(runs, optimizers, strict=True):
@@ -232,17 +233,41 @@ def test_a_state_that_was_taken_away_does_not_come_back_without_a_gradient(backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_gradient_unlike_its_parameter_may_come_and_go(backend):
-    params = [torch.nn.Parameter(numbers(i, 4, 6, device=home(backend))) for i in range(2)]
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_a_norm_has_the_bits_of_its_set_whatever_other_sets_came_before(backend, norm_type):
+    runs = [parameters([(40,)] * 7, device=home(backend)) for _ in range(2)]
+    optimizers = [Adam(params, backend=backend, max_grad_norm=0.5, norm_type=norm_type) for params in runs]
+    for number, pattern in enumerate((0b1111111, 0b1010101, 0b0110111, 0b1101011, 0b0011110, 0b1110001)):
+        for params, optimizer in zip(runs, optimizers, strict=True):
+            give_some(params, [pattern >> i & 1 for i in range(7)], number)
+            optimizer.step()
+        optimizers[1]._plans.forget()
+        assert bits(optimizers[0].grad_norm) == bits(optimizers[1].grad_norm)
+    assert everything(optimizers[0]) == everything(optimizers[1])
+
+
+def moved(param):
+    param.data = param.data.clone()
+
+
+def strided(param):
+    param.grad = param.grad.t().contiguous().t()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", [moved, strided])
+def test_what_changed_is_noticed_in_a_part_of_a_plan(backend, change):
+    params = [torch.nn.Parameter(numbers(i, 4, 6, device=home(backend))) for i in range(3)]
     alone = [torch.nn.Parameter(param.detach().clone()) for param in params]
     optimizer, others = Adam(params, backend=backend), [Adam([param], backend=backend) for param in alone]
-    for number, present in enumerate([(1, 1), (0, 1), (1, 0), (1, 1), (0, 1)]):
-        for i in range(2):
+    for number, present in enumerate([(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 1, 1), (0, 1, 0), (1, 1, 0)]):
+        for i in range(3):
             params[i].grad = alone[i].grad = None
             if present[i]:
-                grad = numbers(10 * number + i, 6, 4, device=home(backend)).t() if number % 2 else None
                 for param in (params[i], alone[i]):
-                    param.grad = numbers(number, 4, 6, device=home(backend)) if grad is None else grad.clone()
+                    param.grad = numbers(10 * number + i, 4, 6, device=home(backend))
+                    if number in (2, 5):
+                        change(param)
                 others[i].step()
         optimizer.step()
     assert [bits(param) for param in params] == [bits(param) for param in alone]

@@ -139,3 +139,21 @@ def test_equal_copies_of_groups_and_states_are_followed():
     optimizer.step()
     assert torch.equal(params[0], before[0])
     assert (params[1] - before[1]).abs().max() > 1
+
+
+@pytest.mark.parametrize("with_torch", [True, False], ids=["PyTorch's guards", "public calls"])
+@pytest.mark.parametrize("n_plain", [0, 1, 2, 3])
+def test_a_gradient_with_a_graph_keeps_it_beside_flat_buffers(with_torch, n_plain, monkeypatch):
+    if not with_torch:
+        monkeypatch.setattr(layout_guards, "TensorGuards", NoTensorGuards)
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = Adam(params, backend="native", flatten=True)
+    for number in range(n_plain + 1):
+        loss = sum((param**3).sum() for param in params)
+        grads = torch.autograd.grad(loss, params, create_graph=number == n_plain)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+    for param, grad in zip(params, grads, strict=True):
+        assert param.grad is grad
+        assert grad.grad_fn is not None
