@@ -93,15 +93,19 @@ def give_some(params, present, number):
             give(param, i, number)
 
 
+def take_steps(optimizer, params, patterns):
+    """A step for each pattern, whose bits say which parameters have a gradient."""
+    for pattern in patterns:
+        give_some(params, [pattern >> i & 1 for i in range(len(params))], pattern)
+        optimizer.step()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sets_of_gradients_share_a_plan_once_more_of_them_came_than_are_kept(backend, monkeypatch):
     monkeypatch.setattr(widening, "N_MISSED", 8)
     sizes = prepared_sets(monkeypatch)
     params = parameters([(3,)] * 6, device=home(backend))
-    optimizer = Adam(params, backend=backend)
-    for pattern in (0b111111, *range(1, 33)):
-        give_some(params, [pattern >> i & 1 for i in range(6)], pattern)
-        optimizer.step()
+    take_steps(Adam(params, backend=backend), params, (0b111111, *range(1, 33)))
     assert sizes == [6, 1, 1, 2, 1, 2, 2, 3, 6]
 
 
@@ -111,18 +115,16 @@ def test_parameters_that_come_later_join_the_plan(backend, monkeypatch):
     sizes = prepared_sets(monkeypatch)
     params = parameters([(3,)] * 6, device=home(backend))
     optimizer = Adam(params, backend=backend)
-    for pattern in (*range(1, 16), *range(16, 32), *range(1, 32)):
-        if pattern == 1:
-            n_prepared = len(sizes)
-        give_some(params, [pattern >> i & 1 for i in range(6)], pattern)
-        optimizer.step()
+    take_steps(optimizer, params, range(1, 32))
+    n_prepared = len(sizes)
+    take_steps(optimizer, params, range(1, 32))
     assert len(sizes) == n_prepared <= 20
     assert max(sizes) == 5
     assert [param in optimizer.state for param in params] == [True] * 5 + [False]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_first_gradients_one_after_another_cost_no_more_than_twice_their_number(backend, monkeypatch):
+def test_first_gradients_one_after_another_cost_at_most_three_times_their_number(backend, monkeypatch):
     sizes = prepared_sets(monkeypatch)
     params = parameters([(3,)] * 60, device=home(backend))
     optimizer = Adam(params, backend=backend)
