@@ -43,9 +43,11 @@ def answer(store, n_processes, rank, scenario, arguments):
     except BaseException:
         return False, traceback.format_exc()
     finally:
+        # DDP is part of cycles, and whoever drops the last reference to a group joins its threads. One of these
+        # may wait for the GIL, which a destructor of DDP holds and that of the group itself does not.
+        gc.collect()
         dist.destroy_process_group()
         _forget_meshes()
-        gc.collect()
 
 
 def _forget_meshes():
