@@ -5,7 +5,6 @@ import torch
 
 from dragon.kernels import table
 from dragon.kernels.norm import INF_NORM, L2_NORM
-from dragon.vm.torch.optim._backends import selection
 
 from .tables import Row, Tables, place, spec_of
 
@@ -29,10 +28,6 @@ def tables_of(rows, absent, device):
     for i in absent:
         tables.grads[i] = table.ABSENT.value
     return tables
-
-
-def test_host_and_kernels_agree_on_what_stands_for_no_gradient():
-    assert table.ABSENT.value == selection.ABSENT
 
 
 @pytest.mark.parametrize("offset", [0, 1])

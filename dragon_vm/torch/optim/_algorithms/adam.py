@@ -123,6 +123,7 @@ def _fused(
         states[1],
         states[2] if len(states) > 2 else [],
         steps,
+        lr=float(group["lr"]),
         beta1=beta1,
         beta2=beta2,
         eps=eps,
@@ -139,7 +140,7 @@ ADAM = Algorithm(
     columns=_columns,
     update=adam_update,
     fused=_fused,
-    fused_names=("lr", "betas", "eps", "weight_decay", "amsgrad", "epsilon_hat", "decoupled_weight_decay"),
+    fused_names=("betas", "eps", "weight_decay", "amsgrad", "epsilon_hat", "decoupled_weight_decay"),
     depends_on_step=lambda group: bool(group["epsilon_hat"] and group["eps"]),
     # Betas that a narrow group had: what `_bound` must allow for.
     own_group_defaults={"bound_betas": None},

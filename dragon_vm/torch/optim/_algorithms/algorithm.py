@@ -19,7 +19,7 @@ class FusedOptions(NamedTuple):
 
     Attributes:
         numbers: keywords of the operation, as they are at every step.
-        group: hyperparameters of the tensors.
+        group: hyperparameters of the tensors, the learning rate of each step among them.
     """
 
     numbers: dict[str, Any]
@@ -51,7 +51,7 @@ class Algorithm:
         update: maps a tensor, its gradient, its states, its step count, the group and `Maths` to the new tensor
             and states. All tensors are real and wide enough for the maths; none is written.
         fused: updates lists of CPU tensors in place by one fused operation of torch.
-        fused_names: the hyperparameters that tensors of one fused call must share.
+        fused_names: the hyperparameters, beside the learning rate, that tensors of one fused call must share.
         depends_on_step: whether what a fused call does depends on the step count.
         optional_keys: states that a saved group may lack, which then start anew.
         uncounted_steps: the count of a state that comes without one; None if it must have one.

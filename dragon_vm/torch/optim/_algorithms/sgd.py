@@ -78,6 +78,7 @@ def _fused(
     wide = [[t.float() for t in tensors] if half else tensors for tensors in (params, grads, buffers)]
     torch._fused_sgd_(
         *wide,
+        lr=float(group["lr"]),
         momentum=float(group["momentum"]),
         dampening=float(group["dampening"]),
         nesterov=group["nesterov"],
@@ -98,7 +99,7 @@ SGD = Algorithm(
     columns=_columns,
     update=sgd_update,
     fused=_fused,
-    fused_names=("lr", "momentum", "dampening", "nesterov", "weight_decay"),
+    fused_names=("momentum", "dampening", "nesterov", "weight_decay"),
     depends_on_step=_counts_steps,
     # PyTorch's SGD does not count; its buffer is there after the first step.
     uncounted_steps=1.0,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, FusedOptions
 from dragon.vm.torch.optim._backends.pieces import Piece, Scratch
 from dragon.vm.torch.optim._backends.selection import picker
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
@@ -22,7 +22,7 @@ from dragon.vm.torch.optim._options import by_value
 # 1000 tensors of 1000 elements took 0.87 ms on one thread, 2.05 ms on two (torch 2.13, 2 cores).
 SINGLE_THREAD_NUMEL = 8192
 
-# Hyperparameters, beside those of the algorithm, that tensors of one call must share.
+# Hyperparameters, beside those of the algorithm and the learning rate, that tensors of one call must share.
 _COMMON_NAMES = ("maximize", "grad_scale", "clip_norm", "clip_value")
 
 Group = dict[str, Any]
@@ -34,10 +34,10 @@ class FusedCall(NamedTuple):
     Attributes:
         pick: selects the tensors among the group's.
         first: position of the first of them in the group.
-        group: hyperparameters.
+        group_index: their parameter groups.
+        options: of the operation.
         factor: of the gradients, positive: the sign is `maximize`'s.
         bound: of the gradients' magnitudes; 0 for none.
-        numbers: keywords of the operation, whatever the algorithm.
         divisor: what the gradients are divided by after the operation; 1 to leave them as it does.
         is_kept: whether the operation must not scale the gradients themselves.
         is_small: whether one thread is faster.
@@ -45,10 +45,10 @@ class FusedCall(NamedTuple):
 
     pick: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     first: int
-    group: Group
+    group_index: Sequence[int]
+    options: FusedOptions
     factor: float
     bound: float
-    numbers: dict[str, Any]
     divisor: float
     is_kept: bool
     is_small: bool
@@ -56,12 +56,21 @@ class FusedCall(NamedTuple):
     @property
     def needs_copies(self) -> bool:
         """Whether the operation reads other gradients than the tensors' own."""
-        return bool(self.bound) or self.is_kept or (self.factor != 1 and self.numbers["grad_scale"] is None)
+        return bool(self.bound) or self.is_kept or self._scales_first
+
+    @property
+    def _scales_first(self) -> bool:
+        """Whether gradients are scaled before the operation, which does not do it."""
+        return self.factor != 1 and self.options.numbers["grad_scale"] is None
+
+    def has_one_rate(self, groups: Sequence[Group]) -> bool:
+        """Whether its parameter groups still have one learning rate."""
+        return len(self.group_index) == 1 or len({groups[index]["lr"] for index in self.group_index}) == 1
 
     def limited(self, grads: list[Tensor], copies: list[Tensor]) -> list[Tensor]:
         """Copies of gradients, which the operation may write to, clipped, and scaled if it does not scale them."""
         torch._foreach_copy_(copies, grads)
-        if self.factor != 1 and self.numbers["grad_scale"] is None:
+        if self._scales_first:
             torch._foreach_mul_(copies, _number(self.factor, copies[0].dtype))
         if self.bound:
             torch._foreach_clamp_max_(copies, self.bound)
@@ -126,7 +135,7 @@ class FusedPlanner:
         self._scratch = Scratch(params, are_small)
 
     def read(self, groups: Sequence[Group]) -> bool:
-        """Take the hyperparameters of all groups; return whether some call depends on the step count."""
+        """Take all hyperparameters but learning rates; return whether some call depends on the step count."""
         keys = list(map(self._read_key, groups))
         kinds = set(map(type, chain.from_iterable(keys))) | set(
             map(type, chain.from_iterable(group.get("betas", ()) for group in groups))
@@ -150,7 +159,8 @@ class FusedPlanner:
         parts: dict[tuple[Any, float, bool], list[tuple[int, bool]]] = {}
         single: dict[tuple[Any, float, float, bool], list[int]] = {}
         for part, positions in self._chosen.parts.items():
-            group, key, is_small = groups[part[0]], self._keys[part[0]], part[1]
+            group, is_small = groups[part[0]], part[1]
+            key = float(group["lr"]), self._keys[part[0]]
             counts = steps if self._algorithm.depends_on_step(group) else []
             if len(counts) <= 1 and not factors.each:
                 parts.setdefault((key, abs(factors.of(0, group)), is_small), []).append(part)
@@ -161,12 +171,12 @@ class FusedPlanner:
                 single.setdefault((key, factor, count, is_small), []).append(position)
         calls = []
         for (_, factor, is_small), members in parts.items():
-            first, pick = self._chosen.pick(tuple(members))
-            calls.append(self._call(first, pick, groups[members[0][0]], factor, factors.kept_scale, is_small))
+            chosen, indices = self._chosen.pick(tuple(members)), [index for index, _ in members]
+            calls.append(self._call(chosen, indices, groups, factor, factors.kept_scale, is_small))
         for (_, factor, _, is_small), positions in single.items():
-            pick = picker(positions, len(self._positions))
-            group = groups[self._group_index[positions[0]]]
-            calls.append(self._call(positions[0], pick, group, factor, factors.kept_scale, is_small))
+            chosen = positions[0], picker(positions, len(self._positions))
+            indices = list({self._group_index[position] for position in positions})
+            calls.append(self._call(chosen, indices, groups, factor, factors.kept_scale, is_small))
         return calls
 
     def pieces(self, call: FusedCall, columns: Sequence[list[Tensor]]) -> Iterable[Piece]:
@@ -181,11 +191,17 @@ class FusedPlanner:
         return self._scratch.of_small(call.pick, columns) if call.is_small else self._scratch.of_large(columns, 1)
 
     def _call(
-        self, first: int, pick: Any, group: Group, factor: float, kept_scale: float | None, is_small: bool
+        self,
+        chosen: tuple[int, Any],
+        group_index: Sequence[int],
+        groups: Sequence[Group],
+        factor: float,
+        kept_scale: float | None,
+        is_small: bool,
     ) -> FusedCall:
+        (first, pick), group = chosen, groups[group_index[0]]
         bound = clip_value(group)
         numbers: dict[str, Any] = {
-            "lr": float(group["lr"]),
             "weight_decay": float(group["weight_decay"]),
             "maximize": bool(group["maximize"]),
             "found_inf": None,
@@ -201,6 +217,5 @@ class FusedPlanner:
         leaves_own = is_scaled and not self._reads_copies
         is_right = kept_scale is None or (kept_scale != 0 and factor == 1 / kept_scale)
         divisor = 1.0 if kept_scale is None or (leaves_own and is_right) else kept_scale
-        return FusedCall(
-            pick, first, group, factor, bound, numbers, divisor, leaves_own and not is_right, is_small
-        )
+        options, is_kept = FusedOptions(numbers, group), leaves_own and not is_right
+        return FusedCall(pick, first, group_index, options, factor, bound, divisor, is_kept, is_small)

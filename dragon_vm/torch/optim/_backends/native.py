@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, FusedOptions
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.fused_calls import FusedCall, FusedPlanner
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._backends.threads import on_one_thread
@@ -65,8 +65,7 @@ class NativeGroup:
         if signature.grad_dtype != signature.param_dtype:
             grads = [None if grad is None else grad.to(signature.param_dtype) for grad in grads]
         if version != self._version:
-            self._needs_steps = self._planner.read(groups)
-            self._planned_for, self._version = None, version
+            self._read(groups, version)
         params = self.pick(tensors.params)
         states = [self.pick(tensors.states[key]) for key in signature.state_keys]
         counters = self.pick(tensors.states["step"]) if self._counters else ()
@@ -99,6 +98,15 @@ class NativeGroup:
                 param, ema, index = params[row], emas[row], self._group_index[row]
                 as_real(ema).lerp_(as_real(param), 1 - groups[index]["ema_decay"])
 
+    def _read(self, groups: Sequence[Group], version: Version) -> None:
+        """Take changed hyperparameters. Calls read learning rates where they are, and stay as long as they fit."""
+        if self._version is None or version[0] != self._version[0]:
+            self._needs_steps = self._planner.read(groups)
+            self._planned_for = None
+        elif not all(call.has_one_rate(groups) for call in self._calls):
+            self._planned_for = None
+        self._version = version
+
     def _run(
         self,
         calls: Sequence[FusedCall],
@@ -120,11 +128,10 @@ class NativeGroup:
                 chosen = [list(map(as_real, column)) for column in chosen]
             step = steps[call.first] if len(steps) > 1 else next(iter(steps), 0.0)
             chosen_counters = list(call.pick(counters)) if counters else []
-            options = FusedOptions(call.numbers, call.group)
             divides = call.divisor != 1 and self._signature.grad_dtype in DIVIDED_IN_PLACE
             for rows, (params, grads, own_grads, *states), copies in self._planner.pieces(call, chosen):
                 limited = call.limited(grads, copies) if copies else grads
-                self._algorithm.fused(params, limited, states, chosen_counters[rows], options, step)
+                self._algorithm.fused(params, limited, states, chosen_counters[rows], call.options, step)
                 if divides:
                     # In the layout of a parameter nothing is expanded.
                     call.divide(own_grads)

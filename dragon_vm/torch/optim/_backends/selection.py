@@ -10,9 +10,6 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# In place of an address, as in the kernels' tables.
-ABSENT = 1
-
 
 def _all(sequence: Sequence[T]) -> Sequence[T]:
     return sequence
@@ -25,14 +22,12 @@ class Gathered(NamedTuple):
         params: parameters, or this process's shards of them, then flat buffers.
         grads: their gradients, in the layouts of the parameters; None for a parameter that takes no part.
         states: state tensors by name; None for a parameter without that state.
-        addresses: of the gradients; ABSENT likewise.
         take: selects what belongs to the parameters that take part.
     """
 
     params: Sequence[Tensor]
     grads: Sequence[Any]
     states: dict[str, list[Any]]
-    addresses: Sequence[int]
     take: Callable[[Sequence[Any]], Sequence[Any]] = _all
 
     @property

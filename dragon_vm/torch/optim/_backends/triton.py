@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
+from operator import is_not
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,9 @@ from dragon.vm.torch.optim._options import Settings, Version, needs_norm
 from dragon.vm.torch.optim._table.group_table import GroupTable
 
 Group = dict[str, Any]
+
+_ABSENT = int(table.ABSENT)
+_data_ptr: Callable[[Any], int] = Tensor.data_ptr
 
 
 class TritonDevice:
@@ -70,7 +74,7 @@ class TritonDevice:
 
     def update(
         self,
-        addresses: Sequence[int],
+        grads: Sequence[Tensor | None],
         groups: Sequence[Group],
         algorithm: Algorithm,
         version: Version,
@@ -82,7 +86,7 @@ class TritonDevice:
         """Update all tensors.
 
         Args:
-            addresses: of all gradients that the step gathered; ABSENT for a parameter that takes no part.
+            grads: all that the step gathered; None for a parameter that takes no part.
             groups: parameter groups.
             algorithm: what is computed.
             version: of the hyperparameters; a new one after each change.
@@ -99,7 +103,7 @@ class TritonDevice:
             kind = INF_NORM if infinite else L2_NORM
         scaling = Scaling(*map(context.here, scaling))
         kept_scale = context.here(kept_scale)
-        own = list(self._pick_own(addresses))
+        own = _addresses_of(self._pick_own(grads))
         if shared is not None and not kind and scaling.found_inf is not None:
             # All processes skip the step that one must skip.
             kind = L2_NORM
@@ -183,3 +187,10 @@ class TritonDevice:
         """Bring one group's hyperparameters up to date between steps, in stream order."""
         if self._groups.write_one(index, group, algorithm, settings):
             self._context.launch(self._launches.table.upload, in_order=True)
+
+
+def _addresses_of(grads: Sequence[Tensor | None]) -> list[int]:
+    """Addresses of gradients, for the kernels' table."""
+    if all(map(is_not, grads, repeat(None))):
+        return list(map(_data_ptr, grads))
+    return [_ABSENT if grad is None else grad.data_ptr() for grad in grads]

@@ -76,9 +76,13 @@ def apart(grads: list[Tensor]) -> list[Tensor]:
     return chosen
 
 
-def apart_at(grads: Sequence[Any], positions: Sequence[int]) -> list[Any]:
-    """Gradients of which no two at these positions are the same memory."""
-    chosen = list(grads)
-    for position, grad in zip(positions, apart([grads[i] for i in positions]), strict=True):
-        chosen[position] = grad
-    return chosen
+def apart_at(grads: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
+    """Gradients of which no two at these positions are the same memory; the very sequence if that holds."""
+    chosen = [grads[i] for i in positions]
+    replaced = apart(chosen)
+    if replaced is chosen:
+        return grads
+    grads = list(grads)
+    for position, grad in zip(positions, replaced, strict=True):
+        grads[position] = grad
+    return grads

@@ -97,14 +97,14 @@ class FlatBuffer:
         """The flat states by name, and the step counter that all parameters share."""
         return self._state
 
-    def gather(self, params: Sequence[Tensor], grads: Sequence[Tensor], addresses: Sequence[int]) -> None:
+    def gather(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Move gradients that lie elsewhere into the buffer, and give the parameters views of it.
 
         Args:
             params: the buffer's parameters.
             grads: their gradients, of the buffer's dtype and device.
-            addresses: of the gradients.
         """
+        addresses = list(map(Tensor.data_ptr, grads))
         pairs = zip(addresses, self.grad_addresses, strict=True)
         moved = [index for index, (address, place) in enumerate(pairs) if address != place]
         if not moved:

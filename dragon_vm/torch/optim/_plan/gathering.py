@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._backends.selection import ABSENT, Gathered, picker
+from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._groups.members import Members
-from dragon.vm.torch.optim._plan.guards import Guard, addresses_of
+from dragon.vm.torch.optim._plan.guards import Guard
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Recipe
 from dragon.vm.torch.optim._plan.state_reader import StateReader
@@ -69,8 +69,9 @@ class Gatherer:
             return None
         present = bytes(self._pick(present))
         chosen = grads if all(present) else list(compress(grads, present))
-        addresses = self._guard.check(chosen, shards, states, present)
-        return None if addresses is None else (params, _gathered(shards, grads, states, addresses, present))
+        if not self._guard.check(chosen, shards, states, present):
+            return None
+        return params, _gathered(shards, grads, states, present)
 
     def holds(self, state: Mapping[Any, Any], members: Members) -> bool:
         """Whether parameters and states are what they were, with a gradient or not."""
@@ -89,8 +90,7 @@ class Gatherer:
         states = self.states.read(state, prepared.params)
         assert states is not None
         grads, present = self._pick(members.grads), bytes(self._pick(present))
-        addresses = [0] * sum(present) if prepared.are_opaque else addresses_of(compress(grads, present))
-        return prepared.params, _gathered(prepared.shards, grads, states, addresses, present)
+        return prepared.params, _gathered(prepared.shards, grads, states, present)
 
 
 def _unless_missing(read: Callable[[], T | None]) -> T | None:
@@ -108,17 +108,9 @@ def _unless_missing(read: Callable[[], T | None]) -> T | None:
 
 
 def _gathered(
-    shards: Sequence[Tensor],
-    grads: Sequence[Any],
-    states: dict[str, list[Any]],
-    addresses: list[int],
-    present: bytes,
+    shards: Sequence[Tensor], grads: Sequence[Any], states: dict[str, list[Any]], present: bytes
 ) -> Gathered:
-    """The tensors of a step, with the addresses of the gradients that are there."""
+    """The tensors of a step."""
     if all(present):
-        return Gathered(shards, grads, states, addresses)
-    chosen = list(compress(range(len(grads)), present))
-    spread = [ABSENT] * len(grads)
-    for position, address in zip(chosen, addresses, strict=True):
-        spread[position] = address
-    return Gathered(shards, grads, states, spread, picker(chosen, len(grads)))
+        return Gathered(shards, grads, states)
+    return Gathered(shards, grads, states, picker(list(compress(range(len(grads)), present)), len(grads)))

@@ -55,8 +55,8 @@ class Guard:
         params: Sequence[Tensor],
         states: Mapping[str, Sequence[Tensor]],
         present: bytes,
-    ) -> list[int] | None:
-        """The addresses of the gradients if all is as it was, else None.
+    ) -> bool:
+        """Whether all is as it was.
 
         Args:
             grads: those of the gradients that are there.
@@ -64,7 +64,6 @@ class Guard:
             states: as many as then.
             present: for each parameter whether its gradient is there.
         """
-        addresses = addresses_of(grads)
         seen = self._addresses
         tensors: Iterable[Tensor] = chain(params, *states.values())
         is_whole, n_columns = len(grads) == len(params), 1 + len(states)
@@ -72,12 +71,12 @@ class Guard:
             # Nobody reads or writes what belongs to the others.
             tensors, seen = compress(tensors, present * n_columns), list(compress(seen, present * n_columns))
         if addresses_of(tensors) != seen:
-            return None
+            return False
         if is_whole:
             are_like = self._layouts.check(*grads, *params)
         else:
             are_like = self._part_layouts is not None and self._part_layouts.check(grads, params, present)
-        return addresses if are_like and self._are_same(states) else None
+        return are_like and self._are_same(states)
 
     def holds(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> bool:
         """Whether parameters and states, as many as then, are where they were."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._backends.selection import ABSENT, Gathered
+from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.unscaling import assign
 from dragon.vm.torch.optim._gradients.zeroing import apart_at, detach_all, zero_all
@@ -20,7 +20,6 @@ from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
 from dragon.vm.torch.optim._options import Settings, Version, needs_norm
 from dragon.vm.torch.optim._plan.gathering import Gatherer
-from dragon.vm.torch.optim._plan.guards import addresses_of
 from dragon.vm.torch.optim._plan.host_step import HostStep
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
@@ -96,10 +95,10 @@ class StepPlan:
             are_zero &= not outcome.n_skipped
             without = settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
             for device in self._devices if not outcome.n_skipped else ():
-                device.update(ready.addresses, *values, without, decided, kept_scale=kept_scale)
+                device.update(ready.grads, *values, without, decided, kept_scale=kept_scale)
         else:
             for device in self._devices:
-                device.update(ready.addresses, *values, settings, scaling, self._host.shared, kept_scale)
+                device.update(ready.grads, *values, settings, scaling, self._host.shared, kept_scale)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(tensors.take(params))
@@ -118,13 +117,12 @@ class StepPlan:
 
     def _in_buffers(self, params: Sequence[Tensor], tensors: Gathered) -> Gathered:
         """The tensors with the gradients of joined parameters moved into their flat buffers."""
-        grads, addresses = list(tensors.grads), list(tensors.addresses)
+        grads = list(tensors.grads)
         for buffer, positions, _ in self._joined:
-            chosen = [grads[i] for i in positions], [addresses[i] for i in positions]
-            buffer.gather([params[i] for i in positions], *chosen)
-            for position, view, address in zip(positions, buffer.grad_views, buffer.grad_addresses, strict=True):
-                grads[position], addresses[position] = view, address
-        return tensors._replace(grads=grads, addresses=addresses)
+            buffer.gather([params[i] for i in positions], [grads[i] for i in positions])
+            for position, view in zip(positions, buffer.grad_views, strict=True):
+                grads[position] = view
+        return tensors._replace(grads=grads)
 
     def _put_back(self, grads: Sequence[Any], unscaled: Sequence[Any]) -> None:
         """Take over what became of gradients where the update read copies of them."""
@@ -137,18 +135,16 @@ class StepPlan:
 
         With `writes`, no two gradients are the same memory.
         """
-        shards, grads, states, addresses, take = tensors
+        shards, grads, states, take = tensors
         if self._host.groups:
             states = self.gatherer.states.by_position(states)
         if self._strays:
-            grads, addresses = list(grads), list(addresses)
+            grads = list(grads)
             for position in self._strays:
                 if grads[position] is not None:
                     grads[position] = in_layout_of(shards[position], grads[position])
-                    addresses[position] = grads[position].data_ptr()
-        if writes and len(set(take(addresses))) < len(take(addresses)):
+        if writes:
             grads = apart_at(grads, [position for position, grad in enumerate(grads) if grad is not None])
-            addresses = [ABSENT if grad is None else grad.data_ptr() for grad in grads]
         if self._joined:
             buffers = [joined.buffer for joined in self._joined]
             flat = [
@@ -161,8 +157,7 @@ class StepPlan:
                 key: [*states.get(key, [None] * len(tensors.params)), *(b.state.get(key) for b in buffers)]
                 for key in {**states, **buffers[0].state}
             }
-            addresses = [*addresses, *addresses_of(flat)]
-        return Gathered(shards, grads, states, addresses, take)
+        return Gathered(shards, grads, states, take)
 
     def publish(self, live: Any, group: dict[str, Any], algorithm: Algorithm, settings: Settings) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""
