@@ -18,7 +18,7 @@ def test_a_step_after_a_change_has_the_new_rate(kind: type, backend: str) -> Non
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.5}]
     optimizer = kind(groups, lr=0.1, backend=backend)
     # Groups of one rate share calls: while it changes for both, and no longer once they part.
-    rates_of = [(0.1, 0.5), (0.2, 0.5), (0.2, 0.25), (0.25, 0.25), (0.5, 0.5), (0.5, 0.125), (0.0, 0.125)]
+    rates_of = [(0.1, 0.1), (0.5, 0.5), (0.2, 0.5), (0.2, 0.25), (0.25, 0.25), (0.0, 0.125)]
     for step, rates in enumerate(rates_of):
         # A copy reads all hyperparameters anew.
         twins, twin = copy.deepcopy((params, optimizer))
