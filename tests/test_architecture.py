@@ -32,7 +32,7 @@ FLOORS = (
     {"_groups", "_table"},
     {"_algorithms"},
     {"_formats", "_gradients"},
-    {"_distributed", "_graphs", "_options", "_hints", KERNELS},
+    {"_distributed", "_graphs", "_options", "_hints", "_hooks", KERNELS},
 )
 FOLDERS_OF_OPTIM = {
     "_plan", "_backends", "_groups", "_table", "_algorithms", "_formats", "_gradients", "_distributed", "_graphs",
@@ -58,7 +58,7 @@ PRIVATE_TORCH_NAMES = {
     "_set_grad_enabled": "the same for gradients",
     "TensorGuards": "compares layouts in C++",
     "_disable_dynamo": "keeps torch.compile out, as PyTorch's optimizers do",
-    "graph_break": "the same for a step",
+    "_is_profiler_enabled": "tells whether anybody wants to see a step's range",
     "flatten_dense_tensors": "joins small gradients for one norm",
     "_foreach_*": "one operation for many tensors",
     "_fused_*": "PyTorch's fused CPU operations",

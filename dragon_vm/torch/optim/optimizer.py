@@ -28,6 +28,7 @@ from dragon.vm.torch.optim._groups.eligibility import check_backend
 from dragon.vm.torch.optim._groups.members import MemberReader
 from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._groups.storage import check_storage
+from dragon.vm.torch.optim._hooks import hooked_step, recorded
 from dragon.vm.torch.optim._options import Settings, check_common, complete, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.modes import undisturbed
 from dragon.vm.torch.optim._plan.updater import Updater
@@ -48,6 +49,7 @@ class Optimizer(StoringOptimizer):
     # What the class computes.
     _algorithm: Algorithm
     _is_built = False
+    profile_hook_step = staticmethod(hooked_step)
 
     @_disable_dynamo
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
@@ -160,11 +162,8 @@ class Optimizer(StoringOptimizer):
                 raise RuntimeError("release_gradients updates in each backward pass: step() takes no closure then")
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_dynamo_compiling():
-            torch._dynamo.graph_break()
-            self._step_undisturbed(zero_grad)
-        else:
-            self._step(zero_grad)
+        step = self._step_undisturbed if torch.compiler.is_dynamo_compiling() else self._step
+        step(zero_grad)
         return loss
 
     def _step(self, zero_grad: bool) -> None:
@@ -184,10 +183,11 @@ class Optimizer(StoringOptimizer):
         if summed:
             self._sums.reduce()
             members = members._replace(grads=self._sums.added_to(members.params, members.grads))
-        has_grads = any(grad is not None for grad in members.grads)
         if is_capturing():
-            check_capture(type(self).__name__, groups, settings.backend, has_grads, self._sums.are_outside)
-        if not has_grads and members.are_distributed:
+            check_capture(
+                type(self).__name__, groups, settings.backend, members.have_grads, self._sums.are_outside
+            )
+        if members.are_distributed and not members.have_grads:
             check_accumulated(members.params)
         self._updater.update(
             members, self.param_groups, self.state, settings, scaling, zero_grad=zero_grad, are_own=not summed
@@ -230,7 +230,7 @@ class Optimizer(StoringOptimizer):
             set_to_none: remove the gradients instead. None decides by each parameter: gradients of Dragon's own
                 are zeroed, those of all others removed, as with PyTorch.
         """
-        with torch.autograd.profiler.record_function(self._zero_grad_profile_name):
+        with recorded(self._zero_grad_profile_name):
             without_torch_function(self._zero_grad, (), (set_to_none,), {})
 
     def _zero_grad(self, set_to_none: bool | None) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
+
 try:
     from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # it has no types
 except ImportError:  # small tensors then take as long as with PyTorch
@@ -26,6 +28,9 @@ def on_one_thread(run: Callable[[], None]) -> None:
 
     `torch.set_num_threads` would be seen by threads that start meanwhile, and stay with them.
     """
+    if torch.get_num_threads() == 1:
+        run()
+        return
     pools = _openmp_pools()
     limits = [pool.num_threads for pool in pools]
     try:

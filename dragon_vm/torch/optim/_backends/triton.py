@@ -101,7 +101,8 @@ class TritonDevice:
         if needs_norm(settings) or self._groups.clips_each:
             infinite = settings.norm_type == math.inf and not self._groups.clips_each
             kind = INF_NORM if infinite else L2_NORM
-        scaling = Scaling(*map(context.here, scaling))
+        if scaling.grad_scale is not None or scaling.found_inf is not None:
+            scaling = Scaling(*map(context.here, scaling))
         kept_scale = context.here(kept_scale)
         own = _addresses_of(self._pick_own(grads))
         if shared is not None and not kind and scaling.found_inf is not None:

@@ -36,6 +36,11 @@ class Members(NamedTuple):
     grads: list[Any]
     are_distributed: bool
 
+    @property
+    def have_grads(self) -> bool:
+        """Whether some parameter has a gradient."""
+        return any(grad is not None for grad in self.grads)
+
     def group_index(self) -> list[int]:
         """For each parameter, the index of its group."""
         return list(chain.from_iterable(map(repeat, range(len(self.lengths)), self.lengths)))

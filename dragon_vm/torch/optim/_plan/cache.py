@@ -95,8 +95,9 @@ class PlanCache:
 
     def _keep(self, key: tuple[Hashable, bytes | None], found: Found) -> Found:
         """Keep a plan as the last one used, which stands at the end."""
-        self._latest.pop(key, None)
-        self._latest[key] = found.plan
+        if next(reversed(self._latest.values()), None) is not found.plan:
+            self._latest.pop(key, None)
+            self._latest[key] = found.plan
         while len(self._latest) > self.n_kept:
             self._latest.pop(next(iter(self._latest)))
         return found

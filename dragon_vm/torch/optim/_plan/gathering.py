@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -14,8 +14,6 @@ from dragon.vm.torch.optim._plan.guards import Guard
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Recipe
 from dragon.vm.torch.optim._plan.state_reader import StateReader
-
-T = TypeVar("T")
 
 # What reading a tensor raises where there is none.
 _MISSING = (KeyError, TypeError, AttributeError, IndexError)
@@ -57,7 +55,12 @@ class Gatherer:
         """
         if any(self._pick_others(present)):
             return None
-        return _unless_missing(lambda: self._gather(state, members, present))
+        try:
+            return self._gather(state, members, present)
+        except _MISSING:
+            if _is_missing(lambda: self._gather(state, members, present)):
+                return None
+            raise
 
     def _gather(
         self, state: Mapping[Any, Any], members: Members, present: bytes
@@ -75,7 +78,12 @@ class Gatherer:
 
     def holds(self, state: Mapping[Any, Any], members: Members) -> bool:
         """Whether parameters and states are what they were, with a gradient or not."""
-        return bool(_unless_missing(lambda: self._holds(state, members)))
+        try:
+            return self._holds(state, members)
+        except _MISSING:
+            if _is_missing(lambda: self._holds(state, members)):
+                return False
+            raise
 
     def _holds(self, state: Mapping[Any, Any], members: Members) -> bool:
         states = self.states.read(state, self._pick(members.params))
@@ -93,18 +101,13 @@ class Gatherer:
         return prepared.params, _gathered(prepared.shards, grads, states, present)
 
 
-def _unless_missing(read: Callable[[], T | None]) -> T | None:
-    """What is read, or None if some of it is no tensor any more, or is not there."""
+def _is_missing(read: Callable[[], object]) -> bool:
+    """Whether some of what is read is no tensor any more, or is not there; else a signal handler raised it."""
     try:
-        return read()
+        read()
     except _MISSING:
-        # Then it happens again.
-        try:
-            read()
-        except _MISSING:
-            return None
-        # A signal handler raised it.
-        raise
+        return True
+    return False
 
 
 def _gathered(

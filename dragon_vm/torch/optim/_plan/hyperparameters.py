@@ -19,9 +19,10 @@ _NUMBERS = {
     *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
 }
 # Numbers that decide nothing about which tensors and kernels take part.
-_SCALARS = {"weight_decay", "eps"}
+_SCALARS = {"weight_decay", "eps", "betas"}
 
 _rate_of = itemgetter("lr")
+_is_tuple: Callable[[Any], bool] = tuple.__instancecheck__
 
 
 class Hyperparameters:
@@ -42,15 +43,14 @@ class Hyperparameters:
         self, names: Sequence[str], own: Mapping[str, Any], structure_of: Callable[[Mapping[str, Any]], object]
     ) -> None:
         self._own = dict(own)
-        # Names and defaults of those that are no pairs.
-        single = {name: value for name, value in own.items() if name != "bound_betas"}
-        self._single = tuple(single), tuple(single.values())
-        names = [name for name in names if name not in ("lr", "betas")]
+        names = [name for name in names if name != "lr"]
         self._read_row = itemgetter(*names)
         self._structural = itemgetter(*(i for i, name in enumerate(names) if name not in _SCALARS))
         self._structure_of = structure_of
-        # All but numbers that are learning rates, and those.
-        self._seen: tuple[list[Any], list[Any]] = [], []
+        # The rows of the last reading, and their identities if nobody can change them in place.
+        self._same: tuple[list[Any], list[int] | None] = [], None
+        # Rows by value, with learning rates that are no numbers; and learning rates.
+        self._seen: tuple[Any, list[Any]] = None, []
         # Options that decide about structure, and the structures of the groups.
         self._structures: tuple[list[Any], list[object]] = [], []
         self.groups: list[dict[str, Any]] = []
@@ -65,34 +65,34 @@ class Hyperparameters:
         """
         rates = list(map(_rate_of, groups))
         rows = list(map(self._read_row, groups))
-        own = [tuple(map(group.get, *self._single)) for group in groups]
-        betas = [tuple(group.get("betas", ())) for group in groups]
-        values: list[Any] = [rows, own, betas, [tuple(group.get("bound_betas") or ()) for group in groups]]
-        if not set(map(type, rates)) <= _RATE_TYPES:
-            values.append([(rate,) for rate in rates])
-        if not set(map(type, chain.from_iterable(chain(*values)))) <= PLAIN_TYPES:
-            values = by_value(values)
-        seen, seen_rates = self._seen
-        if values != seen:
-            self._take(groups, values)
-        elif len(values) == 4 and rates != seen_rates:
+        if not all(map(self._own.keys().isdisjoint, groups)):
+            rows += [tuple(map(group.get, self._own, self._own.values())) for group in groups]
+        ids = list(map(id, chain.from_iterable(rows)))
+        are_numbers = set(map(type, rates)) <= _RATE_TYPES
+        values, seen_rates = self._seen
+        if ids != self._same[1] or not are_numbers:
+            can_change = not _kinds(rows) <= PLAIN_TYPES | {tuple}
+            taken = by_value(rows) if can_change else rows, None if are_numbers else by_value(rates)
+            if taken != values:
+                self._take(groups, taken[0])
+                values, seen_rates = taken, rates
+            self._same = rows, None if can_change else ids
+        if are_numbers and rates != seen_rates:
             # What a scheduler does at each step.
             for group, rate in zip(self.groups, rates, strict=True):
                 group["lr"] = rate
             self.version = self.version[0], self.version[1] + 1
-        else:
-            return
         # The last write: an interrupt before it leaves the next step to read anew.
         self._seen = values, rates
 
-    def _take(self, groups: Sequence[Mapping[str, Any]], values: list[Any]) -> None:
+    def _take(self, groups: Sequence[Mapping[str, Any]], rows: Sequence[Any]) -> None:
         # Without the parameters: what is taken out of a group must not stay here.
         complete_groups = [complete(group, self._own) for group in groups]
         for group in complete_groups:
             group.pop("params", None)
             _check_numbers(group)
         # Of what a scheduler changes at each step nothing decides about structure.
-        options = [list(map(self._structural, values[0])), values[1]]
+        options = [*map(self._structural, rows[: len(groups)]), *rows[len(groups) :]]
         seen_options, seen_structures = self._structures
         structures = seen_structures
         if options != seen_options:
@@ -101,6 +101,12 @@ class Hyperparameters:
             self.structure += 1
         self.version = self.version[0] + 1, self.version[1]
         self._structures, self.groups = (options, structures), complete_groups
+
+
+def _kinds(rows: Sequence[Sequence[Any]]) -> set[type]:
+    """The types of all values, and of those within tuples."""
+    values = list(chain.from_iterable(rows))
+    return set(map(type, values)) | set(map(type, chain.from_iterable(filter(_is_tuple, values))))
 
 
 def _check_numbers(group: Mapping[str, Any]) -> None:

@@ -135,6 +135,8 @@ class StepPlan:
 
         With `writes`, no two gradients are the same memory.
         """
+        if not (writes or self._host.groups or self._strays or self._joined):
+            return tensors
         shards, grads, states, take = tensors
         if self._host.groups:
             states = self.gatherer.states.by_position(states)

@@ -141,7 +141,8 @@ class Updater:
                 self.masters.meet(with_masters, state)
             step = recipe, found.params, found.tensors, values.version, scaling
             outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
-            self.masters.note(with_masters)
+            if with_masters:
+                self.masters.note(with_masters)
         self._grad_norm = outcome.grad_norm
         self._n_skipped = self._n_skipped + outcome.n_skipped
 
@@ -181,6 +182,8 @@ class Updater:
 def _with_masters(members: Members, groups: Sequence[Group]) -> list[Tensor]:
     """The parameters that have a master."""
     flags = [group["master_weights"] is not None for group in groups]
-    if all(flags) or not any(flags):
-        return members.params if any(flags) else []
+    if True not in flags:
+        return []
+    if all(flags):
+        return members.params
     return [param for param, index in zip(members.params, members.group_index(), strict=True) if flags[index]]

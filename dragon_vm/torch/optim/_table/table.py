@@ -36,6 +36,8 @@ class DeviceTable:
         self.buffer = torch.empty(len(self._host), dtype=torch.int64, device=device)
         self._ring = StagingRing() if device.type == "cuda" else None
         self._changed = (0, len(self._host))
+        # Of the host's words and the device's, what was copied last.
+        self._copied: tuple[tuple[int, int], Tensor, Tensor] | None = None
         self.n_uploads = 0
 
     def section(self, name: str, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -56,7 +58,9 @@ class DeviceTable:
         first, end = self._changed
         if first >= end:
             return
-        source, target = self._words[first:end], self.buffer[first:end]
+        if self._copied is None or self._copied[0] != self._changed:
+            self._copied = self._changed, self._words[first:end], self.buffer[first:end]
+        _, source, target = self._copied
         if self._ring is not None:
             self._ring.copy(source, target)
         else:

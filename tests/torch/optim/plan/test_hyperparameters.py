@@ -19,7 +19,7 @@ def group(**changes):
 
 
 def reader():
-    return Hyperparameters(NAMES, {"clip_norm": 0.0}, lambda group: group["maximize"])
+    return Hyperparameters(NAMES, {"clip_norm": 0.0, "bound_betas": None}, lambda group: group["maximize"])
 
 
 @pytest.mark.parametrize(
