@@ -21,6 +21,9 @@ from dragon.vm.torch.optim._options import Version
 
 Group = dict[str, Any]
 
+# A number would be made a tensor at each step, in as much time as the addition takes.
+_ONE = torch.ones((), device="cpu")
+
 
 class NativeGroup:
     """One flattened group on the CPU: parameters and states of one dtype, all in one layout.
@@ -153,7 +156,7 @@ class _Counters:
         if buffer is None:
             _count([counters[row] for row in rows])
         elif len(rows) == len(counters):
-            buffer += 1
+            buffer.add_(_ONE)
         else:
             flags = bytearray(len(counters))
             for row in rows:
@@ -166,7 +169,5 @@ class _Counters:
 
 
 def _count(counters: Sequence[Tensor]) -> None:
-    # Joined parameters share a counter; a number would be wrapped once for each tensor.
-    torch._foreach_add_(
-        list({id(counter): counter for counter in counters}.values()), torch.ones((), device="cpu")
-    )
+    # Joined parameters share a counter.
+    torch._foreach_add_(list({id(counter): counter for counter in counters}.values()), _ONE)

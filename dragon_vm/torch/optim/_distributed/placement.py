@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from itertools import compress, repeat
 from operator import attrgetter, is_, is_not
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from dragon.vm.torch.optim._distributed.shards import Shards, is_distributed, is
 
 _SPEC = attrgetter("_spec")
 _LOCAL = attrgetter("_local_tensor")
+_PLAIN = {Tensor, NoneType}
 
 
 def ready_grad(param: Any, grad: Any) -> Any:
@@ -84,6 +86,7 @@ class GradientPlacements:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._shards = Shards(params)
+        self._are_plain = not self._shards
         # Specs hold meshes and placements, not tensors.
         self._specs = list(map(_SPEC, self._shards.distributed(params)))
         # Those with gradients at the last step at which some had none, and their placements.
@@ -99,7 +102,7 @@ class GradientPlacements:
         Raises:
             ValueError: as `ready_grad`.
         """
-        if not self._shards and _wrappers().isdisjoint(map(type, grads)):
+        if self._are_plain and (set(map(type, grads)) <= _PLAIN or _wrappers().isdisjoint(map(type, grads))):
             return grads
         present = bytes(map(is_not, grads, repeat(None)))
         if not all(present):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
+from operator import ne
 from typing import Any
 
 import torch
@@ -105,18 +107,18 @@ class FlatBuffer:
             grads: their gradients, of the buffer's dtype and device.
         """
         addresses = list(map(Tensor.data_ptr, grads))
-        pairs = zip(addresses, self.grad_addresses, strict=True)
-        moved = [index for index, (address, place) in enumerate(pairs) if address != place]
-        if not moved:
+        if addresses == self.grad_addresses:
             return
-        sources = [grads[index] for index in moved]
+        are_moved = bytes(map(ne, addresses, self.grad_addresses))
+        moved, sources, views = (list(compress(each, are_moved)) for each in (params, grads, self.grad_views))
         first = self.grads.data_ptr()
-        if any(first <= addresses[index] < first + self.grads.nbytes for index in moved):
+        within = range(first, first + self.grads.nbytes)
+        if any(map(within.__contains__, compress(addresses, are_moved))):
             # A gradient may be the place of another parameter: none is overwritten before it is read.
             sources = [source.clone() for source in sources]
-        torch._foreach_copy_([self.grad_views[index] for index in moved], sources)
-        for index in moved:
-            params[index].grad = self.grad_views[index]
+        torch._foreach_copy_(views, sources)
+        for param, view in zip(moved, views, strict=True):
+            param.grad = view
 
     def joined_copy(self, grads: Sequence[Tensor]) -> Tensor:
         """A flat tensor with these values at the places of the gradients, which stay as they are."""

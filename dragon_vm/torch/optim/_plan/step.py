@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._backends.selection import Gathered
+from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.unscaling import assign
 from dragon.vm.torch.optim._gradients.zeroing import apart_at, detach_all, zero_all
@@ -47,6 +47,7 @@ class StepPlan:
     def __init__(self, recipe: Recipe, prepared: Prepared, zero_grad: bool, *, takes_parts: bool = False) -> None:
         self._joined, self._strays = prepared.joined, prepared.strays
         self._are_distributed = prepared.are_distributed
+        self._pick_joined = [picker(joined.positions, len(prepared.params)) for joined in prepared.joined]
         n_gathered = len(prepared.group_index) + len(prepared.joined)
         self._host = HostStep(recipe, prepared, n_gathered)
         self._zero_grad = zero_grad
@@ -118,8 +119,8 @@ class StepPlan:
     def _in_buffers(self, params: Sequence[Tensor], tensors: Gathered) -> Gathered:
         """The tensors with the gradients of joined parameters moved into their flat buffers."""
         grads = list(tensors.grads)
-        for buffer, positions, _ in self._joined:
-            buffer.gather([params[i] for i in positions], [grads[i] for i in positions])
+        for (buffer, positions, _), pick in zip(self._joined, self._pick_joined, strict=True):
+            buffer.gather(pick(params), pick(grads))
             for position, view in zip(positions, buffer.grad_views, strict=True):
                 grads[position] = view
         return tensors._replace(grads=grads)

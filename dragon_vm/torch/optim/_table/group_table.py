@@ -11,7 +11,7 @@ import torch
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._options import Settings, Version
-from dragon.vm.torch.optim._table.rows import group_row, source_row, with_rate
+from dragon.vm.torch.optim._table.rows import group_row, source_row, write_rates
 from dragon.vm.torch.optim._table.table import DeviceTable, words_of
 
 Group = dict[str, Any]
@@ -49,8 +49,9 @@ class GroupTable:
             self.clips_each = any(group["clip_norm"] for group in groups)
             self.is_live = any(group["capturable"] for group in groups)
         elif written_for[0] != version:
-            rates = [float(group["lr"]) for group in groups]
-            self.write_rows(list(map(with_rate, self._rows, rates)), self._sources)
+            rows, self._rows = self._rows, []
+            write_rates(self._table, rows, [float(group["lr"]) for group in groups])
+            self._rows = rows
         self._written_for = (version, settings)
 
     def write_one(self, index: int, group: Group, algorithm: Algorithm, settings: Settings) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from dragon.kernels import table
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, host_number
 from dragon.vm.torch.optim._gradients.scaling import clip_value, group_factor
 from dragon.vm.torch.optim._options import Settings
+from dragon.vm.torch.optim._table.table import DeviceTable
 
 # The kernels' constants as integers: each conversion calls Python.
 _COLUMNS = {name: int(value) for name, value in vars(table).items() if isinstance(value, tl.constexpr)}
+_LR = _COLUMNS["LR"]
 _N_COLUMNS, _N_SOURCES = _COLUMNS["GROUP_COLUMNS"], _COLUMNS["SOURCE_COLUMNS"]
 _SOURCES = (
     (_COLUMNS["LR_SOURCE"], "lr", None),
@@ -42,11 +45,11 @@ def group_row(group: dict[str, Any], algorithm: Algorithm, settings: Settings) -
     return row
 
 
-def with_rate(row: list[float], rate: float) -> list[float]:
-    """A group's row with another learning rate."""
-    row = list(row)
-    row[_COLUMNS["LR"]] = rate
-    return row
+def write_rates(device_table: DeviceTable, rows: Sequence[list[float]], rates: Sequence[float]) -> None:
+    """Write other learning rates into groups' rows, and into the table where they stand."""
+    device_table.write_column("groups", _LR, _N_COLUMNS, rates)
+    for row, rate in zip(rows, rates, strict=True):
+        row[_LR] = rate
 
 
 def source_row(group: dict[str, Any], device: torch.device) -> list[int]:

@@ -48,10 +48,21 @@ class DeviceTable:
     def write(self, name: str, words: array[int]) -> None:
         """Change the first words of a section on the host."""
         low = self._bounds[name][0]
-        high = low + len(words)
+        self._widen(low, low + len(words))
+        self._host[low : low + len(words)] = words
+
+    def write_column(self, name: str, column: int, n_columns: int, numbers: Sequence[float]) -> None:
+        """Change a column of a section on the host that is a table of float64 numbers."""
+        low = self._bounds[name][0]
+        high = low + len(numbers) * n_columns
+        self._widen(low, high)
+        doubles = memoryview(self._host).cast("B").cast("d")
+        doubles[low + column : high : n_columns] = memoryview(array("d", numbers))
+
+    def _widen(self, low: int, high: int) -> None:
+        """Note that words from `low` to `high` change."""
         first, end = self._changed
         self._changed = (min(first, low), max(end, high)) if first < end else (low, high)
-        self._host[low:high] = words
 
     def upload(self) -> None:
         """Copy what changed since the last upload, in one copy, in stream order, without waiting."""
