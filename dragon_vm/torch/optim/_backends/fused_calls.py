@@ -39,7 +39,7 @@ class FusedCall(NamedTuple):
         factor: of the gradients, positive: the sign is `maximize`'s.
         bound: of the gradients' magnitudes; 0 for none.
         divisor: what the gradients are divided by after the operation; 1 to leave them as it does.
-        is_kept: whether the operation must not scale the gradients themselves.
+        needs_copies: whether the operation reads other gradients than the tensors' own.
         is_small: whether one thread is faster.
     """
 
@@ -50,18 +50,8 @@ class FusedCall(NamedTuple):
     factor: float
     bound: float
     divisor: float
-    is_kept: bool
+    needs_copies: bool
     is_small: bool
-
-    @property
-    def needs_copies(self) -> bool:
-        """Whether the operation reads other gradients than the tensors' own."""
-        return bool(self.bound) or self.is_kept or self._scales_first
-
-    @property
-    def _scales_first(self) -> bool:
-        """Whether gradients are scaled before the operation, which does not do it."""
-        return self.factor != 1 and self.options.numbers["grad_scale"] is None
 
     def has_one_rate(self, groups: Sequence[Group]) -> bool:
         """Whether its parameter groups still have one learning rate."""
@@ -70,7 +60,7 @@ class FusedCall(NamedTuple):
     def limited(self, grads: list[Tensor], copies: list[Tensor]) -> list[Tensor]:
         """Copies of gradients, which the operation may write to, clipped, and scaled if it does not scale them."""
         torch._foreach_copy_(copies, grads)
-        if self._scales_first:
+        if self.factor != 1 and self.options.numbers["grad_scale"] is None:
             torch._foreach_mul_(copies, _number(self.factor, copies[0].dtype))
         if self.bound:
             torch._foreach_clamp_max_(copies, self.bound)
@@ -217,5 +207,6 @@ class FusedPlanner:
         leaves_own = is_scaled and not self._reads_copies
         is_right = kept_scale is None or (kept_scale != 0 and factor == 1 / kept_scale)
         divisor = 1.0 if kept_scale is None or (leaves_own and is_right) else kept_scale
-        options, is_kept = FusedOptions(numbers, group), leaves_own and not is_right
-        return FusedCall(pick, first, group_index, options, factor, bound, divisor, is_kept, is_small)
+        needs_copies = bool(bound) or (factor != 1 and not is_scaled) or (leaves_own and not is_right)
+        options = FusedOptions(numbers, group)
+        return FusedCall(pick, first, group_index, options, factor, bound, divisor, needs_copies, is_small)

@@ -125,12 +125,17 @@ class NativeGroup:
             counters: of the steps.
             steps: what they count.
         """
+        is_complex, common_step = self._signature.param_dtype.is_complex, next(iter(steps), 0.0)
         for call in calls:
             chosen = [list(call.pick(column)) for column in columns]
-            if chosen[0][0].is_complex():
+            if is_complex:
                 chosen = [list(map(as_real, column)) for column in chosen]
-            step = steps[call.first] if len(steps) > 1 else next(iter(steps), 0.0)
+            step = steps[call.first] if len(steps) > 1 else common_step
             chosen_counters = list(call.pick(counters)) if counters else []
+            if not call.needs_copies and call.divisor == 1:
+                params, grads, _, *states = chosen
+                self._algorithm.fused(params, grads, states, chosen_counters, call.options, step)
+                continue
             divides = call.divisor != 1 and self._signature.grad_dtype in DIVIDED_IN_PLACE
             for rows, (params, grads, own_grads, *states), copies in self._planner.pieces(call, chosen):
                 limited = call.limited(grads, copies) if copies else grads

@@ -38,8 +38,7 @@ class Gathered(NamedTuple):
 
 def picker(positions: Sequence[int], n_all: int) -> Callable[[Sequence[T]], Sequence[T]]:
     """What selects elements at positions of sequences of length `n_all`; all in order stay the sequence itself."""
-    if list(positions) == list(range(n_all)):
-        return _all
-    if len(positions) < 2:
-        return lambda sequence: [sequence[position] for position in positions]
+    first = positions[0] if positions else 0
+    if list(positions) == list(range(first, first + len(positions))):
+        return _all if len(positions) == n_all else itemgetter(slice(first, first + len(positions)))
     return itemgetter(*positions)
