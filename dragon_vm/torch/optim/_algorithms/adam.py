@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,12 +110,10 @@ def _fused(
     options: FusedOptions,
     step: float,
 ) -> None:
-    group = options.group
-    beta1, beta2 = map(float, group["betas"])
-    eps = float(group["eps"])
-    if group["epsilon_hat"] and eps:
+    numbers, group = options
+    if group["epsilon_hat"] and numbers["eps"]:
         # The operation divides sqrt(v) by the correction before it adds its epsilon.
-        eps /= math.sqrt(one_minus_power(beta2, step))
+        numbers = {**numbers, "eps": numbers["eps"] / math.sqrt(one_minus_power(numbers["beta2"], step))}
     operation = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
     operation(
         params,
@@ -124,12 +123,13 @@ def _fused(
         states[2] if len(states) > 2 else [],
         steps,
         lr=float(group["lr"]),
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        amsgrad=bool(group["amsgrad"]),
-        **options.numbers,
+        **numbers,
     )
+
+
+def _fused_numbers(group: Group) -> dict[str, Any]:
+    beta1, beta2 = map(float, group["betas"])
+    return {"beta1": beta1, "beta2": beta2, "eps": float(group["eps"]), "amsgrad": bool(group["amsgrad"])}
 
 
 ADAM = Algorithm(
@@ -140,6 +140,7 @@ ADAM = Algorithm(
     columns=_columns,
     update=adam_update,
     fused=_fused,
+    fused_numbers=_fused_numbers,
     fused_names=("betas", "eps", "weight_decay", "amsgrad", "epsilon_hat", "decoupled_weight_decay"),
     depends_on_step=lambda group: bool(group["epsilon_hat"] and group["eps"]),
     # Betas that a narrow group had: what `_bound` must allow for.

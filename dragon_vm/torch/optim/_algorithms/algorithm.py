@@ -18,7 +18,7 @@ class FusedOptions(NamedTuple):
     """What one call of torch's fused CPU operation is told, whatever the algorithm.
 
     Attributes:
-        numbers: keywords of the operation, as they are at every step.
+        numbers: keywords of the operation, as they are at every step; the learning rate is not among them.
         group: hyperparameters of the tensors, the learning rate of each step among them.
     """
 
@@ -51,6 +51,7 @@ class Algorithm:
         update: maps a tensor, its gradient, its states, its step count, the group and `Maths` to the new tensor
             and states. All tensors are real and wide enough for the maths; none is written.
         fused: updates lists of CPU tensors in place by one fused operation of torch.
+        fused_numbers: the algorithm's own keywords of that operation.
         fused_names: the hyperparameters, beside the learning rate, that tensors of one fused call must share.
         depends_on_step: whether what a fused call does depends on the step count.
         optional_keys: states that a saved group may lack, which then start anew.
@@ -66,6 +67,7 @@ class Algorithm:
     columns: Callable[[Group], dict[str, float]]
     update: Callable[[Tensor, Tensor, Sequence[Tensor], Tensor | None, Group, Maths], tuple[Tensor, list[Tensor]]]
     fused: Callable[[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor], FusedOptions, float], None]
+    fused_numbers: Callable[[Group], dict[str, Any]]
     fused_names: tuple[str, ...]
     depends_on_step: Callable[[Group], bool]
     optional_keys: Callable[[Group], frozenset[str]] = lambda saved_group: frozenset()

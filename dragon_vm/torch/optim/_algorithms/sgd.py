@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,9 +80,6 @@ def _fused(
     torch._fused_sgd_(
         *wide,
         lr=float(group["lr"]),
-        momentum=float(group["momentum"]),
-        dampening=float(group["dampening"]),
-        nesterov=group["nesterov"],
         is_first_step=step == 1,
         **options.numbers,
     )
@@ -89,6 +87,11 @@ def _fused(
         # What the operation writes: the gradients only where it scales them.
         scaled = (grads, wide[1]) if options.numbers["grad_scale"] is not None else ([], [])
         torch._foreach_copy_([*params, *buffers, *scaled[0]], [*wide[0], *wide[2], *scaled[1]])
+
+
+def _fused_numbers(group: Group) -> dict[str, Any]:
+    numbers = {name: float(group[name]) for name in ("momentum", "dampening")}
+    return {**numbers, "nesterov": group["nesterov"]}
 
 
 SGD = Algorithm(
@@ -99,6 +102,7 @@ SGD = Algorithm(
     columns=_columns,
     update=sgd_update,
     fused=_fused,
+    fused_numbers=_fused_numbers,
     fused_names=("momentum", "dampening", "nesterov", "weight_decay"),
     depends_on_step=_counts_steps,
     # PyTorch's SGD does not count; its buffer is there after the first step.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,25 @@ Group = dict[str, Any]
 _ONE = torch.ones((), device="cpu")
 
 
+class _Calls(NamedTuple):
+    """What was planned.
+
+    Attributes:
+        small, large: calls that are faster on one thread, and the others.
+        shared: those of several parameter groups.
+    """
+
+    small: list[FusedCall]
+    large: list[FusedCall]
+    shared: list[FusedCall]
+
+    @classmethod
+    def of(cls, calls: Sequence[FusedCall]) -> _Calls:
+        """Sort calls."""
+        small, large = ([call for call in calls if call.is_small is flag] for flag in (True, False))
+        return cls(small, large, [call for call in calls if len(call.group_index) > 1])
+
+
 class NativeGroup:
     """One flattened group on the CPU: parameters and states of one dtype, all in one layout.
 
@@ -41,7 +60,7 @@ class NativeGroup:
         self._counters = _Counters(group) if group.signature.counts_steps else None
         self._planner = FusedPlanner(group, algorithm)
         self._needs_steps = False
-        self._calls: list[FusedCall] = []
+        self._calls = _Calls.of([])
         # What the calls were planned for.
         self._version: Version | None = None
         self._planned_for: object = None
@@ -84,15 +103,15 @@ class NativeGroup:
         if planned_for != self._planned_for:
             # Whatever interrupts this, no calls pass for those of another step.
             self._planned_for = None
-            self._calls = self._planner.plan(groups, rows, steps, factors)
+            self._calls = _Calls.of(self._planner.plan(groups, rows, steps, factors))
             self._planned_for = planned_for
-        small = [call for call in self._calls if call.is_small]
+        calls = self._calls
         columns = [params, grads, own_grads, *states]
-        if small:
-            on_one_thread(lambda: self._run(small, columns, counters, steps))
-        self._run([call for call in self._calls if not call.is_small], columns, counters, steps)
+        if calls.small:
+            on_one_thread(lambda: self._run(calls.small, columns, counters, steps))
+        self._run(calls.large, columns, counters, steps)
         if signature.grad_dtype not in DIVIDED_IN_PLACE:
-            for call in self._calls:
+            for call in (*calls.small, *calls.large):
                 if call.divisor != 1:
                     unscale_all(call.pick(own_grads), call.divisor)
         if signature.ema_dtype is not None:
@@ -106,7 +125,7 @@ class NativeGroup:
         if self._version is None or version[0] != self._version[0]:
             self._needs_steps = self._planner.read(groups)
             self._planned_for = None
-        elif not all(call.has_one_rate(groups) for call in self._calls):
+        elif not all(call.has_one_rate(groups) for call in self._calls.shared):
             self._planned_for = None
         self._version = version
 

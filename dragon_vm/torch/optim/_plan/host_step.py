@@ -41,6 +41,9 @@ class HostStep:
         self._walked = [entry.position for group in (*hosts, *kernels) for entry in group.entries]
         self._group_index = [*prepared.group_index, *(joined.group_index for joined in prepared.joined)]
         self._total_norm: TotalNorm | None = None
+        # What the groups ask for, and the version of which they were asked.
+        self._clips_each = self._scales = False
+        self._read_for = 0
         self.shared: SharedNorm | None = None
         if recipe.reductions:
             first_of = [*prepared.among_all, *(prepared.among_all[j.positions[0]] for j in prepared.joined)]
@@ -63,14 +66,18 @@ class HostStep:
         """
         groups, settings = recipe.groups, recipe.settings
         factors = Factors()
+        if version[0] != self._read_for:
+            self._clips_each = any(group["clip_norm"] for group in groups)
+            self._scales = any(group["grad_scale"] != 1 for group in groups)
+            self._read_for = version[0]
         asked = any(part is not None for part in scaling) or needs_norm(settings)
-        if asked or any(group["clip_norm"] for group in groups):
+        if asked or self._clips_each:
             factors = self._factors(recipe, tensors, scaling)
         factors = factors._replace(kept_scale=kept_scale)
         if factors.skip:
             return Outcome(factors.norm, 1), Scaling()
         grads = tensors.grads
-        if asked or any(group["grad_scale"] != 1 or group["clip_norm"] for group in groups):
+        if asked or self._scales or self._clips_each:
             # A gradient may be written to after it was read: no two may be the same memory.
             grads = apart_at(grads, self._present(tensors))
         for member in self.groups:
