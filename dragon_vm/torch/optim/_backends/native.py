@@ -125,7 +125,8 @@ class NativeGroup:
         if self._version is None or version[0] != self._version[0]:
             self._needs_steps = self._planner.read(groups)
             self._planned_for = None
-        elif not all(call.has_one_rate(groups) for call in self._calls.shared):
+        # A list: an interrupt is lost in a generator that ends early.
+        elif [call for call in self._calls.shared if not call.has_one_rate(groups)]:
             self._planned_for = None
         self._version = version
 
