@@ -22,13 +22,10 @@ def _registry(register: Callable[[Any], Any]) -> Mapping[int, Any]:
 _PRE_HOOKS, _POST_HOOKS = map(_registry, (register_optimizer_step_pre_hook, register_optimizer_step_post_hook))
 
 
-def _is_profiled() -> bool:
-    return torch.autograd.profiler._is_profiler_enabled
-
-
 def recorded(name: str) -> AbstractContextManager[Any]:
     """A range of this name for the profiler, if there is one."""
-    return torch.autograd.profiler.record_function(name) if _is_profiled() else nullcontext()
+    profiler = torch.autograd.profiler
+    return profiler.record_function(name) if profiler._is_profiler_enabled else nullcontext()
 
 
 def hooked_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,7 +39,7 @@ def hooked_step(func: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(func)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        if own or _PRE_HOOKS or _POST_HOOKS or _is_profiled():
+        if own or _PRE_HOOKS or _POST_HOOKS or torch.autograd.profiler._is_profiler_enabled:
             return hooked(self, *args, **kwargs)
         return func(self, *args, **kwargs)
 

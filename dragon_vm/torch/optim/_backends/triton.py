@@ -103,7 +103,8 @@ class TritonDevice:
             kind = INF_NORM if infinite else L2_NORM
         if scaling.grad_scale is not None or scaling.found_inf is not None:
             scaling = Scaling(*map(context.here, scaling))
-        kept_scale = context.here(kept_scale)
+        if kept_scale is not None:
+            kept_scale = context.here(kept_scale)
         own = _addresses_of(self._pick_own(grads))
         if shared is not None and not kind and scaling.found_inf is not None:
             # All processes skip the step that one must skip.

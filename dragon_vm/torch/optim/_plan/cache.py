@@ -83,7 +83,9 @@ class PlanCache:
             plan = self._latest.get(wanted)
             gathered = plan.gatherer.gather(recipe.state, members, present) if plan else None
             if plan is not None and gathered is not None:
-                return self._keep(wanted, Found(plan, *gathered))
+                found = Found(plan, *gathered)
+                is_last = next(reversed(self._latest.values())) is plan
+                return found if is_last else self._keep(wanted, found)
         if is_capturing():
             raise RuntimeError(
                 "a first step with these parameters, gradients, states and arguments cannot be captured: "
@@ -95,9 +97,8 @@ class PlanCache:
 
     def _keep(self, key: tuple[Hashable, bytes | None], found: Found) -> Found:
         """Keep a plan as the last one used, which stands at the end."""
-        if next(reversed(self._latest.values()), None) is not found.plan:
-            self._latest.pop(key, None)
-            self._latest[key] = found.plan
+        self._latest.pop(key, None)
+        self._latest[key] = found.plan
         while len(self._latest) > self.n_kept:
             self._latest.pop(next(iter(self._latest)))
         return found

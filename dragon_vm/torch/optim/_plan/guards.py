@@ -70,7 +70,7 @@ class Guard:
         if not is_whole and len(seen) == n_columns * len(params):
             # Nobody reads or writes what belongs to the others.
             tensors, seen = compress(tensors, present * n_columns), list(compress(seen, present * n_columns))
-        if addresses_of(tensors) != seen:
+        if list(map(_data_ptr, tensors)) != seen:
             return False
         if is_whole:
             are_like = self._layouts.check(*grads, *params)

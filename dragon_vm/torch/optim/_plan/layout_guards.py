@@ -24,6 +24,9 @@ class LayoutGuard:
 
     Args:
         tensors: strided tensors.
+
+    Attributes:
+        check: tells whether tensors, as many as those of the guard, are laid out like them.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -32,11 +35,7 @@ class LayoutGuard:
         strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
         guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         # PyTorch's check in C++ fails for any tensors under some dispatch modes: there public calls compare.
-        self._check = guards.check if guards.check(*tensors) else _Layouts(tensors).check
-
-    def check(self, *tensors: Tensor) -> bool:
-        """Whether these tensors, as many as those of the guard, are laid out like them."""
-        return bool(self._check(*tensors))
+        self.check: Callable[..., bool] = guards.check if guards.check(*tensors) else _Layouts(tensors).check
 
 
 class _Layouts:
