@@ -1,5 +1,9 @@
 """What ours does otherwise than PyTorch's on purpose; docs/compatibility.md names these tests."""
 
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -104,3 +108,21 @@ def test_parameters_of_a_flat_buffer_share_one_step_count() -> None:
     optimizer.step()
     optimizer.state[params[0]]["step"].fill_(50)
     assert optimizer.state[params[1]]["step"] == 50
+
+
+@pytest.mark.parametrize("is_profiled", [False, True])
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_ranges_are_made_for_a_profiler_only(is_ours: bool, is_profiled: bool, tmp_path: Path) -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = (ours.Adam if is_ours else torch.optim.Adam)([param], lr=0.1)
+    observer = torch.profiler.ExecutionTraceObserver().register_callback(str(tmp_path / "trace.json"))
+    with torch.profiler.profile() if is_profiled else nullcontext():
+        observer.start()
+        param.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.zero_grad()
+        observer.stop()
+    observer.unregister_callback()
+    names = {node["name"] for node in json.loads((tmp_path / "trace.json").read_text())["nodes"]}
+    ranges = {"Optimizer.step#Adam.step", "Optimizer.zero_grad#Adam.zero_grad"}
+    assert names & ranges == (ranges if is_profiled or not is_ours else set())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,10 +38,16 @@ def hooked_step(func: Callable[..., Any]) -> Callable[..., Any]:
     hooked = torch.optim.Optimizer.profile_hook_step(func)
 
     @wraps(func)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        if own or _PRE_HOOKS or _POST_HOOKS or torch.autograd.profiler._is_profiler_enabled:
-            return hooked(self, *args, **kwargs)
-        return func(self, *args, **kwargs)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        optimizer = args[0]
+        pre_hooks, post_hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        if pre_hooks or post_hooks or _PRE_HOOKS or _POST_HOOKS or torch.autograd.profiler._is_profiler_enabled:
+            return hooked(*args, **kwargs)
+        result = func(*args, **kwargs)
+        optimizer._optimizer_step_code()
+        # Those that came during the step.
+        for hook in chain(post_hooks.values(), _POST_HOOKS.values()) if post_hooks or _POST_HOOKS else ():
+            hook(optimizer, args, kwargs)
+        return result
 
     return step

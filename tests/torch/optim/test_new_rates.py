@@ -1,7 +1,9 @@
 """A learning rate that changes between steps is the one of the next step, in every backend."""
 
 import copy
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,3 +31,39 @@ def test_a_step_after_a_change_has_the_new_rate(kind: type, backend: str) -> Non
                 param.grad = numbers(10 * step + i, 5, device=where)
             other.step()
         assert list(map(bits, params)) == list(map(bits, twins))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rate_may_change_its_type(backend: str) -> None:
+    param = torch.nn.Parameter(torch.zeros(3, device=home(backend)))
+    optimizer = SGD([param], lr=torch.tensor(0.5), backend=backend)
+    rates = [
+        torch.tensor(0.5),
+        0.25,
+        torch.tensor(0.5),
+        0.5,
+        np.float64(0.5),
+        0.25,
+        np.float64(0.5),
+        np.array(0.5),
+    ]
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        before, param.grad = param.detach().clone(), torch.ones_like(param)
+        optimizer.step()
+        assert torch.equal(param, before - float(rate))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("other", [torch.Tensor.clone, float])
+def test_a_rate_that_was_replaced_by_an_equal_one_is_read_no_more(backend: str, other: Any) -> None:
+    param, rate = torch.nn.Parameter(torch.zeros(3, device=home(backend))), torch.tensor(0.5)
+    optimizer = SGD([param], lr=rate, backend=backend)
+    for step in range(3):
+        if step == 1:
+            optimizer.param_groups[0]["lr"] = other(rate)
+        if step == 2:
+            rate.fill_(10.0)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert torch.equal(param, torch.full_like(param, -1.5))

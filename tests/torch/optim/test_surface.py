@@ -41,6 +41,22 @@ def test_hooks_run_around_each_step_in_pytorchs_order(make: Any) -> None:
     assert seen == ["global pre", "pre", "closure", "post", "global post"]
 
 
+@pytest.mark.parametrize("make", [Adam, torch.optim.Adam])
+@pytest.mark.parametrize("is_global", [False, True])
+def test_a_hook_that_comes_during_a_step_runs_after_it(make: Any, is_global: bool) -> None:
+    optimizer, seen = make(make_params()), []
+    register = register_optimizer_step_post_hook if is_global else optimizer.register_step_post_hook
+    handles: list[Any] = []
+
+    def closure() -> None:
+        handles.append(register(lambda which, args, kwargs: seen.append((which, args, kwargs))))
+
+    optimizer.step(closure)
+    handles[0].remove()
+    optimizer.step()
+    assert seen == [(optimizer, (optimizer, closure), {})]
+
+
 def test_a_pre_hook_replaces_arguments_and_a_step_is_seen_by_the_profiler() -> None:
     optimizer = Adam(make_params())
     optimizer.register_step_pre_hook(lambda _, args, kwargs: ((args[0], lambda: 42), kwargs))

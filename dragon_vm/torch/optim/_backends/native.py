@@ -21,9 +21,6 @@ from dragon.vm.torch.optim._options import Version
 
 Group = dict[str, Any]
 
-# A number would be made a tensor at each step, in as much time as the addition takes.
-_ONE = torch.ones((), device="cpu")
-
 
 class _Calls(NamedTuple):
     """What was planned.
@@ -174,6 +171,8 @@ class _Counters:
         are_adjacent = [step.data_ptr() for step in steps] == [first + i * itemsize for i in range(len(steps))]
         # Our own memory, of which the user's counters are pieces.
         self._buffer = counter_buffer(steps) if are_adjacent else None
+        # A number would be made a tensor at each step, in as much time as the addition takes.
+        self._one = torch.ones((), device="cpu")
 
     def advance(self, counters: Sequence[Tensor], rows: Sequence[int], are_needed: bool) -> list[float]:
         """Count the step of some rows; return all counts if they are needed: one if all agree, or none."""
@@ -181,7 +180,7 @@ class _Counters:
         if buffer is None:
             _count([counters[row] for row in rows])
         elif len(rows) == len(counters):
-            buffer.add_(_ONE)
+            buffer.add_(self._one)
         else:
             flags = bytearray(len(counters))
             for row in rows:
@@ -194,5 +193,7 @@ class _Counters:
 
 
 def _count(counters: Sequence[Tensor]) -> None:
-    # Joined parameters share a counter.
-    torch._foreach_add_(list({id(counter): counter for counter in counters}.values()), _ONE)
+    # Joined parameters share a counter; a number would be wrapped once for each tensor.
+    torch._foreach_add_(
+        list({id(counter): counter for counter in counters}.values()), torch.ones((), device="cpu")
+    )

@@ -101,10 +101,8 @@ class TritonDevice:
         if needs_norm(settings) or self._groups.clips_each:
             infinite = settings.norm_type == math.inf and not self._groups.clips_each
             kind = INF_NORM if infinite else L2_NORM
-        if scaling.grad_scale is not None or scaling.found_inf is not None:
-            scaling = Scaling(*map(context.here, scaling))
-        if kept_scale is not None:
-            kept_scale = context.here(kept_scale)
+        if scaling.grad_scale is not None or scaling.found_inf is not None or kept_scale is not None:
+            scaling, kept_scale = Scaling(*map(context.here, scaling)), context.here(kept_scale)
         own = _addresses_of(self._pick_own(grads))
         if shared is not None and not kind and scaling.found_inf is not None:
             # All processes skip the step that one must skip.

@@ -84,8 +84,7 @@ class PlanCache:
             gathered = plan.gatherer.gather(recipe.state, members, present) if plan else None
             if plan is not None and gathered is not None:
                 found = Found(plan, *gathered)
-                is_last = next(reversed(self._latest.values())) is plan
-                return found if is_last else self._keep(wanted, found)
+                return found if next(reversed(self._latest)) == wanted else self._keep(wanted, found)
         if is_capturing():
             raise RuntimeError(
                 "a first step with these parameters, gradients, states and arguments cannot be captured: "

@@ -47,9 +47,9 @@ class Hyperparameters:
         self._read_row = itemgetter(*names)
         self._structural = itemgetter(*(i for i, name in enumerate(names) if name not in _SCALARS))
         self._structure_of = structure_of
-        # The rows of the last reading, and their identities if nobody can change them in place.
-        self._same: tuple[list[Any], list[int] | None] = [], None
-        # Rows by value, with learning rates that are no numbers; and learning rates.
+        # The rows of the last reading, the identities of their values, and whether these can change in place.
+        self._same: tuple[list[Any], list[int], bool] = [], [], False
+        # Rows by value with learning rates that are no numbers, or None: nothing counts as seen; learning rates.
         self._seen: tuple[Any, list[Any]] = None, []
         # Options that decide about structure, and the structures of the groups.
         self._structures: tuple[list[Any], list[object]] = [], []
@@ -68,28 +68,50 @@ class Hyperparameters:
         if not all(map(self._own.keys().isdisjoint, groups)):
             rows += [tuple(map(group.get, self._own, self._own.values())) for group in groups]
         ids = list(map(id, chain.from_iterable(rows)))
+        (values, seen_rates), (_, seen_ids, can_change) = self._seen, self._same
+        are_like = values is not None and values[1] is None and not can_change and ids == seen_ids
+        if not (are_like and set(map(type, rates)) <= _RATE_TYPES):
+            self._read_anew(groups, rates, rows)
+        elif rates != seen_rates:
+            self._take_rates(values, rates)
+
+    def _read_anew(self, groups: Sequence[Mapping[str, Any]], rates: list[Any], rows: list[Any]) -> None:
+        """Compare by value."""
         are_numbers = set(map(type, rates)) <= _RATE_TYPES
-        values, seen_rates = self._seen
-        if ids != self._same[1] or not are_numbers:
-            can_change = not _kinds(rows) <= PLAIN_TYPES | {tuple}
-            taken = by_value(rows) if can_change else rows, None if are_numbers else by_value(rates)
-            if taken != values:
-                self._take(groups, taken[0])
-                values, seen_rates = taken, rates
-            self._same = rows, None if can_change else ids
+        can_change = not _kinds(rows) <= PLAIN_TYPES | {tuple}
+        taken = by_value(rows) if can_change else rows, None if are_numbers else by_value(rates)
+        # Whatever interrupts it, nothing counts as seen.
+        (values, seen_rates), self._seen = self._seen, (None, [])
+        if taken != values:
+            self._take(groups, taken[0])
+            seen_rates = rates
+        else:
+            # Equal, but perhaps others, into which somebody will write.
+            for own, group in zip(self.groups, groups, strict=True):
+                own.update(self._options_of(group))
+        self._same = rows, list(map(id, chain.from_iterable(rows))), can_change
         if are_numbers and rates != seen_rates:
-            # What a scheduler does at each step.
-            for group, rate in zip(self.groups, rates, strict=True):
-                group["lr"] = rate
-            self.version = self.version[0], self.version[1] + 1
-        # The last write: an interrupt before it leaves the next step to read anew.
+            self._take_rates(taken, rates)
+        else:
+            self._seen = taken, rates
+
+    def _take_rates(self, values: Any, rates: list[Any]) -> None:
+        """Take learning rates alone. Whatever interrupts it, they do not count as seen."""
+        self._seen = values, []
+        for group, rate in zip(self.groups, rates, strict=True):
+            group["lr"] = rate
+        self.version = self.version[0], self.version[1] + 1
         self._seen = values, rates
 
+    def _options_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group with all options, without its parameters: what is taken out of it must not stay here."""
+        options = complete(group, self._own)
+        options.pop("params", None)
+        return options
+
     def _take(self, groups: Sequence[Mapping[str, Any]], rows: Sequence[Any]) -> None:
-        # Without the parameters: what is taken out of a group must not stay here.
-        complete_groups = [complete(group, self._own) for group in groups]
+        complete_groups = list(map(self._options_of, groups))
         for group in complete_groups:
-            group.pop("params", None)
             _check_numbers(group)
         # Of what a scheduler changes at each step nothing decides about structure.
         options = [*map(self._structural, rows[: len(groups)]), *rows[len(groups) :]]

@@ -87,9 +87,9 @@ class StepPlan:
         if self._joined and are_own:
             tensors = self._in_buffers(params, tensors)
         grads = tensors.take(tensors.grads)
-        # Host groups see to it themselves.
-        kernels_write = bool(self._devices) and (kept_scale is not None or self._kernel_zeroes)
-        ready = self._ready(tensors, are_own, writes=kernels_write)
+        # Host groups without buffers see to it themselves.
+        writes = (kept_scale is not None or self._kernel_zeroes) and bool(self._devices or self._joined)
+        ready = self._ready(tensors, are_own, writes=writes)
         outcome, are_zero = Outcome(), self._kernel_zeroes
         values = recipe.groups, recipe.algorithm, version
         if self._host.groups or (len(self._devices) > 1 and needs_norm(settings)):

@@ -271,3 +271,23 @@ def test_a_gradient_object_that_moves_away_is_not_followed():
     before = params[2].detach().clone()
     optimizer.step()
     assert (params[2] < before).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_a_buffer_shares_with_others_is_unscaled_once(backend):
+    where = home(backend)
+    params = [torch.nn.Parameter(torch.zeros(4, device=where)) for _ in range(3)]
+    # The third is in no buffer.
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = SGD(groups, lr=1.0, flatten=True, backend=backend)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for param in params[:2]:
+        param.grad.fill_(8.0)
+    params[2].grad = params[1].grad
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor([4.0]), torch.tensor([0.0])
+    optimizer.step()
+    for param in params:
+        assert torch.equal(param.detach(), torch.full_like(param, -2.0))
+        assert torch.equal(param.grad, torch.full_like(param, 2.0))

@@ -152,3 +152,23 @@ def test_a_bad_number_is_refused_at_every_reading_and_a_mended_one_is_read(name,
     groups[0]["foreach"] = True
     values.read(groups)
     assert values.version > first
+
+
+def test_rates_that_are_set_back_after_an_interrupt_are_read():
+    class Interrupting(dict):
+        def __setitem__(self, key, value):
+            raise KeyboardInterrupt
+
+    values, groups = reader(), [group(), group()]
+    values.read(groups)
+    second = values.groups[1]
+    values.groups[1] = Interrupting(second)
+    for each in groups:
+        each["lr"] = 0.7
+    with pytest.raises(KeyboardInterrupt):
+        values.read(groups)
+    values.groups[1] = second
+    for each in groups:
+        each["lr"] = 0.1
+    values.read(groups)
+    assert [each["lr"] for each in values.groups] == [0.1, 0.1]
