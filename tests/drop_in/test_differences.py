@@ -116,7 +116,7 @@ def test_ranges_are_made_for_a_profiler_only(is_ours: bool, is_profiled: bool, t
     param = nn.Parameter(torch.ones(3))
     optimizer = (ours.Adam if is_ours else torch.optim.Adam)([param], lr=0.1)
     observer = torch.profiler.ExecutionTraceObserver().register_callback(str(tmp_path / "trace.json"))
-    with torch.profiler.profile() if is_profiled else nullcontext():
+    with torch.profiler.profile(acc_events=True) if is_profiled else nullcontext():
         observer.start()
         param.grad = torch.ones(3)
         optimizer.step()
