@@ -84,6 +84,27 @@ def test_a_step_runs_with_every_package_hidden_but_torch_triton_and_numpy():
     assert done.stdout.strip() == "[]"
 
 
+IMPORTED_UNDER_FAKE_TENSORS = """
+import torch
+from torch._subclasses import FakeTensorMode
+
+with FakeTensorMode():
+    from dragon.vm.torch.optim import Adam
+for flatten in (False, True):
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = Adam(params, lr=0.1, eps=0.0, flatten=flatten)
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(torch.stack([*params]).detach(), torch.full((2, 3), -0.1))
+"""
+
+
+def test_a_step_is_real_where_the_library_was_imported_among_fake_tensors():
+    done = subprocess.run([sys.executable, "-c", IMPORTED_UNDER_FAKE_TENSORS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def process():
     """What a process-wide setting is now, as far as a step might have touched it."""
     return {
