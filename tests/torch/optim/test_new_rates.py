@@ -67,3 +67,14 @@ def test_a_rate_that_was_replaced_by_an_equal_one_is_read_no_more(backend: str, 
         param.grad = torch.ones_like(param)
         optimizer.step()
     assert torch.equal(param, torch.full_like(param, -1.5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rate_that_comes_back_with_another_option_is_the_one_of_the_step(backend: str) -> None:
+    param = torch.nn.Parameter(torch.zeros(3, device=home(backend)))
+    optimizer = SGD([param], lr=0.5, backend=backend)
+    for rate, foreach in ((0.5, None), (0.25, None), (0.5, False)):
+        optimizer.param_groups[0].update(lr=rate, foreach=foreach)
+        before, param.grad = param.detach().clone(), torch.ones_like(param)
+        optimizer.step()
+        assert torch.equal(param, before - rate)

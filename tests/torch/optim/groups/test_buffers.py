@@ -291,3 +291,17 @@ def test_a_gradient_that_a_buffer_shares_with_others_is_unscaled_once(backend):
     for param in params:
         assert torch.equal(param.detach(), torch.full_like(param, -2.0))
         assert torch.equal(param.grad, torch.full_like(param, 2.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_may_exchange_their_places_for_gradients(backend):
+    params = [torch.nn.Parameter(torch.zeros(4, device=home(backend))) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, flatten=True, backend=backend)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for param, value in zip(params, (1.0, 2.0), strict=True):
+        param.grad.fill_(value)
+    params[0].grad, params[1].grad = params[1].grad, params[0].grad
+    optimizer.step()
+    assert [param.detach().tolist() for param in params] == [[-2.0] * 4, [-1.0] * 4]
