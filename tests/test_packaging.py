@@ -31,6 +31,30 @@ parameter.grad = torch.ones(3)
 Adam([parameter], lr=0.5).step()
 print(Adam.__module__.partition(".")[0], [round(value, 6) for value in parameter.tolist()])
 """
+# Python 3.13 and newer cut the indentation of docstrings when they compile.
+CLEAN_DOCSTRINGS = """
+import ast, importlib.machinery, sys
+import torch, torch._dynamo, triton
+
+seen = []
+
+def source_to_code(self, data, path, *, _optimize=-1):
+    tree = ast.parse(data)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            node.body[0].value.value = ast.get_docstring(node)
+            seen.append(node)
+    return compile(tree, path, "exec")
+
+# Compiled files of this Python must be neither read nor written.
+sys.dont_write_bytecode = True
+sys.pycache_prefix = "pycache"
+importlib.machinery.SourceFileLoader.source_to_code = source_to_code
+from dragon.vm.torch.optim import Adam, AdamW
+assert len(seen) > 500, "the docstrings of this Python are not looked at"
+assert "\\n    lr: " in Adam.__doc__ and "\\n    lr: " in AdamW.__doc__
+import dragon.vm._run_options, dragon.vm.testing, dragon.kernels.update
+"""
 
 
 def _python(code: str, *paths: Path, cwd: Path) -> str:
@@ -155,6 +179,10 @@ def test_importing_the_mirror_does_not_import_triton(unpacked: Path, tmp_path: P
     """Triton takes most of a second to import, and who steps on a CPU never needs it."""
     code = "import sys, dragon.vm.torch.optim; print('triton' in sys.modules)"
     assert _python(code, unpacked, cwd=tmp_path) == "False\n"
+
+
+def test_it_imports_where_python_cuts_the_indentation_of_docstrings(unpacked: Path, tmp_path: Path) -> None:
+    _python(CLEAN_DOCSTRINGS, unpacked, cwd=tmp_path)
 
 
 def test_the_tests_see_this_checkout_and_no_other_install() -> None:

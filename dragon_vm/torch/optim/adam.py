@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -178,5 +179,6 @@ class AdamW(Adam, torch.optim.AdamW):
 
 
 if Adam.__doc__ and AdamW.__doc__:
-    # `help` shows the arguments of both.
-    AdamW.__doc__ += "\n" + Adam.__doc__[Adam.__doc__.index("    Args:") :]
+    # `help` shows the arguments of both. Python 3.13 cuts the indentation of docstrings, and earlier ones keep it.
+    _own, _all = inspect.cleandoc(AdamW.__doc__), inspect.cleandoc(Adam.__doc__)
+    AdamW.__doc__ = _own + "\n\n" + _all[_all.index("Args:\n") :]
