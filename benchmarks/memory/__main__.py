@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import describe
-from benchmarks.memory.adam import MODES
 from benchmarks.memory.measure import measurements
+from benchmarks.memory.modes import MODES
 from benchmarks.memory.page import RESULTS, write_page
 
 

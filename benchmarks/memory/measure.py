@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory.adam import MODES
 from benchmarks.memory.histories import HISTORIES, forgetting, largest_update
+from benchmarks.memory.modes import MODES
 from benchmarks.memory.training import TRAININGS
 
 # Every so many steps of a loss curve are kept.
@@ -30,7 +30,7 @@ def measurements(name: str, seeds: int) -> list[dict[str, Any]]:
             found.append(
                 {
                     **{"mode": name, "measure": "final_loss", "of": training, "seed": seed},
-                    **{"value": outcome.final, "largest_update": outcome.largest_update, "losses": losses},
+                    **{"value": outcome.final, "losses": losses},
                 }
             )
     return found

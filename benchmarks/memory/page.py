@@ -11,10 +11,10 @@ from statistics import mean, stdev
 from typing import Any
 
 import matplotlib as mpl
+import torch
 from matplotlib.figure import Figure
 
-from benchmarks.memory.adam import MODES
-from dragon.vm.torch.optim._formats import nbytes
+from benchmarks.memory.modes import MODES, trained
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "memory" / "modes.jsonl"
@@ -32,7 +32,12 @@ def read(path: Path = RESULTS) -> list[Line]:
 
 def kept_bytes(mode: str) -> float:
     """Bytes a parameter of the parameter and its states, for large tensors."""
-    return sum(nbytes(form, 4096) for form in MODES[mode][:3]) / 4096
+    param = torch.zeros(64, 64)
+    param.grad = torch.zeros_like(param)
+    optimizer = trained([param], MODES[mode])
+    # There are states after a step.
+    optimizer.step(0.0)
+    return optimizer.nbytes() / param.numel()
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,6 @@
-"""Models of how peers store moments, in the terms of the formats here. None of their code is used.
+"""Models of how peers store moments, in the terms of the formats here, and Adam with them as a plain loop.
+
+None of their code is used.
 
 FlashOptim: linear codes of the softsign of exp_avg and of the root of exp_avg_sq, an fp16 scale for 32 elements.
 bitsandbytes and torchao: both moments by a table of 256 numbers in seven decades, an fp32 scale for 256 elements.
@@ -7,13 +9,17 @@ fp8: both moments as e4m3, an fp32 scale for 128 elements.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import Part
+from dragon.vm.torch.optim._formats import Format, Part, Plain, is_blockwise
+
+EPS = 1e-8
 
 
 def _scaled(value: Tensor, block: int, largest: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -113,3 +119,66 @@ class Float8:
         ratio, scale = _scaled(value, 128, 448.0)
         parts[0].view(-1, 128).copy_(ratio.to(torch.float8_e4m3fn))
         parts[1].view(-1, 1).copy_(scale)
+
+
+class Moments(NamedTuple):
+    """The formats of both moments."""
+
+    exp_avg: Format
+    exp_avg_sq: Format
+
+
+class _Stored:
+    """One moment in its format, 0 at first."""
+
+    def __init__(self, form: Format, numel: int) -> None:
+        self.form = form
+        self.parts = [torch.zeros(part.numel(numel), dtype=part.dtype) for part in form.parts]
+        form.encode(torch.zeros(numel), self.parts)
+
+    def read(self) -> Tensor:
+        """The moment."""
+        return self.form.decode(self.parts)
+
+    def write(self, value: Tensor) -> None:
+        """Store another one."""
+        self.form.encode(value, self.parts)
+
+
+class PeerAdam:
+    """Adam with the moments of large tensors in given formats; parameters and other moments are fp32."""
+
+    def __init__(self, params: Iterable[Tensor], moments: Moments, betas: tuple[float, float]) -> None:
+        self._params, self._betas, self._steps = list(params), betas, 0
+        fp32 = Plain(torch.float32)
+        self._moments = [
+            [_Stored(form if is_blockwise(param.shape) else fp32, param.numel()) for form in moments]
+            for param in self._params
+        ]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Step with the gradients that the parameters have, and drop them."""
+        self._steps += 1
+        beta1, beta2 = self._betas
+        correction = math.sqrt(1 - beta2**self._steps)
+        for param, (first, second) in zip(self._params, self._moments, strict=True):
+            assert param.grad is not None
+            grad = param.grad.reshape(-1)
+            exp_avg = beta1 * first.read() + (1 - beta1) * grad
+            exp_avg_sq = beta2 * second.read() + (1 - beta2) * grad * grad
+            update = correction / (1 - beta1**self._steps) * exp_avg / (exp_avg_sq.sqrt() + EPS * correction)
+            param -= lr * update.view_as(param)
+            first.write(exp_avg)
+            second.write(exp_avg_sq)
+            param.grad = None
+
+    def second_moment(self) -> Tensor:
+        """exp_avg_sq of the first parameter, fp32."""
+        return self._moments[0][1].read().view_as(self._params[0])
+
+    def nbytes(self) -> int:
+        """Bytes of parameters and moments."""
+        stored = (moment for moments in self._moments for moment in moments)
+        parts = sum(part.nbytes for moment in stored for part in moment.parts)
+        return parts + sum(param.nbytes for param in self._params)

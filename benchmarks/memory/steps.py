@@ -12,37 +12,22 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.environment import describe
+from benchmarks.memory.modes import MODES, OURS
 from dragon.vm.measuring.shapes import Shapes, gpt2
 from dragon.vm.torch.optim import AdamW
 
-BF16, FP32 = torch.bfloat16, torch.float32
 REFERENCE = "fp32"
-
-# The parameters' dtype and the options of each mode.
-MODES: Mapping[str, tuple[torch.dtype, Mapping[str, Any]]] = {
-    REFERENCE: (FP32, {}),
-    "bf16 states": (FP32, {"state_dtype": BF16}),
-    "8bit": (FP32, {"state_dtype": "8bit"}),
-    "split16": (BF16, {"master_weights": "split16"}),
-    "split16, bf16 states": (BF16, {"master_weights": "split16", "state_dtype": BF16}),
-    "split8, bf16 states": (BF16, {"master_weights": "split8", "state_dtype": BF16}),
-    "split8, 8bit": (BF16, {"master_weights": "split8", "state_dtype": "8bit"}),
-    "fp32 masters": (BF16, {"master_weights": FP32}),
-    "bf16 stochastic, bf16 states": (BF16, {"stochastic_rounding": True, "state_dtype": BF16}),
-    "bf16 stochastic, 8bit": (BF16, {"stochastic_rounding": True, "state_dtype": "8bit"}),
-}
 
 
 def optimizer_of(mode: str, shapes: Shapes) -> AdamW:
     """The optimizer of parameters with gradients, after its first step."""
-    dtype, options = MODES[mode]
+    dtype, options, _ = MODES[mode]
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
     for param in params:
@@ -82,12 +67,12 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=50257)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--mode", action="append", choices=MODES, help="may be repeated; by default all")
+    parser.add_argument("--mode", action="append", choices=OURS, help="may be repeated; by default all")
     parser.add_argument("--output", type=Path, help="a file to write one JSON line a mode to")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shapes = gpt2(options.layers, 768, options.vocabulary)
-    records = measure(options.mode or list(MODES), shapes, options.rounds)
+    records = measure(options.mode or OURS, shapes, options.rounds)
     for record in records:
         print(f"{record['mode']:30} {record['step_ms']:10.1f} ms {record['ratio']:8.2f} x fp32")
     if options.output:
