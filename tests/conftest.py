@@ -1,5 +1,7 @@
 """How every test process is set up: threads, device, Hypothesis profiles and the `gpu` marker."""
 
+import gc
+import importlib
 import os
 import tempfile
 
@@ -22,9 +24,9 @@ os.environ["DRAGON_VM_TUNING_DIR"] = tempfile.mkdtemp(prefix="dragon-vm-tuning-"
 
 IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 if IS_INTERPRETING:
-    from .interpreter import replace_once
+    from .interpreter import speed_up
 
-    replace_once()
+    speed_up()
 
 # No deadlines: an interpreted kernel takes seconds on a busy machine, and that is no defect.
 settings.register_profile("dev", max_examples=50, deadline=None)
@@ -55,6 +57,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _only_tests_are_collected() -> None:
+    """Take the million objects of imported modules out of every garbage collection."""
+    # PyTorch's first optimizer imports its compiler.
+    importlib.import_module("torch._dynamo")
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from benchmarks.memory import steps
 from benchmarks.memory.histories import HISTORIES, largest_update
 from benchmarks.memory.modes import BETAS, MODES, OURS, trained
-from benchmarks.memory.page import kept_bytes
+from benchmarks.memory.page import kept_bytes, read
 from benchmarks.memory.peers import Dynamic, Float8, LinearRoot, Moments, PeerAdam, Softsign, _dynamic_table
 from benchmarks.memory.training import train_digits, train_text
 from dragon.vm.torch.optim._formats import Format, Plain
@@ -111,6 +112,21 @@ def test_every_mode_is_timed_beside_fp32() -> None:
     assert [record["mode"] for record in records] == ["fp32", "split16", "split8, 8bit"]
     assert records[0]["ratio"] == 1
     assert all(record["numel"] == 64 * 65 and record["ratio"] > 0 for record in records)
+
+
+def test_the_measured_losses_of_ours_are_those_of_fp32() -> None:
+    lines = [line for line in read() if line["measure"] == "final_loss"]
+    losses = {(line["mode"], line["of"], line["seed"]): line["value"] for line in lines}
+    seeds = {seed for _, _, seed in losses}
+    assert len(seeds) == 5
+
+    def difference(mode: str, training: str) -> float:
+        return mean(losses[mode, training, seed] - losses["fp32", training, seed] for seed in seeds)
+
+    kept = [name for name in OURS if "to nearest" not in name]
+    assert {name for name in kept if abs(difference(name, "text")) > 0.0005} == set()
+    assert {name for name in kept if abs(difference(name, "digits")) > 0.0005} == set()
+    assert difference("bf16 to nearest", "text") > 0.005, "nothing would be seen"
 
 
 def test_the_page_tells_the_measured_times() -> None:
