@@ -15,10 +15,17 @@ set -uo pipefail
 usage() { sed -n '4s/^# *//p' "$0" >&2 && exit 2; }
 stage=${1:-}
 case $stage in a | b) shift ;; *) usage ;; esac
-dry=no
-if [ "${1:-}" = --dry ]; then dry=yes && shift; fi
+dry=no out=
+for argument; do
+  case $argument in
+    --dry) dry=yes ;;
+    -*) usage ;;
+    *) [ -z "$out" ] || usage
+      out=$argument ;;
+  esac
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-out=${1:-${OUT:-build/gpu}}
+out=${out:-${OUT:-build/gpu}}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 
 begin=$SECONDS
@@ -161,7 +168,7 @@ import sys, torch, triton, dragon.kernels, dragon.vm.torch.optim
 name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(f"{name}, python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton.__version__}")'
 if [ "$worst" -ne 0 ]; then
-  say "stopped: torch, triton and dragon.vm.torch must be importable by $python"
+  say "stopped: $python must import torch, triton and dragon.vm.torch; see about.log"
   exit 1
 fi
 "stage_$stage"

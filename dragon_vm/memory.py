@@ -40,7 +40,9 @@ MODES: tuple[tuple[torch.dtype, StorageOptions], ...] = (
     (torch.bfloat16, StorageOptions(torch.float32, None, torch.float32)),
     (torch.bfloat16, StorageOptions(torch.float32, None, "split16")),
     (torch.bfloat16, StorageOptions(torch.bfloat16, None, "split16")),
+    (torch.bfloat16, StorageOptions(torch.bfloat16, None, "split8")),
     (torch.bfloat16, StorageOptions("8bit", None, "split8")),
+    (torch.bfloat16, StorageOptions(torch.float32, True)),
     (torch.bfloat16, StorageOptions(torch.bfloat16, True)),
     (torch.bfloat16, StorageOptions("8bit", True)),
 )
@@ -105,10 +107,10 @@ def main(path: str) -> int:
     sys.path.insert(0, "")
     params = [param for param in make_on_meta(path).parameters() if param.requires_grad]
     numel = sum(param.numel() for param in params)
-    print(f"{path}: {numel:,} trained parameters in {len(params)} tensors")
+    print(f"{path}: {numel:,} trained parameters in {len(params)} {'tensor' if len(params) == 1 else 'tensors'}")
     if not numel:
         return 1
-    print(f"{'weights':9} {'bytes a parameter':>17} {'GiB kept':>9} {'with gradients':>14}  arguments of Adam")
+    print(f"{'weights':9} {'bytes a parameter':>17} {'GiB':>9} {'GiB with grads':>14}  arguments of Adam")
     for row in rows(params):
         dtype = str(row.dtype).removeprefix("torch.")
         sizes = f"{row.kept / numel:17.3f} {row.kept / GIB:9.3f} {(row.kept + row.gradients) / GIB:14.3f}"

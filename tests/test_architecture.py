@@ -12,6 +12,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"dragon.vm": ROOT / "dragon_vm", "dragon.kernels": ROOT / "kernels"}
@@ -27,12 +29,12 @@ FLOORS = (
     {"optimizer"},
     {"_storage", "_release"},
     {"_accumulate"},
-    {"_plan", "_averages"},
+    {"_plan", "_averages", "_sums"},
     {"_backends", "_checkpoint"},
     {"_groups", "_table"},
     {"_algorithms"},
     {"_formats", "_gradients"},
-    {"_distributed", "_graphs", "_options", "_hints", "_hooks", KERNELS},
+    {"_distributed", "_graphs", "_options", "_hints", "_hooks", "_modes", KERNELS},
 )
 FOLDERS_OF_OPTIM = {
     "_plan", "_backends", "_groups", "_table", "_algorithms", "_formats", "_gradients", "_distributed", "_graphs",
@@ -43,6 +45,7 @@ FOLDERS_OF_OPTIM = {
 TRITON_SIDE = {
     f"{OPTIM}._backends.triton", f"{OPTIM}._backends.context", f"{OPTIM}._backends.configs",
     f"{OPTIM}._backends.process_sums", f"{OPTIM}._backends.launches", f"{OPTIM}._backends.tensor_rows",
+    f"{OPTIM}._backends.sums",
     f"{OPTIM}._table.group_table", f"{OPTIM}._table.rows", f"{OPTIM}._groups.eligibility",
 }  # fmt: skip
 
@@ -64,6 +67,18 @@ PRIVATE_TORCH_NAMES = {
     "_fused_*": "PyTorch's fused CPU operations",
 }
 MAX_PRIVATE_TORCH_NAMES = 8
+
+# What PyTorch's tensors and distributed modules keep under a private name, and nothing public tells.
+PRIVATE_TORCH_ATTRIBUTES = {
+    "_version": "counts the writes to a tensor, as autograd does",
+    "_local_tensor": "a DTensor's shard; to_local() is a function of autograd",
+    "_spec": "a DTensor's placements, as one object",
+    "_fsdp_flattened": "marks the parameters of FSDP1",
+    "_unsharded_param": "the whole parameter that FSDP2 left in memory",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group": "whose it is",
+    "torch.distributed.fsdp._flat_param": "which parameters FSDP1 splits",
+    "torch.distributed._functional_collectives": "tensors that wait for a collective",
+}
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ATTRIBUTES, MAX_WAY_LINES = 300, 60, 10, 2000
 
@@ -284,6 +299,44 @@ def test_private_names_of_torch_are_few_and_listed() -> None:
     used -= {"_C", "_nn", "_dynamo"}
     assert used == set(PRIVATE_TORCH_NAMES)
     assert len(PRIVATE_TORCH_NAMES) <= MAX_PRIVATE_TORCH_NAMES
+
+
+LOOK_UPS = {"getattr", "hasattr", "attrgetter", "get", "instances"}
+
+
+def private_torch_attributes(source: str) -> Iterator[str]:
+    """Yield private names that a module looks up by their text, and those of tensors that it writes out."""
+    of_tensors = {*dir(torch.Tensor), *getattr(DTensor, "__annotations__", ()), *dir(DTensor)}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in LOOK_UPS:
+            texts = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            names = [text for text in texts if isinstance(text, str)]
+            yield from (name for name in names if re.fullmatch(r"_[a-z]\w*|torch\.[\w.]*\._\w+", name))
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr in of_tensors:
+            yield from () if ast.unparse(node.value) == "self" else (node.attr,)
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("attrgetter('_version')", ["_version"]),
+        ("getattr(param, '_fsdp_flattened', False)", ["_fsdp_flattened"]),
+        ("sys.modules.get('torch.distributed._tensor')", ["torch.distributed._tensor"]),
+        ("shard.to(param._local_tensor)", ["_local_tensor"]),
+        ("group.get('lr'), self._version", []),
+    ],
+)
+def test_every_use_of_a_private_attribute_is_seen(source: str, names: list[str]) -> None:
+    assert list(private_torch_attributes(source)) == names
+
+
+def test_private_attributes_of_torch_are_listed() -> None:
+    used = {
+        name
+        for module in modules_of(OPTIM)
+        for name in private_torch_attributes(modules()[module].read_text(encoding="utf-8"))
+    }
+    assert used == set(PRIVATE_TORCH_ATTRIBUTES)
 
 
 SOURCES = [module for package in ("dragon.vm.torch", KERNELS) for module in modules_of(package)]

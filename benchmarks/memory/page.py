@@ -42,7 +42,7 @@ def kept_bytes(mode: str) -> float:
 
 def _number(value: float) -> str:
     if not math.isfinite(value):
-        return "NaN"
+        return "NaN" if math.isnan(value) else "infinite"
     return f"{value:.2f}" if value < 1e3 else f"{value:.0e}".replace("e+0", "e")
 
 

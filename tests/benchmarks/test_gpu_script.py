@@ -97,7 +97,9 @@ def test_a_failed_part_is_the_exit_status_and_a_part_without_time_does_not_count
     assert "report: not run: no time is left" in late.stdout
 
 
-@pytest.mark.parametrize("arguments", [[], ["c"], ["--dry"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["c"], ["--dry"], ["a", "--dri"], ["a", "one", "two"], ["a", "one", "--dry", "two"]]
+)
 def test_a_stage_must_be_named(arguments: list[str]) -> None:
     done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -1,28 +1,23 @@
-"""Gradient accumulation: sums over several backward passes, in float32 or wider, until a step uses them."""
+"""Gradient accumulation: an optimizer that sums gradients over several backward passes until a step uses them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
-from dragon.vm.torch.optim._distributed.owners import Replicas
-from dragon.vm.torch.optim._distributed.placement import placed_like
-from dragon.vm.torch.optim._distributed.shards import distributed_like, local
-from dragon.vm.torch.optim._distributed.unreduced import SUM_DTYPES, UnreducedSums, by_buffer
-from dragon.vm.torch.optim._graphs.capture import is_capturing
-from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature
-from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense
+from dragon.vm.torch.optim._distributed.shards import distributed_like
+from dragon.vm.torch.optim._gradients.scaling import Scaling, handed_over
+from dragon.vm.torch.optim._sums import GradientSums
 
 if TYPE_CHECKING:
-    from dragon.vm.torch.optim._backends.triton import TritonDevice
+    pass
 
 # Of a parameter in state dicts.
 _SUM = "grad_sum"
@@ -32,6 +27,9 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     """An optimizer that sums gradients over backward passes. Its state dicts have sums that no step has used."""
 
     _sums: GradientSums
+    # Whether a `GradScaler` leaves unscaling to the step, and whether the last one that asked found sums.
+    _handles_scaling = False
+    _were_sums_scaled = False
     # Between the check of a state dict and the end of its loading.
     _restored_sums: dict[Tensor, Tensor] | None = None
 
@@ -54,6 +52,41 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         launch = self._settings.backend == "triton" or any(param.is_cuda for param in params)
         without_torch_function(self._sums.take, (), (params, launch), {})
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a `GradScaler` leaves unscaling to the step.
+
+        It asks before it looks at `.grad`: sums go there, to be checked and unscaled with the rest.
+        """
+        if self._sums:
+            without_torch_function(self._sums.hand_over, (), (self._all_params(),), {})
+            self._were_sums_scaled = True
+            return True
+        return self._handles_scaling
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self._handles_scaling = value
+
+    def _scaling(self) -> Scaling:
+        """What a `GradScaler` hands over for this step.
+
+        Raises:
+            RuntimeError: if it unscaled the gradients before the sums were among them.
+        """
+        scaling = handed_over(self)
+        were_scaled, self._were_sums_scaled = self._were_sums_scaled, False
+        # A scaler that leaves unscaling to the step says what it found, and the scale if there still is one.
+        if were_scaled and scaling.grad_scale is None and hasattr(self, "found_inf"):
+            # The scaler takes them away behind a step that returns.
+            for name in ("grad_scale", "found_inf"):
+                delattr(self, name)
+            raise RuntimeError(
+                "GradScaler.unscale_() saw no sums of sum_grad(): they are still scaled. Leave unscale_() out: "
+                "the step unscales sums too, and max_grad_norm clips them. Or leave sum_grad() out"
+            )
+        return scaling
+
     def _all_params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
@@ -64,13 +97,16 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
             RuntimeError: for sums of which other processes have parts.
         """
         self._sums.check_reduced()
-        saved = super().state_dict()
-        if self._sums:
-            states = saved["state"] = dict(saved["state"])
-            for index, param in enumerate(self._all_params()):
-                if param in self._sums.totals:
-                    total = distributed_like(param, self._sums.totals[param])
-                    states[index] = {**states.get(index, {}), _SUM: total}
+        return super().state_dict()
+
+    def _as_saved(self, packed: dict[str, Any]) -> dict[str, Any]:
+        """With the sums."""
+        saved = super()._as_saved(packed)
+        states = saved["state"]
+        for index, param in enumerate(self._all_params() if self._sums else ()):
+            if param in self._sums.totals:
+                total = distributed_like(param, self._sums.totals[param])
+                states[index] = {**states.get(index, {}), _SUM: total}
         return saved
 
     @_disable_dynamo
@@ -108,188 +144,3 @@ def _take_sums(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | N
         for key, entries in state.items()
     }
     return {**state_dict, "state": {key: entries for key, entries in rest.items() if entries}}
-
-
-class GradientSums:
-    """The sums of one optimizer by parameter; of a distributed parameter, those of its shard.
-
-    Attributes:
-        totals: sums of gradients that are the same on all processes, or of one process alone.
-    """
-
-    def __init__(self) -> None:
-        self.totals: dict[Tensor, Tensor] = {}
-        # Whether some were gathered outside of a capture.
-        self.are_outside = False
-        self._launches: dict[Signature, _SumLaunch] = {}
-        self._unreduced: list[UnreducedSums] = []
-        # The DDP modules of parameters, which are kept by id.
-        self._replicas: tuple[list[int], Replicas] = ([], Replicas([]))
-
-    def __bool__(self) -> bool:
-        return bool(self.totals or self._unreduced)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What pickles and copies hold.
-
-        Raises:
-            RuntimeError: for sums that other processes have their parts of.
-        """
-        self.check_reduced()
-        return {"totals": self.totals}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]  # what a new one has
-        self.totals = state["totals"]
-        self.are_outside = bool(self.totals)
-
-    def check_reduced(self) -> None:
-        """Check that the sums can be saved.
-
-        Raises:
-            RuntimeError: if not.
-        """
-        if self._unreduced:
-            raise RuntimeError(
-                "sums of gradients from DDP's no_sync() cannot be saved: each process has a part of them. "
-                "Call step() first"
-            )
-
-    @torch.no_grad()
-    def restore(self, saved: Mapping[Tensor, Tensor]) -> None:
-        """Take copies of saved sums, in the placements of their parameters."""
-        self.clear()
-        self.are_outside = True
-        for param, total in saved.items():
-            self.totals[param] = _as_sum(local(param), local(placed_like(param, total.to(param.device))))
-
-    def clear(self) -> None:
-        """Start anew."""
-        self.totals.clear()
-        self._unreduced.clear()
-        self.are_outside = False
-
-    def take(self, params: Sequence[Tensor], launch: bool) -> None:
-        """Add the gradients of the parameters to their sums and drop them.
-
-        Gradients that DDP has not reduced are summed apart, to be reduced once.
-
-        Args:
-            params: all parameters; those without a gradient keep their sums.
-            launch: add by a kernel, in one launch for each signature, rather than by torch operations.
-
-        Raises:
-            ValueError: for a gradient that is not of its parameter's shape. Nothing has changed then.
-        """
-        for param in params:
-            _check_shape(param)
-        self.are_outside |= not is_capturing()
-        others = self._take_unreduced(params)
-        totals, grads = [], []
-        for param in others:
-            grad = local(param.grad)
-            if grad is None:
-                continue
-            if param not in self.totals:
-                self.totals[param] = _as_sum(local(param), grad)
-            else:
-                totals.append(self.totals[param])
-                grads.append(grad)
-            param.grad = None
-        if not totals:
-            return
-        if launch and not is_capturing():
-            self._launch(totals, grads)
-        else:
-            torch._foreach_add_(totals, grads)
-
-    def _take_unreduced(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Take the gradients that DDP has not reduced, and return the other parameters."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return params
-        ids = list(map(id, params))
-        if self._replicas[0] != ids:
-            self._replicas = ids, Replicas(params)
-        groups = self._replicas[1].unreduced()
-        chosen = [param for param in params if id(param) in groups and param.requires_grad]
-        if not chosen:
-            return params
-        for key, members in by_buffer(chosen, groups).items():
-            ids = list(map(id, members))
-            kept = (sums for sums in self._unreduced if sums.key == key and list(map(id, sums.params)) == ids)
-            sums = next(kept, None)
-            if sums is None:
-                sums = UnreducedSums(key, members)
-                self._unreduced.append(sums)
-            sums.take()
-        return [param for param in params if id(param) not in groups]
-
-    def reduce(self) -> None:
-        """Reduce the sums that are not yet, by one collective for each process group, device and dtype."""
-        while self._unreduced:
-            # A step that fails after this one finds them reduced.
-            reduced = self._unreduced.pop(0).reduced()
-            for param, total in reduced.items():
-                self.totals[param] = total if param not in self.totals else self.totals[param].add_(total)
-
-    def added_to(self, params: Sequence[Tensor], grads: Sequence[Any]) -> list[Any]:
-        """For each parameter its sum, with its gradient if there is one too; None where both are missing."""
-        summed = []
-        for param, grad in zip(params, grads, strict=True):
-            total = self.totals.get(param)
-            if total is None:
-                summed.append(grad)
-            else:
-                summed.append(total if grad is None else total + grad)
-        return summed
-
-    def _launch(self, totals: list[Tensor], grads: list[Tensor]) -> None:
-        members: dict[Signature, list[int]] = {}
-        for index, (total, grad) in enumerate(zip(totals, grads, strict=True)):
-            signature = Signature("triton", total.device, total.dtype, grad.dtype, (), (), None, False)
-            members.setdefault(signature, []).append(index)
-        for signature, indices in members.items():
-            launch = self._launches.setdefault(signature, _SumLaunch(signature))
-            chosen = [totals[i] for i in indices]
-            launch.add(chosen, [in_layout_of(total, grads[i]) for total, i in zip(chosen, indices, strict=True)])
-
-
-class _SumLaunch:
-    """One launch that adds gradients to sums of one signature."""
-
-    def __init__(self, signature: Signature) -> None:
-        self._signature = signature
-        self._numels: list[int] = []
-        self._device: TritonDevice | None = None
-
-    def add(self, totals: list[Tensor], grads: list[Tensor]) -> None:
-        """Add each gradient to its sum, which stands in the table as the parameter."""
-        from dragon.vm.torch.optim._backends.context import DeviceContext
-        from dragon.vm.torch.optim._backends.triton import TritonDevice
-
-        group = FlattenedGroup(self._signature, [Entry(total, {}, 0, i) for i, total in enumerate(totals)])
-        numels = [total.numel() for total in totals]
-        if self._device is None or numels != self._numels:
-            context = DeviceContext(self._signature.device)
-            self._device = TritonDevice([group], "accumulate", context, 1, len(totals), False, counts=False)
-            self._numels = numels
-        self._device.accumulate(group, [grad.data_ptr() for grad in grads])
-
-
-def _as_sum(param: Tensor, grad: Tensor) -> Tensor:
-    """A first gradient as a sum: a copy, since others may hold the gradient, as DDP does its buckets."""
-    dtype = SUM_DTYPES.get(grad.dtype, grad.dtype)
-    copy = grad.to(dtype, copy=True) if grad.layout == torch.strided else grad.clone()
-    return in_layout_of(param, copy) if copy.layout == torch.strided and is_dense(param) else copy
-
-
-def _check_shape(param: Tensor) -> None:
-    grad = param.grad
-    if grad is None or grad.shape == param.shape:
-        return
-    if getattr(param, "_fsdp_flattened", False):
-        raise ValueError(
-            "sum_grad() cannot sum gradients of FullyShardedDataParallel inside no_sync(), which are not sharded "
-            "yet. Leave no_sync() out, or leave sum_grad() out and let the last backward pass reduce the sum"
-        )
-    raise ValueError(f"a gradient has shape {tuple(grad.shape)}, but its parameter {tuple(param.shape)}")

@@ -75,3 +75,13 @@ def _write(params: list[Tensor], values: list[Tensor]) -> None:
         increment_version(distributed)
         # FSDP2 may have gathered what was there before.
         reshard(distributed)
+
+
+def check_outside(originals: Mapping[Tensor, Tensor], what: str, reason: str) -> None:
+    """Check that parameters are not exchanged with their averages.
+
+    Raises:
+        RuntimeError: if they are.
+    """
+    if originals:
+        raise RuntimeError(f"{what} inside swap_ema(): {reason}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Collection, Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,24 +12,20 @@ from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_flat_dict_asked_for
-from dragon.vm.torch.optim._distributed.placement import placed_like
-from dragon.vm.torch.optim._distributed.shards import distributed_like, local
+from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._formats import Plain
-from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
 from dragon.vm.torch.optim._groups.exchange import (
-    is_part,
     pytorch_state,
-    restored_entries,
     tagged_state,
 )
-from dragon.vm.torch.optim._groups.saved import checked_state, saved_labels
-from dragon.vm.torch.optim._groups.states import State, missing_states, zeros_for
+from dragon.vm.torch.optim._groups.restored import restored_states
+from dragon.vm.torch.optim._groups.states import State
 from dragon.vm.torch.optim._groups.storage import (
     held_format,
-    options_of,
     storage_of,
     stored_entries,
 )
+from dragon.vm.torch.optim._modes import outside_inference_mode
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 
 Group = dict[str, Any]
@@ -51,31 +46,38 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state in PyTorch's format.
 
-        Own keys of a group are there only where they differ from what PyTorch does. An AMSGrad that was
-        switched on since the last step has its maximum, zero. What is stored in parts is there as fp32, one
-        parameter after the other, or as it is if `native_state_dict` says so: see `pytorch_state`.
+        Own keys of a group are there where they differ from what PyTorch does, or were set to what it does. An
+        AMSGrad that was switched on since the last step has its maximum, zero. What is stored in parts is there as
+        fp32, one parameter after the other, or as it is if `native_state_dict` says so: see `pytorch_state`.
         """
         self._complete_switched_on()
+        # Before the hooks of others: they see what is saved.
+        handle = self.register_state_dict_post_hook(_converted, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _as_saved(self, packed: dict[str, Any]) -> dict[str, Any]:
+        """What is saved, of what PyTorch would save."""
         is_native = self._settings.native_state_dict
-        saved = super().state_dict()
-        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
-            self._drop_defaults(group, packed)
+        for group in packed["param_groups"]:
             if is_native:
                 # As a record, and for flat dicts. PyTorch's checkpoint functions know no dtypes here.
-                packed.update((name, str(packed[name])) for name in STORAGE_OPTIONS if name in packed)
+                group.update((name, str(group[name])) for name in STORAGE_OPTIONS if name in group)
             else:
-                _drop_storage(packed)
+                _drop_storage(group)
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         convert = tagged_state if is_native else pytorch_state
-        saved["state"] = {
+        states = {
             key: convert(self._own_value(params[key]), entries, key)
             if isinstance(key, int) and isinstance(entries, dict)
             else entries
-            for key, entries in saved["state"].items()
+            for key, entries in packed["state"].items()
         }
         if not self._algorithm.saves_steps:
-            saved["state"] = {key: _uncounted(entries) for key, entries in saved["state"].items()}
-        return saved
+            states = {key: _uncounted(entries) for key, entries in states.items()}
+        return {**packed, "state": _with_own_steps(states)}
 
     def _follows_dragon(self, group: Group) -> bool:
         """Whether the parameters of a group are Dragon's own."""
@@ -90,21 +92,21 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         """Give loaded groups what they do not know, as earlier ones had it, and leave only options of groups."""
         own = self._algorithm.own_defaults
         for index, group in enumerate(self.param_groups):
-            old = earlier[index] if index < len(earlier) else {}
+            old, said = earlier[index] if index < len(earlier) else {}, set(group)
             for name, default in self.defaults.items():
                 if name in old or name not in (*own, *Settings._fields):
                     group.setdefault(name, old.get(name, default))
             for name in Settings._fields:
                 group.pop(name, None)
-            self._drop_defaults(group, group)
+            self._drop_defaults(group, said)
 
-    def _drop_defaults(self, group: Group, packed: Group) -> None:
-        """Take own keys that mean what PyTorch does out of a group, or of what is saved of it."""
+    def _drop_defaults(self, group: Group, kept: Collection[str] = ()) -> None:
+        """Take own keys that mean what PyTorch does out of a group, but for those to keep."""
         for name, meaning in self._algorithm.own_defaults.items():
             # Dragon's formula is what Dragon's parameters ask for: a False must not be lost to it.
-            keeps = name == "epsilon_hat" and self._follows_dragon(group)
-            if name in packed and packed[name] == meaning and not keeps:
-                del packed[name]
+            keeps = name in kept or (name == "epsilon_hat" and self._follows_dragon(group))
+            if name in group and group[name] == meaning and not keeps:
+                del group[name]
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -138,6 +140,25 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                     if isinstance(square, Plain) and isinstance(storage.states["max_exp_avg_sq"], Plain):
                         storage = storage._replace(states={"max_exp_avg_sq": square})
                     state.update(stored_entries(param, state, storage, ("max_exp_avg_sq",))[0])
+
+
+def _converted(optimizer: Any, packed: dict[str, Any]) -> dict[str, Any]:
+    """A hook behind PyTorch's packing."""
+    saved: dict[str, Any] = optimizer._as_saved(packed)
+    return saved
+
+
+def _with_own_steps(states: dict[Any, Any]) -> dict[Any, Any]:
+    """The states, each with a step counter of its own: PyTorch's optimizers would count for all that share one."""
+    seen: set[int] = set()
+    own: dict[Any, Any] = {}
+    for key, entries in states.items():
+        step = entries.get("step") if isinstance(entries, dict) else None
+        if isinstance(step, Tensor) and id(step) in seen:
+            entries = {**entries, "step": step.detach().clone()}
+        seen.add(id(step))
+        own[key] = entries
+    return own
 
 
 def _drop_storage(packed: Group) -> None:
@@ -183,107 +204,13 @@ def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | 
     lengths = [len(group["params"]) for group in optimizer.param_groups]
     if [len(group["params"]) for group in saved_groups] != lengths:
         return None  # PyTorch refuses it, with its own words
-    optimizer._restored = restored_states(optimizer, saved_groups, saved)
+    # What a later step is to write must not be of inference mode.
+    optimizer._restored = outside_inference_mode(
+        lambda: restored_states(
+            optimizer._algorithm, optimizer._settings, optimizer.param_groups, saved_groups, saved
+        )
+    )
     owned = set(chain.from_iterable(group["params"] for group in saved_groups))
     groups = [{k: v for k, v in group.items() if k not in STORAGE_OPTIONS} for group in saved_groups]
     rest = {key: value for key, value in saved.items() if key not in owned}
     return {**state_dict, "param_groups": groups, "state": rest}
-
-
-def restored_states(
-    optimizer: CheckpointedOptimizer, saved_groups: Sequence[Group], saved: Mapping[Any, State]
-) -> dict[Tensor, State]:
-    """Copy saved states for an optimizer's parameters.
-
-    A state has the format that its group asks for, else the wider one of the saved dtype and the parameter's: fp32
-    states of a bf16 parameter stay fp32, which PyTorch would round. Rounding is to nearest.
-
-    Args:
-        optimizer: whose parameters the states are for; it fits the saved groups. Nothing of it changes.
-        saved_groups: with the keys of `saved` under "params".
-        saved: a state for each key, or none.
-
-    Returns:
-        States that share no memory with the saved ones, for the parameters that have one.
-
-    Raises:
-        ValueError: for missing or misshapen state tensors and step counts, naming the parameter.
-    """
-    owners: list[tuple[Tensor, Group, State]] = []
-    algorithm = optimizer._algorithm
-    labels = saved_labels(optimizer.param_groups, saved_groups)
-    for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
-        own = {name: group.get(name) for name in STORAGE_OPTIONS}
-        merged = complete({**group, **saved_group, **own}, algorithm.own_defaults)
-        for param, key in zip(group["params"], saved_group["params"], strict=True):
-            label = next(labels)
-            state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(value)}
-            if state:
-                # An average begins when it is asked for.
-                optional = {"ema", *algorithm.optional_keys(saved_group)}
-                required = [key for key in algorithm.all_state_keys(merged) if key not in optional]
-                owners.append((param, merged, checked_state(algorithm, param, merged, state, required, label)))
-    return _copied(algorithm, optimizer._settings, owners)
-
-
-def _is_missing(value: Any) -> bool:
-    """Whether a saved entry is none. PyTorch's flat dicts have an empty dict for one that is not in the file."""
-    return value is None or (isinstance(value, dict) and not value)
-
-
-@torch.no_grad()
-def _copied(
-    algorithm: Algorithm, settings: Settings, owners: Sequence[tuple[Tensor, Group, State]]
-) -> dict[Tensor, State]:
-    """Copy the states."""
-    params = [param for param, _, _ in owners]
-    copies: list[State] = []
-    devices: list[torch.device | None] = []
-    for param, group, state in owners:
-        copy, in_parts = restored_entries(param, group, state, algorithm.state_keys(group))
-        if "ema" in algorithm.all_state_keys(group) and "ema" in state:
-            average = storage_of(param, group, algorithm.state_keys(group)).average.parts[0].dtype
-            dtype = average if options_of(group).state_dtype else None
-            dtype = dtype or torch.promote_types(state["ema"].dtype, average)
-            copy["ema"] = distributed_like(param, zeros_for(local(param), dtype))
-        dtypes = {param.dtype, *(value.dtype for value in copy.values() if value.is_floating_point())}
-        copies.append(copy)
-        devices.append(_counter_device(algorithm, settings, param, group, dtypes, in_parts))
-    nothing: list[State] = [{} for _ in owners]
-    counters = missing_states(params, nothing, [() for _ in owners], devices, [None] * len(owners))
-    for (param, _, state), copy, counter in zip(owners, copies, counters, strict=True):
-        copy.update(counter)
-        _fill(copy, state, param)
-    return dict(zip(params, copies, strict=True))
-
-
-def _fill(copy: State, state: State, param: Tensor) -> None:
-    for key, value in state.items():
-        if key in ("step", "ema") and key in copy:
-            copy[key].copy_(placed_like(copy[key], value))
-        elif key in copy or f"{key}_q8" in copy or is_part(key):
-            continue
-        elif isinstance(value, Tensor):
-            copy[key] = value.detach().to(param.device, copy=True)
-        else:
-            copy[key] = deepcopy(value)
-
-
-def _counter_device(
-    algorithm: Algorithm,
-    settings: Settings,
-    param: Tensor,
-    group: Group,
-    dtypes: set[torch.dtype],
-    in_parts: bool,
-) -> torch.device | None:
-    """Where the step counter of a parameter will be wanted, should its gradient be of its own dtype."""
-    if not algorithm.counts_steps(group):
-        return None
-    backend = settings.backend
-    if backend is None:
-        backend = choose_backend(
-            *(None, local(param), param.dtype, dtypes - {param.dtype} or dtypes, group["differentiable"]),
-            in_parts=in_parts,
-        )
-    return step_device(param, backend, group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from dragon.vm.torch.optim._distributed.owners import Replicas
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._groups.members import MemberReader, Members
+from dragon.vm.torch.optim._modes import undisturbed
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._plan.cache import N_LATEST
-from dragon.vm.torch.optim._plan.modes import undisturbed
 from dragon.vm.torch.optim._plan.updater import Updater
 
 # Enough elements for kernels to run at full speed, few enough that their gradients do not count.
@@ -136,32 +136,42 @@ class ScalerReport:
             self._found_inf.clear()
 
 
+class ReleasingOptimizer(Protocol):
+    """What release asks of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+
+    def _update_bucket(self, bucket: Bucket) -> None:
+        """Update the parameters of a bucket."""
+
+
 class GradientRelease:
     """The buckets of one optimizer, and the hooks that update them.
 
     Args:
-        update: a method that updates the parameters of a bucket. It is called on the thread and stream of the
-            backward pass, and asks for `scaling`.
+        optimizer: whose parameters are updated, on the thread and stream of the backward pass. Its method asks for
+            `scaling`.
         updater: of the optimizer.
         settings: of the optimizer.
     """
 
-    def __init__(self, update: Callable[[Bucket], None], updater: Updater, settings: Settings) -> None:
+    def __init__(self, optimizer: ReleasingOptimizer, updater: Updater, settings: Settings) -> None:
         # The hooks must not keep the optimizer alive.
-        self._update, self._updater, self._settings = weakref.WeakMethod(update), updater, settings
+        self._optimizer, self._updater, self._settings = weakref.ref(optimizer), updater, settings
         self._report = ScalerReport(None if settings.release_gradients is True else settings.release_gradients)
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
-        self._handles: list[Any] = []
+        self._handles: dict[int, Any] = {}
         weakref.finalize(self, _remove, self._handles).atexit = False
-        self._is_checked = False
+        # The ids of each group's parameters at the last pass.
+        self._arranged: list[list[int]] = []
+        self._is_under_way = False
         # One thread a device runs backward passes.
         self._lock = threading.RLock()
 
     def watch(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Arrange the trained parameters of groups in buckets, in reverse order, and hook them."""
-        _remove(self._handles)
-        self._buckets, self._is_checked = [], False
+        self._buckets = []
         chosen: list[tuple[int, Tensor]] = []
         nbytes = 0
         ordered = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
@@ -176,6 +186,7 @@ class GradientRelease:
             self._close(chosen, len(groups))
         self._report.begin(self._buckets[-1].params if self._buckets else [])
         self._bucket_of = {key: bucket for bucket in self._buckets for key in bucket.ids}
+        self._updater.plans.n_kept = N_LATEST + 2 * len(self._buckets)
         reference = weakref.ref(self)
 
         def hook(param: Tensor) -> None:
@@ -183,9 +194,11 @@ class GradientRelease:
             if release is not None:
                 release._arrived(param)
 
-        for bucket in self._buckets:
-            self._handles += [param.register_post_accumulate_grad_hook(hook) for param in bucket.params]
-        self._updater.plans.n_kept = N_LATEST + 2 * len(self._buckets)
+        for key in self._handles.keys() - self._bucket_of.keys():
+            self._handles.pop(key).remove()
+        for param in (param for bucket in self._buckets for param in bucket.params):
+            if id(param) not in self._handles:
+                self._handles[id(param)] = param.register_post_accumulate_grad_hook(hook)
 
     def _close(self, chosen: Sequence[tuple[int, Tensor]], n_groups: int) -> None:
         groups: list[list[Tensor]] = [[] for _ in range(n_groups)]
@@ -195,6 +208,7 @@ class GradientRelease:
 
     def begin(self) -> None:
         """Wait for the gradients of the next backward pass."""
+        self._is_under_way = False
         for bucket in self._buckets:
             bucket.begin()
         self._report.begin(self._report.kept)
@@ -212,10 +226,21 @@ class GradientRelease:
             )
 
     def _arrived(self, param: Tensor) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
         with self._lock:
-            bucket = self._bucket_of[id(param)]
-            if not self._is_checked:
-                self._check_owner()
+            if not self._is_under_way:
+                # Groups may have lost, gained or exchanged parameters since the last pass.
+                ids = [list(map(id, group["params"])) for group in optimizer.param_groups]
+                if ids != self._arranged:
+                    self.watch(optimizer.param_groups)
+                    self._check_owner()
+                    self._arranged = ids
+                self._is_under_way = True
+            bucket = self._bucket_of.get(id(param))
+            if bucket is None:
+                return
             if bucket.is_done:
                 raise RuntimeError(
                     "a second backward pass since the last step(): release_gradients has updated the parameters "
@@ -225,7 +250,7 @@ class GradientRelease:
             if self._report.scaler is not None and bucket is self._buckets[-1]:
                 self._report.tell()
             elif not bucket.waiting:
-                self._release(bucket)
+                self._release(optimizer, bucket)
 
     def _check_owner(self) -> None:
         params = [param for bucket in self._buckets for param in bucket.params]
@@ -234,13 +259,9 @@ class GradientRelease:
                 "release_gradients cannot update parameters of DistributedDataParallel, which reduces gradients "
                 "after this hook. Use FSDP2's fully_shard"
             )
-        self._is_checked = True
 
-    def _release(self, bucket: Bucket) -> None:
-        update = self._update()
-        if update is None:
-            return
-        undisturbed(update, bucket)
+    def _release(self, optimizer: ReleasingOptimizer, bucket: Bucket) -> None:
+        undisturbed(optimizer._update_bucket, bucket)
         bucket.is_done = True
         for param in bucket.params:
             param.grad = None
@@ -255,7 +276,7 @@ class GradientRelease:
         return self._report.scaling(members, agreed if members.are_distributed else None)
 
 
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
+def _remove(handles: dict[int, Any]) -> None:
+    for handle in handles.values():
         handle.remove()
     handles.clear()

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer, restored_states
+from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
+from dragon.vm.torch.optim._groups.restored import restored_states
 
 OptimizerT = TypeVar("OptimizerT", bound=CheckpointedOptimizer)
 
@@ -40,5 +41,8 @@ def take_over(
         )
     groups = [{**group, "params": list(group["params"])} for group in original.param_groups]
     optimizer = make(groups, **{**original.defaults, **options})
-    optimizer.state.update(restored_states(optimizer, original.param_groups, original.state))
+    states = restored_states(
+        optimizer._algorithm, optimizer._settings, optimizer.param_groups, original.param_groups, original.state
+    )
+    optimizer.state.update(states)
     return optimizer

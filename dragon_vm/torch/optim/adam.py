@@ -59,8 +59,8 @@ class Adam(Optimizer, torch.optim.Adam):
             masters of 24 bits; True also bf16 parameters; False nothing.
         master_weights: masters of 16-bit parameters, per group: `torch.float32`, "split16" with the same bits in
             4 bytes, "split8" with 24 of them in 3 bytes, or None.
-        rounding_seed: of the random bits.
-        native_state_dict: let `state_dict` return what is stored, which PyTorch cannot load, instead of fp32.
+        rounding_seed: decides the random bits, from 0 to 2**63 - 1.
+        native_state_dict: let `state_dict` return what is stored instead of fp32. PyTorch reads no 8-bit codes.
         backend: "triton", "native", "eager", or None to choose.
         flatten: move parameters, gradients and states into flat buffers.
         process_group: processes that hold other parts of the model than meshes say, over which norms and decisions

@@ -11,13 +11,11 @@ from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
-from dragon.vm.torch.optim._accumulate import GradientSums
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._averages import exchanged
+from dragon.vm.torch.optim._averages import check_outside, exchanged
 from dragon.vm.torch.optim._distributed.handles import borrowed, returned
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._distributed.owners import check_accumulated
-from dragon.vm.torch.optim._gradients.scaling import handed_over
 from dragon.vm.torch.optim._gradients.unscaling import unscale_left
 from dragon.vm.torch.optim._gradients.zeroing import is_dragon, zero_or_remove
 from dragon.vm.torch.optim._graphs.capture import check_capture, is_capturing
@@ -29,11 +27,12 @@ from dragon.vm.torch.optim._groups.members import MemberReader
 from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._groups.storage import check_storage
 from dragon.vm.torch.optim._hooks import hooked_step, recorded
+from dragon.vm.torch.optim._modes import undisturbed
 from dragon.vm.torch.optim._options import Settings, check_common, complete, own_tensors, read_settings
-from dragon.vm.torch.optim._plan.modes import undisturbed
 from dragon.vm.torch.optim._plan.updater import Updater
 from dragon.vm.torch.optim._release import Bucket, GradientRelease, check_release
 from dragon.vm.torch.optim._storage import StoringOptimizer
+from dragon.vm.torch.optim._sums import GradientSums
 
 
 class Optimizer(StoringOptimizer):
@@ -60,7 +59,7 @@ class Optimizer(StoringOptimizer):
         self._reset()
         # By name: between this class and PyTorch's there is another of PyTorch's, for `isinstance`.
         torch.optim.Optimizer.__init__(self, params, options)
-        self._step_supports_amp_scaling = bool(options["fused"])
+        self._handles_scaling = bool(options["fused"])
         self._check_params(self.param_groups)
         self._is_built = True
         self._make_buffers(self.param_groups)
@@ -87,8 +86,8 @@ class Optimizer(StoringOptimizer):
             return
         if self._release is None:
             # A scaler leaves unscaling to the step: it says so by what it hands over.
-            self._step_supports_amp_scaling = True
-            self._release = GradientRelease(self._update_bucket, self._updater, self._settings)
+            self._handles_scaling = True
+            self._release = GradientRelease(self, self._updater, self._settings)
         self._release.watch(self.param_groups)
 
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -137,7 +136,7 @@ class Optimizer(StoringOptimizer):
         full = complete(group, self._algorithm.own_defaults)
         check_storage(full, self._algorithm.state_keys(full))
         self._warn_of_rounding(full)
-        self._drop_defaults(group, group)
+        self._drop_defaults(group)
 
     def _follows_dragon(self, group: Mapping[str, Any]) -> bool:
         return bool(group["params"]) and all(map(is_dragon, group["params"]))
@@ -174,7 +173,7 @@ class Optimizer(StoringOptimizer):
     def _update(self, zero_grad: bool) -> None:
         groups, settings = self._read_groups(), self._settings
         members = self._members.read(self.param_groups)
-        scaling = handed_over(self)
+        scaling = self._scaling()
         if self._release is not None:
             self._release.check_scaling(scaling)
             self._release.begin()
@@ -201,8 +200,7 @@ class Optimizer(StoringOptimizer):
                 unscale_left(members.params, scaling)
 
     def _read_groups(self) -> list[dict[str, Any]]:
-        if self._originals:
-            raise RuntimeError("step() was called inside swap_ema(): the averages would be updated as parameters")
+        check_outside(self._originals, "step() was called", "the averages would be updated as parameters")
         make_live(self.param_groups, self._publish)
         self._widen_bounds()
         return self._updater.read(self.param_groups, self.defaults)
@@ -243,7 +241,7 @@ class Optimizer(StoringOptimizer):
 
         Raises:
             RuntimeError: if no parameter has an average: `ema_decay` is 0, or no step has been taken; if FSDP1
-                splits parameters; from `step`, if it is called inside the block.
+                splits parameters; from `step`, copies and pickles of the optimizer inside the block.
         """
         exchange, params = exchanged(self.state, self._originals), self._params_with_masters()
         return self._updater.masters.undisturbed(params, self.state, exchange) if params else exchange
@@ -265,6 +263,7 @@ class Optimizer(StoringOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickles and copies hold: PyTorch's, the settings, and what is summed and counted."""
+        check_outside(self._originals, "an optimizer was copied", "its parameters would be the averages")
         self._settle_masters()
         state = super().__getstate__()
         return {
@@ -274,7 +273,7 @@ class Optimizer(StoringOptimizer):
             "_settings": borrowed(self._settings._asdict()),
             "_sums": self._sums,
             "_n_skipped": self.n_skipped_steps,
-            "_step_supports_amp_scaling": self._step_supports_amp_scaling,
+            "_handles_scaling": self._handles_scaling,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -63,6 +63,8 @@ def test_swap_ema_exchanges_for_the_length_of_the_block(backend):
         assert all(torch.equal(p, a) for p, a in zip(params, averages, strict=True))
         with pytest.raises(RuntimeError, match="inside swap_ema"):
             optimizer.step()
+        with pytest.raises(RuntimeError, match="inside swap_ema"):
+            copy.deepcopy(optimizer)
     assert all(torch.equal(p, v) for p, v in zip(params, values, strict=True))
     assert all(torch.equal(optimizer.state[p]["ema"], a) for p, a in zip(params, averages, strict=True))
     optimizer.step()

@@ -284,3 +284,25 @@ def test_a_scaler_is_borrowed_by_copies_and_refused_by_pickles():
     assert copy.deepcopy(optimizer)._settings.release_gradients is scaler
     with pytest.raises(TypeError, match="release_gradients"):
         torch.save(optimizer, io.BytesIO())
+
+
+def test_parameters_that_leave_their_group_are_left_alone():
+    model = net(2)
+    optimizer = SGD(model.parameters(), lr=1.0, release_gradients=True)
+    reference = copy.deepcopy(model)
+    theirs = torch.optim.SGD(reference.parameters(), lr=1.0)
+    for step in range(4):
+        for trained_model, chosen in ((model, optimizer), (reference, theirs)):
+            group = chosen.param_groups[0]
+            if step == 1:
+                group["params"] = [param for param in group["params"] if param is not trained_model[0].weight]
+            if step == 2:
+                chosen.add_param_group({"params": [trained_model[0].weight], "lr": 0.0})
+                group["params"] = [param for param in group["params"] if param is not trained_model[2].bias]
+                chosen.param_groups[1]["params"].append(trained_model[2].bias)
+            if step == 3:
+                del chosen.param_groups[1]
+            loss_of(trained_model, step).backward()
+            chosen.step()
+            chosen.zero_grad()
+        assert same(model.parameters(), reference.parameters()), step

@@ -115,3 +115,77 @@ def test_gradients_of_another_layout_are_summed_element_by_element():
             optimizer.sum_grad()
         optimizer.step()
         torch.testing.assert_close(param.detach(), expected, rtol=0, atol=1e-6)
+
+
+def scaled(optimizer_of, n_parts, summed, *, scale=1024.0, broken=None, is_last_summed=False):
+    """Two steps of parts that a scaler scales; the parameter, the scale, and whether the step was taken."""
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = optimizer_of([param])
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    for step in range(2):
+        for part in range(n_parts):
+            factor = float("inf") if broken == (step, part) else 1.0 + part
+            scaler.scale(param.sum() * factor).backward()
+            if summed and (is_last_summed or part < n_parts - 1):
+                optimizer.sum_grad()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return param.tolist(), scaler.get_scale(), len(optimizer._sums.totals)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("is_last_summed", [False, True])
+@pytest.mark.parametrize("broken", [None, (0, 0), (0, 1), (1, 0)], ids=str)
+def test_a_scaler_unscales_and_checks_sums_like_gradients(backend, fused, is_last_summed, broken, interpreted):
+    def ours(params):
+        return SGD(params, lr=1.0, fused=fused, backend=backend)
+
+    def theirs(params):
+        return torch.optim.SGD(params, lr=1.0)
+
+    found = scaled(ours, 2, True, broken=broken, is_last_summed=is_last_summed)
+    assert found == scaled_without_sums(theirs, broken)
+
+
+def scaled_without_sums(make, broken):
+    class Plain(torch.optim.SGD):
+        _sums = type("Nothing", (), {"totals": ()})
+
+    return scaled(lambda params: Plain(params, lr=1.0), 2, False, broken=broken)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("has_grad", [False, True])
+def test_sums_that_a_scaler_did_not_unscale_are_refused_before_anything_is_written(fused, has_grad):
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SGD([param], lr=1.0, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(param.sum()).backward()
+    optimizer.sum_grad()
+    if has_grad:
+        scaler.scale(param.sum()).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"unscale_\(\) saw no sums of sum_grad\(\)"):
+        scaler.step(optimizer)
+    assert param.tolist() == [0, 0, 0]
+    # Without the sums the next iteration is as any other.
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(param.sum()).backward()
+    scaler.step(optimizer)
+    assert param.tolist() == [-1, -1, -1]
+
+
+def test_sums_of_half_precision_are_handed_to_a_scaler_in_the_dtype_of_gradients():
+    param = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    optimizer = SGD([param], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for _ in range(3):
+        scaler.scale(param.sum()).backward()
+        optimizer.sum_grad()
+    scaler.step(optimizer)
+    assert param.tolist() == [-3, -3, -3]
+    assert param.grad is not None
+    assert param.grad.dtype == torch.bfloat16

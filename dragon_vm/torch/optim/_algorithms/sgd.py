@@ -105,7 +105,8 @@ SGD = Algorithm(
     fused_numbers=_fused_numbers,
     fused_names=("momentum", "dampening", "nesterov", "weight_decay"),
     depends_on_step=_counts_steps,
-    # PyTorch's SGD does not count; its buffer is there after the first step.
+    # PyTorch's SGD does not count; its buffer is there after the first step, with momentum.
+    optional_keys=lambda saved_group: frozenset({"momentum_buffer"}),
     uncounted_steps=1.0,
     saves_steps=False,
     own_group_defaults={"capturable": False, "stochastic_rounding": False},

@@ -80,7 +80,7 @@ class UnreducedSums:
         if are_whole:
             self._counts.fill_(1)
         else:
-            self._counts.copy_(torch.tensor(self._is_present))
+            self._counts.copy_(torch.tensor(self._is_present, device="cpu"))
         dist.all_reduce(self._flat, group=self.key.group)
         self._flat.div_(self.key.group.size())
         # Where this process has all gradients there is nothing to ask the device.

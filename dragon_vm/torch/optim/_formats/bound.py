@@ -57,4 +57,4 @@ def clamp_moment(exp_avg: Tensor, root: Tensor, bound: float) -> Tensor:
 
 def rounded_bound(bound: float) -> float:
     """The bound as the fp32 number that a moment is compared with, a little above: rounding alone is not cut."""
-    return float(torch.tensor(bound * _SLACK, dtype=torch.float32))
+    return float(torch.tensor(bound * _SLACK, dtype=torch.float32, device="cpu"))

@@ -73,7 +73,7 @@ def _calls(first: int, last: int, rounding: Rounding, device: torch.device) -> T
     key = (rounding.seed & _MASK, rounding.seed >> 32 & _MASK)
     words = torch.empty(index.numel(), 4, dtype=torch.int32, device=device)
     for column, word in zip(words.unbind(1), philox_4x32(counter, key), strict=True):
-        column.copy_(torch.as_tensor(word))
+        column.copy_(torch.as_tensor(word, device=device))
     return words
 
 

@@ -82,10 +82,15 @@ class FlatBuffer:
             flat = self._state.get(key)
             if flat is None or flat.dtype != dtype:
                 flat = torch.zeros(len(self.values), dtype=dtype, device=self.values.device)
-            for state, entries, view in zip(states, replaced, self._views(flat), strict=True):
-                if state[key].data_ptr() != view.data_ptr():
-                    view.copy_(state[key])
-                    entries[key] = from_dlpack(view)
+            moved = [
+                (entries, view, state[key])
+                for state, entries, view in zip(states, replaced, self._views(flat), strict=True)
+                if state[key].data_ptr() != view.data_ptr()
+            ]
+            sources = _apart_from(flat, [source for _, _, source in moved])
+            for (entries, view, _), source in zip(moved, sources, strict=True):
+                view.copy_(source)
+                entries[key] = from_dlpack(view)
             self._state[key] = flat
         if counts_steps:
             self._state["step"] = states[0]["step"]
@@ -111,11 +116,7 @@ class FlatBuffer:
             return
         are_moved = bytes(map(ne, addresses, self.grad_addresses))
         moved, sources, views = (list(compress(each, are_moved)) for each in (params, grads, self.grad_views))
-        first = self.grads.data_ptr()
-        within = range(first, first + self.grads.nbytes)
-        if any(map(within.__contains__, compress(addresses, are_moved))):
-            # A gradient may be the place of another parameter: none is overwritten before it is read.
-            sources = [source.clone() for source in sources]
+        sources = _apart_from(self.grads, sources)
         torch._foreach_copy_(views, sources)
         for param, view in zip(moved, views, strict=True):
             param.grad = view
@@ -125,6 +126,15 @@ class FlatBuffer:
         flat = torch.zeros_like(self.grads)
         torch._foreach_copy_(self._views(flat), list(grads))
         return flat
+
+
+def _apart_from(flat: Tensor, sources: list[Tensor]) -> list[Tensor]:
+    """The tensors; copies if one lies in the buffer, where it might be overwritten before it is read."""
+    first = flat.data_ptr()
+    within = range(first, first + flat.nbytes)
+    if any(source.data_ptr() in within for source in sources):
+        return [source.clone() for source in sources]
+    return sources
 
 
 def make_buffers(groups: Iterable[Mapping[str, Any]]) -> list[FlatBuffer]:

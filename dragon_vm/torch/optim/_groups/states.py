@@ -94,7 +94,9 @@ def missing_states(
         if device is not None and "step" not in state:
             counters.setdefault(device, []).append(index)
     for device, indices in counters.items():
-        values = [uncounted_steps or 0.0 if any(key in states[i] for key in keys[i]) else 0.0 for i in indices]
+        # An average may have begun before the first step that counts.
+        begun = [any(key in states[i] for key in keys[i] if key != "ema") for i in indices]
+        values = [uncounted_steps or 0.0 if has_begun else 0.0 for has_begun in begun]
         for i, counter in zip(indices, step_counters(values, device), strict=True):
             added[i]["step"] = counter
     return added

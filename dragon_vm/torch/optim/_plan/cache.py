@@ -13,8 +13,9 @@ from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._graphs.capture import check_live, is_capturing
 from dragon.vm.torch.optim._groups.members import Members
+from dragon.vm.torch.optim._modes import outside_inference_mode
 from dragon.vm.torch.optim._options import Settings
-from dragon.vm.torch.optim._plan.preparation import outside_inference_mode, prepare
+from dragon.vm.torch.optim._plan.preparation import prepare
 from dragon.vm.torch.optim._plan.recipe import Recipe
 from dragon.vm.torch.optim._plan.step import StepPlan
 from dragon.vm.torch.optim._plan.widening import Widening

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local_state
@@ -148,11 +147,3 @@ def _has_memory(shard: Tensor, grad: Tensor) -> bool:
 
 def _walks(param: Tensor, grad: Tensor) -> bool:
     return lies_like(grad, param) and not grad.is_conj() and not grad.is_neg()
-
-
-def outside_inference_mode(run: Callable[[], Any]) -> Any:
-    """Call `run` such that tensors it makes can be written to later, whatever mode that is in."""
-    if not torch.is_inference_mode_enabled():
-        return run()
-    with torch.inference_mode(False), torch.no_grad():
-        return run()

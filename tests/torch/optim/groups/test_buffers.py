@@ -305,3 +305,41 @@ def test_parameters_may_exchange_their_places_for_gradients(backend):
     params[0].grad, params[1].grad = params[1].grad, params[0].grad
     optimizer.step()
     assert [param.detach().tolist() for param in params] == [[-2.0] * 4, [-1.0] * 4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("what", ["states", "moments", "parameters"])
+def test_states_may_exchange_their_places(backend, what):
+    found = []
+    for flatten in (False, True):
+        params = [torch.nn.Parameter(torch.full((40,), float(i), device=home(backend))) for i in range(3)]
+        optimizer = Adam(params, lr=0.1, backend=backend, flatten=flatten)
+        first, _, last = params
+        for step in range(4):
+            for index, param in enumerate(params):
+                param.grad = torch.full_like(param, 0.1 + index + step)
+            if step == 2:
+                states = optimizer.state
+                if what == "states":
+                    states[first], states[last] = states[last], states[first]
+                elif what == "moments":
+                    states[first]["exp_avg"], states[last]["exp_avg"] = (
+                        states[last]["exp_avg"], states[first]["exp_avg"],
+                    )  # fmt: skip
+                else:
+                    first.data, last.data = last.data, first.data
+            optimizer.step()
+        found.append([*params, *(optimizer.state[param]["exp_avg"] for param in params)])
+    assert same(*found, backend)
+
+
+def test_each_saved_parameter_has_a_count_of_its_own():
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(4)]
+    optimizer = Adam(params, lr=0.01, flatten=True)
+    for param in params:
+        param.grad = torch.ones(4)
+    optimizer.step()
+    theirs = torch.optim.Adam(params, lr=0.01)
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    theirs.step()
+    assert [float(theirs.state[param]["step"]) for param in params] == [2, 2, 2, 2]

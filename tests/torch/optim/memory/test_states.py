@@ -12,7 +12,7 @@ from dragon.vm.memory import rows
 from dragon.vm.torch.optim import Adam, AdamW, swap
 from dragon.vm.torch.optim._backends.piecewise import PIECE
 
-from .modes import BF16, FP32, MODES, give_gradients, make, train
+from .modes import BF16, FP32, MODES, SHAPES, give_gradients, make, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded to nearest")
 
@@ -265,3 +265,17 @@ def test_betas_that_change_widen_the_bound() -> None:
     assert "bound_betas" not in make("8bit")[1].state_dict()["param_groups"][0]
     assert optimizer.param_groups[0]["bound_betas"] == (0.85, 0.999)
     assert optimizer.state_dict()["param_groups"][0]["bound_betas"] == (0.85, 0.999)
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_default_device_of_others_does_not_matter(mode: str, backend: str) -> None:
+    found = []
+    for device in ("cpu", "meta"):
+        params, optimizer = make(mode, SHAPES[:1], backend)
+        give_gradients(params, 0)
+        with torch.device(device):
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        found.append(params)
+    assert all(map(torch.equal, *found))

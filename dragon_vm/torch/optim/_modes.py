@@ -1,4 +1,4 @@
-"""The modes of PyTorch in which updates run."""
+"""The modes of PyTorch in which updates run, and in which states are made."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ def undisturbed(update: Callable[..., None], *args: Any, with_grad: bool = False
     finally:
         # Once more: an interrupt may have hit the line above.
         set_grad_enabled(enabled)
+
+
+def outside_inference_mode(run: Callable[[], Any]) -> Any:
+    """Call `run` such that tensors it makes can be written to later, whatever mode that is in."""
+    if not torch.is_inference_mode_enabled():
+        return run()
+    with torch.inference_mode(False), torch.no_grad():
+        return run()

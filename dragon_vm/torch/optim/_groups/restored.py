@@ -1,0 +1,126 @@
+"""The states of a saved dict, copied for the parameters of the optimizer that loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._distributed.placement import placed_like
+from dragon.vm.torch.optim._distributed.shards import distributed_like, local
+from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
+from dragon.vm.torch.optim._groups.exchange import is_part, restored_entries
+from dragon.vm.torch.optim._groups.saved import checked_state, saved_labels
+from dragon.vm.torch.optim._groups.states import State, missing_states, zeros_for
+from dragon.vm.torch.optim._groups.storage import options_of, storage_of
+from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
+
+Group = dict[str, Any]
+
+
+def restored_states(
+    algorithm: Algorithm,
+    settings: Settings,
+    groups: Sequence[Group],
+    saved_groups: Sequence[Group],
+    saved: Mapping[Any, State],
+) -> dict[Tensor, State]:
+    """Copy saved states for an optimizer's parameters.
+
+    A state has the format that its group asks for, else the wider one of the saved dtype and the parameter's: fp32
+    states of a bf16 parameter stay fp32, which PyTorch would round. Rounding is to nearest.
+
+    Args:
+        algorithm: of the optimizer that loads.
+        settings: likewise.
+        groups: likewise, fitting the saved ones; its parameters are those that the states are for.
+        saved_groups: with the keys of `saved` under "params".
+        saved: a state for each key, or none.
+
+    Returns:
+        States that share no memory with the saved ones, for the parameters that have one.
+
+    Raises:
+        ValueError: for missing or misshapen state tensors and step counts, naming the parameter.
+    """
+    owners: list[tuple[Tensor, Group, State]] = []
+    labels = saved_labels(groups, saved_groups)
+    for group, saved_group in zip(groups, saved_groups, strict=True):
+        own = {name: group.get(name) for name in STORAGE_OPTIONS}
+        merged = complete({**group, **saved_group, **own}, algorithm.own_defaults)
+        for param, key in zip(group["params"], saved_group["params"], strict=True):
+            label = next(labels)
+            state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(value)}
+            if state:
+                # An average begins when it is asked for.
+                optional = {"ema", *algorithm.optional_keys(saved_group)}
+                required = [key for key in algorithm.all_state_keys(merged) if key not in optional]
+                owners.append((param, merged, checked_state(algorithm, param, merged, state, required, label)))
+    return _copied(algorithm, settings, owners)
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a saved entry is none. PyTorch's flat dicts have an empty dict for one that is not in the file."""
+    return value is None or (isinstance(value, dict) and not value)
+
+
+@torch.no_grad()
+def _copied(
+    algorithm: Algorithm, settings: Settings, owners: Sequence[tuple[Tensor, Group, State]]
+) -> dict[Tensor, State]:
+    """Copy the states."""
+    params = [param for param, _, _ in owners]
+    copies: list[State] = []
+    devices: list[torch.device | None] = []
+    for param, group, state in owners:
+        copy, in_parts = restored_entries(param, group, state, algorithm.state_keys(group))
+        if "ema" in algorithm.all_state_keys(group) and "ema" in state:
+            average = storage_of(param, group, algorithm.state_keys(group)).average.parts[0].dtype
+            dtype = average if options_of(group).state_dtype else None
+            dtype = dtype or torch.promote_types(state["ema"].dtype, average)
+            copy["ema"] = distributed_like(param, zeros_for(local(param), dtype))
+        dtypes = {param.dtype, *(value.dtype for value in copy.values() if value.is_floating_point())}
+        copies.append(copy)
+        devices.append(_counter_device(algorithm, settings, param, group, dtypes, in_parts))
+    nothing: list[State] = [{} for _ in owners]
+    counters = missing_states(params, nothing, [() for _ in owners], devices, [None] * len(owners))
+    for (param, _, state), copy, counter in zip(owners, copies, counters, strict=True):
+        copy.update(counter)
+        _fill(copy, state, param)
+    return dict(zip(params, copies, strict=True))
+
+
+def _fill(copy: State, state: State, param: Tensor) -> None:
+    for key, value in state.items():
+        if key in ("step", "ema") and key in copy:
+            copy[key].copy_(placed_like(copy[key], value))
+        elif key in copy or f"{key}_q8" in copy or is_part(key):
+            continue
+        elif isinstance(value, Tensor):
+            copy[key] = value.detach().to(param.device, copy=True)
+        else:
+            copy[key] = deepcopy(value)
+
+
+def _counter_device(
+    algorithm: Algorithm,
+    settings: Settings,
+    param: Tensor,
+    group: Group,
+    dtypes: set[torch.dtype],
+    in_parts: bool,
+) -> torch.device | None:
+    """Where the step counter of a parameter will be wanted, should its gradient be of its own dtype."""
+    if not algorithm.counts_steps(group):
+        return None
+    backend = settings.backend
+    if backend is None:
+        backend = choose_backend(
+            *(None, local(param), param.dtype, dtypes - {param.dtype} or dtypes, group["differentiable"]),
+            in_parts=in_parts,
+        )
+    return step_device(param, backend, group)
