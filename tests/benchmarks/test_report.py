@@ -49,6 +49,17 @@ def test_the_first_pages_show_a_picture_of_the_committed_lines(page: str) -> Non
     assert shown in {plot.name for plot in report.plots_of(records.read(RESULTS))}
 
 
+def test_the_readme_tells_the_measured_speed_on_a_cpu() -> None:
+    rows = re.findall(
+        r"^\| ([^|]+), fp32 \| ours native \|.*\| torch fused \|.*\| ([\d.]+) \|$", PAGE.read_text(), re.M
+    )
+    ratios = {case: f"{float(ratio):.1f} times" for case, ratio in rows}
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    (sentence,) = re.findall(r"On two CPU cores, .*? times\.", readme)
+    told = re.findall(r"[\d.]+ times", sentence)
+    assert told == [ratios[case] for case in ("1000 x 1000", "465 groups", "GPT-2 124M")]
+
+
 def test_bars_show_the_ratio_of_every_contender() -> None:
     found = [record(case, name, ratio=Spread(r, 0, 9, 3)) for case, name, r in (("b", "x", 1.0), ("a", "y", 2.0))]
     plot = speeds([*found, record("c", "copy_")], "p")

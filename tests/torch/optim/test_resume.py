@@ -1,0 +1,90 @@
+"""What a resumed run has of what a program changed, and what hooks see of it."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, Adam
+
+
+@pytest.mark.parametrize(
+    ("name", "off"), [("clip_value", 0), ("clip_norm", 0), ("grad_scale", 1), ("ema_decay", 0)]
+)
+@pytest.mark.parametrize("of_group", [False, True])
+def test_an_option_that_was_switched_off_stays_off(name: str, off: float, of_group: bool) -> None:
+    def make() -> tuple[torch.nn.Parameter, SGD]:
+        param = torch.nn.Parameter(torch.zeros(3))
+        options = {name: 0.1}
+        return param, SGD([{"params": [param], **options}], lr=1.0) if of_group else SGD(
+            [param], lr=1.0, **options
+        )
+
+    _, optimizer = make()
+    optimizer.param_groups[0][name] = off
+    for _ in range(2):
+        # A second resumption of what was resumed.
+        param, resumed = make()
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        param.grad = torch.ones(3)
+        resumed.step()
+        assert param.tolist() == [-1, -1, -1]
+        optimizer = resumed
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "8bit"}, {"flatten": True}], ids=str)
+def test_hooks_see_what_is_saved(options: dict[str, Any]) -> None:
+    params = [torch.nn.Parameter(torch.ones(64, 64)), torch.nn.Parameter(torch.ones(3))]
+    optimizer = Adam(params, **options)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    seen: list[set[str]] = []
+
+    def by_name(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        seen.extend(set(entries) for entries in saved["state"].values())
+        return {"wrapped": {f"p{key}": entries for key, entries in saved["state"].items()}}
+
+    optimizer.register_state_dict_post_hook(by_name)
+    saved = optimizer.state_dict()
+    assert seen == [{"step", "exp_avg", "exp_avg_sq"}] * 2
+    assert saved["wrapped"].keys() == {"p0", "p1"}
+    assert all(entries.keys() == {"step", "exp_avg", "exp_avg_sq"} for entries in saved["wrapped"].values())
+    assert len(optimizer._optimizer_state_dict_post_hooks) == 1
+
+
+def test_momentum_that_was_switched_on_beside_an_average_begins_as_pytorchs() -> None:
+    found = []
+    for decay in (None, 0.0, 0.9):
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD([param], lr=0.1, dampening=0.5)
+            if decay is None
+            else SGD([param], lr=0.1, dampening=0.5, ema_decay=decay)
+        )
+        for step in range(4):
+            if step == 1:
+                optimizer.param_groups[0]["momentum"] = 0.9
+                if decay:
+                    # Between the switch and the step: what was saved then has no buffer.
+                    resumed = SGD([param], lr=0.1, dampening=0.5, momentum=0.9, ema_decay=decay)
+                    resumed.load_state_dict(optimizer.state_dict())
+                    optimizer = resumed
+            param.grad = torch.ones(3)
+            optimizer.step()
+        found.append(param.tolist())
+    assert found[1] == pytest.approx(found[0])
+    assert found[2] == pytest.approx(found[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "8bit"}, {"ema_decay": 0.9}], ids=str)
+def test_states_that_inference_mode_loaded_can_be_written(options: dict[str, Any]) -> None:
+    param = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = Adam([param], **options)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        with torch.inference_mode():
+            optimizer.load_state_dict(optimizer.state_dict())
+    assert float(optimizer.state[param]["step"]) == 2
