@@ -39,7 +39,7 @@ def update_tile(
     source,  # of random words
     scalars,  # in the dtype of the maths, by column
     place,  # of the tile
-    grad_scale_ptr,  # fp32 [1], what the gradient that stays behind is divided by; None to leave it as it is
+    grad_scale,  # what the gradient that stays behind is divided by; None to leave it as it is
     SPEC: tl.constexpr,
     EVICTION: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -58,9 +58,9 @@ def update_tile(
         ema_parts = open_parts(tensors[3], average_format(SPEC), ALIGNMENT)
         ema = load_tile(ema_parts, place, average_format(SPEC), COMPUTE_DTYPE, EVICTION)
 
-    if (grad_scale_ptr is not None) and not SPEC.zero_grad:
+    if (grad_scale is not None) and not SPEC.zero_grad:
         # Before the update, which then holds no second gradient in registers. The format is plain: no words.
-        unscaled_grad = divide(grad, load_scale(grad_scale_ptr, SPEC))
+        unscaled_grad = divide(grad, grad_scale)
         store_tile(grad_parts, place, unscaled_grad, unscaled_grad, grad_format(SPEC), EVICTION)
     grad = ready_grad(grad, param, scalars)
     param *= scalars[table.DECAY]
@@ -104,6 +104,10 @@ def update_chunk(
     scalars = load_scalars(scalars_ptr, row, SPEC, WARP_SIZE)
     numel, tensors, source = load_tensors(tensors_ptr, grads_ptr, row, WARP_SIZE)
     end = tl.minimum(first + CHUNK, numel)
+    # Triton 3.6 does not return None from a function.
+    grad_scale = grad_scale_ptr
+    if grad_scale_ptr is not None:
+        grad_scale = load_scale(grad_scale_ptr, SPEC)
     if scalars[table.ACTIVE] != 0:
         if are_aligned(tensors, source, SPEC):
             # Only whole vectors here, so that the mask is constant over a vector and the accesses stay wide.
@@ -112,15 +116,15 @@ def update_chunk(
             if not has_blocks(SPEC):  # noqa: SIM102  # see above
                 if (first + CHUNK > whole) & (whole < numel):
                     tail = make_place(whole, numel, VECTOR_NUMEL)
-                    update_tile(tensors, source, scalars, tail, grad_scale_ptr, SPEC, EVICTION, 16)
+                    update_tile(tensors, source, scalars, tail, grad_scale, SPEC, EVICTION, 16)
             update_tile(
-                tensors, source, scalars, make_place(first, whole, CHUNK), grad_scale_ptr, SPEC, EVICTION, 16
+                tensors, source, scalars, make_place(first, whole, CHUNK), grad_scale, SPEC, EVICTION, 16
             )
         else:
             # A loop: as one block this path would set the registers of the whole kernel.
             while first < end:
                 single = make_place(first, numel, SINGLES)
-                update_tile(tensors, source, scalars, single, grad_scale_ptr, SPEC, EVICTION, 1)
+                update_tile(tensors, source, scalars, single, grad_scale, SPEC, EVICTION, 1)
                 first += SINGLES
     elif SPEC.zero_grad:
         # A skipped step drops its gradients all the same: what is infinite must not be added to.

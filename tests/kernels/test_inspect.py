@@ -114,7 +114,7 @@ def test_registers_leave_room_for_eight_programs(inspected) -> None:
 
 def test_an_update_reads_tables_in_at_most_8_loads_and_converts_no_scalar(inspected) -> None:
     arch, reports, folder = inspected
-    for name, spec in UPDATES.items():
+    for name, spec in {**UPDATES, **UNSCALES}.items():
         wide = spec.param == "float64"
         # Four scalars of float64 are two loads of 16 bytes.
         assert reports[name]["table_loads"] <= (11 if wide else 8), name
