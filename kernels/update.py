@@ -117,9 +117,7 @@ def update_chunk(
                 if (first + CHUNK > whole) & (whole < numel):
                     tail = make_place(whole, numel, VECTOR_NUMEL)
                     update_tile(tensors, source, scalars, tail, grad_scale, SPEC, EVICTION, 16)
-            update_tile(
-                tensors, source, scalars, make_place(first, whole, CHUNK), grad_scale, SPEC, EVICTION, 16
-            )
+            update_tile(tensors, source, scalars, make_place(first, whole, CHUNK), grad_scale, SPEC, EVICTION, 16)
         else:
             # A loop: as one block this path would set the registers of the whole kernel.
             while first < end:

@@ -18,13 +18,14 @@ from dragon.kernels.inspect.assembly import Lines, accesses_by_path, calls_in, l
 from dragon.kernels.inspect.compile import Compiled, compile_kernel, scratch_cache
 from dragon.kernels.inspect.machine_code import late_loads
 from dragon.kernels.inspect.report import PATHS, Report, format_table
-from dragon.kernels.inspect.variants import ADVANCES, NORMS, UNSCALES, UPDATES
+from dragon.kernels.inspect.variants import ADVANCES, MODES, NORMS, UNSCALES, UPDATES
 from dragon.kernels.launch import REDUCTION_THREADS, reduction_options, update_constants, update_options
 from dragon.kernels.spec import Spec
 
 __all__ = [
     "ADVANCES",
     "ARCHS",
+    "MODES",
     "NORMS",
     "PATHS",
     "UNSCALES",
@@ -101,7 +102,7 @@ def compile_update(spec: Spec, config: LaunchConfig, arch: str) -> Report:
 
 def _compile_all(archs: Sequence[str], pattern: str) -> Iterator[tuple[Report, Compiled]]:
     for arch in archs:
-        for name, spec in UPDATES.items():
+        for name, spec in {**UPDATES, **MODES}.items():
             if pattern in name:
                 yield _update(name, spec, default_config(arch, spec), arch)
         for name, spec in UNSCALES.items():

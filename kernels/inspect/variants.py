@@ -26,6 +26,14 @@ UPDATES: dict[str, Spec] = {
     "accumulate fp32 bf16-grad": Spec("accumulate", FP32, BF16),
 }
 
+# Memory modes: their parameters, gradients and states are bf16 at most, but for the fp32 states of split16.
+MODES: dict[str, Spec] = {
+    "adam split16": Spec("adam", "split16", BF16, (FP32, FP32)),
+    "adam bf16 stochastic": Spec("adam", "bfloat16_stochastic", BF16, (BF16, "bfloat16_stochastic")),
+    "adam split8 q8": Spec("adam", "split8", BF16, ("q8_signed", "q8_square")),
+    "adam split8 q8 stochastic": Spec("adam", "split8_stochastic", BF16, ("q8_signed", "q8_square_stochastic")),
+}
+
 # Launches that a `GradScaler` leaves unscaling to: they write the gradient that stays behind.
 UNSCALES: dict[str, Spec] = {
     f"{name} unscale": UPDATES[name] for name in ("adam fp32", "adam bf16", "adam fp16", "sgd fp32 momentum")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dragon.kernels.config import LaunchConfig
-from dragon.kernels.inspect import ADVANCES, ARCHS, NORMS, UNSCALES, UPDATES, compile_update
+from dragon.kernels.inspect import ADVANCES, ARCHS, MODES, NORMS, UNSCALES, UPDATES, compile_update
 from dragon.kernels.launch import REDUCTION_THREADS
 from dragon.kernels.norm import TILE, norm_kernel
 from dragon.kernels.spec import Spec
@@ -73,13 +73,14 @@ def inspected(
     done = run("--arch", request.param, "--json", "--dump", str(folder))
     assert done.returncode == 0, done.stderr
     reports = {report["kernel"]: report for report in json.loads(done.stdout)}
-    assert reports.keys() == {*UPDATES, *UNSCALES, *NORMS, *ADVANCES}
+    assert reports.keys() == {*UPDATES, *MODES, *UNSCALES, *NORMS, *ADVANCES}
     return request.param, reports, folder
 
 
 def test_every_kernel_is_all_vector_without_spills(inspected) -> None:
     _, reports, _ = inspected
-    narrow = {name: r["paths"] for name, r in reports.items() if r["paths"] and not r["is_vectorized"]}
+    wide = {name: r for name, r in reports.items() if r["paths"] and name not in MODES}
+    narrow = {name: r["paths"] for name, r in wide.items() if not r["is_vectorized"]}
     assert narrow == {}, "accesses of less than 16 bytes on the vector path"
     assert {name: r["spilled_nbytes"] for name, r in reports.items() if r["spilled_nbytes"]} == {}
     assert {name: r["nbytes_per_element"] for name, r in reports.items() if name in FLOOR} == FLOOR
@@ -89,13 +90,27 @@ def test_every_kernel_is_all_vector_without_spills(inspected) -> None:
         assert reports[name]["paths"]["misaligned"]["loads"], f"{name}: no misaligned path was recognised"
 
 
+def test_memory_modes_access_whole_lines(inspected) -> None:
+    _, reports, _ = inspected
+    for name in MODES:
+        path = reports[name]["paths"]["vector"]
+        # A warp takes 128 bytes and more of each tensor: 4 bytes a thread are scales, of whole blocks of 64, and
+        # the step counter.
+        narrow = {width: n for kind in ("loads", "stores") for width, n in path[kind].items() if int(width) < 4}
+        assert narrow == {}, name
+        one_byte = 2 + ("split8" in name) if "q8" in name else 0
+        assert path["stores"].get("8", 0) == one_byte, name
+
+
 def test_every_kernel_takes_only_pointers_and_counts_in_64_bits(inspected) -> None:
     _, reports, folder = inspected
     arguments = {kind for r in reports.values() for kind in r["arguments"].values()}
     assert {kind for kind in arguments if not kind.startswith("!tt.ptr<")} == set()
     dumped = list(folder.glob("*.ttir"))
     assert len(dumped) == len(reports)
-    for path in dumped:
+    # Bits of numbers are rounded as int32; the offsets are those of the other kernels.
+    rounding = tuple(f"{name.replace(' ', '_')}." for name in MODES)
+    for path in (path for path in dumped if not path.name.startswith(rounding)):
         assert I32_ARITHMETIC.findall(path.read_text()) == [], f"{path.name}: an offset of 32 bits may wrap around"
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 # them, and those of the usual path. That leaves out quotients and roots of numbers out of the usual range. It
 # counts decay and clipping, which are jumped over where there are none. 3 % more than measured with triton 3.7.1.
 BUDGETS = {
-    "split16": (88, 62),
-    "bf16 stochastic": (101, 75),
-    "split8 + q8": (156, 130),
-    "split8 + q8 stochastic": (190, 163),
+    "adam split16": (88, 62),
+    "adam bf16 stochastic": (101, 75),
+    "adam split8 q8": (156, 130),
+    "adam split8 q8 stochastic": (190, 163),
 }
 # As many as leave room for seven programs of 128 threads on a multiprocessor, of 65,536 registers.
 REGISTERS = 72

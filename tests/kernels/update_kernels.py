@@ -16,18 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from dragon.kernels.config import default_config
 from dragon.kernels.formats import make_place
 from dragon.kernels.inspect.compile import compile_kernel, scratch_cache
+from dragon.kernels.inspect.variants import MODES
 from dragon.kernels.launch import update_constants, update_options
 from dragon.kernels.spec import Spec
 from dragon.kernels.tile import VECTOR_NUMEL, load_pair, load_scalars, load_tensors
 from dragon.kernels.update import update_kernel, update_tile
-
-BF16, FP32 = "bfloat16", "float32"
-SPECS = {
-    "split16": Spec("adam", "split16", BF16, (FP32, FP32)),
-    "bf16 stochastic": Spec("adam", "bfloat16_stochastic", BF16, (BF16, "bfloat16_stochastic")),
-    "split8 + q8": Spec("adam", "split8", BF16, ("q8_signed", "q8_square")),
-    "split8 + q8 stochastic": Spec("adam", "split8_stochastic", BF16, ("q8_signed", "q8_square_stochastic")),
-}
 
 
 @triton.jit
@@ -78,4 +71,4 @@ def report(spec: Spec, arch: str) -> dict[str, float]:
 
 if __name__ == "__main__":
     with scratch_cache():
-        print(json.dumps({name: report(spec, sys.argv[1]) for name, spec in SPECS.items()}))
+        print(json.dumps({name: report(spec, sys.argv[1]) for name, spec in MODES.items()}))
