@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -77,11 +77,10 @@ def _write(params: list[Tensor], values: list[Tensor]) -> None:
         reshard(distributed)
 
 
-def check_outside(originals: Mapping[Tensor, Tensor], what: str, reason: str) -> None:
-    """Check that parameters are not exchanged with their averages.
+def raise_inside(what: str, reason: str) -> NoReturn:
+    """Say what must not happen while parameters are exchanged with their averages.
 
     Raises:
-        RuntimeError: if they are.
+        RuntimeError: always.
     """
-    if originals:
-        raise RuntimeError(f"{what} inside swap_ema(): {reason}")
+    raise RuntimeError(f"{what} inside swap_ema(): {reason}")

@@ -12,7 +12,7 @@ from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._averages import check_outside, exchanged
+from dragon.vm.torch.optim._averages import exchanged, raise_inside
 from dragon.vm.torch.optim._distributed.handles import borrowed, returned
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._distributed.owners import check_accumulated
@@ -200,7 +200,8 @@ class Optimizer(StoringOptimizer):
                 unscale_left(members.params, scaling)
 
     def _read_groups(self) -> list[dict[str, Any]]:
-        check_outside(self._originals, "step() was called", "the averages would be updated as parameters")
+        if self._originals:
+            raise_inside("step() was called", "the averages would be updated as parameters")
         make_live(self.param_groups, self._publish)
         self._widen_bounds()
         return self._updater.read(self.param_groups, self.defaults)
@@ -210,15 +211,8 @@ class Optimizer(StoringOptimizer):
         assert self._release is not None
         self._read_groups()
         members = bucket.members()
-        self._updater.update(
-            members,
-            self.param_groups,
-            self.state,
-            self._settings,
-            self._release.scaling(bucket, members),
-            zero_grad=False,
-            part=bucket.index,
-        )
+        step = members, self.param_groups, self.state, self._settings, self._release.scaling(bucket, members)
+        self._updater.update(*step, zero_grad=False, part=bucket.index)
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -263,7 +257,8 @@ class Optimizer(StoringOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickles and copies hold: PyTorch's, the settings, and what is summed and counted."""
-        check_outside(self._originals, "an optimizer was copied", "its parameters would be the averages")
+        if self._originals:
+            raise_inside("an optimizer was copied", "its parameters would be the averages")
         self._settle_masters()
         state = super().__getstate__()
         return {

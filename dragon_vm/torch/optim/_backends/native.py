@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.fused_calls import FusedCall, FusedPlanner
-from dragon.vm.torch.optim._backends.selection import Gathered, picker
+from dragon.vm.torch.optim._backends.selection import Gathered, picked, picker
 from dragon.vm.torch.optim._backends.threads import on_one_thread
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors
@@ -85,9 +85,9 @@ class NativeGroup:
             grads = [None if grad is None else grad.to(signature.param_dtype) for grad in grads]
         if version != self._version:
             self._read(groups, version)
-        params = self.pick(tensors.params)
-        states = [self.pick(tensors.states[key]) for key in signature.state_keys]
-        counters = self.pick(tensors.states["step"]) if self._counters else ()
+        keys = (*signature.state_keys, "step") if self._counters else signature.state_keys
+        params, *states = picked(self.pick, [tensors.params, *[tensors.states[key] for key in keys]])
+        counters = states.pop() if self._counters else ()
         rows: Sequence[int] = range(len(params))
         if not tensors.are_all:
             rows = [row for row, grad in enumerate(grads) if grad is not None]
@@ -106,7 +106,8 @@ class NativeGroup:
         columns = [params, grads, own_grads, *states]
         if calls.small:
             on_one_thread(lambda: self._run(calls.small, columns, counters, steps))
-        self._run(calls.large, columns, counters, steps)
+        if calls.large:
+            self._run(calls.large, columns, counters, steps)
         if signature.grad_dtype not in DIVIDED_IN_PLACE:
             for call in (*calls.small, *calls.large):
                 if call.divisor != 1:
@@ -144,7 +145,7 @@ class NativeGroup:
         """
         is_complex, common_step = self._signature.param_dtype.is_complex, next(iter(steps), 0.0)
         for call in calls:
-            chosen = [list(call.pick(column)) for column in columns]
+            chosen = list(map(list, picked(call.pick, columns)))
             if is_complex:
                 chosen = [list(map(as_real, column)) for column in chosen]
             step = steps[call.first] if len(steps) > 1 else common_step

@@ -36,6 +36,11 @@ class Gathered(NamedTuple):
         return self.take is _all
 
 
+def picked(pick: Callable[[Sequence[Any]], Sequence[Any]], columns: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    """What a picker selects of each column."""
+    return columns if pick is _all else [pick(column) for column in columns]
+
+
 def picker(positions: Sequence[int], n_all: int) -> Callable[[Sequence[T]], Sequence[T]]:
     """What selects elements at positions of sequences of length `n_all`; all in order stay the sequence itself."""
     first = positions[0] if positions else 0

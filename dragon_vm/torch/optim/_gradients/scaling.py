@@ -36,9 +36,14 @@ class Scaling(NamedTuple):
     found_inf: Tensor | None = None
 
 
+NO_SCALING = Scaling()
+
+
 def handed_over(optimizer: object) -> Scaling:
     """What a `GradScaler` has set on an optimizer for this step; a finding is one for all processes."""
     scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if scale is None and found_inf is None:
+        return NO_SCALING
     if not isinstance(found_inf, Tensor):
         # The 0 that stands for no gradient.
         return Scaling(scale, None)

@@ -71,10 +71,11 @@ class Gatherer:
         if self._guard is None or states is None:
             return None
         present = bytes(self._pick(present))
-        chosen = grads if all(present) else list(compress(grads, present))
-        if not self._guard.check(chosen, shards, states, present):
-            return None
-        return params, _gathered(shards, grads, states, present)
+        if all(present):
+            gathered, chosen = Gathered(shards, grads, states), grads
+        else:
+            gathered, chosen = _gathered(shards, grads, states, present), list(compress(grads, present))
+        return (params, gathered) if self._guard.check(chosen, shards, states, present) else None
 
     def holds(self, state: Mapping[Any, Any], members: Members) -> bool:
         """Whether parameters and states are what they were, with a gradient or not."""

@@ -11,7 +11,7 @@ from dragon.vm.torch.optim._backends.eager import EagerGroup
 from dragon.vm.torch.optim._backends.native import NativeGroup
 from dragon.vm.torch.optim._backends.piecewise import PiecewiseGroup
 from dragon.vm.torch.optim._backends.selection import Gathered
-from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, TotalNorm, gradient_factors
+from dragon.vm.torch.optim._gradients.scaling import NO_SCALING, Factors, Scaling, TotalNorm, gradient_factors
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
 from dragon.vm.torch.optim._gradients.zeroing import apart_at
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
@@ -65,15 +65,14 @@ class HostStep:
             The outcome, and the decision as the scaling of kernels.
         """
         groups, settings = recipe.groups, recipe.settings
-        factors = Factors()
         if version[0] != self._read_for:
             self._clips_each = any(group["clip_norm"] for group in groups)
             self._scales = any(group["grad_scale"] != 1 for group in groups)
             self._read_for = version[0]
-        asked = any(part is not None for part in scaling) or needs_norm(settings)
+        asked = scaling.grad_scale is not None or scaling.found_inf is not None or needs_norm(settings)
+        factors = Factors(kept_scale=kept_scale)
         if asked or self._clips_each:
-            factors = self._factors(recipe, tensors, scaling)
-        factors = factors._replace(kept_scale=kept_scale)
+            factors = self._factors(recipe, tensors, scaling)._replace(kept_scale=kept_scale)
         if factors.skip:
             return Outcome(factors.norm, 1), Scaling()
         grads = tensors.grads
@@ -82,7 +81,7 @@ class HostStep:
             grads = apart_at(grads, self._present(tensors))
         for member in self.groups:
             member.update(tensors, member.pick(grads), groups, version, factors)
-        return Outcome(factors.norm), Scaling() if factors.common == 1 else Scaling(_divisor(factors.common))
+        return Outcome(factors.norm), NO_SCALING if factors.common == 1 else Scaling(_divisor(factors.common))
 
     def _present(self, tensors: Gathered) -> list[int]:
         """Positions of the gradients that are there, in the order of the flattened groups."""

@@ -96,9 +96,10 @@ class StepPlan:
             kept = (1.0 if kept_scale is None else float(kept_scale)) if are_left else None
             outcome, decided = self._host.run(recipe, ready, version, scaling, kept)
             are_zero &= not outcome.n_skipped
-            without = settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
-            for device in self._devices if not outcome.n_skipped else ():
-                device.update(ready.grads, *values, without, decided, kept_scale=kept_scale)
+            if self._devices and not outcome.n_skipped:
+                settings = settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
+                for device in self._devices:
+                    device.update(ready.grads, *values, settings, decided, kept_scale=kept_scale)
         else:
             for device in self._devices:
                 device.update(ready.grads, *values, settings, scaling, self._host.shared, kept_scale)
@@ -143,6 +144,8 @@ class StepPlan:
         shards, grads, states, take = tensors
         if self._host.groups:
             states = self.gatherer.states.by_position(states)
+            if states is tensors.states and not (writes or self._strays or self._joined):
+                return tensors
         if self._strays:
             grads = list(grads)
             for position in self._strays:
