@@ -34,7 +34,7 @@ def check_release(groups: Sequence[Mapping[str, Any]], settings: Settings) -> No
 
     Raises:
         TypeError: for a `release_gradients` that is neither a bool nor a `GradScaler`.
-        ValueError: for an option that needs all gradients, and for parameters of FSDP1.
+        ValueError: for an option that needs all gradients, for parameters of FSDP1 and for uninitialized ones.
     """
     release = settings.release_gradients
     if not isinstance(release, bool | torch.amp.GradScaler):
@@ -46,7 +46,12 @@ def check_release(groups: Sequence[Mapping[str, Any]], settings: Settings) -> No
             raise ValueError(f"release_gradients with {name}={value}: {reason}")
     if any(group.get("differentiable") for group in groups):
         raise ValueError("release_gradients with differentiable=True: a backward pass cannot see its own update")
-    if any(getattr(param, "_fsdp_flattened", False) for group in groups for param in group["params"]):
+    params = [param for group in groups for param in group["params"]]
+    if any(map(torch.nn.parameter.is_lazy, params)):
+        raise ValueError(
+            "release_gradients with parameters that have no shape yet: call the model once before its optimizer is made"
+        )
+    if any(getattr(param, "_fsdp_flattened", False) for param in params):
         raise ValueError(
             "release_gradients with FullyShardedDataParallel: its hooks run before the reduction. "
             "Use FSDP2's fully_shard"

@@ -217,6 +217,11 @@ def test_what_needs_all_gradients_is_refused(options, text):
         Adam(net().parameters(), release_gradients=True, **options)
 
 
+def test_parameters_without_a_shape_are_refused():
+    with pytest.raises(ValueError, match="call the model once"):
+        Adam(nn.LazyLinear(3).parameters(), release_gradients=True)
+
+
 @pytest.mark.parametrize("value", [1, None, "yes"])
 def test_other_values_are_refused(value):
     with pytest.raises(TypeError, match="release_gradients"):
