@@ -49,7 +49,7 @@ def check_release(groups: Sequence[Mapping[str, Any]], settings: Settings) -> No
     params = [param for group in groups for param in group["params"]]
     if any(map(torch.nn.parameter.is_lazy, params)):
         raise ValueError(
-            "release_gradients with parameters that have no shape yet: call the model once before its optimizer is made"
+            "release_gradients with parameters that have no shape yet: call the model once before that"
         )
     if any(getattr(param, "_fsdp_flattened", False) for param in params):
         raise ValueError(
