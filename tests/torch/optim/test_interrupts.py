@@ -10,7 +10,7 @@ import sys
 import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -49,8 +49,7 @@ class Tracer:
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "call":
-            callers = [each.f_code for each in (frame, frame.f_back) if each]
-            if not frame.f_code.co_filename.startswith(self.folder) or WEAKREF_CALLBACK in callers:
+            if not self._counts_in(frame):
                 return None
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
             return self
@@ -60,7 +59,28 @@ class Tracer:
                 raise Interrupt
         return self
 
+    def _counts_in(self, frame: FrameType) -> bool:
+        callers = [each.f_code for each in (frame, frame.f_back) if each]
+        return frame.f_code.co_filename.startswith(self.folder) and WEAKREF_CALLBACK not in callers
+
+    def _instruction(self, code: CodeType, offset: int) -> None:
+        frame = sys._getframe(1)
+        if code is not Tracer.run.__code__ and self._counts_in(frame):
+            self(frame, "opcode", None)
+
     def run(self, call: Callable[[], Any]) -> None:
+        if sys.version_info >= (3, 14):
+            # There `sys.settrace` forgets about bytecodes once something was raised.
+            monitoring, tool = sys.monitoring, sys.monitoring.DEBUGGER_ID
+            monitoring.use_tool_id(tool, "tests")
+            monitoring.register_callback(tool, monitoring.events.INSTRUCTION, self._instruction)
+            monitoring.set_events(tool, monitoring.events.INSTRUCTION)
+            try:
+                call()
+            finally:
+                monitoring.set_events(tool, 0)
+                monitoring.free_tool_id(tool)
+            return
         before = sys.gettrace()
         # Python 3.12 counts bytecodes only if it was asked to before.
         sys._getframe().f_trace_opcodes = True
