@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from .factories import largest_difference, make, params_of, whole
 from .training import DAMPED, EVEN, N_STEPS, names
@@ -119,3 +121,24 @@ class _Chosen(nn.Module):
 
     def forward(self, index: int) -> torch.Tensor:
         return self.params[index].sum()
+
+
+def partial_sums(name: str, placement: str) -> tuple[list[float], list[float]]:
+    """A parameter after a step of gradients that other processes have parts of: summed, and in `.grad`."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    placements = [Shard(0) if placement == "shard" else Replicate()]
+    found = []
+    for is_summed in (True, False):
+        param = nn.Parameter(distribute_tensor(torch.zeros(6), mesh, placements))
+        optimizer = make(name, [param])
+        total = torch.zeros(6)
+        for part in range(3):
+            own = torch.arange(6.0) * (1 + dist.get_rank()) + part
+            total += own
+            gradient = DTensor.from_local(own if is_summed else total.clone(), mesh, [Partial()])
+            param.grad = gradient
+            if is_summed:
+                optimizer.sum_grad()
+        optimizer.step()
+        found.append(param.full_tensor().tolist())
+    return found[0], found[1]

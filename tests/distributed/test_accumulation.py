@@ -65,3 +65,14 @@ def test_sums_of_which_others_have_parts_are_not_saved(cluster: Cluster) -> None
     for texts in cluster.run(2, "accumulation:saved_in_part", name=OPT):
         assert len(texts) == 2
         assert all("Call step() first" in text for text in texts)
+
+
+@pytest.mark.parametrize("placement", ["replicate", "shard"])
+@pytest.mark.parametrize("n_processes", [2, 3])
+def test_sums_of_partial_gradients_are_those_of_all_processes(
+    cluster: Cluster, n_processes: int, placement: str
+) -> None:
+    results = cluster.run(n_processes, "accumulation:partial_sums", name=OPT, placement=placement)
+    for summed, accumulated in results:
+        assert summed == pytest.approx(accumulated, abs=TOLERANCE)
+        assert summed == results[0][0]

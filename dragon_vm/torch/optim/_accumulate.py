@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,8 @@ from torch._compile import _disable_dynamo
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._gradients.scaling import Scaling, handed_over
+from dragon.vm.torch.optim._modes import outside_inference_mode
 from dragon.vm.torch.optim._sums import GradientSums
-
-if TYPE_CHECKING:
-    pass
 
 # Of a parameter in state dicts.
 _SUM = "grad_sum"
@@ -27,9 +25,9 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     """An optimizer that sums gradients over backward passes. Its state dicts have sums that no step has used."""
 
     _sums: GradientSums
-    # Whether a `GradScaler` leaves unscaling to the step, and whether the last one that asked found sums.
+    # Whether a `GradScaler` leaves unscaling to the step, and the parameters whose sums it finds in `.grad`.
     _handles_scaling = False
-    _were_sums_scaled = False
+    _handed_over: Sequence[Tensor] = ()
     # Between the check of a state dict and the end of its loading.
     _restored_sums: dict[Tensor, Tensor] | None = None
 
@@ -48,9 +46,9 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         """
         if self._settings.release_gradients:
             raise RuntimeError("sum_grad() cannot sum gradients that release_gradients has used and freed")
-        params = self._all_params()
+        params, self._handed_over = self._all_params(), ()
         launch = self._settings.backend == "triton" or any(param.is_cuda for param in params)
-        without_torch_function(self._sums.take, (), (params, launch), {})
+        outside_inference_mode(lambda: without_torch_function(self._sums.take, (), (params, launch), {}))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -59,10 +57,8 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         It asks before it looks at `.grad`: sums go there, to be checked and unscaled with the rest.
         """
         if self._sums:
-            without_torch_function(self._sums.hand_over, (), (self._all_params(),), {})
-            self._were_sums_scaled = True
-            return True
-        return self._handles_scaling
+            self._handed_over = without_torch_function(self._sums.hand_over, (), (self._all_params(),), {})
+        return bool(self._handed_over) or self._handles_scaling
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -75,10 +71,10 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
             RuntimeError: if it unscaled the gradients before the sums were among them.
         """
         scaling = handed_over(self)
-        were_scaled, self._were_sums_scaled = self._were_sums_scaled, False
         # A scaler that leaves unscaling to the step says what it found, and the scale if there still is one.
-        if were_scaled and scaling.grad_scale is None and hasattr(self, "found_inf"):
-            # The scaler takes them away behind a step that returns.
+        if self._handed_over and scaling.grad_scale is None and hasattr(self, "found_inf"):
+            # The sums are of no use any more. The scaler takes its findings away behind a step that returns.
+            self._drop_handed_over()
             for name in ("grad_scale", "found_inf"):
                 delattr(self, name)
             raise RuntimeError(
@@ -86,6 +82,18 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
                 "the step unscales sums too, and max_grad_norm clips them. Or leave sum_grad() out"
             )
         return scaling
+
+    def _drop_handed_over(self) -> None:
+        """End sums with the step that used them, or that a scaler skipped."""
+        handed_over, self._handed_over = self._handed_over, ()
+        for param in handed_over:
+            param.grad = None
+
+    def _take_back(self) -> None:
+        """Make sums again of what no step has used."""
+        if self._handed_over:
+            without_torch_function(self._sums.take, (), (self._handed_over, False), {})
+            self._handed_over = ()
 
     def _all_params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -124,7 +132,8 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         try:
             super().load_state_dict(state_dict)
             if self._restored_sums:
-                self._sums.restore(self._restored_sums)
+                sums = self._restored_sums
+                outside_inference_mode(lambda: self._sums.restore(sums))
         finally:
             handle.remove()
             self._restored_sums = None
@@ -139,6 +148,12 @@ def _take_sums(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | N
     keys = chain.from_iterable(group["params"] for group in saved_groups)
     pairs = zip(keys, optimizer._all_params(), strict=False)
     optimizer._restored_sums = {param: state[key][_SUM] for key, param in pairs if key in saved}
+    for param, total in optimizer._restored_sums.items():
+        if not isinstance(total, Tensor) or total.shape != param.shape:
+            found = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else repr(total)
+            raise ValueError(
+                f"loaded state dict has {_SUM} of {found} for a parameter of shape {tuple(param.shape)}"
+            )
     rest = {
         key: {name: entries[name] for name in entries if name != _SUM} if key in saved else entries
         for key, entries in state.items()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import Any
 
@@ -51,12 +52,11 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         fp32, one parameter after the other, or as it is if `native_state_dict` says so: see `pytorch_state`.
         """
         self._complete_switched_on()
-        # Before the hooks of others: they see what is saved.
-        handle = self.register_state_dict_post_hook(_converted, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
+        return super().state_dict()
+
+    def _convert_first(self) -> None:
+        """Let hooks of others see what is saved, since they run behind the conversion."""
+        self._optimizer_state_dict_post_hooks = _BehindConversion(self._optimizer_state_dict_post_hooks)
 
     def _as_saved(self, packed: dict[str, Any]) -> dict[str, Any]:
         """What is saved, of what PyTorch would save."""
@@ -77,7 +77,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         }
         if not self._algorithm.saves_steps:
             states = {key: _uncounted(entries) for key, entries in states.items()}
-        return {**packed, "state": _with_own_steps(states)}
+        return {**packed, "state": with_own_steps(states)}
 
     def _follows_dragon(self, group: Group) -> bool:
         """Whether the parameters of a group are Dragon's own."""
@@ -98,13 +98,15 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                     group.setdefault(name, old.get(name, default))
             for name in Settings._fields:
                 group.pop(name, None)
+            _keep_bound(group)
             self._drop_defaults(group, said)
 
     def _drop_defaults(self, group: Group, kept: Collection[str] = ()) -> None:
         """Take own keys that mean what PyTorch does out of a group, but for those to keep."""
         for name, meaning in self._algorithm.own_defaults.items():
-            # Dragon's formula is what Dragon's parameters ask for: a False must not be lost to it.
-            keeps = name in kept or (name == "epsilon_hat" and self._follows_dragon(group))
+            # A default of the optimizer must not switch it on again, nor Dragon's formula for Dragon's parameters.
+            keeps = name in kept or self.defaults.get(name) not in (None, meaning)
+            keeps |= name == "epsilon_hat" and self._follows_dragon(group)
             if name in group and group[name] == meaning and not keeps:
                 del group[name]
 
@@ -142,13 +144,21 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                     state.update(stored_entries(param, state, storage, ("max_exp_avg_sq",))[0])
 
 
+class _BehindConversion(OrderedDict[int, Callable[..., Any]]):
+    """The hooks of others, with the conversion in front of their values."""
+
+    def values(self) -> Any:
+        """What PyTorch calls, in order."""
+        return [_converted, *super().values()]
+
+
 def _converted(optimizer: Any, packed: dict[str, Any]) -> dict[str, Any]:
     """A hook behind PyTorch's packing."""
     saved: dict[str, Any] = optimizer._as_saved(packed)
     return saved
 
 
-def _with_own_steps(states: dict[Any, Any]) -> dict[Any, Any]:
+def with_own_steps(states: dict[Any, Any]) -> dict[Any, Any]:
     """The states, each with a step counter of its own: PyTorch's optimizers would count for all that share one."""
     seen: set[int] = set()
     own: dict[Any, Any] = {}
@@ -159,6 +169,14 @@ def _with_own_steps(states: dict[Any, Any]) -> dict[Any, Any]:
         seen.add(id(step))
         own[key] = entries
     return own
+
+
+def _keep_bound(group: Group) -> None:
+    """Let a narrow group that comes without a bound keep that of the betas which its moments were made with."""
+    betas = group.get("betas", ())
+    on_host = not any(isinstance(beta, Tensor) and beta.device.type != "cpu" for beta in betas)
+    if group.get("state_dtype") is not None and group.get("bound_betas") is None and betas and on_host:
+        group["bound_betas"] = tuple(map(float, betas))
 
 
 def _drop_storage(packed: Group) -> None:

@@ -190,7 +190,10 @@ class GradientRelease:
         if chosen:
             self._close(chosen, len(groups))
         self._report.begin(self._buckets[-1].params if self._buckets else [])
+        are_done = {key for key, bucket in self._bucket_of.items() if bucket.is_done}
         self._bucket_of = {key: bucket for bucket in self._buckets for key in bucket.ids}
+        for bucket in self._buckets:
+            bucket.is_done = not bucket.ids.isdisjoint(are_done)
         self._updater.plans.n_kept = N_LATEST + 2 * len(self._buckets)
         reference = weakref.ref(self)
 

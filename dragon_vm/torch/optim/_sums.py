@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.owners import Replicas
-from dragon.vm.torch.optim._distributed.placement import placed_like
+from dragon.vm.torch.optim._distributed.placement import placed_like, ready_grad
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._distributed.unreduced import SUM_DTYPES, UnreducedSums, by_buffer
 from dragon.vm.torch.optim._graphs.capture import is_capturing
@@ -96,9 +96,9 @@ class GradientSums:
             _check_shape(param)
         self.are_outside |= not is_capturing()
         others = self._take_unreduced(params)
+        parts = list(map(_own_part, others))
         totals, grads = [], []
-        for param in others:
-            grad = local(param.grad)
+        for param, grad in zip(others, parts, strict=True):
             if grad is None:
                 continue
             if param not in self.totals:
@@ -155,15 +155,20 @@ class GradientSums:
         return summed
 
     @torch.no_grad()
-    def hand_over(self, params: Sequence[Tensor]) -> None:
-        """Make the sums, with the gradients that came after them, the parameters' gradients."""
+    def hand_over(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Make the sums, with the gradients that came after them, the gradients of their parameters.
+
+        Returns:
+            The parameters that had a sum.
+        """
         self.reduce()
         chosen = [param for param in params if param in self.totals]
-        grads = self.added_to(chosen, [local(param.grad) for param in chosen])
+        grads = self.added_to(chosen, [_own_part(param) for param in chosen])
         for param, grad in zip(chosen, grads, strict=True):
             dtype = getattr(param, "grad_dtype", param.dtype) or grad.dtype
             param.grad = distributed_like(param, grad.to(dtype))
         self.clear()
+        return chosen
 
     def _launch(self, totals: list[Tensor], grads: list[Tensor]) -> None:
         from dragon.vm.torch.optim._backends.sums import SumLaunch
@@ -176,6 +181,11 @@ class GradientSums:
             launch = self._launches.setdefault(signature, SumLaunch(signature))
             chosen = [totals[i] for i in indices]
             launch.add(chosen, [in_layout_of(total, grads[i]) for total, i in zip(chosen, indices, strict=True)])
+
+
+def _own_part(param: Tensor) -> Tensor | None:
+    """This process's shard of a parameter's gradient, in the placements of the parameter."""
+    return None if param.grad is None else local(ready_grad(param, param.grad))
 
 
 def _as_sum(param: Tensor, grad: Tensor) -> Tensor:

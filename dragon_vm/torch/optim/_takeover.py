@@ -9,6 +9,7 @@ import torch
 
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
 from dragon.vm.torch.optim._groups.restored import restored_states
+from dragon.vm.torch.optim._modes import outside_inference_mode
 
 OptimizerT = TypeVar("OptimizerT", bound=CheckpointedOptimizer)
 
@@ -41,8 +42,7 @@ def take_over(
         )
     groups = [{**group, "params": list(group["params"])} for group in original.param_groups]
     optimizer = make(groups, **{**original.defaults, **options})
-    states = restored_states(
-        optimizer._algorithm, optimizer._settings, optimizer.param_groups, original.param_groups, original.state
-    )
+    loaded = optimizer._algorithm, optimizer._settings, optimizer.param_groups
+    states = outside_inference_mode(lambda: restored_states(*loaded, original.param_groups, original.state))
     optimizer.state.update(states)
     return optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +14,7 @@ from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._averages import exchanged, raise_inside
+from dragon.vm.torch.optim._checkpoint import with_own_steps
 from dragon.vm.torch.optim._distributed.handles import borrowed, returned
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._distributed.owners import check_accumulated
@@ -38,8 +40,6 @@ from dragon.vm.torch.optim._sums import GradientSums
 class Optimizer(StoringOptimizer):
     """Base class of the optimizers; a `torch.optim.Optimizer` that updates all its groups at once.
 
-    It differs from PyTorch's in Dragon's methods: `sum_grad`, and rules of Dragon's own parameters.
-
     Args:
         params: parameters, named parameters or parameter groups.
         options: hyperparameters of groups that do not give their own, and the options of the optimizer as a whole.
@@ -61,6 +61,7 @@ class Optimizer(StoringOptimizer):
         torch.optim.Optimizer.__init__(self, params, options)
         self._handles_scaling = bool(options["fused"])
         self._check_params(self.param_groups)
+        self._convert_first()
         self._is_built = True
         self._make_buffers(self.param_groups)
         self._watch()
@@ -191,6 +192,8 @@ class Optimizer(StoringOptimizer):
         self._updater.update(
             members, self.param_groups, self.state, settings, scaling, zero_grad=zero_grad, are_own=not summed
         )
+        if self._handed_over:
+            self._drop_handed_over()
         if summed:
             self._sums.clear()
             # The step read the sums: the gradients that came after them are apart.
@@ -228,6 +231,7 @@ class Optimizer(StoringOptimizer):
     def _zero_grad(self, set_to_none: bool | None) -> None:
         if self._release is not None:
             self._release.begin()
+        self._take_back()
         zero_or_remove(self._all_params(), set_to_none)
 
     def swap_ema(self) -> AbstractContextManager[None]:
@@ -263,6 +267,7 @@ class Optimizer(StoringOptimizer):
         state = super().__getstate__()
         return {
             **state,
+            "state": defaultdict(dict, with_own_steps(state["state"])),
             "defaults": borrowed(state["defaults"]),
             "param_groups": list(map(dict, self.param_groups)),
             "_settings": borrowed(self._settings._asdict()),
@@ -289,5 +294,6 @@ class Optimizer(StoringOptimizer):
         self._complete_groups(earlier)
         make_live(self.param_groups, self._publish)
         if is_copy:
+            self._convert_first()
             self._make_buffers(self.param_groups)
             self._watch()

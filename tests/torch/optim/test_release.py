@@ -311,3 +311,12 @@ def test_parameters_that_leave_their_group_are_left_alone():
             chosen.step()
             chosen.zero_grad()
         assert same(model.parameters(), reference.parameters()), step
+
+
+def test_a_group_that_comes_between_two_backward_passes_hides_no_second_pass():
+    model, other = net(1), torch.nn.Parameter(torch.ones(3))
+    optimizer = SGD(model.parameters(), lr=1.0, release_gradients=True)
+    loss_of(model, 0).backward()
+    optimizer.add_param_group({"params": [other]})
+    with pytest.raises(RuntimeError, match="second backward pass"):
+        loss_of(model, 1).backward()

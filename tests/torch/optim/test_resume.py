@@ -88,3 +88,52 @@ def test_states_that_inference_mode_loaded_can_be_written(options: dict[str, Any
         with torch.inference_mode():
             optimizer.load_state_dict(optimizer.state_dict())
     assert float(optimizer.state[param]["step"]) == 2
+
+
+def test_hooks_may_save_too() -> None:
+    param = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = Adam([param], state_dtype="8bit")
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    inner: list[dict[str, Any]] = []
+
+    def save(chosen: Any, saved: dict[str, Any]) -> None:
+        if not inner:
+            inner.append({})
+            inner[0] = chosen.state_dict()
+
+    optimizer.register_state_dict_post_hook(save)
+    optimizer.register_state_dict_post_hook(lambda chosen, saved: None)
+    saved = optimizer.state_dict()
+    assert inner[0]["state"][0].keys() == saved["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_value", "clip_norm", "ema_decay", "grad_scale", "epsilon_hat", "state_dtype"]
+)
+def test_a_group_that_is_switched_off_stays_so_when_it_is_built_anew(name: str) -> None:
+    on, off = {
+        "clip_value": (0.5, 0.0), "clip_norm": (0.5, 0.0), "ema_decay": (0.5, 0.0), "grad_scale": (2.0, 1.0),
+        "epsilon_hat": (True, False), "state_dtype": ("8bit", None),
+    }[name]  # fmt: skip
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = Adam([{"params": params[:1]}, {"params": params[1:], name: off}], **{name: on})
+    for built in (optimizer, type(optimizer)(optimizer.param_groups, **optimizer.defaults)):
+        assert [group.get(name, "missing") for group in built.param_groups] == [on, off]
+
+
+def test_a_bound_is_that_of_the_betas_which_the_moments_were_made_with() -> None:
+    found = []
+    for is_resumed in (False, True):
+        param = torch.nn.Parameter(torch.zeros(64, 64))
+        optimizer = Adam([param], lr=0.1, state_dtype="8bit")
+        for step in range(6):
+            if step == 3:
+                if is_resumed:
+                    saved, optimizer = optimizer.state_dict(), Adam([param], lr=0.1, state_dtype="8bit")
+                    optimizer.load_state_dict(saved)
+                optimizer.param_groups[0]["betas"] = (0.1, 0.2)
+            param.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        found.append(param)
+    assert torch.equal(*found)

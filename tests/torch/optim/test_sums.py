@@ -187,5 +187,58 @@ def test_sums_of_half_precision_are_handed_to_a_scaler_in_the_dtype_of_gradients
         optimizer.sum_grad()
     scaler.step(optimizer)
     assert param.tolist() == [-3, -3, -3]
-    assert param.grad is not None
-    assert param.grad.dtype == torch.bfloat16
+
+
+def test_sums_that_a_scaler_found_end_with_the_step_that_used_or_skipped_them():
+    for broken in (None, 1):
+        param = torch.nn.Parameter(torch.zeros(3))
+        optimizer = SGD([param], lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(4):
+            # As in the guide: nobody calls zero_grad().
+            for part in range(2):
+                scaler.scale(param.sum() * (float("inf") if (step, part) == (broken, 0) else 1.0)).backward()
+                optimizer.sum_grad()
+            scaler.step(optimizer)
+            scaler.update()
+            assert param.grad is None
+        assert param.tolist() == [-8.0 if broken is None else -6.0] * 3
+
+
+def test_who_only_looks_whether_a_step_unscales_loses_no_sum():
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SGD([param], lr=1.0)
+    param.grad = torch.ones(3)
+    optimizer.sum_grad()
+    assert [optimizer._step_supports_amp_scaling for _ in range(2)] == [True, True]
+    optimizer.zero_grad()
+    assert len(optimizer._sums.totals) == 1
+    assert not optimizer._step_supports_amp_scaling or optimizer.step() is None
+    assert param.tolist() == [-1.0] * 3
+    assert optimizer._step_supports_amp_scaling is False
+
+
+def test_sums_of_inference_mode_can_be_added_to():
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SGD([param], lr=1.0)
+    with torch.inference_mode():
+        param.grad = torch.ones(3)
+        optimizer.sum_grad()
+        optimizer.load_state_dict(optimizer.state_dict())
+    param.grad = torch.ones(3)
+    optimizer.sum_grad()
+    optimizer.step()
+    assert param.tolist() == [-2.0] * 3
+
+
+@pytest.mark.parametrize("total", [torch.ones(1), torch.ones(4), 1.0], ids=str)
+def test_a_saved_sum_of_another_shape_is_refused_before_anything_changes(total):
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SGD([param], lr=1.0)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"grad_sum": total}}
+    saved["param_groups"][0]["lr"] = 3.0
+    with pytest.raises(ValueError, match=r"grad_sum of .* for a parameter of shape"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    assert not optimizer._sums

@@ -40,17 +40,14 @@ class FlatBuffer:
         self._places = [(param.shape, param.stride(), start) for param, start in zip(params, starts, strict=False)]
         self.values = torch.zeros(starts[-1], dtype=params[0].dtype, device=params[0].device)
         self.grads = torch.zeros_like(self.values)
-        self.grad_views = self._views(self.grads)
-        self.addresses = [view.data_ptr() for view in self._views(self.values)]
+        self.grad_views = self.views(self.grads)
+        self.addresses = [view.data_ptr() for view in self.views(self.values)]
         self.grad_addresses = [view.data_ptr() for view in self.grad_views]
         self._state: State = {}
-        for param, view in zip(params, self._views(self.values), strict=True):
+        for param, view in zip(params, self.views(self.values), strict=True):
             view.copy_(param.detach())
             # A storage of its own, so that saving or copying one parameter does not drag the buffer along.
             param.data = from_dlpack(view)
-
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        return [flat.as_strided(*place) for place in self._places]
 
     def positions(self, addresses: Sequence[int]) -> list[int] | None:
         """Where this buffer's parameters stand among tensors of these addresses; None unless all are there."""
@@ -58,81 +55,110 @@ class FlatBuffer:
         found = [index_of.get(address) for address in self.addresses]
         return None if None in found else [index for index in found if index is not None]
 
-    def take_states(self, states: Sequence[State], keys: Sequence[str], counts_steps: bool) -> list[State] | None:
-        """Make the parameters' states views of flat tensors, of the values that they have.
+    def fits(self, states: Sequence[State], keys: Sequence[str], counts_steps: bool) -> bool:
+        """Whether states can be joined: step counts and dtypes agree.
 
         Reads the step counters, which on an accelerator synchronises.
-
-        Args:
-            states: complete states of the parameters; not changed.
-            keys: names of their tensors, beside "step".
-            counts_steps: whether they count steps.
-
-        Returns:
-            For each parameter the entries to replace; None if the states cannot be joined, since step counts or
-            dtypes differ.
         """
         if counts_steps and len({float(state["step"]) for state in states}) > 1:
-            return None
-        if any(len({state[key].dtype for state in states}) > 1 for key in keys):
-            return None
-        replaced: list[State] = [{} for _ in states]
+            return False
+        return all(len({state[key].dtype for state in states}) == 1 for key in keys)
+
+    def flat_states(self, states: Sequence[State], keys: Sequence[str]) -> dict[str, Tensor]:
+        """The flat tensors of states that fit, by name: those that there are, or new ones."""
+        flats: dict[str, Tensor] = {}
         for key in keys:
-            dtype = states[0][key].dtype
-            flat = self._state.get(key)
+            flat, dtype = self._state.get(key), states[0][key].dtype
             if flat is None or flat.dtype != dtype:
                 flat = torch.zeros(len(self.values), dtype=dtype, device=self.values.device)
-            moved = [
-                (entries, view, state[key])
-                for state, entries, view in zip(states, replaced, self._views(flat), strict=True)
-                if state[key].data_ptr() != view.data_ptr()
-            ]
-            sources = _apart_from(flat, [source for _, _, source in moved])
-            for (entries, view, _), source in zip(moved, sources, strict=True):
-                view.copy_(source)
-                entries[key] = from_dlpack(view)
-            self._state[key] = flat
-        if counts_steps:
-            self._state["step"] = states[0]["step"]
-            for state, entries in zip(states, replaced, strict=True):
-                if state["step"] is not self._state["step"]:
-                    entries["step"] = self._state["step"]
-        return replaced
+            flats[key] = flat
+        return flats
+
+    def hold(self, flats: dict[str, Tensor], states: Sequence[State], counts_steps: bool) -> list[State]:
+        """Take over flat tensors and the first parameter's counter. Returns the counters to replace."""
+        self._state = {**flats, **({"step": states[0]["step"]} if counts_steps else {})}
+        if not counts_steps:
+            return [{} for _ in states]
+        return [{} if state["step"] is states[0]["step"] else {"step": states[0]["step"]} for state in states]
 
     @property
     def state(self) -> State:
         """The flat states by name, and the step counter that all parameters share."""
         return self._state
 
-    def gather(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Move gradients that lie elsewhere into the buffer, and give the parameters views of it.
-
-        Args:
-            params: the buffer's parameters.
-            grads: their gradients, of the buffer's dtype and device.
-        """
+    def moves(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Parameters whose gradients lie elsewhere, those gradients, and their places."""
         addresses = list(map(Tensor.data_ptr, grads))
         if addresses == self.grad_addresses:
-            return
+            return [], [], []
         are_moved = bytes(map(ne, addresses, self.grad_addresses))
         moved, sources, views = (list(compress(each, are_moved)) for each in (params, grads, self.grad_views))
-        sources = _apart_from(self.grads, sources)
-        torch._foreach_copy_(views, sources)
-        for param, view in zip(moved, views, strict=True):
-            param.grad = view
+        return moved, sources, views
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Each parameter's place in a flat tensor."""
+        return [flat.as_strided(*place) for place in self._places]
 
     def joined_copy(self, grads: Sequence[Tensor]) -> Tensor:
         """A flat tensor with these values at the places of the gradients, which stay as they are."""
         flat = torch.zeros_like(self.grads)
-        torch._foreach_copy_(self._views(flat), list(grads))
+        torch._foreach_copy_(self.views(flat), list(grads))
         return flat
 
 
-def _apart_from(flat: Tensor, sources: list[Tensor]) -> list[Tensor]:
-    """The tensors; copies if one lies in the buffer, where it might be overwritten before it is read."""
-    first = flat.data_ptr()
-    within = range(first, first + flat.nbytes)
-    if any(source.data_ptr() in within for source in sources):
+def gather(members: Iterable[tuple[FlatBuffer, Sequence[Tensor], Sequence[Tensor]]]) -> None:
+    """Move gradients that lie elsewhere into the buffers, and give the parameters views of them.
+
+    Args:
+        members: each buffer with its parameters and their gradients, of the buffer's dtype and device.
+    """
+    moves = [(buffer.grads, *buffer.moves(params, grads)) for buffer, params, grads in members]
+    flats = [flat for flat, moved, _, _ in moves if moved]
+    read = [_apart_from(flats, sources) for _, _, sources, _ in moves]
+    for (_, moved, _, views), sources in zip(moves, read, strict=True):
+        if moved:
+            torch._foreach_copy_(views, sources)
+        for param, view in zip(moved, views, strict=True):
+            param.grad = view
+
+
+def take_states(
+    members: Sequence[tuple[FlatBuffer, Sequence[State], Sequence[str], bool]],
+) -> list[list[State]]:
+    """Make the states of buffers' parameters views of flat tensors, of the values that they have.
+
+    Args:
+        members: each buffer with complete states of its parameters, which fit and are not changed, names of their
+            tensors beside "step", and whether they count steps.
+
+    Returns:
+        For each buffer and each of its parameters the entries to replace.
+    """
+    flats = [buffer.flat_states(states, keys) for buffer, states, keys, _ in members]
+    moves: list[tuple[State, str, Tensor, Tensor]] = []
+    replaced: list[list[State]] = []
+    for (buffer, states, keys, counts_steps), flat in zip(members, flats, strict=True):
+        entries = buffer.hold(flat, states, counts_steps)
+        for key in keys:
+            places = zip(entries, buffer.views(flat[key]), states, strict=True)
+            moves += [(own, key, view, state[key]) for own, view, state in places]
+        replaced.append(entries)
+    moves = [move for move in moves if move[2].data_ptr() != move[3].data_ptr()]
+    sources = _apart_from([each for flat in flats for each in flat.values()], [source for *_, source in moves])
+    for (own, key, view, _), source in zip(moves, sources, strict=True):
+        view.copy_(source)
+        own[key] = from_dlpack(view)
+    return replaced
+
+
+def _apart_from(flats: Sequence[Tensor], sources: list[Tensor]) -> list[Tensor]:
+    """The tensors; copies if one lies where a flat tensor may be, and might be overwritten before it is read."""
+    if not flats:
+        return sources
+    within = range(min(map(Tensor.data_ptr, flats)), max(flat.data_ptr() + flat.nbytes for flat in flats))
+    if any(map(within.__contains__, map(Tensor.data_ptr, sources))):
         return [source.clone() for source in sources]
     return sources
 

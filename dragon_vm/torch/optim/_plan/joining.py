@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._groups.buffers import FlatBuffer
+from dragon.vm.torch.optim._groups.buffers import FlatBuffer, take_states
 from dragon.vm.torch.optim._groups.flattening import Signature, State
 from dragon.vm.torch.optim._plan.recipe import Recipe
 
@@ -37,20 +37,23 @@ def join(
     """Buffers whose parameters step together, and buffers that part for good."""
     joined: list[Joined] = []
     parted: list[FlatBuffer] = []
+    members = []
     addresses = [shard.data_ptr() for shard in shards] if recipe.buffers else []
     for buffer in recipe.buffers:
         positions = buffer.positions(addresses)
-        replaced = None
         if positions is not None and _step_together(recipe, positions, grads, group_index, signatures):
             signature = signatures[positions[0]]
             keys = [key for key in signature.all_keys if key != "step"]
-            replaced = buffer.take_states([states[i] for i in positions], keys, signature.counts_steps)
-        if positions is None or replaced is None:
-            parted.append(buffer)
-            continue
-        for position, entries in zip(positions, replaced, strict=True):
+            own = [states[i] for i in positions]
+            if buffer.fits(own, keys, signature.counts_steps):
+                members.append((buffer, own, keys, signature.counts_steps))
+                joined.append(Joined(buffer, positions, group_index[positions[0]]))
+                continue
+        parted.append(buffer)
+    # All at once: a state may be the place of a parameter of another buffer.
+    for each, replaced in zip(joined, take_states(members), strict=True):
+        for position, entries in zip(each.positions, replaced, strict=True):
             states[position].update(entries)
-        joined.append(Joined(buffer, positions, group_index[positions[0]]))
     return joined, parted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.unscaling import assign
 from dragon.vm.torch.optim._gradients.zeroing import apart_at, detach_all, zero_all
 from dragon.vm.torch.optim._graphs.live import LiveGroup
+from dragon.vm.torch.optim._groups.buffers import gather
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
 from dragon.vm.torch.optim._options import Settings, Version, needs_norm
@@ -122,8 +124,9 @@ class StepPlan:
     def _in_buffers(self, params: Sequence[Tensor], tensors: Gathered) -> Gathered:
         """The tensors with the gradients of joined parameters moved into their flat buffers."""
         grads = list(tensors.grads)
-        for (buffer, positions, _), pick in zip(self._joined, self._pick_joined, strict=True):
-            buffer.gather(pick(params), pick(grads))
+        picks = zip(self._joined, self._pick_joined, strict=True)
+        gather([(joined.buffer, pick(params), pick(grads)) for joined, pick in picks])
+        for buffer, positions, _ in self._joined:
             for position, view in zip(positions, buffer.grad_views, strict=True):
                 grads[position] = view
         return tensors._replace(grads=grads)
@@ -163,7 +166,7 @@ class StepPlan:
             grads = [*grads, *flat]
             states = {
                 key: [*states.get(key, [None] * len(tensors.params)), *(b.state.get(key) for b in buffers)]
-                for key in {**states, **buffers[0].state}
+                for key in {**states, **dict.fromkeys(chain.from_iterable(b.state for b in buffers))}
             }
         return Gathered(shards, grads, states, take)
 

@@ -308,16 +308,23 @@ def test_parameters_may_exchange_their_places_for_gradients(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("what", ["states", "moments", "parameters"])
-def test_states_may_exchange_their_places(backend, what):
+@pytest.mark.parametrize("what", ["states", "moments", "parameters", "gradients"])
+@pytest.mark.parametrize("n_groups", [1, 2])
+def test_states_may_exchange_their_places(backend, what, n_groups):
     found = []
     for flatten in (False, True):
-        params = [torch.nn.Parameter(torch.full((40,), float(i), device=home(backend))) for i in range(3)]
-        optimizer = Adam(params, lr=0.1, backend=backend, flatten=flatten)
-        first, _, last = params
-        for step in range(4):
+        params = [torch.nn.Parameter(torch.full((40,), float(i), device=home(backend))) for i in range(4)]
+        # A buffer a group.
+        groups = [{"params": params[:2]}, {"params": params[2:]}] if n_groups > 1 else params
+        optimizer = Adam(groups, lr=0.1, backend=backend, flatten=flatten)
+        first, _, last, _ = params
+        for step in range(5):
             for index, param in enumerate(params):
-                param.grad = torch.full_like(param, 0.1 + index + step)
+                value = 0.1 + index + step
+                if param.grad is None:
+                    param.grad = torch.full_like(param, value)
+                else:
+                    param.grad.fill_(value)
             if step == 2:
                 states = optimizer.state
                 if what == "states":
@@ -326,11 +333,57 @@ def test_states_may_exchange_their_places(backend, what):
                     states[first]["exp_avg"], states[last]["exp_avg"] = (
                         states[last]["exp_avg"], states[first]["exp_avg"],
                     )  # fmt: skip
+                elif what == "gradients":
+                    first.grad, last.grad = last.grad, first.grad
                 else:
                     first.data, last.data = last.data, first.data
             optimizer.step()
         found.append([*params, *(optimizer.state[param]["exp_avg"] for param in params)])
     assert same(*found, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        [{"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.5}],
+        [{"momentum": 0.9, "dampening": 0.5}, {"momentum": 0.9}],
+        [{}, {"momentum": 0.9, "dampening": 0.5}],
+        [{"momentum": 0.9, "dampening": 0.5}, {}],
+    ],
+    ids=str,
+)
+def test_buffers_may_differ_in_what_they_keep(backend, options):
+    found = []
+    for make in (torch.optim.SGD, SGD):
+        params = [torch.nn.Parameter(torch.full((20,), float(i), device=home(backend))) for i in range(4)]
+        own = {"backend": backend, "flatten": True} if make is SGD else {}
+        groups = [{"params": params[2 * i : 2 * i + 2], **options[i]} for i in range(2)]
+        optimizer = make(groups, lr=0.1, **own)
+        for step in range(6):
+            if step == 3:
+                # Those that counted do so no more, and the others begin.
+                for group, others in zip(optimizer.param_groups, reversed(options), strict=True):
+                    group.update({"momentum": 0.0, "dampening": 0.0, **others})
+            for index, param in enumerate(params):
+                param.grad = torch.full_like(param, 1.0 + index - step)
+            optimizer.step()
+        found.append(params)
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*found, strict=True))
+
+
+def test_a_copy_counts_each_parameter_for_itself():
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(3)]
+    optimizer = Adam(params, flatten=True)
+    for copied in (False, True):
+        for param in params:
+            param.grad = torch.ones(4) if param.requires_grad else None
+        optimizer.step()
+        optimizer.step()
+        params[1].requires_grad_(False)
+        if not copied:
+            params, optimizer = copy.deepcopy((params, optimizer))
+    assert [float(optimizer.state[param]["step"]) for param in params] == [4, 2, 4]
 
 
 def test_each_saved_parameter_has_a_count_of_its_own():
