@@ -22,6 +22,9 @@ class StateReader:
     Args:
         state: of the optimizer, with an entry for each parameter that has state tensors.
         prepared: what the plan is made of.
+
+    Attributes:
+        are_complete: whether every parameter has each state tensor that some parameter has.
     """
 
     def __init__(self, state: Mapping[Any, Any], prepared: Prepared) -> None:
@@ -49,7 +52,7 @@ class StateReader:
                 continue
             self._positions[key] = [holders[n] for n in within]
             self._columns.append((key, itemgetter(key), picker(within, len(holders))))
-        self._are_complete = all(len(positions) == self._n_params for positions in self._positions.values())
+        self.are_complete = all(len(positions) == self._n_params for positions in self._positions.values())
 
     def read(self, state: Mapping[Any, Any], params: Sequence[Tensor]) -> dict[str, list[Any]] | None:
         """By name, the tensors of the parameters that have it; None if other parameters have states now.
@@ -70,8 +73,6 @@ class StateReader:
 
     def by_position(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """The tensors by the position of their parameter; None for a parameter without that entry."""
-        if self._are_complete:
-            return columns
         spread = {}
         for key, column in columns.items():
             if len(column) < self._n_params:

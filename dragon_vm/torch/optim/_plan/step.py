@@ -124,8 +124,8 @@ class StepPlan:
     def _in_buffers(self, params: Sequence[Tensor], tensors: Gathered) -> Gathered:
         """The tensors with the gradients of joined parameters moved into their flat buffers."""
         grads = list(tensors.grads)
-        picks = zip(self._joined, self._pick_joined, strict=True)
-        gather([(joined.buffer, pick(params), pick(grads)) for joined, pick in picks])
+        pairs = zip(self._joined, self._pick_joined, strict=True)
+        gather([(joined.buffer, pick(params), pick(grads)) for joined, pick in pairs])
         for buffer, positions, _ in self._joined:
             for position, view in zip(positions, buffer.grad_views, strict=True):
                 grads[position] = view
@@ -142,13 +142,12 @@ class StepPlan:
 
         With `writes`, no two gradients are the same memory.
         """
-        if not (writes or self._host.groups or self._strays or self._joined):
+        is_plain = not (writes or self._strays or self._joined)
+        if is_plain and (not self._host.groups or self.gatherer.states.are_complete):
             return tensors
         shards, grads, states, take = tensors
         if self._host.groups:
             states = self.gatherer.states.by_position(states)
-            if states is tensors.states and not (writes or self._strays or self._joined):
-                return tensors
         if self._strays:
             grads = list(grads)
             for position in self._strays:
