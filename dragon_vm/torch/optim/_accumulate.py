@@ -92,8 +92,8 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     def _take_back(self) -> None:
         """Make sums again of what no step has used."""
         if self._handed_over:
-            without_torch_function(self._sums.take, (), (self._handed_over, False), {})
-            self._handed_over = ()
+            params, self._handed_over = self._handed_over, ()
+            outside_inference_mode(lambda: without_torch_function(self._sums.take, (), (params, False), {}))
 
     def _all_params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -104,8 +104,14 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         Raises:
             RuntimeError: for sums of which other processes have parts.
         """
+        self._take_back()
         self._sums.check_reduced()
         return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickles and copies hold: sums are among it, and not what became of them."""
+        self._take_back()
+        return super().__getstate__()
 
     def _as_saved(self, packed: dict[str, Any]) -> dict[str, Any]:
         """With the sums."""
@@ -128,6 +134,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         Raises:
             ValueError: as PyTorch, and for missing or misshapen states. Nothing has changed then.
         """
+        self._take_back()
         handle = self.register_load_state_dict_pre_hook(_take_sums)
         try:
             super().load_state_dict(state_dict)
@@ -148,7 +155,9 @@ def _take_sums(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | N
     keys = chain.from_iterable(group["params"] for group in saved_groups)
     pairs = zip(keys, optimizer._all_params(), strict=False)
     optimizer._restored_sums = {param: state[key][_SUM] for key, param in pairs if key in saved}
-    for param, total in optimizer._restored_sums.items():
+    lengths = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved_groups)]
+    # PyTorch refuses others, with its own words.
+    for param, total in optimizer._restored_sums.items() if lengths[0] == lengths[1] else ():
         if not isinstance(total, Tensor) or total.shape != param.shape:
             found = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else repr(total)
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from copy import copy
 from itertools import chain
 from typing import Any
 
@@ -98,8 +99,14 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                     group.setdefault(name, old.get(name, default))
             for name in Settings._fields:
                 group.pop(name, None)
-            _keep_bound(group)
             self._drop_defaults(group, said)
+        self._keep_bounds()
+
+    def _keep_bounds(self) -> None:
+        """Let narrow groups without a bound keep that of the betas which their moments were made with."""
+        for group in self.param_groups:
+            if any(self.state.get(param) for param in group["params"]):
+                _keep_bound(group)
 
     def _drop_defaults(self, group: Group, kept: Collection[str] = ()) -> None:
         """Take own keys that mean what PyTorch does out of a group, but for those to keep."""
@@ -158,16 +165,19 @@ def _converted(optimizer: Any, packed: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def with_own_steps(states: dict[Any, Any]) -> dict[Any, Any]:
-    """The states, each with a step counter of its own: PyTorch's optimizers would count for all that share one."""
+def with_own_steps(states: Any) -> Any:
+    """The states, each with a step counter of its own: PyTorch's optimizers would count for all that share one.
+
+    It is the very mapping if none is shared.
+    """
     seen: set[int] = set()
-    own: dict[Any, Any] = {}
+    own = states
     for key, entries in states.items():
         step = entries.get("step") if isinstance(entries, dict) else None
         if isinstance(step, Tensor) and id(step) in seen:
-            entries = {**entries, "step": step.detach().clone()}
+            own = copy(states) if own is states else own
+            own[key] = {**entries, "step": step.detach().clone()}
         seen.add(id(step))
-        own[key] = entries
     return own
 
 

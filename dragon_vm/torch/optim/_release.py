@@ -193,7 +193,7 @@ class GradientRelease:
         are_done = {key for key, bucket in self._bucket_of.items() if bucket.is_done}
         self._bucket_of = {key: bucket for bucket in self._buckets for key in bucket.ids}
         for bucket in self._buckets:
-            bucket.is_done = not bucket.ids.isdisjoint(are_done)
+            bucket.is_done = bucket.ids <= are_done
         self._updater.plans.n_kept = N_LATEST + 2 * len(self._buckets)
         reference = weakref.ref(self)
 

@@ -45,4 +45,5 @@ def take_over(
     loaded = optimizer._algorithm, optimizer._settings, optimizer.param_groups
     states = outside_inference_mode(lambda: restored_states(*loaded, original.param_groups, original.state))
     optimizer.state.update(states)
+    optimizer._keep_bounds()
     return optimizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -267,7 +266,7 @@ class Optimizer(StoringOptimizer):
         state = super().__getstate__()
         return {
             **state,
-            "state": defaultdict(dict, with_own_steps(state["state"])),
+            "state": with_own_steps(state["state"]),
             "defaults": borrowed(state["defaults"]),
             "param_groups": list(map(dict, self.param_groups)),
             "_settings": borrowed(self._settings._asdict()),

@@ -137,3 +137,37 @@ def test_a_bound_is_that_of_the_betas_which_the_moments_were_made_with() -> None
             optimizer.step()
         found.append(param)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
+def test_a_copy_before_the_first_step_has_no_bound(copied: Any) -> None:
+    param = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = Adam([param], lr=0.1, state_dtype="8bit")
+    optimizer.load_state_dict(optimizer.state_dict())
+    other = copied(optimizer)
+    assert all("bound_betas" not in chosen.param_groups[0] for chosen in (optimizer, other))
+    assert (copied is copy.copy) == (other.state is optimizer.state)
+
+
+def test_a_takeover_keeps_the_bound_of_the_betas_that_it_found() -> None:
+    param = torch.nn.Parameter(torch.zeros(64, 64))
+    theirs = torch.optim.Adam([param], betas=(0.5, 0.9))
+    param.grad = torch.ones(64, 64)
+    theirs.step()
+    optimizer = Adam.from_torch(theirs, state_dtype="8bit")
+    optimizer.param_groups[0]["betas"] = (0.1, 0.2)
+    optimizer.step()
+    assert optimizer.param_groups[0]["bound_betas"] == (0.5, 0.9)
+
+
+def test_sums_of_a_step_that_failed_are_saved() -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SGD([param], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(param.sum()).backward()
+    optimizer.sum_grad()
+    optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        scaler.step(optimizer)
+    for saved in (optimizer.state_dict(), copy.deepcopy(optimizer).state_dict()):
+        assert saved["state"][0]["grad_sum"].tolist() == [1, 1, 1]

@@ -1,15 +1,19 @@
-"""Which flat buffers are updated as one entry in a step."""
+"""Which flat buffers are updated as one entry in a step, and their gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._groups.buffers import FlatBuffer, take_states
+from dragon.vm.torch.optim._backends.selection import Gathered
+from dragon.vm.torch.optim._groups.buffers import FlatBuffer, gather, take_states
 from dragon.vm.torch.optim._groups.flattening import Signature, State
 from dragon.vm.torch.optim._plan.recipe import Recipe
+
+Pick = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class Joined(NamedTuple):
@@ -51,7 +55,9 @@ def join(
                 continue
         parted.append(buffer)
     # All at once: a state may be the place of a parameter of another buffer.
-    for each, replaced in zip(joined, take_states(members), strict=True):
+    inside = set(chain.from_iterable(each.positions for each in joined))
+    others = [state for i, state in enumerate(states) if i not in inside] if joined else []
+    for each, replaced in zip(joined, take_states(members, others), strict=True):
         for position, entries in zip(each.positions, replaced, strict=True):
             states[position].update(entries)
     return joined, parted
@@ -87,3 +93,29 @@ def part_counters(states: Sequence[State]) -> None:
             if id(counter) in seen:
                 state["step"] = counter.clone()
             seen.add(id(counter))
+
+
+def in_buffers(
+    joined: Sequence[Joined], picks: Sequence[Pick], params: Sequence[Tensor], tensors: Gathered
+) -> Gathered:
+    """The tensors of a step with the gradients of joined parameters moved into their flat buffers.
+
+    Args:
+        joined: the buffers.
+        picks: for each what selects its parameters among all.
+        params: parameters.
+        tensors: what the step gathered.
+    """
+    grads, others = list(tensors.grads), []
+    if sum(len(each.positions) for each in joined) < len(params):
+        inside = set(chain.from_iterable(each.positions for each in joined))
+        others = [position for position in range(len(params)) if position not in inside]
+    members = [(each.buffer, pick(params), pick(grads)) for each, pick in zip(joined, picks, strict=True)]
+    gather(members, [params[position] for position in others])
+    for position in others:
+        if grads[position] is not None:
+            grads[position] = params[position].grad
+    for each in joined:
+        for position, view in zip(each.positions, each.buffer.grad_views, strict=True):
+            grads[position] = view
+    return tensors._replace(grads=grads)

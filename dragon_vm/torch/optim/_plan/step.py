@@ -17,12 +17,12 @@ from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.unscaling import assign
 from dragon.vm.torch.optim._gradients.zeroing import apart_at, detach_all, zero_all
 from dragon.vm.torch.optim._graphs.live import LiveGroup
-from dragon.vm.torch.optim._groups.buffers import gather
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
 from dragon.vm.torch.optim._options import Settings, Version, needs_norm
 from dragon.vm.torch.optim._plan.gathering import Gatherer
 from dragon.vm.torch.optim._plan.host_step import HostStep
+from dragon.vm.torch.optim._plan.joining import in_buffers
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 
@@ -87,7 +87,7 @@ class StepPlan:
         are_left = not (self._zero_grad or are_last)
         kept_scale = scaling.grad_scale if are_own and are_left else None
         if self._joined and are_own:
-            tensors = self._in_buffers(params, tensors)
+            tensors = in_buffers(self._joined, self._pick_joined, params, tensors)
         grads = tensors.take(tensors.grads)
         # Host groups without buffers see to it themselves.
         writes = (kept_scale is not None or self._kernel_zeroes) and bool(self._devices or self._joined)
@@ -120,16 +120,6 @@ class StepPlan:
         elif self._zero_grad:
             zero_all(grads)
         return outcome
-
-    def _in_buffers(self, params: Sequence[Tensor], tensors: Gathered) -> Gathered:
-        """The tensors with the gradients of joined parameters moved into their flat buffers."""
-        grads = list(tensors.grads)
-        pairs = zip(self._joined, self._pick_joined, strict=True)
-        gather([(joined.buffer, pick(params), pick(grads)) for joined, pick in pairs])
-        for buffer, positions, _ in self._joined:
-            for position, view in zip(positions, buffer.grad_views, strict=True):
-                grads[position] = view
-        return tensors._replace(grads=grads)
 
     def _put_back(self, grads: Sequence[Any], unscaled: Sequence[Any]) -> None:
         """Take over what became of gradients where the update read copies of them."""

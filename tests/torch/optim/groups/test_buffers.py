@@ -309,15 +309,15 @@ def test_parameters_may_exchange_their_places_for_gradients(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("what", ["states", "moments", "parameters", "gradients"])
-@pytest.mark.parametrize("n_groups", [1, 2])
-def test_states_may_exchange_their_places(backend, what, n_groups):
+@pytest.mark.parametrize("sizes", [[4], [2, 2], [3, 1]], ids=str)
+def test_states_may_exchange_their_places(backend, what, sizes):
     found = []
     for flatten in (False, True):
         params = [torch.nn.Parameter(torch.full((40,), float(i), device=home(backend))) for i in range(4)]
-        # A buffer a group.
-        groups = [{"params": params[:2]}, {"params": params[2:]}] if n_groups > 1 else params
+        # A buffer a group, but for a single parameter.
+        groups = [{"params": params[: sizes[0]]}, *[{"params": params[sizes[0] :]}] * (len(sizes) - 1)]
         optimizer = Adam(groups, lr=0.1, backend=backend, flatten=flatten)
-        first, _, last, _ = params
+        first, *_, last = params
         for step in range(5):
             for index, param in enumerate(params):
                 value = 0.1 + index + step
