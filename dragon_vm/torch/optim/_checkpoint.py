@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy
 from itertools import chain
 from typing import Any
@@ -103,10 +103,12 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         self._keep_bounds()
 
     def _keep_bounds(self) -> None:
-        """Let narrow groups without a bound keep that of the betas which their moments were made with."""
-        for group in self.param_groups:
-            if any(self.state.get(param) for param in group["params"]):
-                _keep_bound(group)
+        """Let groups keep the bound of the betas which their moments were made with, whatever is set now."""
+        self._widen_bounds([group for group in self.param_groups if any(map(self.state.get, group["params"]))])
+
+    def _widen_bounds(self, groups: Iterable[Group]) -> None:
+        """Keep for each narrow group those betas, of all that it had, which allow the largest first moment."""
+        raise NotImplementedError
 
     def _drop_defaults(self, group: Group, kept: Collection[str] = ()) -> None:
         """Take own keys that mean what PyTorch does out of a group, but for those to keep."""
@@ -179,14 +181,6 @@ def with_own_steps(states: Any) -> Any:
             own[key] = {**entries, "step": step.detach().clone()}
         seen.add(id(step))
     return own
-
-
-def _keep_bound(group: Group) -> None:
-    """Let a narrow group that comes without a bound keep that of the betas which its moments were made with."""
-    betas = group.get("betas", ())
-    on_host = not any(isinstance(beta, Tensor) and beta.device.type != "cpu" for beta in betas)
-    if group.get("state_dtype") is not None and group.get("bound_betas") is None and betas and on_host:
-        group["bound_betas"] = tuple(map(float, betas))
 
 
 def _drop_storage(packed: Group) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -117,9 +117,8 @@ class StoringOptimizer(AccumulatingOptimizer):
         groups = [group for group in self.param_groups if group.get("master_weights") is not None]
         return list(chain.from_iterable(group["params"] for group in groups))
 
-    def _widen_bounds(self) -> None:
-        """Keep for each narrow group those betas, of all that it had, which allow the largest first moment."""
-        for group in self.param_groups:
+    def _widen_bounds(self, groups: Iterable[dict[str, Any]]) -> None:
+        for group in groups:
             if group.get("state_dtype") is None or any(map(_is_on_device, group.get("betas", ()))):
                 continue
             if "betas" not in group:

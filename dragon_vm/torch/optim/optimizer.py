@@ -205,7 +205,7 @@ class Optimizer(StoringOptimizer):
         if self._originals:
             raise_inside("step() was called", "the averages would be updated as parameters")
         make_live(self.param_groups, self._publish)
-        self._widen_bounds()
+        self._widen_bounds(self.param_groups)
         return self._updater.read(self.param_groups, self.defaults)
 
     def _update_bucket(self, bucket: Bucket) -> None:
