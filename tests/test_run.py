@@ -59,6 +59,7 @@ import torch.distributed as dist
 def work(rank, rendezvous):
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
     torch.optim.SGD([torch.nn.Parameter(torch.ones(rank + 2))], lr=0.1)
+    dist.barrier()  # a process that leaves while the other still connects would end that one
     dist.destroy_process_group()
 
 
