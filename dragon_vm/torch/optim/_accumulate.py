@@ -15,6 +15,7 @@ from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._gradients.scaling import Scaling, handed_over
 from dragon.vm.torch.optim._modes import outside_inference_mode
+from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._sums import GradientSums
 
 # Of a parameter in state dicts.
@@ -157,14 +158,35 @@ def _take_sums(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | N
     optimizer._restored_sums = {param: state[key][_SUM] for key, param in pairs if key in saved}
     lengths = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved_groups)]
     # PyTorch refuses others, with its own words.
-    for param, total in optimizer._restored_sums.items() if lengths[0] == lengths[1] else ():
-        if not isinstance(total, Tensor) or total.shape != param.shape:
-            found = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else repr(total)
-            raise ValueError(
-                f"loaded state dict has {_SUM} of {found} for a parameter of shape {tuple(param.shape)}"
-            )
+    if lengths[0] == lengths[1]:
+        _check_sums(optimizer._restored_sums, optimizer._settings)
     rest = {
         key: {name: entries[name] for name in entries if name != _SUM} if key in saved else entries
         for key, entries in state.items()
     }
     return {**state_dict, "state": {key: entries for key, entries in rest.items() if entries}}
+
+
+def _check_sums(sums: Mapping[Tensor, Any], settings: Settings) -> None:
+    """Check sums that are to be loaded.
+
+    Raises:
+        ValueError: for what is no sum of gradients of its parameter, and for sums that no step would use.
+    """
+    if settings.release_gradients:
+        raise ValueError(
+            f"loaded state dict has {_SUM}, which release_gradients={settings.release_gradients!r} would leave "
+            "unused. Load it without release_gradients and call step(), or save it behind a step"
+        )
+    for param, total in sums.items():
+        is_sum = isinstance(total, Tensor) and total.shape == param.shape
+        if not is_sum or _kind(total) != _kind(param):
+            found = f"{total.dtype} and shape {tuple(total.shape)}" if isinstance(total, Tensor) else repr(total)
+            raise ValueError(
+                f"loaded state dict has {_SUM} of {found} for a parameter of {param.dtype} and shape "
+                f"{tuple(param.shape)}"
+            )
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()

@@ -231,14 +231,27 @@ def test_sums_of_inference_mode_can_be_added_to():
     assert param.tolist() == [-2.0] * 3
 
 
-@pytest.mark.parametrize("total", [torch.ones(1), torch.ones(4), 1.0], ids=str)
-def test_a_saved_sum_of_another_shape_is_refused_before_anything_changes(total):
+@pytest.mark.parametrize(
+    "total", [torch.ones(1), torch.ones(4), torch.ones(3).to(int), torch.ones(3) * 1j, 1.0], ids=str
+)
+def test_a_saved_sum_of_another_kind_is_refused_before_anything_changes(total):
     param = torch.nn.Parameter(torch.zeros(3))
     optimizer = SGD([param], lr=1.0)
     saved = optimizer.state_dict()
     saved["state"] = {0: {"grad_sum": total}}
     saved["param_groups"][0]["lr"] = 3.0
-    with pytest.raises(ValueError, match=r"grad_sum of .* for a parameter of shape"):
+    with pytest.raises(ValueError, match=r"grad_sum of .* for a parameter of torch.float32 and shape"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 1.0
     assert not optimizer._sums
+
+
+def test_a_saved_sum_is_refused_by_an_optimizer_that_releases_gradients():
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SGD([param], lr=1.0)
+    param.grad = torch.ones(3)
+    optimizer.sum_grad()
+    other = SGD([torch.nn.Parameter(torch.zeros(3))], lr=3.0, release_gradients=True)
+    with pytest.raises(ValueError, match="release_gradients=True would leave unused"):
+        other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == 3.0
