@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from dragon.vm.torch.optim._distributed.placement import GradientPlacements, placed_like, ready_grad
-from dragon.vm.torch.optim._distributed.shards import Shards, distributed_like, local
+from dragon.vm.torch.optim._distributed.shards import distributed_like, local, locals_of
 
 from .watching import Watch
 from .wrappers import WRAPPERS, square_mesh, world_mesh
@@ -100,7 +100,6 @@ def known_gradients(kind: str) -> None:
     wrapped = WRAPPERS[kind]()
     params = [param for group in wrapped.groups for param in group["params"]]
     placements = GradientPlacements(params)
-    shards = Shards(params)
     calls: list[int] = []
     for step in range(3):
         backward(wrapped, step)
@@ -115,7 +114,7 @@ def known_gradients(kind: str) -> None:
             sys.setprofile(count)
             try:
                 found = placements.shards(params, grads)
-                shards.of(params)
+                locals_of(params)
             finally:
                 sys.setprofile(None)
         calls.append(n_calls)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from itertools import compress, repeat
-from operator import attrgetter, is_, is_not
+from operator import attrgetter, is_, is_not, not_
 from types import NoneType
 from typing import Any
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import Shards, is_distributed, is_pending, local, ready
+from dragon.vm.torch.optim._distributed.shards import is_distributed, is_pending, local, locals_of, ready
 
 _SPEC = attrgetter("_spec")
 _LOCAL = attrgetter("_local_tensor")
@@ -85,10 +85,9 @@ class GradientPlacements:
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self._shards = Shards(params)
-        self._are_plain = not self._shards
+        self._mask = bytes(map(is_distributed, params))
         # Specs hold meshes and placements, not tensors.
-        self._specs = list(map(_SPEC, self._shards.distributed(params)))
+        self._specs = list(map(_SPEC, compress(params, self._mask)))
         # Those with gradients at the last step at which some had none, and their placements.
         self._part: tuple[bytes, GradientPlacements] | None = None
 
@@ -102,17 +101,17 @@ class GradientPlacements:
         Raises:
             ValueError: as `ready_grad`.
         """
-        if self._are_plain and (set(map(type, grads)) <= _PLAIN or _wrappers().isdisjoint(map(type, grads))):
+        if not self._specs and (set(map(type, grads)) <= _PLAIN or _wrappers().isdisjoint(map(type, grads))):
             return grads
         present = bytes(map(is_not, grads, repeat(None)))
         if not all(present):
             return self._some(params, grads, present)
         if self._are_expected(grads):
-            return self._shards.of(grads)
+            return locals_of(grads)
         prepared = [ready_grad(param, grad) for param, grad in zip(params, grads, strict=True)]
         if all(map(is_, prepared, grads)):
-            self._specs = list(map(_SPEC, self._shards.distributed(grads)))
-        return self._shards.of(prepared)
+            self._specs = list(map(_SPEC, compress(grads, self._mask)))
+        return locals_of(prepared)
 
     def _some(self, params: Sequence[Tensor], grads: Sequence[Any], present: bytes) -> list[Any]:
         chosen = list(compress(params, present))
@@ -129,11 +128,9 @@ class GradientPlacements:
         wrappers = _wrappers()
         if not wrappers:
             return True
-        if not wrappers.isdisjoint(map(type, self._shards.plain(grads))):
+        if not wrappers.isdisjoint(map(type, compress(grads, map(not_, self._mask)))):
             return False
-        if not self._shards:
-            return True
-        distributed = self._shards.distributed(grads)
+        distributed = list(compress(grads, self._mask))
         try:
             specs = list(map(_SPEC, distributed))
             pending = not wrappers.isdisjoint(map(type, map(_LOCAL, distributed)))

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
-from itertools import compress
-from operator import attrgetter
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor
-
-# An attribute in a slot: `map` reads it without a Python call for each tensor.
-_LOCAL = attrgetter("_local_tensor")
 
 
 def is_distributed(tensor: object) -> bool:
@@ -46,14 +42,10 @@ def local(tensor: Any) -> Any:
     return ready(tensor._local_tensor if is_distributed(tensor) else tensor)
 
 
-def locals_of(tensors: Sequence[Any]) -> list[Any]:
-    """The shards of tensors that are ready; plain tensors and None as they are."""
-    are_distributed = set(map(is_distributed_type, set(map(type, tensors))))
-    if are_distributed == {True}:
-        return list(map(_LOCAL, tensors))
-    if True not in are_distributed:
-        return list(tensors)
-    return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+def locals_of(tensors: Iterable[Any]) -> list[Any]:
+    """The shards of tensors that are ready; plain tensors and None as they are. One pass in C."""
+    tensors = list(tensors)
+    return list(map(getattr, tensors, repeat("_local_tensor"), tensors))
 
 
 def local_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -90,50 +82,3 @@ def distributed_like(param: Any, shard: Tensor) -> Tensor:
     module: Any = sys.modules["torch.distributed.tensor"]
     distributed: Tensor = module.DTensor(shard, spec, requires_grad=False)
     return distributed
-
-
-class Shards:
-    """Reads the shards of tensors that are distributed where certain parameters are.
-
-    Each call is one pass in C over the tensors: no Python call for a tensor, and no pass at all over plain ones.
-
-    Args:
-        params: the parameters, in the order in which their gradients and states come later. None of them is kept.
-    """
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self._mask = bytes(map(is_distributed, params))
-        self._plain_mask = bytes(not flag for flag in self._mask)
-        self._positions = tuple(compress(range(len(params)), self._mask))
-        self._are_all = len(self._positions) == len(params)
-
-    def __bool__(self) -> bool:
-        """Whether any parameter is distributed."""
-        return bool(self._positions)
-
-    def distributed(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """The tensors at the positions of distributed parameters."""
-        return tensors if self._are_all else list(compress(tensors, self._mask))
-
-    def plain(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """The tensors at the positions of plain parameters."""
-        return list(compress(tensors, self._plain_mask)) if self._positions else tensors
-
-    def of(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """The shards of tensors, one for each parameter; the very sequence if no parameter is distributed.
-
-        Args:
-            tensors: parameters or states, distributed where the parameters are. Gradients are read by
-                `GradientPlacements`.
-
-        Raises:
-            AttributeError: for a plain tensor of a distributed parameter.
-        """
-        if not self._positions:
-            return tensors
-        if self._are_all:
-            return list(map(_LOCAL, tensors))
-        shards = list(tensors)
-        for position, shard in zip(self._positions, map(_LOCAL, self.distributed(tensors)), strict=True):
-            shards[position] = shard
-        return shards

@@ -15,7 +15,7 @@ from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
 from dragon.vm.torch.optim._groups.exchange import is_part, restored_entries
 from dragon.vm.torch.optim._groups.saved import checked_state, saved_labels
-from dragon.vm.torch.optim._groups.states import State, missing_states, zeros_for
+from dragon.vm.torch.optim._groups.states import State, add_counters, zeros_for
 from dragon.vm.torch.optim._groups.storage import options_of, storage_of
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 
@@ -73,9 +73,8 @@ def _copied(
     algorithm: Algorithm, settings: Settings, owners: Sequence[tuple[Tensor, Group, State]]
 ) -> dict[Tensor, State]:
     """Copy the states."""
-    params = [param for param, _, _ in owners]
     copies: list[State] = []
-    devices: list[torch.device | None] = []
+    counted: list[tuple[State, float, torch.device]] = []
     for param, group, state in owners:
         copy, in_parts = restored_entries(param, group, state, algorithm.state_keys(group))
         if "ema" in algorithm.all_state_keys(group) and "ema" in state:
@@ -84,14 +83,14 @@ def _copied(
             dtype = dtype or torch.promote_types(state["ema"].dtype, average)
             copy["ema"] = distributed_like(param, zeros_for(local(param), dtype))
         dtypes = {param.dtype, *(value.dtype for value in copy.values() if value.is_floating_point())}
+        if algorithm.counts_steps(group):
+            device = _counter_device(settings.backend, param, group, dtypes, in_parts)
+            counted.append((copy, 0.0, device))
         copies.append(copy)
-        devices.append(_counter_device(algorithm, settings, param, group, dtypes, in_parts))
-    nothing: list[State] = [{} for _ in owners]
-    counters = missing_states(params, nothing, [() for _ in owners], devices, [None] * len(owners))
-    for (param, _, state), copy, counter in zip(owners, copies, counters, strict=True):
-        copy.update(counter)
+    add_counters(counted)
+    for (param, _, state), copy in zip(owners, copies, strict=True):
         _fill(copy, state, param)
-    return dict(zip(params, copies, strict=True))
+    return {param: copy for (param, _, _), copy in zip(owners, copies, strict=True)}
 
 
 def _fill(copy: State, state: State, param: Tensor) -> None:
@@ -107,17 +106,9 @@ def _fill(copy: State, state: State, param: Tensor) -> None:
 
 
 def _counter_device(
-    algorithm: Algorithm,
-    settings: Settings,
-    param: Tensor,
-    group: Group,
-    dtypes: set[torch.dtype],
-    in_parts: bool,
-) -> torch.device | None:
+    backend: str | None, param: Tensor, group: Group, dtypes: set[torch.dtype], in_parts: bool
+) -> torch.device:
     """Where the step counter of a parameter will be wanted, should its gradient be of its own dtype."""
-    if not algorithm.counts_steps(group):
-        return None
-    backend = settings.backend
     if backend is None:
         backend = choose_backend(
             *(None, local(param), param.dtype, dtypes - {param.dtype} or dtypes, group["differentiable"]),

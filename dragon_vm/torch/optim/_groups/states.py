@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,42 +64,21 @@ def counter_buffer(counters: Sequence[Tensor]) -> Tensor | None:
     return buffer[start : start + len(counters)] if start + len(counters) <= len(buffer) else None
 
 
-def missing_states(
-    params: Sequence[Tensor],
-    states: Sequence[Mapping[str, Any]],
-    keys: Sequence[tuple[str, ...]],
-    step_devices: Sequence[torch.device | None],
-    average_dtypes: Sequence[torch.dtype | None],
-    uncounted_steps: float | None = None,
-) -> list[State]:
-    """For each parameter the average and the counter that its state lacks. Nothing is changed.
+def begun_average(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """An average, which starts where its parameter is."""
+    average = zeros_for(local(param), dtype)
+    return distributed_like(param, average.copy_(local(param).detach()))
 
-    Args:
-        params: parameters.
-        states: their states.
-        keys: names of each one's state tensors, beside "step".
-        step_devices: where each one's step counter lives; None for an update that does not count.
-        average_dtypes: of each one's average; None for none.
-        uncounted_steps: the count of a state that has other tensors but no counter; None for 0.
-    """
-    added: list[State] = [{} for _ in params]
-    counters: dict[torch.device, list[int]] = {}
-    for index, (param, state) in enumerate(zip(params, states, strict=True)):
-        dtype = average_dtypes[index]
-        if dtype is not None and "ema" not in state:
-            # An average starts where its parameter is.
-            average = zeros_for(local(param), dtype)
-            added[index]["ema"] = distributed_like(param, average.copy_(local(param).detach()))
-        device = step_devices[index]
-        if device is not None and "step" not in state:
-            counters.setdefault(device, []).append(index)
-    for device, indices in counters.items():
-        # An average may have begun before the first step that counts.
-        begun = [any(key in states[i] for key in keys[i] if key != "ema") for i in indices]
-        values = [uncounted_steps or 0.0 if has_begun else 0.0 for has_begun in begun]
-        for i, counter in zip(indices, step_counters(values, device), strict=True):
-            added[i]["step"] = counter
-    return added
+
+def add_counters(states: Iterable[tuple[State, float, torch.device]]) -> None:
+    """Give states a step counter of a value on a device; those on one device lie side by side."""
+    members: dict[torch.device, list[tuple[State, float]]] = {}
+    for state, value, device in states:
+        members.setdefault(device, []).append((state, value))
+    for device, chosen in members.items():
+        counters = step_counters([value for _, value in chosen], device)
+        for (state, _), counter in zip(chosen, counters, strict=True):
+            state["step"] = counter
 
 
 def settled_entries(

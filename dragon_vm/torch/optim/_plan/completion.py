@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._formats import Plain, Storage
@@ -13,7 +14,7 @@ from dragon.vm.torch.optim._groups.checks import check_state, has_memory
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
 from dragon.vm.torch.optim._groups.flattening import Signature, State
 from dragon.vm.torch.optim._groups.members import has_own_memory
-from dragon.vm.torch.optim._groups.states import missing_states, settled_entries
+from dragon.vm.torch.optim._groups.states import add_counters, begun_average, settled_entries
 from dragon.vm.torch.optim._groups.storage import kept_format, storage_of, stored_entries
 from dragon.vm.torch.optim._plan.recipe import Recipe
 
@@ -38,37 +39,31 @@ def completed_states(
         ValueError: for a state that does not fit its parameter, and for one that no backend can update.
     """
     algorithm = recipe.algorithm
-    groups = [recipe.groups[index] for index in group_index]
-    held: list[State] = [recipe.state.get(param, {}) for param in params]
-    for param, state, group in zip(params, held, groups, strict=True):
-        check_state(param, state, algorithm.all_state_keys(group), algorithm.counts_steps(group))
-    storages = [
-        storage_of(param, group, algorithm.state_keys(group)) for param, group in zip(params, groups, strict=True)
-    ]
+    states: list[State] = []
+    signatures: list[Signature] = []
     # Equal ones are one object: what follows from it is computed once.
     distinct: dict[Signature, Signature] = {}
-    signatures = []
-    for shard, grad, state, storage, group in zip(shards, grads, held, storages, groups, strict=True):
-        signature = _signature(recipe, shard, grad, state, storage, group)
+    counted: list[tuple[State, float, torch.device]] = []
+    for param, shard, grad, index in zip(params, shards, grads, group_index, strict=True):
+        group, held = recipe.groups[index], recipe.state.get(param, {})
+        check_state(param, held, algorithm.all_state_keys(group), algorithm.counts_steps(group))
+        storage = storage_of(param, group, algorithm.state_keys(group))
+        signature = _signature(recipe, shard, grad, held, storage, group)
         signatures.append(distinct.setdefault(signature, signature))
-    devices = [
-        step_device(param, signature.backend, group) if signature.counts_steps else None
-        for param, signature, group in zip(params, signatures, groups, strict=True)
-    ]
-    averages = [
-        signature.ema_dtype if group["ema_decay"] else None
-        for signature, group in zip(signatures, groups, strict=True)
-    ]
+        added, replaced = stored_entries(param, held, storage, algorithm.state_keys(group))
+        states.append({**{key: value for key, value in held.items() if key not in replaced}, **added})
+        if signature.ema_dtype is not None and "ema" not in held:
+            states[-1]["ema"] = begun_average(param, signature.ema_dtype)
+        if signature.counts_steps and "step" not in held:
+            # An average may have begun before the first step that counts.
+            has_begun = bool(held) and any(key in held for key in signature.tensor_keys if key != "ema")
+            count = (algorithm.uncounted_steps or 0.0) if has_begun else 0.0
+            counted.append((states[-1], count, step_device(param, signature.backend, group)))
+    add_counters(counted)
     keys_of = {id(signature): signature.tensor_keys for signature in distinct}
-    names = [keys_of[id(signature)] for signature in signatures]
-    added = missing_states(params, held, names, devices, averages, algorithm.uncounted_steps)
-    states = []
-    for param, state, storage, new, group in zip(params, held, storages, added, groups, strict=True):
-        entries, replaced = stored_entries(param, state, storage, algorithm.state_keys(group))
-        kept = {key: value for key, value in state.items() if key not in replaced}
-        states.append({**kept, **entries, **new})
-    for param, state, keys, device in zip(params, states, names, devices, strict=True):
-        state.update(settled_entries(param, state, keys, device))
+    for param, state, signature, index in zip(params, states, signatures, group_index, strict=True):
+        counter = step_device(param, signature.backend, recipe.groups[index]) if signature.counts_steps else None
+        state.update(settled_entries(param, state, keys_of[id(signature)], counter))
     _give_streams(recipe, params, states, signatures)
     return states, signatures
 

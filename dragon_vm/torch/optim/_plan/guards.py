@@ -11,7 +11,7 @@ from itertools import chain, compress
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._plan.layout_guards import LayoutGuard, PartLayouts
+from dragon.vm.torch.optim._plan.layout_guards import PartLayouts, layout_guard
 
 _data_ptr = Tensor.data_ptr
 
@@ -37,9 +37,9 @@ class Guard:
         *,
         takes_parts: bool = False,
     ) -> None:
-        self._layouts = LayoutGuard([*grads, *params])
+        self._layouts = layout_guard([*grads, *params])
         self._part_layouts = PartLayouts(grads, params) if takes_parts else None
-        self._state_layouts = LayoutGuard(list(chain(*states.values())))
+        self._state_layouts = layout_guard(list(chain(*states.values())))
         self._addresses = addresses_of(chain(params, *states.values()))
         self._identify(states)
 
@@ -73,7 +73,7 @@ class Guard:
         if list(map(_data_ptr, tensors)) != seen:
             return False
         if is_whole:
-            are_like = self._layouts.check(*grads, *params)
+            are_like = self._layouts(*grads, *params)
         else:
             are_like = self._part_layouts is not None and self._part_layouts.check(grads, params, present)
         return are_like and self._are_same(states)
@@ -85,7 +85,7 @@ class Guard:
     def _are_same(self, states: Mapping[str, Sequence[Tensor]]) -> bool:
         """Whether the states are the same objects, or others that are laid out like them."""
         if self._gone or list(map(id, chain(*states.values()))) != self._ids:
-            if not self._state_layouts.check(*chain(*states.values())):
+            if not self._state_layouts(*chain(*states.values())):
                 return False
             self._identify(states)
         return True

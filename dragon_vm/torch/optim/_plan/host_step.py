@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._backends.eager import EagerGroup
+from dragon.vm.torch.optim._backends.host import HostGroup
 from dragon.vm.torch.optim._backends.native import NativeGroup
-from dragon.vm.torch.optim._backends.piecewise import PiecewiseGroup
 from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import NO_SCALING, Factors, Scaling, TotalNorm, gradient_factors
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
@@ -113,10 +112,8 @@ def _divisor(factor: float) -> Tensor:
     return torch.tensor([1 / factor if factor else math.inf], dtype=torch.float32, device="cpu")
 
 
-def _on_host(recipe: Recipe, group: FlattenedGroup, n_gathered: int) -> NativeGroup | PiecewiseGroup | EagerGroup:
-    algorithm, seed = recipe.algorithm, recipe.settings.rounding_seed
-    if group.signature.backend != "native":
-        return EagerGroup(group, algorithm, n_gathered, seed)
-    if group.signature.is_uniform:
-        return NativeGroup(group, algorithm, n_gathered)
-    return PiecewiseGroup(group, algorithm, n_gathered, seed)
+def _on_host(recipe: Recipe, group: FlattenedGroup, n_gathered: int) -> NativeGroup | HostGroup:
+    is_native = group.signature.backend == "native"
+    if is_native and group.signature.is_uniform:
+        return NativeGroup(group, recipe.algorithm, n_gathered)
+    return HostGroup(group, recipe.algorithm, n_gathered, recipe.settings.rounding_seed, in_pieces=is_native)

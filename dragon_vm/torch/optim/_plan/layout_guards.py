@@ -19,33 +19,18 @@ _LAYOUT: tuple[Callable[[Tensor], object], ...] = (
 )
 
 
-class LayoutGuard:
-    """Compares the types, dtypes, devices, shapes and strides of tensors with those of others.
-
-    Args:
-        tensors: strided tensors.
-
-    Attributes:
-        check: tells whether tensors, as many as those of the guard, are laid out like them.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        # Sizes and strides that must be the same; None would stand for any.
-        sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
-        strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        # PyTorch's check in C++ fails for any tensors under some dispatch modes: there public calls compare.
-        self.check: Callable[..., bool] = guards.check if guards.check(*tensors) else _Layouts(tensors).check
-
-
-class _Layouts:
-    """The same by public calls, several times slower."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._seen = _layouts(tensors)
-
-    def check(self, *tensors: Tensor) -> bool:
-        return _layouts(tensors) == self._seen
+def layout_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """What tells whether tensors, as many as these strided ones, are laid out like them."""
+    # Sizes and strides that must be the same; None would stand for any.
+    sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    if guards.check(*tensors):
+        check: Callable[..., bool] = guards.check
+        return check
+    # PyTorch's check in C++ fails for any tensors under some dispatch modes: there public calls compare.
+    seen = _layouts(tensors)
+    return lambda *now: _layouts(now) == seen
 
 
 class PartLayouts:
@@ -58,9 +43,9 @@ class PartLayouts:
 
     def __init__(self, grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         self._grads, self._params = _layouts(grads), _layouts(params)
-        self._all_params = LayoutGuard(params)
+        self._all_params = layout_guard(params)
         # By which ones take part; a guard is made when the same ones come again.
-        self._guards: dict[bytes, LayoutGuard | None] = {}
+        self._guards: dict[bytes, Callable[..., bool] | None] = {}
 
     def check(self, grads: Sequence[Tensor], params: Sequence[Tensor], present: bytes) -> bool:
         """Whether all is laid out as it was.
@@ -72,17 +57,15 @@ class PartLayouts:
         """
         guard = self._guards.get(present)
         if guard is not None:
-            return guard.check(*grads, *compress(params, present))
+            return guard(*grads, *compress(params, present))
         if not _are_like(grads, self._grads, present):
             return False
-        if not self._all_params.check(*params) and not _are_like(
-            list(compress(params, present)), self._params, present
-        ):
+        if not self._all_params(*params) and not _are_like(list(compress(params, present)), self._params, present):
             return False
         is_known = present in self._guards
         if len(self._guards) >= MOST_GUARDS:
             self._guards.clear()
-        self._guards[present] = LayoutGuard([*grads, *compress(params, present)]) if is_known else None
+        self._guards[present] = layout_guard([*grads, *compress(params, present)]) if is_known else None
         return True
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from dragon.vm.torch.optim._backends import piecewise
+from dragon.vm.torch.optim._backends import host
 
 from .modes import MODES, bits, make, train
 
@@ -27,7 +27,7 @@ def test_native_is_eager_for_300_steps(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_pieces_of_a_tensor_have_the_bits_of_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(piecewise, "PIECE", 1024)
+    monkeypatch.setattr(host, "PIECE", 1024)
     ours, theirs = make(mode, ((81, 64),), "native"), make(mode, ((81, 64),), "eager")
     train(*ours, 3)
     train(*theirs, 3)

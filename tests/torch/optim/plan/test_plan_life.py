@@ -5,7 +5,7 @@ import torch
 
 from dragon.vm.torch.optim import SGD, Adam
 from dragon.vm.torch.optim._plan import layout_guards
-from dragon.vm.torch.optim._plan.layout_guards import LayoutGuard
+from dragon.vm.torch.optim._plan.layout_guards import layout_guard
 
 from ..support import BACKENDS, everything, give_gradients, home, like, parameters, twin
 from .test_guards import NoTensorGuards, attempt, outcome, warm
@@ -37,10 +37,10 @@ def test_a_layout_guard_holds_for_tensors_laid_out_alike_only(what, with_torch, 
     if not with_torch:
         monkeypatch.setattr(layout_guards, "TensorGuards", NoTensorGuards)
     tensors = [alike(), alike()]
-    guard = LayoutGuard(tensors)
-    assert guard.check(alike(), tensors[0])
+    guard = layout_guard(tensors)
+    assert guard(alike(), tensors[0])
     try:
-        holds = guard.check(tensors[0], OTHERS[what](tensors[1]))
+        holds = guard(tensors[0], OTHERS[what](tensors[1]))
     except (TypeError, AttributeError, RuntimeError):
         holds = False
     assert not holds
