@@ -140,7 +140,7 @@ def upward_bfloat16(tile):
 @triton.jit
 def join_16(half, remainder):
     """The fp32 master of a bf16 and an int16 tile."""
-    return (from_upper_half(half) + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
+    return _joined(half, remainder.to(tl.int32))
 
 
 @triton.jit
@@ -153,7 +153,15 @@ def split_16(tile):
 @triton.jit
 def join_8(half, remainder):
     """The 24-bit master of a bf16 and an int8 tile."""
-    return (from_upper_half(half) + (remainder.to(tl.int32) << 8)).to(tl.float32, bitcast=True)
+    return _joined(half, remainder.to(tl.int32) << 8)
+
+
+@triton.jit
+def _joined(half, distance):
+    """The fp32 tile at a distance of bits from a bf16 one. Nothing lies below 0."""
+    bits = from_upper_half(half)
+    is_zero = (bits & MAGNITUDE) == 0
+    return (bits + tl.where(is_zero, tl.maximum(distance, 0), distance)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -16,17 +16,14 @@ from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_flat_dict_asked_for
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._formats import Plain
+from dragon.vm.torch.optim._groups.entries import held_format, stored_entries
 from dragon.vm.torch.optim._groups.exchange import (
     pytorch_state,
     tagged_state,
 )
 from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._groups.states import State
-from dragon.vm.torch.optim._groups.storage import (
-    held_format,
-    storage_of,
-    stored_entries,
-)
+from dragon.vm.torch.optim._groups.storage import storage_of
 from dragon.vm.torch.optim._modes import outside_inference_mode
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -11,28 +12,22 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
+from dragon.vm.torch.optim._averages import raise_inside
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats import cannot_forget, moment_bound
-from dragon.vm.torch.optim._groups.exchange import held_master
+from dragon.vm.torch.optim._groups.entries import MASTER_PARTS, decode_entry, held_master, kept_format, unflat
 from dragon.vm.torch.optim._groups.masters import resync
-from dragon.vm.torch.optim._groups.storage import (
-    decode_entry,
-    kept_format,
-    options_of,
-    storage_of,
-    unflat,
-)
+from dragon.vm.torch.optim._groups.storage import options_of, storage_of
 from dragon.vm.torch.optim._options import complete
+from dragon.vm.torch.optim._plan.updater import Updater
 
 Group = Mapping[str, Any]
-
-# The step at which the bounds of two pairs of betas are compared.
-_LATE = 1e9
 
 
 class StoringOptimizer(AccumulatingOptimizer):
     """An optimizer that tells what it stores, and keeps masters in step with their parameters."""
 
+    _updater: Updater
     _has_warned = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -56,7 +51,7 @@ class StoringOptimizer(AccumulatingOptimizer):
                 names, state = self._algorithm.state_keys(group), self.state.get(param, {})
                 storage = storage_of(param, group, names)
                 found[name] = {"param": storage.param.name}
-                found[name] |= {key: kept_format(storage.states[key], state, key).name for key in names}
+                found[name] |= {key: kept_format(storage, state, key).name for key in names}
         return found
 
     @torch.no_grad()
@@ -78,7 +73,12 @@ class StoringOptimizer(AccumulatingOptimizer):
 
         Call it after you wrote to them in a way that PyTorch does not count, as through `Tensor.data`. The next
         step notices other writes itself.
+
+        Raises:
+            RuntimeError: inside `swap_ema`.
         """
+        if self._originals:
+            raise_inside("resync_master() was called", "the averages would become masters")
         resync(self._all_params(), self.state)
 
     def memory(self) -> dict[str, int]:
@@ -88,16 +88,26 @@ class StoringOptimizer(AccumulatingOptimizer):
         """
         kinds = ("parameters", "gradients", "sums", "states", "masters", "averages", "counters")
         nbytes = dict.fromkeys(kinds, 0)
-        for _, param, _ in self._named_params():
-            if torch.nn.parameter.is_lazy(param):
-                continue
-            nbytes["parameters"] += local(param).nbytes
-            nbytes["gradients"] += 0 if param.grad is None else local(param.grad).nbytes
-            for key, value in self.state.get(param, {}).items():
-                if isinstance(value, Tensor):
-                    nbytes[_kind_of(key)] += local(value).nbytes
-        nbytes["sums"] = sum(local(total).nbytes for total in self._sums.totals.values())
+        flats = [pair for buffer in self._updater.buffers for pair in buffer.flat_tensors()]
+        spans = [(flat.data_ptr(), flat.data_ptr() + flat.nbytes) for _, flat in flats]
+        # What lies in a flat buffer is counted with it, and a shared counter once.
+        others = {id(local(tensor)): (key, local(tensor)) for key, tensor in self._kept_tensors()}
+        apart = (
+            (key, tensor)
+            for key, tensor in others.values()
+            if not any(start <= tensor.data_ptr() < end for start, end in spans)
+        )
+        for key, tensor in (*flats, *apart):
+            nbytes[_kind_of(key)] += tensor.nbytes
         return nbytes
+
+    def _kept_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters, gradients, sums and state tensors, with the keys that they have in states."""
+        for _, param, _ in self._named_params():
+            if not torch.nn.parameter.is_lazy(param):
+                found = {"param": param, "grad": param.grad, **self.state.get(param, {})}
+                yield from ((key, value) for key, value in found.items() if isinstance(value, Tensor))
+        yield from (("grad_sum", total) for total in self._sums.totals.values())
 
     def _named_params(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Yield name, parameter, and its group with all options."""
@@ -111,7 +121,9 @@ class StoringOptimizer(AccumulatingOptimizer):
 
     def _settle_masters(self) -> None:
         """Make parameters their own masters that somebody wrote to since the last step."""
-        raise NotImplementedError
+        # In swap_ema() it is the averages that were written.
+        if not self._originals:
+            self._updater.masters.notice(self._params_with_masters(), self.state)
 
     def _params_with_masters(self) -> list[Tensor]:
         groups = [group for group in self.param_groups if group.get("master_weights") is not None]
@@ -154,16 +166,19 @@ class StoringOptimizer(AccumulatingOptimizer):
 
 
 def _bound(betas: tuple[float, float]) -> float:
-    return moment_bound(betas[0], betas[1], _LATE)
+    return moment_bound(betas[0], betas[1], math.inf)
 
 
 def _is_on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
+_KINDS = {
+    **{"param": "parameters", "grad": "gradients", "grad_sum": "sums"},
+    **{"step": "counters", "ema": "averages"},
+    **dict.fromkeys(MASTER_PARTS, "masters"),
+}
+
+
 def _kind_of(key: str) -> str:
-    if key == "step":
-        return "counters"
-    if key == "ema":
-        return "averages"
-    return "masters" if key in ("param_remainder", "param_master") else "states"
+    return _KINDS.get(key, "states")

@@ -253,11 +253,6 @@ class Optimizer(StoringOptimizer):
         """Norm of all gradients at the last step that needed it, 0-dim float64; None before the first."""
         return self._updater.grad_norm
 
-    def _settle_masters(self) -> None:
-        # In swap_ema() it is the averages that were written.
-        if not self._originals:
-            self._updater.masters.notice(self._params_with_masters(), self.state)
-
     def __getstate__(self) -> dict[str, Any]:
         """What pickles and copies hold: PyTorch's, the settings, and what is summed and counted."""
         if self._originals:

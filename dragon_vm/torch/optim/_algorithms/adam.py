@@ -57,8 +57,11 @@ def _complement_power(beta: float | Tensor, step: Tensor) -> float | Tensor:
 
 def _bound(group: Group, step: float) -> float:
     """The bound of the first moment for the betas that the group has, and for those that it had."""
-    pairs = [group["betas"], *([group["bound_betas"]] if group.get("bound_betas") else [])]
-    return max(moment_bound(float(beta1), float(beta2), step) for beta1, beta2 in pairs)
+    now = float(group["betas"][0]), float(group["betas"][1])
+    before = group.get("bound_betas") or now
+    if before == now:
+        return moment_bound(*now, step)
+    return max(moment_bound(*betas, math.inf) for betas in (now, before))
 
 
 def adam_update(

@@ -20,9 +20,9 @@ from dragon.vm.torch.optim._formats import Rounding, random_words, square_root
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
 from dragon.vm.torch.optim._gradients.unscaling import unscale_all
+from dragon.vm.torch.optim._groups.entries import flat
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import is_dense
-from dragon.vm.torch.optim._groups.storage import flat
 from dragon.vm.torch.optim._options import Version
 
 Group = dict[str, Any]

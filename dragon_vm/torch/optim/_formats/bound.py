@@ -18,8 +18,13 @@ def moment_bound(beta1: float, beta2: float, step: float) -> float:
     """K such that |exp_avg| <= K sqrt(exp_avg_sq) after `step` steps of exact Adam.
 
     Cauchy-Schwarz on the sums that both moments are: K^2 = (1 - beta1)^2 / (1 - beta2) (1 + r + ... + r^(step-1))
-    with r = beta1^2 / beta2, in float64. It holds for constant betas. Where they change, the largest K that the
-    betas have had so far is used.
+    with r = beta1^2 / beta2, in float64. It holds for constant betas. A step takes K^2 to r K^2 and adds the term
+    in front, so where betas change, the largest K of endless steps that they have had holds.
+
+    Args:
+        beta1: of the first moment.
+        beta2: of the second moment.
+        step: at least 1; infinite for a bound of any number of steps.
 
     Returns:
         The bound, infinite where nothing bounds the moment.

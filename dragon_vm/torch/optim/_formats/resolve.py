@@ -51,19 +51,13 @@ class Storage(NamedTuple):
         param: of the parameter.
         states: by the states' names.
         average: of the exponential moving average.
-        bounded: whether the first moment is clamped to what the second one allows. It is not where all states are
-            rounded to nearest in some dtype: PyTorch does so too, and its bits are kept.
+        asked: names of the states that a dtype is asked for.
     """
 
     param: Format
     states: Mapping[str, Format]
     average: Format
-    bounded: bool
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether a step needs random words: the first ones for the parameter, the second for exp_avg_sq."""
-        return self.param.stochastic or any(form.stochastic for form in self.states.values())
+    asked: frozenset[str]
 
     def nbytes(self, numel: int) -> int:
         """Bytes of the parameter and its states, without gradient and average."""
@@ -182,8 +176,6 @@ def resolve(
     asked = [options.asked(state) for state in states]
     if EIGHT_BIT in asked and (dtype == torch.float64 or dtype.is_complex):
         raise ValueError(f'state_dtype="8bit": expected real parameters of 4 bytes or less, got {dtype}')
-    if EIGHT_BIT in asked and differentiable:
-        raise ValueError('state_dtype="8bit": autograd cannot see through rounding, got differentiable=True')
     usual = dtype if options.master_weights is None else torch.float32
     single = dtype != torch.float64 and not dtype.is_complex and not differentiable
     formats: dict[str, Format] = {}
@@ -195,10 +187,20 @@ def resolve(
             formats[state] = _maximum_format(formats["exp_avg_sq"], wanted, stochastic)
         else:
             formats[state] = _state_format(state, usual if wanted is None else wanted, shape, stochastic)
-    rounded = any(not isinstance(form, Plain) for form in formats.values())
     narrow = not isinstance(param, Plain) or any(wanted in _NARROW for wanted in asked)
     average = Plain(torch.float32) if narrow else next(iter(formats.values()), Plain(usual))
-    return Storage(param, formats, average, rounded)
+    if differentiable and (EIGHT_BIT in asked or not _is_exact([param, *formats.values()], dtype)):
+        wanted = {name: value for name, value in options._asdict().items() if value is not None}
+        raise ValueError(f"differentiable=True: autograd cannot see through rounding, got {wanted}")
+    given = frozenset(
+        state for state, wanted in zip(states, asked, strict=True) if isinstance(wanted, torch.dtype)
+    )
+    return Storage(param, formats, average, given)
+
+
+def _is_exact(formats: Sequence[Format], dtype: torch.dtype) -> bool:
+    """Whether nothing is stored in less than a parameter's dtype."""
+    return all(isinstance(form, Plain) and form.dtype.itemsize >= dtype.itemsize for form in formats)
 
 
 def cannot_forget(storage: Storage, beta2: float) -> bool:

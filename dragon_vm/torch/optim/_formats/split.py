@@ -15,6 +15,31 @@ from dragon.vm.torch.optim._formats.format import Part, required
 _HALF = 0x8000
 
 
+def _joined(half: Tensor, distance: Tensor) -> Tensor:
+    """The fp32 number at a distance of bits from a bf16 one.
+
+    Nothing lies below 0, which somebody may have written to a weight while its remainder stayed.
+    """
+    bits = from_upper_half(half)
+    is_zero = half == 0
+    return (bits + torch.where(is_zero, distance.clamp(min=0), distance)).view(torch.float32)
+
+
+def _distances(value: Tensor, half: Tensor | None) -> Tensor:
+    """The distances in bits of masters from halves, from -2^15 to 2^15.
+
+    Args:
+        value: masters, fp32.
+        half: bf16 numbers that the masters round to; where one does not, its master is left at it. None for the
+            numbers that `encode` makes of the masters.
+    """
+    bits = bits_of(value)
+    if half is None:
+        return bits.to(torch.int16).to(torch.int32)
+    distance = bits - from_upper_half(half)
+    return distance.where((distance >= -_HALF) & (distance <= _HALF), 0)
+
+
 @dataclass(frozen=True)
 class Split16:
     """An fp32 master as the nearest bf16 number and a signed 16-bit difference of the bits.
@@ -28,7 +53,11 @@ class Split16:
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         """The master."""
-        return (from_upper_half(parts[0]) + parts[1].to(torch.int32)).view(torch.float32)
+        return _joined(parts[0], parts[1].to(torch.int32))
+
+    def encode_rest(self, value: Tensor, half: Tensor | None, remainder: Tensor) -> None:
+        """Write what a half, which stays as it is, lacks of a master: see `_distances`."""
+        remainder.copy_(_distances(value, half).clamp_(max=0x7FFF))
 
     def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
         """Split the bits; a NaN becomes the one whose half is a NaN too."""
@@ -55,7 +84,11 @@ class Split8:
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         """The master."""
-        return (from_upper_half(parts[0]) + (parts[1].to(torch.int32) << 8)).view(torch.float32)
+        return _joined(parts[0], parts[1].to(torch.int32) << 8)
+
+    def encode_rest(self, value: Tensor, half: Tensor | None, remainder: Tensor) -> None:
+        """Write what a half, which stays as it is, lacks of a master, to nearest: see `_distances`."""
+        remainder.copy_(((_distances(value, half) + 0x80) >> 8).clamp_(max=127))
 
     def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
         """Round to 24 bits, by the upper 8 bits of the words if stochastic, and split them."""

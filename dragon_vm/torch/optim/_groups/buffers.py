@@ -87,6 +87,11 @@ class FlatBuffer:
         """The flat states by name, and the step counter that all parameters share."""
         return self._state
 
+    def flat_tensors(self) -> list[tuple[str, Tensor]]:
+        """All flat tensors, with the names that their pieces have in states."""
+        states = [(key, flat) for key, flat in self._state.items() if key != "step"]
+        return [("param", self.values), ("grad", self.grads), *states]
+
     def moves(
         self, params: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -10,39 +10,32 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
-from dragon.vm.torch.optim._formats import Format, Master, Plain, Split8, Split16
-from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense
-from dragon.vm.torch.optim._groups.storage import (
+from dragon.vm.torch.optim._formats import Format, Plain, Split16
+from dragon.vm.torch.optim._groups.entries import (
+    MASTER_PARTS,
     State,
     decode_entry,
     encode_entry,
     held_format,
+    held_master,
+    kept_format,
     make_parts,
-    options_of,
     part_keys,
-    storage_of,
     unflat,
 )
+from dragon.vm.torch.optim._groups.storage import storage_of
 
-# The entry of a native state that says how its parts are to be read. PyTorch's flat dicts take numbers alone.
+# The entry of a native state that says how its parts are to be read. PyTorch's flat dicts take numbers alone: the
+# version of the format, followed by the dimensions in the order in which the saved codes are walked, the innermost
+# last, if it is not that of a contiguous tensor.
 FORMAT_KEY, FORMAT = "storage", 1
 # The entry of PyTorch's form that has a master in fp32.
 MASTER = "master_param"
-# Those of the native form.
-MASTER_PARTS = ("param_remainder", "param_master")
 
 
 def is_part(key: str) -> bool:
     """Whether an entry is a part of something, or what stands for it in a state dict."""
     return key in (*MASTER_PARTS, MASTER, FORMAT_KEY) or key.endswith(("_q8", "_scale"))
-
-
-def held_master(state: Mapping[str, Any], param: Tensor) -> Format | None:
-    """How the master of a parameter is stored or saved; None if it has none."""
-    remainder = state.get("param_remainder")
-    if isinstance(remainder, Tensor):
-        return Split8(False) if remainder.dtype == torch.int8 else Split16()
-    return Master(param.dtype) if isinstance(state.get("param_master"), Tensor) else None
 
 
 @torch.no_grad()
@@ -79,7 +72,7 @@ def tagged_state(param: Tensor, state: State, position: int) -> State:
     """
     if not any(map(is_part, state)):
         return state
-    found, remainder = {**state, FORMAT_KEY: FORMAT}, state.get("param_remainder")
+    found, remainder = {**state, FORMAT_KEY: _format_number(state)}, state.get("param_remainder")
     if isinstance(remainder, Tensor) and remainder.dtype == torch.int16:
         found["param_remainder"] = distributed_like(param, local(remainder).view(torch.bfloat16))
     return found
@@ -90,8 +83,10 @@ def restored_entries(
 ) -> tuple[State, bool]:
     """Copies of a saved state's moments and master in the formats of a parameter, in either form.
 
+    A saved remainder stays what it is until the first step: the weights that it belongs to may be loaded later.
+
     Args:
-        param: the parameter; only its layout and placement matter, unless saved masters change their format.
+        param: the parameter.
         group: its group.
         saved: the state.
         names: of the moments.
@@ -99,22 +94,19 @@ def restored_entries(
     Returns:
         The entries, and whether some value is stored in parts.
     """
-    storage, options = storage_of(param, group, names), options_of(group)
+    storage = storage_of(param, group, names)
     entries: State = {}
     for name in names:
         held = held_format(saved, name)
         if held is None:
             continue
-        form = storage.states[name]
-        if isinstance(form, Plain) and not isinstance(options.asked(name), torch.dtype) and not param.is_complex():
-            dtype = saved[name].dtype if isinstance(held, Plain) else torch.float32
-            form = Plain(torch.promote_types(dtype, form.dtype))
+        form = kept_format(storage, saved, name)
         made = make_parts(param, name, form)
         if isinstance(held, Plain) and isinstance(form, Plain):
             made[name].copy_(placed_like(made[name], saved[name]))
         else:
             placed = _placed(param, saved, part_keys(name, held))
-            encode_entry(decode_entry(param, placed, name, held).float(), param, made, name, form)
+            encode_entry(decode_entry(param, placed, name, held), param, made, name, form)
         entries |= made
     entries |= _restored_master(param, storage.param, saved)
     return entries, not all(isinstance(form, Plain) for form in (storage.param, *storage.states.values()))
@@ -125,29 +117,50 @@ def _restored_master(param: Tensor, form: Format, saved: Mapping[str, Any]) -> S
     keys, held = part_keys("param", form), held_master(saved, param)
     if not keys or not (held or isinstance(saved.get(MASTER), Tensor)):
         return {}
-    made = make_parts(param, "param", form)
     if isinstance(saved.get(MASTER), Tensor):
-        placed = _placed(param, saved, (MASTER,))
+        made = make_parts(param, "param", form)
         # PyTorch's loader casts all tensors of a state to the parameter's dtype.
-        value = decode_entry(param, placed, MASTER, Plain(torch.float32)).float()
+        value = decode_entry(param, _placed(param, saved, (MASTER,)), MASTER, Plain(torch.float32))
         encode_entry(value, param, made, "param", form)
         return made
     assert held is not None
-    placed = _placed(param, saved, part_keys("param", held))
-    if isinstance(held, Split16):
-        placed["param_remainder"] = placed["param_remainder"].view(torch.int16)
-    if all(key in placed and placed[key].dtype == local(made[key]).dtype for key in keys):
-        for key in keys:
-            local(made[key]).copy_(placed[key])
-    else:
-        encode_entry(decode_entry(param, placed, "param", held), param, made, "param", form)
+    made = make_parts(param, "param", held)
+    for key, value in _placed(param, saved, part_keys("param", held)).items():
+        # An int16 remainder was saved as bf16.
+        is_tagged = isinstance(held, Split16) and value.dtype == torch.bfloat16
+        local(made[key]).copy_(value.view(torch.int16) if is_tagged else value)
     return made
 
 
 def _placed(param: Tensor, saved: Mapping[str, Any], keys: Sequence[str]) -> State:
-    """The shards of saved entries that this process needs, laid out as the parameter is."""
-    shard, found = local(param), {}
-    for key in keys:
-        value = local(placed_like(param, saved[key])).to(shard.device)
-        found[key] = in_layout_of(shard, value) if value.shape == shard.shape and is_dense(shard) else value
+    """The shards of saved entries that this process needs, codes in the order in which they were saved."""
+    found = {key: local(placed_like(param, saved[key])) for key in keys}
+    order = walking_order(saved.get(FORMAT_KEY, FORMAT), param.ndim)
+    for key in keys if order else ():
+        if key.endswith("_q8"):
+            codes = found[key].permute(order).contiguous()
+            found[key] = codes.permute([order.index(dim) for dim in range(param.ndim)])
     return found
+
+
+def _format_number(state: Mapping[str, Any]) -> int:
+    """The value of `FORMAT_KEY` for a state with parts."""
+    for key, value in state.items():
+        if key.endswith("_q8") and not local(value).is_contiguous():
+            # Rows are outermost, also where a process has one of them.
+            strides = local(value).stride()
+            order = sorted(range(1, len(strides)), key=lambda dim: -strides[dim])
+            return int(f"{FORMAT}0{''.join(map(str, order))}")
+    return FORMAT
+
+
+def walking_order(number: Any, n_dims: int) -> list[int]:
+    """The dimensions of saved codes in the order in which they are walked; none for contiguous ones.
+
+    Raises:
+        ValueError: for what is no value of `FORMAT_KEY`.
+    """
+    version, order = str(number)[:1], str(number)[1:]
+    if version != str(FORMAT) or (order and sorted(order) != [str(dim) for dim in range(n_dims)]):
+        raise ValueError(f"expected {FORMAT}, or {FORMAT} and the dimensions in walking order, got {number!r}")
+    return list(map(int, order))

@@ -75,12 +75,15 @@ def resync(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
 
 @torch.no_grad()
 def reconcile(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
-    """Make elements their own masters whose fp32 master does not round to them. A remainder belongs to any."""
+    """Make elements their own masters that are not nearest to their fp32 master. A remainder belongs to any."""
     for param in params:
         master = state.get(param, {}).get("param_master")
         if isinstance(master, Tensor):
             kept, shard = local(master), local(param)
-            kept.copy_(torch.where(kept.to(shard.dtype) == shard, kept, shard.to(kept.dtype)))
+            rounded, own = kept.to(shard.dtype), shard.to(kept.dtype)
+            # At a tie there are two: the halves of other formats are rounded away from 0.
+            is_own = (rounded == shard) | ((kept - own).abs() <= (kept - rounded.to(kept.dtype)).abs())
+            kept.copy_(torch.where(is_own, kept, own))
 
 
 def _versions(params: Sequence[Tensor]) -> list[int]:

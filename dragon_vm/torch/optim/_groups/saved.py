@@ -10,9 +10,9 @@ import torch
 from torch import Size, Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._groups.exchange import FORMAT, FORMAT_KEY, MASTER, MASTER_PARTS
+from dragon.vm.torch.optim._groups.entries import MASTER_PARTS, held_format, part_keys
+from dragon.vm.torch.optim._groups.exchange import FORMAT, FORMAT_KEY, MASTER, walking_order
 from dragon.vm.torch.optim._groups.states import State
-from dragon.vm.torch.optim._groups.storage import held_format, part_keys
 
 
 def saved_labels(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -35,8 +35,10 @@ def checked_state(
     for key in required:
         if held_format(state, key) is None:
             raise ValueError(f"loaded state dict has no {key} for {label}: it has {', '.join(state) or 'nothing'}")
-    if state.get(FORMAT_KEY, FORMAT) != FORMAT:
-        raise ValueError(f"loaded state dict has {FORMAT_KEY} {state[FORMAT_KEY]!r} for {label}, not {FORMAT!r}")
+    try:
+        walking_order(state.get(FORMAT_KEY, FORMAT), param.ndim)
+    except ValueError as error:
+        raise ValueError(f"loaded state dict has {FORMAT_KEY} for {label}: {error}") from None
     for key, shape in _shapes(algorithm, param, group, state).items():
         value = state.get(key)
         if not isinstance(value, Tensor) or value.shape != shape or value.is_complex() != param.is_complex():

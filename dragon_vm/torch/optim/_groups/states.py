@@ -61,13 +61,13 @@ def counter_buffer(counters: Sequence[Tensor]) -> Tensor | None:
     if buffer is None:
         return None
     start = (first.data_ptr() - buffer.data_ptr()) // buffer.element_size()
-    return buffer[start : start + len(counters)] if start + len(counters) <= len(buffer) else None
+    # Somebody may have given the counters other memory.
+    return buffer[start : start + len(counters)] if 0 <= start <= len(buffer) - len(counters) else None
 
 
-def begun_average(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """An average, which starts where its parameter is."""
-    average = zeros_for(local(param), dtype)
-    return distributed_like(param, average.copy_(local(param).detach()))
+def begun_average(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """An average of a parameter, which starts at a value of the shape of its shard."""
+    return distributed_like(param, zeros_for(local(param), dtype).copy_(value))
 
 
 def add_counters(states: Iterable[tuple[State, float, torch.device]]) -> None:

@@ -1,34 +1,24 @@
-"""The formats of a parameter, and the entries of its state that hold its values."""
+"""The formats of a parameter: by its group's options, its global shape, and how it lies in memory."""
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import distributed_like, is_distributed, local
+from dragon.vm.torch.optim._distributed.shards import is_distributed, local
 from dragon.vm.torch.optim._formats import (
     BLOCK,
-    Format,
     Plain,
-    SignedQ8,
-    Split8,
-    SquareQ8,
-    StochasticBfloat16,
     Storage,
     StorageOptions,
     check_options,
     resolve,
 )
-from dragon.vm.torch.optim._groups.checks import has_memory
-from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense
-from dragon.vm.torch.optim._groups.states import zeros_for
+from dragon.vm.torch.optim._groups.layout import is_dense
 
-State = dict[str, Any]
 EIGHT_BIT = "8bit"
 
 
@@ -62,14 +52,21 @@ def storage_of(param: Tensor, group: Mapping[str, Any], states: Sequence[str]) -
     """
     options = options_of(group)
     asked = options.state_dtype
-    if param.is_complex() and isinstance(asked, torch.dtype):
-        options = options._replace(state_dtype=None)
+    if param.is_complex():
+        options = options._replace(state_dtype=_without_dtypes(asked))
     storage = resolve(options, param.dtype, param.shape, states, differentiable=group["differentiable"])
     if not states and isinstance(asked, torch.dtype) and not param.is_complex():
         storage = storage._replace(average=Plain(asked))
     if any(len(form.parts) > 1 for form in storage.states.values()) and not _has_whole_blocks(param):
         storage = resolve(_without_blocks(options), param.dtype, param.shape, states)
     return storage
+
+
+def _without_dtypes(asked: Any) -> Any:
+    """What is left of `state_dtype` for complex parameters, whose states have their dtype; 8 bits are refused."""
+    if isinstance(asked, Mapping):
+        return {name: value for name, value in asked.items() if value == EIGHT_BIT}
+    return asked if asked == EIGHT_BIT else None
 
 
 def _without_blocks(options: StorageOptions) -> StorageOptions:
@@ -112,151 +109,3 @@ def first_index(param: Any) -> int:
     shape, (chunk,) = param.shape, param.__create_chunk_list__()
     offsets = chunk.offsets
     return sum(offset * shape[dim + 1 :].numel() for dim, offset in enumerate(offsets))
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """A view of a dense tensor in walking order."""
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-
-
-def walker(shard: Tensor) -> Callable[[Tensor], Tensor]:
-    """What turns a tensor that is laid out as a parameter is into the order in which it is walked."""
-    return flat if is_dense(shard) else lambda tensor: tensor
-
-
-def part_keys(name: str, form: Format) -> tuple[str, ...]:
-    """Names in a state of the tensors that hold a value; a parameter's own tensor has none."""
-    parts = form.parts[1:] if name == "param" else form.parts
-    return tuple(name + part.suffix for part in parts)
-
-
-def nearest(form: Format) -> Format:
-    """The format without random rounding, in the same tensors."""
-    if isinstance(form, StochasticBfloat16):
-        return Plain(torch.bfloat16)
-    if isinstance(form, SquareQ8):
-        return SquareQ8(False)
-    return Split8(False) if isinstance(form, Split8) else form
-
-
-def held_format(state: Mapping[str, Any], name: str) -> Format | None:
-    """How a state is stored now; None if it is not there."""
-    if isinstance(state.get(name), Tensor):
-        return Plain(state[name].dtype)
-    codes = state.get(f"{name}_q8")
-    if not isinstance(codes, Tensor):
-        return None
-    return SignedQ8() if codes.dtype == torch.int8 else SquareQ8(False)
-
-
-def kept_format(form: Format, state: Mapping[str, Any], name: str) -> Format:
-    """The wanted format; a state that is plain already keeps its dtype if a plain one is wanted."""
-    held = held_format(state, name)
-    return held if isinstance(form, Plain) and isinstance(held, Plain) else form
-
-
-def make_parts(param: Any, name: str, form: Format) -> State:
-    """Zeroed tensors for a value of a parameter, which are distributed as it is."""
-    shard = local(param)
-    made: State = {}
-    parts = form.parts[1:] if name == "param" else form.parts
-    for key, part in zip(part_keys(name, form), parts, strict=True):
-        if part.elements == 1:
-            made[key] = distributed_like(param, zeros_for(shard, part.dtype))
-        else:
-            scale = torch.zeros(part.shape(shard.shape), dtype=part.dtype, device=shard.device)
-            made[key] = _distributed_scale(param, scale, part.shape(param.shape))
-    return made
-
-
-def _distributed_scale(param: Any, scale: Tensor, shape: Size) -> Tensor:
-    """Scales as a `DTensor` with the placements of a parameter, if it is one."""
-    if not is_distributed(param):
-        return scale
-    spec = copy.copy(param._spec)
-    strides = (shape[1], 1)
-    spec.tensor_meta = spec.tensor_meta._replace(shape=shape, stride=strides, dtype=scale.dtype)
-    module: Any = sys.modules["torch.distributed.tensor"]
-    distributed: Tensor = module.DTensor(scale, spec, requires_grad=False)
-    return distributed
-
-
-def decode_entry(param: Tensor, state: Mapping[str, Any], name: str, form: Format) -> Tensor:
-    """A value of a state or the master of a parameter, in walking order; it may be a view of the entry."""
-    shard = local(param)
-    own, walk = [shard.detach()] if name == "param" else [], walker(shard)
-    parts = [walk(part) for part in (*own, *(local(state[key]) for key in part_keys(name, form)))]
-    return form.decode(parts)
-
-
-def encode_entry(value: Tensor, param: Tensor, entries: Mapping[str, Any], name: str, form: Format) -> None:
-    """Round a value to nearest, and write it to its entries; a parameter's own tensor stays as it is."""
-    walk = walker(local(param))
-    own = [torch.empty_like(walk(local(param).detach()))] if name == "param" else []
-    parts = [walk(local(entries[key])) for key in part_keys(name, form)]
-    nearest(form).encode(value, [*own, *parts])
-
-
-def unflat(param: Any, value: Tensor) -> Tensor:
-    """A value in walking order as a tensor that is laid out and distributed as the parameter is."""
-    shard = local(param)
-    if is_dense(shard):
-        value = value.as_strided(shard.shape, shard.stride())
-    return distributed_like(param, value)
-
-
-@torch.no_grad()
-def stored_entries(
-    param: Tensor, state: Mapping[str, Any], storage: Storage, names: Iterable[str]
-) -> tuple[State, set[str]]:
-    """The entries that a state lacks in its formats, converted from those that it has. Nothing is changed.
-
-    Args:
-        param: the parameter.
-        state: its state, complete or not.
-        storage: the formats.
-        names: of the states that must be there.
-
-    Returns:
-        Entries to add, and names of those that they replace.
-    """
-    added: State = {}
-    replaced: set[str] = set()
-    for name in names:
-        form = kept_format(storage.states[name], state, name)
-        held = held_format(state, name)
-        keys = part_keys(name, form)
-        if held is not None and part_keys(name, held) == keys and _are_stored(form, state, keys):
-            continue
-        entries = make_parts(param, name, form)
-        if held is not None:
-            source = _settled(param, state, part_keys(name, held))
-            encode_entry(decode_entry(param, source, name, held).float(), param, entries, name, form)
-            replaced |= set(part_keys(name, held)) - set(keys)
-        added |= entries
-    keys = part_keys("param", storage.param)
-    if keys and not _are_stored(storage.param, state, keys, is_param=True):
-        entries = make_parts(param, "param", storage.param)
-        if keys == ("param_master",):
-            local(entries["param_master"]).copy_(local(param).detach())
-        added |= entries
-    replaced |= {key for key in ("param_remainder", "param_master") if key in state and key not in keys}
-    return added, replaced
-
-
-def _are_stored(form: Format, state: Mapping[str, Any], keys: Sequence[str], is_param: bool = False) -> bool:
-    parts = form.parts[1:] if is_param else form.parts
-    return all(
-        isinstance(state.get(key), Tensor) and local(state[key]).dtype == part.dtype
-        for key, part in zip(keys, parts, strict=True)
-    )
-
-
-def _settled(param: Tensor, state: Mapping[str, Any], keys: Sequence[str]) -> State:
-    """Entries on the parameter's device; those of its shape in its layout."""
-    shard, found = local(param), {}
-    for key in keys:
-        value = local(state[key]).to(shard.device)
-        same = value.shape == shard.shape and has_memory(shard) and is_dense(shard)
-        found[key] = in_layout_of(shard, value) if same else value
-    return found

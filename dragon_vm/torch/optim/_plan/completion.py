@@ -12,10 +12,11 @@ from torch import Tensor
 from dragon.vm.torch.optim._formats import Plain, Storage
 from dragon.vm.torch.optim._groups.checks import check_state, has_memory
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
+from dragon.vm.torch.optim._groups.entries import decode_entry, kept_format, stored_entries, unwalked
 from dragon.vm.torch.optim._groups.flattening import Signature, State
 from dragon.vm.torch.optim._groups.members import has_own_memory
 from dragon.vm.torch.optim._groups.states import add_counters, begun_average, settled_entries
-from dragon.vm.torch.optim._groups.storage import kept_format, storage_of, stored_entries
+from dragon.vm.torch.optim._groups.storage import storage_of
 from dragon.vm.torch.optim._plan.recipe import Recipe
 
 
@@ -45,7 +46,9 @@ def completed_states(
     distinct: dict[Signature, Signature] = {}
     counted: list[tuple[State, float, torch.device]] = []
     for param, shard, grad, index in zip(params, shards, grads, group_index, strict=True):
-        group, held = recipe.groups[index], recipe.state.get(param, {})
+        # PyTorch's SGD takes None for a buffer that is still to begin.
+        group = recipe.groups[index]
+        held = {key: value for key, value in recipe.state.get(param, {}).items() if value is not None}
         check_state(param, held, algorithm.all_state_keys(group), algorithm.counts_steps(group))
         storage = storage_of(param, group, algorithm.state_keys(group))
         signature = _signature(recipe, shard, grad, held, storage, group)
@@ -53,10 +56,11 @@ def completed_states(
         added, replaced = stored_entries(param, held, storage, algorithm.state_keys(group))
         states.append({**{key: value for key, value in held.items() if key not in replaced}, **added})
         if signature.ema_dtype is not None and "ema" not in held:
-            states[-1]["ema"] = begun_average(param, signature.ema_dtype)
-        if signature.counts_steps and "step" not in held:
-            # An average may have begun before the first step that counts.
-            has_begun = bool(held) and any(key in held for key in signature.tensor_keys if key != "ema")
+            master = decode_entry(param, states[-1], "param", storage.param)
+            states[-1]["ema"] = begun_average(param, unwalked(shard, master), signature.ema_dtype)
+        # An average may have begun before the first step that counts.
+        has_begun = any(key in held for key in signature.tensor_keys if key != "ema")
+        if signature.counts_steps and ("step" not in held or not (has_begun or algorithm.saves_steps)):
             count = (algorithm.uncounted_steps or 0.0) if has_begun else 0.0
             counted.append((states[-1], count, step_device(param, signature.backend, group)))
     add_counters(counted)
@@ -73,7 +77,7 @@ def _signature(
 ) -> Signature:
     """What a parameter must have in common with others, once its state is complete."""
     algorithm, names = recipe.algorithm, recipe.algorithm.state_keys(group)
-    formats = tuple(kept_format(storage.states[name], state, name) for name in names)
+    formats = tuple(kept_format(storage, state, name) for name in names)
     average = None
     if group["ema_decay"]:
         average = state["ema"].dtype if "ema" in state else storage.average.parts[0].dtype

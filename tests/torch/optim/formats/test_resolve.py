@@ -38,8 +38,7 @@ def test_without_options_everything_has_the_parameters_dtype(dtype: torch.dtype)
     name = str(dtype).removeprefix("torch.")
     assert names(found) == (name,) * 4
     assert found.average.name == name
-    assert not found.bounded
-    assert not found.stochastic
+    assert found.asked == frozenset()
 
 
 Q8 = ("q8_signed", "q8_square_stochastic")
@@ -116,13 +115,10 @@ def test_an_average_beside_something_narrow_is_fp32(
     assert storage(dtype, asked).average.parts[0].dtype == average
 
 
-def test_the_first_moment_is_bounded_where_pytorch_has_no_such_mode() -> None:
-    assert storage(FP32, options("8bit", False)).bounded
-    assert storage(FP32, options(BF16)).bounded
-    assert not storage(FP32, options(BF16, False)).bounded
-    assert storage(BF16, options(None, True)).bounded
-    assert not storage(FP32, options(None, True)).bounded
-    assert not storage(FP32, options("8bit"), BIAS).bounded
+def test_what_a_dtype_is_asked_for() -> None:
+    assert storage(FP32, options(BF16), states=AMSGRAD).asked == set(AMSGRAD)
+    assert storage(FP32, options({"exp_avg": FP32}), states=AMSGRAD).asked == {"exp_avg"}
+    assert storage(FP32, options("8bit")).asked == set()
 
 
 @pytest.mark.parametrize(
@@ -164,9 +160,28 @@ def test_options_that_do_not_fit_the_parameter(asked: StorageOptions, dtype: tor
         storage(dtype, asked)
 
 
-def test_8_bits_are_refused_where_autograd_sees_the_update() -> None:
-    with pytest.raises(ValueError, match="differentiable=True"):
-        resolve(options("8bit"), FP32, MATRIX, ADAM, differentiable=True)
+@pytest.mark.parametrize(
+    ("asked", "dtype"),
+    [
+        (options("8bit"), FP32),
+        (options("8bit"), BF16),
+        (options(BF16), FP32),
+        (options({"exp_avg": BF16}), FP32),
+        (options(None, True), BF16),
+        (options(None, None, "split16"), BF16),
+        (options(None, None, FP32), BF16),
+    ],
+)
+def test_narrow_storage_is_refused_where_autograd_sees_the_update(
+    asked: StorageOptions, dtype: torch.dtype
+) -> None:
+    with pytest.raises(ValueError, match="differentiable=True: autograd cannot see through rounding"):
+        resolve(asked, dtype, MATRIX, ADAM, differentiable=True)
+
+
+@pytest.mark.parametrize("asked", [options(), options(FP32), options(BF16)])
+def test_storage_as_wide_as_the_parameter_is_differentiable(asked: StorageOptions) -> None:
+    assert names(resolve(asked, BF16, MATRIX, ADAM, differentiable=True))[0] == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_an_unknown_native_form_is_refused() -> None:
     train(params, optimizer, 1)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][1]["storage"] = 2
-    with pytest.raises(ValueError, match="storage 2 for parameter 1, not 1"):
+    with pytest.raises(ValueError, match=r"storage for parameter 1: expected 1, .* got 2"):
         optimizer.load_state_dict(saved)
 
 

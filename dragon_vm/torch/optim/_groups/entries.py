@@ -1,0 +1,209 @@
+"""The entries of a state that hold the values of a parameter's states and its master, in any format."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from dragon.vm.torch.optim._distributed.shards import distributed_like, is_distributed, local
+from dragon.vm.torch.optim._formats import (
+    Format,
+    Master,
+    Plain,
+    SignedQ8,
+    Split8,
+    Split16,
+    SquareQ8,
+    StochasticBfloat16,
+    Storage,
+)
+from dragon.vm.torch.optim._groups.checks import has_memory
+from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense, same_walk
+from dragon.vm.torch.optim._groups.states import zeros_for
+
+State = dict[str, Any]
+# Entries of a state with what a parameter lacks of its master.
+MASTER_PARTS = ("param_remainder", "param_master")
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A view of a dense tensor in walking order."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def walked(shard: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of a shard's shape in the order in which the shard is walked; a view if it lies so."""
+    return flat(in_layout_of(shard, tensor)) if has_memory(shard) and is_dense(shard) else tensor
+
+
+def part_keys(name: str, form: Format) -> tuple[str, ...]:
+    """Names in a state of the tensors that hold a value; a parameter's own tensor has none."""
+    parts = form.parts[1:] if name == "param" else form.parts
+    return tuple(name + part.suffix for part in parts)
+
+
+def nearest(form: Format) -> Format:
+    """The format without random rounding, in the same tensors."""
+    if isinstance(form, StochasticBfloat16):
+        return Plain(torch.bfloat16)
+    if isinstance(form, SquareQ8):
+        return SquareQ8(False)
+    return Split8(False) if isinstance(form, Split8) else form
+
+
+def held_format(state: Mapping[str, Any], name: str) -> Format | None:
+    """How a state is stored now; None if it is not there."""
+    if isinstance(state.get(name), Tensor):
+        return Plain(state[name].dtype)
+    codes = state.get(f"{name}_q8")
+    if not isinstance(codes, Tensor):
+        return None
+    return SignedQ8() if codes.dtype == torch.int8 else SquareQ8(False)
+
+
+def kept_format(storage: Storage, state: Mapping[str, Any], name: str) -> Format:
+    """The wanted format of a state; where no dtype is asked for, one as wide as what is held or saved."""
+    form, held = storage.states[name], held_format(state, name)
+    if held is None or name in storage.asked or not isinstance(form, Plain):
+        return form
+    return Plain(torch.promote_types(held.dtype if isinstance(held, Plain) else torch.float32, form.dtype))
+
+
+def make_parts(param: Any, name: str, form: Format) -> State:
+    """Zeroed tensors for a value of a parameter, which are distributed as it is."""
+    shard = local(param)
+    made: State = {}
+    parts = form.parts[1:] if name == "param" else form.parts
+    for key, part in zip(part_keys(name, form), parts, strict=True):
+        if part.elements == 1:
+            made[key] = distributed_like(param, zeros_for(shard, part.dtype))
+        else:
+            scale = torch.zeros(part.shape(shard.shape), dtype=part.dtype, device=shard.device)
+            made[key] = _distributed_scale(param, scale, part.shape(param.shape))
+    return made
+
+
+def _distributed_scale(param: Any, scale: Tensor, shape: Size) -> Tensor:
+    """Scales as a `DTensor` with the placements of a parameter, if it is one."""
+    if not is_distributed(param):
+        return scale
+    spec = copy.copy(param._spec)
+    strides = (shape[1], 1)
+    spec.tensor_meta = spec.tensor_meta._replace(shape=shape, stride=strides, dtype=scale.dtype)
+    module: Any = sys.modules["torch.distributed.tensor"]
+    distributed: Tensor = module.DTensor(scale, spec, requires_grad=False)
+    return distributed
+
+
+def decode_entry(param: Tensor, state: Mapping[str, Any], name: str, form: Format) -> Tensor:
+    """A value of a state or the master of a parameter, in the parameter's walking order and on its device.
+
+    It may be a view of the entry. Codes are in blocks of the order in which they lie themselves, which is that of
+    the parameter unless it has been laid out anew.
+    """
+    shard = local(param)
+    parts = [local(state[key]).to(shard.device) for key in part_keys(name, form)]
+    if has_blocks(form):
+        codes, scale = parts[0] if is_dense(parts[0]) else parts[0].contiguous(), parts[1]
+        value = form.decode([flat(codes), scale.contiguous()])
+        return walked(shard, value.as_strided(codes.shape, codes.stride()))
+    own = [shard.detach()] if name == "param" else []
+    return form.decode([walked(shard, part) for part in (*own, *parts)])
+
+
+def encode_entry(
+    value: Tensor, param: Tensor, entries: Mapping[str, Any], name: str, form: Format, half: Tensor | None = None
+) -> None:
+    """Round a value in walking order to nearest, and write it to its new entries.
+
+    A parameter's own tensor stays as it is. A master is written for `half`, the parameter in walking order; None
+    if the weights that it belongs to may still be loaded.
+    """
+    shard = local(param)
+    parts = [local(entries[key]) for key in part_keys(name, form)]
+    parts = [walked(shard, part) if part.shape == shard.shape else part for part in parts]
+    if isinstance(form, (Split8, Split16)):
+        form.encode_rest(value.float(), half, *parts)
+    elif name == "param" or isinstance(form, Plain):
+        parts[0].copy_(value)
+    else:
+        nearest(form).encode(value.float(), parts)
+
+
+def has_blocks(form: Format) -> bool:
+    """Whether elements share scales."""
+    return any(part.elements > 1 for part in form.parts)
+
+
+def unflat(param: Any, value: Tensor) -> Tensor:
+    """A value in walking order as a tensor that is laid out and distributed as the parameter is."""
+    return distributed_like(param, unwalked(local(param), value))
+
+
+def unwalked(shard: Tensor, value: Tensor) -> Tensor:
+    """A value in walking order in the shape of the shard."""
+    is_flat = has_memory(shard) and is_dense(shard)
+    return value.as_strided(shard.shape, shard.stride()) if is_flat else value
+
+
+@torch.no_grad()
+def stored_entries(
+    param: Tensor, state: Mapping[str, Any], storage: Storage, names: Iterable[str]
+) -> tuple[State, set[str]]:
+    """The entries that a state lacks in its formats, converted from those that it has. Nothing is changed.
+
+    Args:
+        param: the parameter.
+        state: its state, complete or not.
+        storage: the formats.
+        names: of the states that must be there.
+
+    Returns:
+        Entries to add, and names of those that they replace.
+    """
+    added: State = {}
+    replaced: set[str] = set()
+    for name in names:
+        form, held = kept_format(storage, state, name), held_format(state, name)
+        keys = part_keys(name, form)
+        if held is not None and part_keys(name, held) == keys and _are_stored(form, param, state, keys):
+            continue
+        entries = make_parts(param, name, form)
+        if held is not None:
+            encode_entry(decode_entry(param, state, name, held), param, entries, name, form)
+            replaced |= set(part_keys(name, held)) - set(keys)
+        added |= entries
+    keys = part_keys("param", storage.param)
+    if keys and not _are_stored(storage.param, param, state, keys, is_param=True):
+        entries, held = make_parts(param, "param", storage.param), held_master(state, param)
+        master = decode_entry(param, state, "param", held or Plain(param.dtype))
+        half = walked(local(param), local(param).detach())
+        encode_entry(master, param, entries, "param", storage.param, half)
+        added |= entries
+    replaced |= {key for key in MASTER_PARTS if key in state and key not in keys}
+    return added, replaced
+
+
+def held_master(state: Mapping[str, Any], param: Tensor) -> Format | None:
+    """How the master of a parameter is stored or saved; None if it has none."""
+    remainder = state.get("param_remainder")
+    if isinstance(remainder, Tensor):
+        return Split8(False) if remainder.dtype == torch.int8 else Split16()
+    return Master(param.dtype) if isinstance(state.get("param_master"), Tensor) else None
+
+
+def _are_stored(
+    form: Format, param: Tensor, state: Mapping[str, Any], keys: Sequence[str], is_param: bool = False
+) -> bool:
+    """Whether the parts of a format are there, codes in the layout of the parameter."""
+    parts = form.parts[1:] if is_param else form.parts
+    for key, part in zip(keys, parts, strict=True):
+        entry = state.get(key)
+        if not isinstance(entry, Tensor) or local(entry).dtype != part.dtype:
+            return False
+    return not has_blocks(form) or same_walk(local(state[keys[0]]), local(param))
