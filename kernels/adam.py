@@ -54,9 +54,5 @@ def adam_scalars(group, target, lr, step):
     eps = hyperparameter(group, table.EPS)
     epsilon_hat = hyperparameter(group, table.EPSILON_HAT)
     store_scalar(target, table.DENOM_EPS, tl.where(epsilon_hat != 0, eps, eps * correction2))
-    bound_beta1 = hyperparameter(group, table.BOUND_BETA1)
-    bound_beta2 = hyperparameter(group, table.BOUND_BETA2)
-    # Where betas have changed, a bound of any number of steps holds.
-    n_terms = tl.where((bound_beta1 == beta1) & (bound_beta2 == beta2), step, float("inf"))
-    earlier = moment_bound(bound_beta1, bound_beta2, n_terms)
-    store_scalar(target, table.MOMENT_BOUND, tl.maximum(moment_bound(beta1, beta2, n_terms), earlier))
+    bound = hyperparameter(group, table.BOUND)
+    store_scalar(target, table.MOMENT_BOUND, tl.where(bound > 0, bound, moment_bound(beta1, beta2, step)))

@@ -73,10 +73,9 @@ EPSILON_HAT = tl.constexpr(12)
 MOMENTUM = tl.constexpr(13)
 DAMPENING = tl.constexpr(14)
 NESTEROV = tl.constexpr(15)
-# Betas that the group had, for which the bound of the first moment must hold as well.
-BOUND_BETA1 = tl.constexpr(16)
-BOUND_BETA2 = tl.constexpr(17)
-GROUP_COLUMNS = tl.constexpr(18)
+# The bound of the first moment since the betas have changed; 0 if they never did.
+BOUND = tl.constexpr(16)
+GROUP_COLUMNS = tl.constexpr(17)
 
 # Sources: 0, or the address of a device tensor to read instead of the group's column.
 # A float32 address is a multiple of 4; the lowest bit set marks a float64 tensor.

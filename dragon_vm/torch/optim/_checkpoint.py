@@ -104,7 +104,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         self._widen_bounds([group for group in self.param_groups if any(map(self.state.get, group["params"]))])
 
     def _widen_bounds(self, groups: Iterable[Group]) -> None:
-        """Keep for each narrow group those betas, of all that it had, which allow the largest first moment."""
+        """Keep for each narrow group the betas of its moments, and the bound of all betas once they change."""
         raise NotImplementedError
 
     def _drop_defaults(self, group: Group, kept: Collection[str] = ()) -> None:

@@ -136,10 +136,12 @@ class StoringOptimizer(AccumulatingOptimizer):
             if "betas" not in group:
                 continue
             now = float(group["betas"][0]), float(group["betas"][1])
-            before = group.get("bound_betas")
-            if before == now:
-                continue
-            if before is None or _bound(now) > _bound(before):
+            # Behind the betas of the last step, what they and all before allow, once they have changed.
+            beta1, beta2, bound = (*(group.get("bound_betas") or now), 0.0)[:3]
+            if (beta1, beta2) != now:
+                endless = moment_bound(beta1, beta2, math.inf), moment_bound(now[0], now[1], math.inf)
+                group["bound_betas"] = (*now, max(bound, *endless))
+            elif group.get("bound_betas") is None:
                 group["bound_betas"] = now
 
     def _warn_of_rounding(self, group: Group) -> None:
@@ -163,10 +165,6 @@ class StoringOptimizer(AccumulatingOptimizer):
                     stacklevel=2,
                 )
                 return
-
-
-def _bound(betas: tuple[float, float]) -> float:
-    return moment_bound(betas[0], betas[1], math.inf)
 
 
 def _is_on_device(value: Any) -> bool:

@@ -144,6 +144,8 @@ class Optimizer(StoringOptimizer):
     def _publish(self, group: dict[str, Any]) -> None:
         """Upload a live group's hyperparameters to wherever steps, captured ones too, read them."""
         self._updater.publish(self.param_groups, group, self.defaults, self._settings)
+        # What this changes is published in turn.
+        self._widen_bounds([group])
 
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
         """Update all parameter groups using gradients.

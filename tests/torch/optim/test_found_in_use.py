@@ -106,3 +106,32 @@ def test_an_optimizer_may_be_built_within_a_compiled_function(algorithm: Any) ->
     assert torch.equal(param, expected)
     assert isinstance(optimizer, algorithm)
     optimizer.step()
+
+
+def test_a_counter_in_other_memory_counts_on():
+    elsewhere = [torch.tensor(5.0) for _ in range(50)]  # at lower addresses
+    for counter in elsewhere:
+        param = torch.nn.Parameter(torch.ones(5))
+        optimizer = Adam([param], lr=0.1, backend="native")
+        for step in range(4):
+            param.grad = torch.ones(5)
+            if step == 2:
+                optimizer.state[param]["step"].data = counter
+            optimizer.step()
+        assert float(optimizer.state[param]["step"]) == 7
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("begin", [lambda s: s.update(momentum_buffer=None), lambda s: s.pop("momentum_buffer")])
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_a_buffer_that_was_taken_away_begins_anew(begin, dampening, backend):
+    params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": dampening}
+    ours, theirs = SGD(params[:1], backend=backend, **options), torch.optim.SGD(params[1:], **options)
+    for step in range(5):
+        for param, optimizer in zip(params, (ours, theirs), strict=True):
+            param.grad = torch.full((5,), 1.0 + step)
+            if step == 3:
+                begin(optimizer.state[param])
+            optimizer.step()
+    torch.testing.assert_close(*params)

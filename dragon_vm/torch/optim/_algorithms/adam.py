@@ -36,10 +36,8 @@ def _check(group: Group) -> None:
 
 def _columns(group: Group) -> dict[str, float]:
     beta1, beta2 = map(host_number, group["betas"])
-    bound_beta1, bound_beta2 = group.get("bound_betas") or (beta1, beta2)
     return {
-        "BOUND_BETA1": bound_beta1,
-        "BOUND_BETA2": bound_beta2,
+        "BOUND": _changed_bound(group),
         "BETA1": beta1,
         "BETA2": beta2,
         "EPS": float(group["eps"]),
@@ -55,13 +53,15 @@ def _complement_power(beta: float | Tensor, step: Tensor) -> float | Tensor:
     return one_minus_power(float(beta), float(step))
 
 
+def _changed_bound(group: Group) -> float:
+    """The bound of the first moment since the betas of a group have changed; 0 if they never did."""
+    betas: Sequence[float] = group.get("bound_betas") or ()
+    return float(betas[2]) if len(betas) > 2 else 0.0
+
+
 def _bound(group: Group, step: float) -> float:
-    """The bound of the first moment for the betas that the group has, and for those that it had."""
-    now = float(group["betas"][0]), float(group["betas"][1])
-    before = group.get("bound_betas") or now
-    if before == now:
-        return moment_bound(*now, step)
-    return max(moment_bound(*betas, math.inf) for betas in (now, before))
+    beta1, beta2 = group["betas"]
+    return _changed_bound(group) or moment_bound(float(beta1), float(beta2), step)
 
 
 def adam_update(

@@ -190,12 +190,12 @@ def resolve(
     narrow = not isinstance(param, Plain) or any(wanted in _NARROW for wanted in asked)
     average = Plain(torch.float32) if narrow else next(iter(formats.values()), Plain(usual))
     if differentiable and (EIGHT_BIT in asked or not _is_exact([param, *formats.values()], dtype)):
-        wanted = {name: value for name, value in options._asdict().items() if value is not None}
-        raise ValueError(f"differentiable=True: autograd cannot see through rounding, got {wanted}")
-    given = frozenset(
+        given = {name: value for name, value in options._asdict().items() if value is not None}
+        raise ValueError(f"differentiable=True: autograd cannot see through rounding, got {given}")
+    named = frozenset(
         state for state, wanted in zip(states, asked, strict=True) if isinstance(wanted, torch.dtype)
     )
-    return Storage(param, formats, average, given)
+    return Storage(param, formats, average, named)
 
 
 def _is_exact(formats: Sequence[Format], dtype: torch.dtype) -> bool:

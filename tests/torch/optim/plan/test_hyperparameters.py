@@ -35,7 +35,7 @@ def reader():
         lambda g: g.update(foreach=False),
         lambda g: g.update(clip_norm=1.0),
         lambda g: g.update(bound_betas=(0.9, 0.9)),
-        lambda g: g.update(bound_betas=[0.9, torch.tensor(0.9)]),
+        lambda g: g.update(bound_betas=[0.9, 0.9, 7.3]),
     ],
 )
 def test_what_changed_is_read(change):
@@ -111,7 +111,7 @@ def test_a_steady_step_of_a_memory_mode_compares_values_as_they_are(mode, monkey
     optimizer.step()
     looked_into = []
     monkeypatch.setattr(hyperparameters, "by_value", lambda value: looked_into.append(value) or by_value(value))
-    monkeypatch.setattr(_storage, "_bound", looked_into.append)
+    monkeypatch.setattr(_storage, "moment_bound", looked_into.append)
     optimizer.param_groups[0]["lr"] = 0.01
     optimizer.step()
     assert bool(looked_into) == isinstance(optimizer.param_groups[0].get("state_dtype"), dict)
