@@ -158,10 +158,9 @@ def join_8(half, remainder):
 
 @triton.jit
 def _joined(half, distance):
-    """The fp32 tile at a distance of bits from a bf16 one. Nothing lies below 0."""
-    bits = from_upper_half(half)
-    is_zero = (bits & MAGNITUDE) == 0
-    return (bits + tl.where(is_zero, tl.maximum(distance, 0), distance)).to(tl.float32, bitcast=True)
+    """The fp32 tile at a distance of bits from a bf16 one; that one itself where there is no number."""
+    joined = (from_upper_half(half) + distance).to(tl.float32, bitcast=True)
+    return tl.where(joined == joined, joined, wide_bfloat16(half))
 
 
 @triton.jit

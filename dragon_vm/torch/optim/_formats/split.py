@@ -16,13 +16,13 @@ _HALF = 0x8000
 
 
 def _joined(half: Tensor, distance: Tensor) -> Tensor:
-    """The fp32 number at a distance of bits from a bf16 one.
+    """The fp32 number at a distance of bits from a bf16 one; that one itself where there is no number.
 
-    Nothing lies below 0, which somebody may have written to a weight while its remainder stayed.
+    There is none below 0, which somebody may have written to a weight while its remainder stayed.
     """
     bits = from_upper_half(half)
-    is_zero = half == 0
-    return (bits + torch.where(is_zero, distance.clamp(min=0), distance)).view(torch.float32)
+    joined = (bits + distance).view(torch.float32)
+    return torch.where(joined.isnan(), bits.view(torch.float32), joined)
 
 
 def _distances(value: Tensor, half: Tensor | None) -> Tensor:
