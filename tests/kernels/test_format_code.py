@@ -27,7 +27,7 @@ BUDGETS = {
         "bfloat16 stochastic fast": 48,
         "split8 + q8 fast": 88,
         "split8 + q8 stochastic fast": 111,
-        "split8 + q8": 121,
+        "split8 + q8": 125,
         "split8 + q8 stochastic": 146,
     },
 }
