@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._distributed.lanes import make_lanes
 from dragon.vm.torch.optim._distributed.reduction import Reduction, TensorReduction
 
 
@@ -32,10 +33,10 @@ def make_reductions(params: Sequence[Tensor], process_group: Any, clips_each: bo
         clips_each: whether some group has a `clip_norm`.
 
     Raises:
-        TypeError, ValueError: as `Reduction`.
+        TypeError, ValueError: as `make_lanes`.
     """
-    total = Reduction(params, process_group)
-    each = TensorReduction(params, process_group) if clips_each else None
+    total = Reduction(make_lanes(params, process_group, per_tensor=False))
+    each = TensorReduction(make_lanes(params, process_group, per_tensor=True)) if clips_each else None
     return Reductions(total, each) if total or each else None
 
 
