@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Options that each parameter group may override, beside the hyperparameters of the formula; the others belong to
-# the optimizer. Those of PyTorch first.
-TORCH_GROUP_OPTIONS = ("maximize", "foreach", "capturable", "differentiable", "fused")
-# Those of our own, with the value that means what PyTorch does.
+# Options of our own that each parameter group may override, with the value that means what PyTorch does. Other
+# options of our own belong to the optimizer.
 OWN_GROUP_DEFAULTS: dict[str, Any] = {
     "epsilon_hat": False,
     "grad_scale": 1.0,

@@ -57,7 +57,7 @@ class TritonDevice:
         seed: int = 0,
     ) -> None:
         entries = list(chain.from_iterable(group.entries for group in flattened))
-        self._algorithm, self._context = algorithm, context
+        self._context = context
         self._pick_own = picker([entry.position for entry in entries], n_gathered)
         self._status = context.status if counts else context.spare_status
         self._launches = plan_launches(flattened, algorithm, context, n_groups, zero_grad, seed)
