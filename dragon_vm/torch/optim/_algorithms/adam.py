@@ -14,13 +14,13 @@ from dragon.vm.torch.optim._algorithms.algorithm import (
     FusedOptions,
     Group,
     Maths,
+    check_lr,
     decayed,
     for_maths,
     host_number,
 )
 from dragon.vm.torch.optim._algorithms.scalars import one_minus_power
 from dragon.vm.torch.optim._formats import clamp_moment, moment_bound
-from dragon.vm.torch.optim._options import check_betas, check_lr
 
 _PLAIN_MATHS = Maths()
 
@@ -31,7 +31,22 @@ def _state_keys(group: Group) -> tuple[str, ...]:
 
 def _check(group: Group) -> None:
     check_lr(group)
-    check_betas(group)
+    betas, eps = group["betas"], group["eps"]
+    if not eps >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for index in range(2):
+        if not 0.0 <= betas[index] < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {betas[index]}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for index in range(2):
+        if isinstance(betas[index], Tensor):
+            if group["foreach"] and not group["capturable"]:
+                raise ValueError(
+                    f"betas[{index}] as a Tensor is not supported for capturable=False and foreach=True"
+                )
+            if betas[index].numel() != 1:
+                raise ValueError(f"Tensor betas[{index}] must be 1-element")
 
 
 def _columns(group: Group) -> dict[str, float]:
