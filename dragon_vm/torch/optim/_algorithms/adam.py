@@ -99,22 +99,19 @@ def adam_update(
     """
     assert step is not None
     lr, beta1, beta2 = (for_maths(param, value) for value in (group["lr"], *group["betas"]))
-    correction1 = _complement_power(beta1, step)
     correction2 = _complement_power(beta2, step) ** 0.5
+    step_size = lr * correction2 / _complement_power(beta1, step)
+    denom_eps = group["eps"] if group["epsilon_hat"] else group["eps"] * correction2
     param, grad = decayed(param, grad, group, lr, group["decoupled_weight_decay"])
     exp_avg = beta1 * states[0] + (1 - beta1) * grad
     exp_avg_sq = beta2 * states[1] + (1 - beta2) * grad * grad
-    root = maths.root(exp_avg_sq) if maths.is_bounded or not group["amsgrad"] else exp_avg_sq
+    largest = torch.maximum(states[2], exp_avg_sq) if group["amsgrad"] else exp_avg_sq
+    root = maths.root(largest)
     if maths.is_bounded:
-        exp_avg = clamp_moment(exp_avg, root, _bound(group, float(step)))
-    new_states = [exp_avg, exp_avg_sq]
-    if group["amsgrad"]:
-        largest = torch.maximum(states[2], exp_avg_sq)
-        new_states.append(largest)
-        root = maths.root(largest)
-    eps = group["eps"] if group["epsilon_hat"] else group["eps"] * correction2
-    denom = root + eps
-    return param - (lr * correction2 / correction1) * (exp_avg / denom), new_states
+        own_root = maths.root(exp_avg_sq) if group["amsgrad"] else root
+        exp_avg = clamp_moment(exp_avg, own_root, _bound(group, float(step)))
+    param = param - step_size * (exp_avg / (root + denom_eps))
+    return param, [exp_avg, exp_avg_sq, largest] if group["amsgrad"] else [exp_avg, exp_avg_sq]
 
 
 def _fused(
