@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from dragon.kernels import table
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.context import DeviceContext
 from dragon.vm.torch.optim._backends.launches import INF_NORM, L2_NORM, NO_NORM, plan_launches
 from dragon.vm.torch.optim._backends.process_sums import AdvanceTables, ProcessSums
@@ -24,6 +23,7 @@ from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._options import Settings, Version, needs_norm
 from dragon.vm.torch.optim._table.group_table import GroupTable
+from dragon.vm.torch.optim._table.rows import Columns
 
 Group = dict[str, Any]
 
@@ -41,6 +41,7 @@ class TritonDevice:
         n_groups: parameter groups of the optimizer.
         n_gathered: how many tensors a step gathers.
         zero_grad: set the gradients to zero on the way.
+        columns_of: the algorithm's own hyperparameters of a group.
         counts: report the norm and skipped steps; one device of a step does.
         seed: of random words.
     """
@@ -53,6 +54,7 @@ class TritonDevice:
         n_groups: int,
         n_gathered: int,
         zero_grad: bool,
+        columns_of: Columns,
         counts: bool,
         seed: int = 0,
     ) -> None:
@@ -61,7 +63,7 @@ class TritonDevice:
         self._pick_own = picker([entry.position for entry in entries], n_gathered)
         self._status = context.status if counts else context.spare_status
         self._launches = plan_launches(flattened, algorithm, context, n_groups, zero_grad, seed)
-        self._groups = GroupTable(self._launches.table, context.device)
+        self._groups = GroupTable(self._launches.table, context.device, columns_of)
         self._sums: ProcessSums | None = None
         self._stream = context.stream()
         self._captured_grads: list[Tensor] = []
@@ -76,7 +78,6 @@ class TritonDevice:
         self,
         grads: Sequence[Tensor | None],
         groups: Sequence[Group],
-        algorithm: Algorithm,
         version: Version,
         settings: Settings,
         scaling: Scaling,
@@ -88,7 +89,6 @@ class TritonDevice:
         Args:
             grads: all that the step gathered; None for a parameter that takes no part.
             groups: parameter groups.
-            algorithm: what is computed.
             version: of the hyperparameters; a new one after each change.
             settings: options that decide about norms and skipping.
             scaling: a `GradScaler`'s.
@@ -96,7 +96,7 @@ class TritonDevice:
             kept_scale: what the gradients are divided by that stay behind; None to leave them as they are.
         """
         context = self._context
-        self._groups.write(groups, algorithm, version, settings)
+        self._groups.write(groups, version, settings)
         kind = NO_NORM
         if needs_norm(settings) or self._groups.clips_each:
             infinite = settings.norm_type == math.inf and not self._groups.clips_each
@@ -183,9 +183,9 @@ class TritonDevice:
         device_table.upload()
         return self._launches.sections.grads
 
-    def publish(self, index: int, group: Group, algorithm: Algorithm, settings: Settings) -> None:
+    def publish(self, index: int, group: Group, settings: Settings) -> None:
         """Bring one group's hyperparameters up to date between steps, in stream order."""
-        if self._groups.write_one(index, group, algorithm, settings):
+        if self._groups.write_one(index, group, settings):
             self._context.launch(self._launches.table.upload, in_order=True)
 
 

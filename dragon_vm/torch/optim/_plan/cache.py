@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._graphs.capture import check_live, is_capturing
 from dragon.vm.torch.optim._groups.members import Members
@@ -135,15 +134,12 @@ class PlanCache:
         plan.check_capture(settings)
         self._captured.append((plan, tensors))
 
-    def publish(
-        self, live: dict[str, Any], group: dict[str, Any], algorithm: Algorithm, settings: Settings
-    ) -> None:
+    def publish(self, live: dict[str, Any], group: dict[str, Any], settings: Settings) -> None:
         """Upload a group's hyperparameters to wherever kernels read them, in stream order.
 
         Args:
             live: the group.
             group: the same with all options.
-            algorithm: what is computed.
             settings: of the optimizer.
 
         Raises:
@@ -158,4 +154,4 @@ class PlanCache:
         if self._captured:
             check_live(group)
         for plan in plans.values():
-            plan.publish(live, group, algorithm, settings)
+            plan.publish(live, group, settings)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.unscaling import assign
@@ -93,7 +92,7 @@ class StepPlan:
         writes = (kept_scale is not None or self._kernel_zeroes) and bool(self._devices or self._joined)
         ready = self._ready(tensors, are_own, writes=writes)
         outcome, are_zero = Outcome(), self._kernel_zeroes
-        values = recipe.groups, recipe.algorithm, version
+        values = recipe.groups, version
         if self._host.groups or (len(self._devices) > 1 and needs_norm(settings)):
             kept = (1.0 if kept_scale is None else float(kept_scale)) if are_left else None
             outcome, decided = self._host.run(recipe, ready, version, scaling, kept)
@@ -159,12 +158,12 @@ class StepPlan:
             }
         return Gathered(shards, grads, states, take)
 
-    def publish(self, live: Any, group: dict[str, Any], algorithm: Algorithm, settings: Settings) -> None:
+    def publish(self, live: Any, group: dict[str, Any], settings: Settings) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""
         for index, reference in enumerate(self._rows):
             if reference is not None and reference() is live:
                 for device in self._devices:
-                    device.publish(index, group, algorithm, settings)
+                    device.publish(index, group, settings)
 
     def check_capture(self, settings: Settings) -> None:
         """Check that a graph of this step repeats all of it.
@@ -199,6 +198,7 @@ def _on_devices(
         devices.append(
             TritonDevice(
                 *(groups, recipe.algorithm.name, context, len(recipe.groups), n_gathered, zero_grad),
+                recipe.algorithm.columns,
                 counts=is_first,
                 seed=recipe.settings.rounding_seed,
             )

@@ -69,8 +69,7 @@ class Updater:
         """Check a group that has changed, and upload its hyperparameters to wherever kernels read them."""
         self._new_hyperparameters(defaults).read([changed])
         if any(group is changed for group in groups):
-            full = complete(changed, self._algorithm.own_defaults)
-            self.plans.publish(changed, full, self._algorithm, settings)
+            self.plans.publish(changed, complete(changed, self._algorithm.own_defaults), settings)
 
     def _new_hyperparameters(self, defaults: Mapping[str, Any]) -> Hyperparameters:
         own = self._algorithm.own_defaults
