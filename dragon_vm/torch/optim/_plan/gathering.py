@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ from dragon.vm.torch.optim._plan.guards import Guard
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Recipe
 from dragon.vm.torch.optim._plan.state_reader import StateReader
+
+T = TypeVar("T")
 
 # What reading a tensor raises where there is none.
 _MISSING = (KeyError, TypeError, AttributeError, IndexError)
@@ -55,12 +57,7 @@ class Gatherer:
         """
         if any(self._pick_others(present)):
             return None
-        try:
-            return self._gather(state, members, present)
-        except _MISSING:
-            if _is_missing(lambda: self._gather(state, members, present)):
-                return None
-            raise
+        return _if_there(self._gather, state, members, present)
 
     def _gather(
         self, state: Mapping[Any, Any], members: Members, present: bytes
@@ -79,12 +76,7 @@ class Gatherer:
 
     def holds(self, state: Mapping[Any, Any], members: Members) -> bool:
         """Whether parameters and states are what they were, with a gradient or not."""
-        try:
-            return self._holds(state, members)
-        except _MISSING:
-            if _is_missing(lambda: self._holds(state, members)):
-                return False
-            raise
+        return bool(_if_there(self._holds, state, members))
 
     def _holds(self, state: Mapping[Any, Any], members: Members) -> bool:
         states = self.states.read(state, self._pick(members.params))
@@ -102,13 +94,17 @@ class Gatherer:
         return prepared.params, _gathered(prepared.shards, grads, states, present)
 
 
-def _is_missing(read: Callable[[], object]) -> bool:
-    """Whether some of what is read is no tensor any more, or is not there; else a signal handler raised it."""
+def _if_there(read: Callable[..., T], *arguments: object) -> T | None:
+    """What a function reads; None if some of it is no tensor any more, or is not there."""
     try:
-        read()
+        return read(*arguments)
     except _MISSING:
-        return True
-    return False
+        # Once more: a signal handler may have raised it.
+        try:
+            read(*arguments)
+        except _MISSING:
+            return None
+        raise
 
 
 def _gathered(
