@@ -75,7 +75,7 @@ class HostGroup:
                 step += 1
             rounding = Rounding(self._seed, stream, 0 if step is None else step, first)
             factor = factors.of(position, groups[index])
-            self._update_one(tensors.params[position], grad, state, groups[index], factor, rounding)
+            self._update_one(tensors.shards[position], grad, state, groups[index], factor, rounding)
         if factors.kept_scale not in (None, 1.0):
             unscale_all([grad for grad in grads if grad is not None], factors.kept_scale)
 

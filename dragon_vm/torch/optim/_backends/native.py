@@ -86,7 +86,7 @@ class NativeGroup:
         if version != self._version:
             self._read(groups, version)
         keys = (*signature.state_keys, "step") if self._counters else signature.state_keys
-        params, *states = picked(self.pick, [tensors.params, *[tensors.states[key] for key in keys]])
+        params, *states = picked(self.pick, [tensors.shards, *[tensors.states[key] for key in keys]])
         counters = states.pop() if self._counters else ()
         rows: Sequence[int] = range(len(params))
         if not tensors.are_all:

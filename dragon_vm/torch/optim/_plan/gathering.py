@@ -45,34 +45,25 @@ class Gatherer:
             assert states is not None
             self._guard = Guard(prepared.grads, prepared.shards, states, takes_parts=takes_parts)
 
-    def gather(
-        self, state: Mapping[Any, Any], members: Members, present: bytes
-    ) -> tuple[Sequence[Tensor], Gathered] | None:
-        """The plan's parameters and the tensors of a step; None if they are not what they were.
+    def gather(self, state: Mapping[Any, Any], members: Members, present: bytes) -> Gathered | None:
+        """The tensors of a step; None if they are not what they were.
 
         Args:
             state: of the optimizer.
             members: of the optimizer.
             present: for each whether it takes part, by a gradient.
         """
-        if any(self._pick_others(present)):
-            return None
-        return _if_there(self._gather, state, members, present)
+        return None if any(self._pick_others(present)) else _if_there(self._gather, state, members, present)
 
-    def _gather(
-        self, state: Mapping[Any, Any], members: Members, present: bytes
-    ) -> tuple[Sequence[Tensor], Gathered] | None:
-        params, grads = self._pick(members.params), self._pick(members.grads)
-        shards = params if members.shards is members.params else self._pick(members.shards)
+    def _gather(self, state: Mapping[Any, Any], members: Members, present: bytes) -> Gathered | None:
+        params = self._pick(members.params)
         states = self.states.read(state, params)
         if self._guard is None or states is None:
             return None
+        shards = params if members.shards is members.params else self._pick(members.shards)
         present = bytes(self._pick(present))
-        if all(present):
-            gathered, chosen = Gathered(shards, grads, states), grads
-        else:
-            gathered, chosen = _gathered(shards, grads, states, present), list(compress(grads, present))
-        return (params, gathered) if self._guard.check(chosen, shards, states, present) else None
+        tensors = _gathered(params, shards, self._pick(members.grads), states, present)
+        return tensors if self._guard.check(tensors.take(tensors.grads), shards, states, present) else None
 
     def holds(self, state: Mapping[Any, Any], members: Members) -> bool:
         """Whether parameters and states are what they were, with a gradient or not."""
@@ -86,12 +77,12 @@ class Gatherer:
 
     def gather_anew(
         self, state: Mapping[Any, Any], prepared: Prepared, members: Members, present: bytes
-    ) -> tuple[Sequence[Tensor], Gathered]:
+    ) -> Gathered:
         """The tensors of the step that the plan was just made for."""
         states = self.states.read(state, prepared.params)
         assert states is not None
         grads, present = self._pick(members.grads), bytes(self._pick(present))
-        return prepared.params, _gathered(prepared.shards, grads, states, present)
+        return _gathered(prepared.params, prepared.shards, grads, states, present)
 
 
 def _if_there(read: Callable[..., T], *arguments: object) -> T | None:
@@ -108,9 +99,13 @@ def _if_there(read: Callable[..., T], *arguments: object) -> T | None:
 
 
 def _gathered(
-    shards: Sequence[Tensor], grads: Sequence[Any], states: dict[str, list[Any]], present: bytes
+    params: Sequence[Tensor],
+    shards: Sequence[Tensor],
+    grads: Sequence[Any],
+    states: dict[str, list[Any]],
+    present: bytes,
 ) -> Gathered:
-    """The tensors of a step."""
     if all(present):
-        return Gathered(shards, grads, states)
-    return Gathered(shards, grads, states, picker(list(compress(range(len(grads)), present)), len(grads)))
+        return Gathered(params, shards, grads, states)
+    take = picker(list(compress(range(len(grads)), present)), len(grads))
+    return Gathered(params, shards, grads, states, take)

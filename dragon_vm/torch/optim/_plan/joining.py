@@ -95,18 +95,15 @@ def part_counters(states: Sequence[State]) -> None:
             seen.add(id(counter))
 
 
-def in_buffers(
-    joined: Sequence[Joined], picks: Sequence[Pick], params: Sequence[Tensor], tensors: Gathered
-) -> Gathered:
+def in_buffers(joined: Sequence[Joined], picks: Sequence[Pick], tensors: Gathered) -> Gathered:
     """The tensors of a step with the gradients of joined parameters moved into their flat buffers.
 
     Args:
         joined: the buffers.
         picks: for each what selects its parameters among all.
-        params: parameters.
         tensors: what the step gathered.
     """
-    grads, others = list(tensors.grads), []
+    params, grads, others = tensors.params, list(tensors.grads), []
     if sum(len(each.positions) for each in joined) < len(params):
         inside = set(chain.from_iterable(each.positions for each in joined))
         others = [position for position in range(len(params)) if position not in inside]

@@ -8,7 +8,6 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
@@ -63,7 +62,6 @@ class StepPlan:
     def run(
         self,
         recipe: Recipe,
-        params: Sequence[Tensor],
         tensors: Gathered,
         version: Version,
         scaling: Scaling,
@@ -75,7 +73,6 @@ class StepPlan:
 
         Args:
             recipe: what the optimizer is.
-            params: parameters.
             tensors: what `gather` found.
             version: of the hyperparameters; a new one after each change.
             scaling: a `GradScaler`'s.
@@ -86,7 +83,7 @@ class StepPlan:
         are_left = not (self._zero_grad or are_last)
         kept_scale = scaling.grad_scale if are_own and are_left else None
         if self._joined and are_own:
-            tensors = in_buffers(self._joined, self._pick_joined, params, tensors)
+            tensors = in_buffers(self._joined, self._pick_joined, tensors)
         grads = tensors.take(tensors.grads)
         # Host groups without buffers see to it themselves.
         writes = (kept_scale is not None or self._kernel_zeroes) and bool(self._devices or self._joined)
@@ -106,9 +103,9 @@ class StepPlan:
                 device.update(ready.grads, *values, settings, scaling, self._host.shared, kept_scale)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
-            increment_version(tensors.take(params))
+            increment_version(tensors.take(tensors.params))
             if self._are_distributed:
-                pairs = zip(tensors.take(params), tensors.take(tensors.params), strict=False)
+                pairs = zip(tensors.take(tensors.params), tensors.take(tensors.shards), strict=False)
                 increment_version([shard for param, shard in pairs if shard is not param])
             if kept_scale is not None:
                 self._put_back(tensors.grads, ready.grads)
@@ -134,7 +131,7 @@ class StepPlan:
         is_plain = not (writes or self._strays or self._joined)
         if is_plain and (not self._host.groups or self.gatherer.states.are_complete):
             return tensors
-        shards, grads, states, take = tensors
+        params, shards, grads, states, take = tensors
         if self._host.groups:
             states = self.gatherer.states.by_position(states)
         if self._strays:
@@ -153,10 +150,10 @@ class StepPlan:
             shards = [*shards, *(buffer.values for buffer in buffers)]
             grads = [*grads, *flat]
             states = {
-                key: [*states.get(key, [None] * len(tensors.params)), *(b.state.get(key) for b in buffers)]
+                key: [*states.get(key, [None] * len(params)), *(b.state.get(key) for b in buffers)]
                 for key in {**states, **dict.fromkeys(chain.from_iterable(b.state for b in buffers))}
             }
-        return Gathered(shards, grads, states, take)
+        return Gathered(params, shards, grads, states, take)
 
     def publish(self, live: Any, group: dict[str, Any], settings: Settings) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""

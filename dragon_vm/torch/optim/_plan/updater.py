@@ -134,11 +134,11 @@ class Updater:
         else:
             with_masters = _with_masters(members, values.groups)
             if is_capturing():
-                self.plans.capture(found.plan, found.tensors, settings)
+                self.plans.capture(found, settings)
             elif with_masters:
                 self.masters.notice(with_masters, state)
                 self.masters.meet(with_masters, state)
-            step = recipe, found.params, found.tensors, values.version, scaling
+            step = recipe, found.tensors, values.version, scaling
             outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
             if with_masters:
                 self.masters.note(with_masters)
