@@ -34,9 +34,9 @@ class StateReader:
         # Positions of the parameters that have a state, and where their states stand among all states.
         holders = [i for i, keys in enumerate(prepared.keys) if keys]
         # Joined parameters share a counter: it is compared by identity, once for each of them.
-        inside = {i: joined.buffer for joined in prepared.joined for i in joined.positions}
+        index_of = {position: index for index, position in enumerate(holders)}
         self._shared = [
-            (picker([holders.index(i) for i in joined.positions], len(holders)), joined.buffer)
+            (picker([index_of[i] for i in joined.positions], len(holders)), joined.buffer)
             for joined in prepared.joined
             if "step" in joined.buffer.state
         ]
@@ -46,7 +46,9 @@ class StateReader:
         self._columns: list[tuple[str, Any, Any]] = []
         for key in dict.fromkeys(chain.from_iterable(prepared.keys)):
             within = [
-                n for n, i in enumerate(holders) if key in prepared.keys[i] and not (key == "step" and i in inside)
+                n
+                for n, i in enumerate(holders)
+                if key in prepared.keys[i] and not (key == "step" and i in prepared.inside)
             ]
             if not within:
                 continue

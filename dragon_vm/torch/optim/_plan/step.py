@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.graph import increment_version
 
-from dragon.vm.torch.optim._backends.selection import Gathered, picker
+from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.unscaling import assign
 from dragon.vm.torch.optim._gradients.zeroing import apart_at, detach_all, zero_all
@@ -47,7 +47,7 @@ class StepPlan:
     def __init__(self, recipe: Recipe, prepared: Prepared, zero_grad: bool, *, takes_parts: bool = False) -> None:
         self._joined, self._strays = prepared.joined, prepared.strays
         self._are_distributed = prepared.are_distributed
-        self._pick_joined = [picker(joined.positions, len(prepared.params)) for joined in prepared.joined]
+        self._outside = [i for i in range(len(prepared.params)) if i not in prepared.inside]
         n_gathered = len(prepared.group_index) + len(prepared.joined)
         self._host = HostStep(recipe, prepared, n_gathered)
         self._zero_grad = zero_grad
@@ -83,7 +83,7 @@ class StepPlan:
         are_left = not (self._zero_grad or are_last)
         kept_scale = scaling.grad_scale if are_own and are_left else None
         if self._joined and are_own:
-            tensors = in_buffers(self._joined, self._pick_joined, tensors)
+            tensors = in_buffers(self._joined, self._outside, tensors)
         grads = tensors.take(tensors.grads)
         # Host groups without buffers see to it themselves.
         writes = (kept_scale is not None or self._kernel_zeroes) and bool(self._devices or self._joined)
@@ -144,7 +144,7 @@ class StepPlan:
         if self._joined:
             buffers = [joined.buffer for joined in self._joined]
             flat = [
-                joined.buffer.grads if are_own else joined.buffer.joined_copy([grads[i] for i in joined.positions])
+                joined.buffer.grads if are_own else joined.buffer.joined_copy(joined.pick(grads))
                 for joined in self._joined
             ]
             shards = [*shards, *(buffer.values for buffer in buffers)]
