@@ -31,7 +31,7 @@ from dragon.vm.torch.optim._hooks import hooked_step, recorded
 from dragon.vm.torch.optim._modes import undisturbed
 from dragon.vm.torch.optim._options import Settings, check_common, complete, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.updater import Updater
-from dragon.vm.torch.optim._release import Bucket, GradientRelease, check_release
+from dragon.vm.torch.optim._release import GradientRelease, check_release
 from dragon.vm.torch.optim._storage import StoringOptimizer
 from dragon.vm.torch.optim._sums import GradientSums
 
@@ -207,14 +207,6 @@ class Optimizer(StoringOptimizer):
         make_live(self.param_groups, self._publish)
         self._widen_bounds(self.param_groups)
         return self._updater.read(self.param_groups, self.defaults)
-
-    def _update_bucket(self, bucket: Bucket) -> None:
-        """Update some parameters in a backward pass."""
-        assert self._release is not None
-        self._read_groups()
-        members = bucket.members()
-        step = members, self.param_groups, self.state, self._settings, self._release.scaling(bucket, members)
-        self._updater.update(*step, zero_grad=False, part=bucket.index)
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool | None = None) -> None:
