@@ -151,13 +151,7 @@ class ReleasingOptimizer(Protocol):
 
 
 class GradientRelease:
-    """The buckets of one optimizer, and the hooks that update them.
-
-    Args:
-        optimizer: whose parameters are updated, on the thread and stream of the backward pass.
-        updater: of the optimizer.
-        settings: of the optimizer.
-    """
+    """The buckets of one optimizer, and the hooks that update them on the backward pass's thread and stream."""
 
     def __init__(self, optimizer: ReleasingOptimizer, updater: Updater, settings: Settings) -> None:
         # The hooks must not keep the optimizer alive.

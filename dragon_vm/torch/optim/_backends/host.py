@@ -35,12 +35,7 @@ PIECE = 2**17
 class HostGroup:
     """One flattened group, updated through its formats: decode, update, encode.
 
-    Args:
-        group: the tensors.
-        algorithm: what is computed.
-        n_gathered: how many tensors a step gathers.
-        seed: of random words.
-        in_pieces: decode `PIECE` elements at a time, a multiple of 64, and not whole tensors.
+    `in_pieces` decodes `PIECE` elements at a time, a multiple of 64, and not whole tensors.
     """
 
     def __init__(

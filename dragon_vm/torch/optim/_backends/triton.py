@@ -34,16 +34,7 @@ _data_ptr: Callable[[Any], int] = Tensor.data_ptr
 class TritonDevice:
     """The flattened groups of one device: one table, one advance launch, one update launch a dtype signature.
 
-    Args:
-        flattened: the groups.
-        algorithm: its name for the kernels.
-        context: of the device.
-        n_groups: parameter groups of the optimizer.
-        n_gathered: how many tensors a step gathers.
-        zero_grad: set the gradients to zero on the way.
-        columns_of: the algorithm's own hyperparameters of a group.
-        counts: report the norm and skipped steps; one device of a step does.
-        seed: of random words.
+    With `counts` it reports the norm and skipped steps: one device of a step does.
     """
 
     def __init__(
@@ -86,14 +77,8 @@ class TritonDevice:
     ) -> None:
         """Update all tensors.
 
-        Args:
-            grads: all that the step gathered; None for a parameter that takes no part.
-            groups: parameter groups.
-            version: of the hyperparameters; a new one after each change.
-            settings: options that decide about norms and skipping.
-            scaling: a `GradScaler`'s.
-            shared: sums over the processes that share the gradients; None if there are no others.
-            kept_scale: what the gradients are divided by that stay behind; None to leave them as they are.
+        `grads` are all that the step gathered, None for a parameter that takes no part. Those that stay behind are
+        divided by `kept_scale`, or left as they are. `shared` is None where no other process has parts of them.
         """
         context = self._context
         self._groups.write(groups, version, settings)

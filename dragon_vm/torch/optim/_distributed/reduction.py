@@ -64,11 +64,7 @@ class Reduction:
         return bool(self._lanes)
 
     def part(self, positions: Sequence[int]) -> Reduction:
-        """The reduction for some of the parameters, by the same collectives.
-
-        Args:
-            positions: of the parameters that have gradients; there may be none.
-        """
+        """The reduction for some of the parameters, or for none, by the same collectives."""
         return Reduction(self._arranged.part(positions))
 
     def collapse(self, squares: Tensor, flag: Tensor | None = None, *, largest: bool = False) -> Tensor:

@@ -60,13 +60,7 @@ class PlanCache:
         self._widening.forget()
 
     def find(self, recipe: Recipe, members: Members, key: tuple[Hashable, ...], zero_grad: bool) -> Found | None:
-        """The plan of a step, prepared if need be; None if no parameter has a gradient.
-
-        Args:
-            recipe: what the optimizer is.
-            members: its parameters, and what they are updated from.
-            key: what plans differ by.
-            zero_grad: set the gradients to zero as well.
+        """The plan of a step, prepared if need be; None if no parameter has a gradient. Plans differ by `key`.
 
         Raises:
             RuntimeError: if a plan would have to be prepared within a capture, and as `prepare`.
@@ -132,12 +126,9 @@ class PlanCache:
         self._captured.append(found)
 
     def publish(self, live: dict[str, Any], group: dict[str, Any], settings: Settings) -> None:
-        """Upload a group's hyperparameters to wherever kernels read them, in stream order.
+        """Upload the hyperparameters of a live group to wherever kernels read them, in stream order.
 
-        Args:
-            live: the group.
-            group: the same with all options.
-            settings: of the optimizer.
+        `group` is the same with all options.
 
         Raises:
             RuntimeError: within a capture, for a graph would repeat the upload; once there are graphs, for a

@@ -22,12 +22,7 @@ _MISSING = (KeyError, TypeError, AttributeError, IndexError)
 
 
 class Gatherer:
-    """Gathers the tensors of a plan, of which it holds none.
-
-    Args:
-        recipe: what the optimizer is.
-        prepared: the tensors, their states complete.
-        takes_parts: whether the plan serves some of its parameters too.
+    """Gathers the tensors of a plan, of which it holds none. With `takes_parts` some may have no gradient.
 
     Attributes:
         positions: of the plan's parameters among all of the optimizer.
@@ -48,10 +43,7 @@ class Gatherer:
     def gather(self, state: Mapping[Any, Any], members: Members, present: bytes) -> Gathered | None:
         """The tensors of a step; None if they are not what they were.
 
-        Args:
-            state: of the optimizer.
-            members: of the optimizer.
-            present: for each whether it takes part, by a gradient.
+        `present` tells for each parameter of the optimizer whether it has a gradient.
         """
         return None if any(self._pick_others(present)) else _if_there(self._gather, state, members, present)
 

@@ -99,10 +99,7 @@ def part_counters(states: Sequence[State]) -> None:
 def in_buffers(joined: Sequence[Joined], outside: Sequence[int], tensors: Gathered) -> Gathered:
     """The tensors of a step with the gradients of joined parameters moved into their flat buffers.
 
-    Args:
-        joined: the buffers.
-        outside: positions of the other parameters.
-        tensors: what the step gathered.
+    `outside` are the positions of the other parameters.
     """
     params, grads = tensors.params, list(tensors.grads)
     members = [(each.buffer, each.pick(params), each.pick(grads)) for each in joined]

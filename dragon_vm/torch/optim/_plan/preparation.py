@@ -59,15 +59,10 @@ def prepare(
     group_index: list[int],
     among_all: list[int],
 ) -> Prepared:
-    """Prepare a step.
+    """Prepare a step of parameters; the lists are those of `Prepared`.
 
-    Args:
-        recipe: what the optimizer is; missing states are added to it, buffers whose parameters part are taken out.
-        params: parameters.
-        shards: for each the tensor that this process updates.
-        grads: their gradients, likewise; None for one of an earlier step that takes no part in this one.
-        group_index: index of each one's parameter group.
-        among_all: positions of the parameters among all of the optimizer.
+    Missing states are added to the recipe's, and buffers whose parameters part are taken out. A gradient is None
+    for a parameter of an earlier step that takes no part in this one.
 
     Raises:
         RuntimeError, ValueError: for gradients or parameters that cannot be updated. Nothing has changed then.

@@ -19,10 +19,6 @@ _step_of = itemgetter("step")
 class StateReader:
     """Reads the state tensors of a plan's parameters from `Optimizer.state`, column by column.
 
-    Args:
-        state: of the optimizer, with an entry for each parameter that has state tensors.
-        prepared: what the plan is made of.
-
     Attributes:
         are_complete: whether every parameter has each state tensor that some parameter has.
     """

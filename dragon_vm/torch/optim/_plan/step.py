@@ -31,14 +31,8 @@ if TYPE_CHECKING:
 class StepPlan:
     """A step of one set of parameters: who updates which, with states complete and tables laid out.
 
-    It holds no tensor of the user's: each step gathers them from where they live. Some of the parameters may have
-    no gradient: they take no part in the step.
-
-    Args:
-        recipe: what the optimizer is.
-        prepared: the tensors in their flattened groups, their states complete.
-        zero_grad: set the gradients to zero as well.
-        takes_parts: whether it serves some of its parameters too.
+    It holds no tensor of the user's: each step gathers them from where they live. With `takes_parts` some of the
+    parameters may have no gradient: they take no part in the step.
 
     Attributes:
         gatherer: gathers the tensors of a step.
@@ -71,13 +65,8 @@ class StepPlan:
     ) -> Outcome:
         """Update the parameters from their gradients.
 
-        Args:
-            recipe: what the optimizer is.
-            tensors: what `gather` found.
-            version: of the hyperparameters; a new one after each change.
-            scaling: a `GradScaler`'s.
-            are_own: whether the gradients are the parameters' own, and not sums of them.
-            are_last: whether nobody reads the gradients after this step.
+        With `are_own` the gradients are the parameters' own, and not sums of them. With `are_last` nobody reads
+        them after this step.
         """
         settings = recipe.settings
         are_left = not (self._zero_grad or are_last)

@@ -27,10 +27,6 @@ Group = dict[str, Any]
 class Updater:
     """What an optimizer derives from its groups and states, and needs to update parameters.
 
-    Args:
-        owner: name of the optimizer's class, for errors.
-        algorithm: what is computed.
-
     Attributes:
         plans: the latest few.
         buffers: flat buffers.
@@ -49,15 +45,7 @@ class Updater:
         self._grad_norm: Tensor | None = None
 
     def read(self, groups: Sequence[Group], defaults: Mapping[str, Any]) -> list[Group]:
-        """Read and check the hyperparameters of all groups.
-
-        Args:
-            groups: parameter groups.
-            defaults: of the optimizer.
-
-        Returns:
-            The groups, with all options.
-        """
+        """Read and check the hyperparameters of all groups; return the groups with all options."""
         if self._hyperparameters is None:
             self._hyperparameters = self._new_hyperparameters(defaults)
         self._hyperparameters.read(groups)
@@ -96,15 +84,8 @@ class Updater:
     ) -> None:
         """Update the parameters that have a gradient, as the hyperparameters were last read.
 
-        Args:
-            members: parameters, and what they are updated from.
-            param_groups: of the optimizer.
-            state: of the optimizer.
-            settings: options of the optimizer as a whole.
-            scaling: a `GradScaler`'s.
-            zero_grad: set the gradients to zero as well, if they are the parameters' own.
-            are_own: whether the gradients are the parameters' own, and not sums of them.
-            part: which parameters of the optimizer these are; 0 for all of them.
+        With `are_own` the gradients are the parameters' own, and not sums of them. `zero_grad` sets only those to
+        zero. `part` is a number for some of the parameters, or 0 for all of them.
         """
         values = self._hyperparameters
         assert values is not None

@@ -19,11 +19,6 @@ Group = dict[str, Any]
 class GroupTable:
     """The sections "groups" and "sources" of a table, and what they were written for.
 
-    Args:
-        table: of the device.
-        device: where it lives.
-        columns_of: an algorithm's own hyperparameters.
-
     Attributes:
         clips_each: whether some group clips each gradient by its own norm.
         is_live: whether steps may be captured.
