@@ -168,7 +168,7 @@ class FusedPlanner:
         """
         if not call.needs_copies:
             return [Piece(slice(None), columns, [])]
-        return self._scratch.of_small(call.pick, columns) if call.is_small else self._scratch.of_large(columns, 1)
+        return self._scratch.of_small(call.pick, columns) if call.is_small else self._scratch.of_large(columns)
 
     def _call(
         self,

@@ -27,13 +27,7 @@ class Reductions(NamedTuple):
 def make_reductions(params: Sequence[Tensor], process_group: Any, clips_each: bool) -> Reductions | None:
     """The sums over processes of an optimizer's parameters; None if no other process shares them.
 
-    Args:
-        params: all parameters, with a gradient or not.
-        process_group: processes that hold distinct parts of the model beyond what meshes say, or None.
-        clips_each: whether some group has a `clip_norm`.
-
-    Raises:
-        TypeError, ValueError: as `make_lanes`.
+    `clips_each` tells whether some group has a `clip_norm`. For the other arguments and errors see `make_lanes`.
     """
     total = Reduction(make_lanes(params, process_group, per_tensor=False))
     each = TensorReduction(make_lanes(params, process_group, per_tensor=True)) if clips_each else None
