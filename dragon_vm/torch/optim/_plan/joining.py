@@ -111,3 +111,20 @@ def in_buffers(joined: Sequence[Joined], outside: Sequence[int], tensors: Gather
         for position, view in zip(each.positions, each.buffer.grad_views, strict=True):
             grads[position] = view
     return tensors._replace(grads=grads)
+
+
+def with_buffers(joined: Sequence[Joined], tensors: Gathered, are_own: bool) -> Gathered:
+    """The tensors of a step with flat buffers behind the shards; gradients that are not `are_own` are copied."""
+    buffers = [each.buffer for each in joined]
+    grads = [
+        each.buffer.grads if are_own else each.buffer.joined_copy(each.pick(tensors.grads)) for each in joined
+    ]
+    missing = [None] * len(tensors.params)
+    return tensors._replace(
+        shards=[*tensors.shards, *(buffer.values for buffer in buffers)],
+        grads=[*tensors.grads, *grads],
+        states={
+            key: [*tensors.states.get(key, missing), *(buffer.state.get(key) for buffer in buffers)]
+            for key in {**tensors.states, **dict.fromkeys(chain.from_iterable(b.state for b in buffers))}
+        },
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from dragon.vm.torch.optim._groups.layout import in_layout_of
 from dragon.vm.torch.optim._options import Settings, Version, needs_norm
 from dragon.vm.torch.optim._plan.gathering import Gatherer
 from dragon.vm.torch.optim._plan.host_step import HostStep
-from dragon.vm.torch.optim._plan.joining import in_buffers
+from dragon.vm.torch.optim._plan.joining import in_buffers, with_buffers
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 
@@ -120,29 +119,18 @@ class StepPlan:
         is_plain = not (writes or self._strays or self._joined)
         if is_plain and (not self._host.groups or self.gatherer.states.are_complete):
             return tensors
-        params, shards, grads, states, take = tensors
+        grads, states = tensors.grads, tensors.states
         if self._host.groups:
             states = self.gatherer.states.by_position(states)
         if self._strays:
             grads = list(grads)
             for position in self._strays:
                 if grads[position] is not None:
-                    grads[position] = in_layout_of(shards[position], grads[position])
+                    grads[position] = in_layout_of(tensors.shards[position], grads[position])
         if writes:
             grads = apart_at(grads, [position for position, grad in enumerate(grads) if grad is not None])
-        if self._joined:
-            buffers = [joined.buffer for joined in self._joined]
-            flat = [
-                joined.buffer.grads if are_own else joined.buffer.joined_copy(joined.pick(grads))
-                for joined in self._joined
-            ]
-            shards = [*shards, *(buffer.values for buffer in buffers)]
-            grads = [*grads, *flat]
-            states = {
-                key: [*states.get(key, [None] * len(params)), *(b.state.get(key) for b in buffers)]
-                for key in {**states, **dict.fromkeys(chain.from_iterable(b.state for b in buffers))}
-            }
-        return Gathered(params, shards, grads, states, take)
+        ready = tensors._replace(grads=grads, states=states)
+        return with_buffers(self._joined, ready, are_own) if self._joined else ready
 
     def publish(self, live: Any, group: dict[str, Any], settings: Settings) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""
