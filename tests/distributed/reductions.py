@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from dragon.vm.torch.optim._distributed.lanes import make_lanes
 from dragon.vm.torch.optim._distributed.placement import GradientPlacements
 from dragon.vm.torch.optim._distributed.reduction import Reduction, TensorReduction
 from dragon.vm.torch.optim._distributed.shards import local
@@ -19,6 +20,14 @@ from .wrappers import WRAPPERS, backward, square_mesh, world_mesh
 
 # Sums in float64 in another order, and weights like 1/3.
 TOLERANCE = 1e-14
+
+
+def together(params: Any, group: Any = None) -> Reduction:
+    return Reduction(make_lanes(params, group, per_tensor=False))
+
+
+def each_alone(params: Any, group: Any) -> TensorReduction:
+    return TensorReduction(make_lanes(params, group, per_tensor=True))
 
 
 def squares_of(shards: Any) -> Tensor:
@@ -83,7 +92,7 @@ def findings(kind: str) -> list[tuple[float, float]]:
 
 
 def total(kind: str, params: list[Any], shards: list[Any], group: Any) -> float:
-    reduction = Reduction(params, group)
+    reduction = together(params, group)
     expected = float(sum(whole_squares(kind, params, shards, group)))
     values = reduced(reduction, reduction.collapse(squares_of(shards)))
     assert math.isclose(float(values[1]), expected, rel_tol=TOLERANCE), (float(values[1]), expected)
@@ -94,13 +103,13 @@ def total(kind: str, params: list[Any], shards: list[Any], group: Any) -> float:
 def each(kind: str, params: list[Any], shards: list[Any], group: Any) -> list[float]:
     expected = torch.stack(whole_squares(kind, params, shards, group))
     values = torch.cat([torch.zeros(1).double(), squares_of(shards)])
-    reduced(TensorReduction(params, group), values)
+    reduced(each_alone(params, group), values)
     torch.testing.assert_close(values[1:], expected, rtol=TOLERANCE, atol=0)
     return values[1:].tolist()
 
 
 def maximum(params: list[Any], shards: list[Any], group: Any, poison: float = 0.0) -> tuple[float, float]:
-    reduction = Reduction(params, group)
+    reduction = together(params, group)
     local_norms = largest_of(shards)
     expected = local_norms.amax().clone()
     dist.all_reduce(expected, dist.ReduceOp.MAX)
@@ -115,7 +124,7 @@ def maximum(params: list[Any], shards: list[Any], group: Any, poison: float = 0.
 
 
 def flags(params: list[Any], shards: list[Any], group: Any) -> tuple[float, float]:
-    reduction = Reduction(params, group)
+    reduction = together(params, group)
     first = dist.get_rank() == 0
     squares = squares_of(shards)
     if first:
@@ -127,19 +136,19 @@ def flags(params: list[Any], shards: list[Any], group: Any) -> tuple[float, floa
 def bits(kind: str) -> bool:
     """Whether in one process nothing is reduced, and a sum keeps its bits."""
     params, shards, group = with_gradients(kind)
-    reduction = Reduction(params, group)
+    reduction = together(params, group)
     squares = squares_of(shards)
     values = reduction.collapse(squares)
     before = values.clone()
     reduction.all_reduce(values)
     same = torch.equal(values[1], squares.sum()) and torch.equal(values, before)
-    return same and not reduction and not TensorReduction(params, group)
+    return same and not reduction and not each_alone(params, group)
 
 
 def without_gradients() -> float:
     """One process has no gradients at all, and takes part."""
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
-    reduction = Reduction(params, dist.group.WORLD)
+    reduction = together(params, dist.group.WORLD)
     present = [] if dist.get_rank() == 0 else [1]
     part = reduction.part(present)
     values = part.collapse(torch.full((len(present),), 4.0, dtype=torch.float64))
@@ -163,7 +172,7 @@ def mixed() -> tuple[float, float]:
         sharded(values[4], mesh["inner"], Replicate()),
         nn.Parameter(values[5]),
     ]
-    reduction = Reduction(params)
+    reduction = together(params)
     result = reduction.collapse(squares_of(map(local, params)))
     reduction.all_reduce(result)
     return float(result[1]), float(sum(value.double().square().sum() for value in values))
@@ -179,7 +188,7 @@ def stages() -> tuple[float, float]:
     expected = float(sum(value.double().square().sum() for value in values))
     found = []
     for group in (mesh.get_group("stage"), dist.group.WORLD):
-        reduction = Reduction(params, group)
+        reduction = together(params, group)
         result = reduction.collapse(squares_of(map(local, params)))
         reduction.all_reduce(result)
         found.append(float(result[1]))
@@ -193,7 +202,7 @@ def overlapping() -> tuple[float, float]:
     groups = [dist.new_group(list(range(half))), dist.new_group(list(range(half, 2 * half)))]
     value = torch.arange(30.0).reshape(5, 6)
     params = [sharded(value, world_mesh(), Shard(0))]
-    reduction = Reduction(params, groups[dist.get_rank() // half])
+    reduction = together(params, groups[dist.get_rank() // half])
     result = reduction.collapse(squares_of(map(local, params)))
     reduction.all_reduce(result)
     return float(result[1]), float(value.double().square().sum())
@@ -202,7 +211,7 @@ def overlapping() -> tuple[float, float]:
 def zero_partitions() -> float:
     """Each process has other parameters, and another number of them."""
     params = [nn.Parameter(torch.ones(2 + i)) for i in range(1 + dist.get_rank())]
-    reduction = Reduction(params, dist.group.WORLD)
+    reduction = together(params, dist.group.WORLD)
     result = reduction.collapse(squares_of(params))
     return float(reduced(reduction, result)[1])
 
@@ -213,9 +222,9 @@ def refusals() -> dict[str, str]:
     other = dist.new_group([0])
     plain = nn.Parameter(torch.ones(2))
     attempts = {
-        "partial": lambda: Reduction([partial]),
-        "no group": lambda: Reduction([plain], "world"),
-        "others": lambda: Reduction([plain], other) if dist.get_rank() else Reduction([plain], "world"),
+        "partial": lambda: together([partial]),
+        "no group": lambda: together([plain], "world"),
+        "others": lambda: together([plain], other) if dist.get_rank() else together([plain], "world"),
     }
     texts = {}
     for name, attempt in attempts.items():

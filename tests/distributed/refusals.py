@@ -11,7 +11,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from dragon.vm.torch.optim._distributed.hidden import check_norms, hidden_sharding
+from dragon.vm.torch.optim._distributed.hidden import hidden_sharding
+from dragon.vm.torch.optim._groups.sharding import check_sharding
+from dragon.vm.torch.optim._options import Settings
 
 from .factories import make
 from .wrappers import WRAPPERS
@@ -105,14 +107,14 @@ def detected() -> dict[str, str | None]:
 
 
 def checked() -> dict[str, str]:
-    """The outcome of `check_norms` for each kind of norm, without and with a group."""
+    """The outcome of `check_sharding` for each kind of norm, without and with a group."""
     found = {}
     for kind in ("ddp", *KINDS):
-        params = [param for group in WRAPPERS[kind]().groups for param in group["params"]]
-        for norm in ("total", "per_tensor"):
-            options: dict[str, Any] = {"total": None, "per_tensor": None, norm: "limit=1.0"}
-            found[f"{kind} {norm}"] = outcome(lambda o=options, p=params: check_norms(p, None, **o))
-            found[f"{kind} {norm} group"] = outcome(
-                lambda o=options, p=params: check_norms(p, dist.group.WORLD, **o)
-            )
+        groups = WRAPPERS[kind]().groups
+        for norm in ("max_grad_norm", "clip_norm"):
+            clipped = [{**group, "clip_norm": float(norm == "clip_norm")} for group in groups]
+            settings = Settings(max_grad_norm=float(norm == "max_grad_norm"))
+            for suffix, process_group in (("", None), (" group", dist.group.WORLD)):
+                given = settings._replace(process_group=process_group)
+                found[f"{kind} {norm}{suffix}"] = outcome(partial(check_sharding, clipped, given))
     return found

@@ -56,7 +56,9 @@ def test_hidden_sharding_is_detected_and_nothing_else(cluster: Cluster, n_proces
 def test_norms_are_checked_against_what_is_known(cluster: Cluster, n_processes: int) -> None:
     for found in cluster.run(n_processes, "refusals:checked"):
         refused = {key: text for key, text in found.items() if text != "accepted"}
-        assert all(text.startswith("limit=1.0") and "process_group" in text for text in refused.values())
-        needs_group = {f"{kind} {norm}" for kind in FSDP1 for norm in ("total", "per_tensor")}
-        is_unknown = {"ddp per_tensor group", "tp per_tensor group"}
+        for key, text in refused.items():
+            assert text.startswith("max_grad_norm=1.0" if "max_grad_norm" in key else "clip_norm=1.0")
+            assert "process_group" in text
+        needs_group = {f"{kind} {norm}" for kind in FSDP1 for norm in ("max_grad_norm", "clip_norm")}
+        is_unknown = {"ddp clip_norm group", "tp clip_norm group"}
         assert set(refused) == (needs_group | is_unknown if n_processes > 1 else set())

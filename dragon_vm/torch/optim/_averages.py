@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,12 +75,3 @@ def _write(params: list[Tensor], values: list[Tensor]) -> None:
         increment_version(distributed)
         # FSDP2 may have gathered what was there before.
         reshard(distributed)
-
-
-def raise_inside(what: str, reason: str) -> NoReturn:
-    """Say what must not happen while parameters are exchanged with their averages.
-
-    Raises:
-        RuntimeError: always.
-    """
-    raise RuntimeError(f"{what} inside swap_ema(): {reason}")

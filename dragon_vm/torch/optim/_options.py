@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Options that each parameter group may override, beside the hyperparameters of the formula; the others belong to
-# the optimizer. Those of PyTorch first.
-TORCH_GROUP_OPTIONS = ("maximize", "foreach", "capturable", "differentiable", "fused")
-# Those of our own, with the value that means what PyTorch does.
+# Options of our own that each parameter group may override, with the value that means what PyTorch does. Other
+# options of our own belong to the optimizer.
 OWN_GROUP_DEFAULTS: dict[str, Any] = {
     "epsilon_hat": False,
     "grad_scale": 1.0,
@@ -126,61 +124,6 @@ def own_tensors(group: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> N
     group["lr"] = own(group["lr"])
     if "betas" in group:
         group["betas"] = tuple(map(own, group["betas"]))
-
-
-def check_lr(group: Mapping[str, Any]) -> None:
-    """Check a learning rate and weight decay with PyTorch's errors.
-
-    Raises:
-        ValueError: as PyTorch.
-    """
-    lr, weight_decay = group["lr"], group["weight_decay"]
-    if isinstance(lr, Tensor):
-        # Of PyTorch's optimizers only those with betas refuse it.
-        if "betas" in group and group["foreach"] and not group["capturable"]:
-            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-    if not lr >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not weight_decay >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-
-
-def check_betas(group: Mapping[str, Any]) -> None:
-    """Check Adam's coefficients with PyTorch's errors.
-
-    Raises:
-        ValueError: as PyTorch.
-    """
-    betas, eps = group["betas"], group["eps"]
-    if not eps >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {eps}")
-    for index in range(2):
-        if not 0.0 <= betas[index] < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {betas[index]}")
-    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-        raise ValueError("betas must be either both floats or both Tensors")
-    for index in range(2):
-        if isinstance(betas[index], Tensor):
-            if group["foreach"] and not group["capturable"]:
-                raise ValueError(
-                    f"betas[{index}] as a Tensor is not supported for capturable=False and foreach=True"
-                )
-            if betas[index].numel() != 1:
-                raise ValueError(f"Tensor betas[{index}] must be 1-element")
-
-
-def check_momentum(group: Mapping[str, Any]) -> None:
-    """Check SGD's momentum with PyTorch's errors.
-
-    Raises:
-        ValueError: as PyTorch.
-    """
-    if not group["momentum"] >= 0.0:
-        raise ValueError(f"Invalid momentum value: {group['momentum']}")
-    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
 
 def by_value(value: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -109,25 +110,23 @@ class ScalerReport:
         self.kept = kept
         self._found_inf.clear()
 
-    def scaling(self, members: Members, agreed: Callable[[Tensor], Tensor] | None) -> Scaling:
-        """The scale of gradients, and whether some are infinite or NaN.
-
-        Args:
-            members: parameters that are about to be updated.
-            agreed: maps a finding to that of all processes; None if no other process has parts of the gradients.
-        """
+    def found_inf(self, members: Members) -> Tensor | None:
+        """Positive if some gradient of this process is infinite or NaN, fp32 [1]; None if no scaler asks."""
         if self.scaler is None or not self.scaler.is_enabled():
-            return Scaling()
-        device = members.shards[0].device
+            return None
+        found = torch.zeros(1, device=members.shards[0].device)
         filled = [grad for grad in members.grads if grad is not None and grad.numel()]
-        found = torch.zeros(1, device=device)
         if filled:
             norms = torch.stack(torch._foreach_norm(filled, torch.inf))
             found = torch.isfinite(norms).all().logical_not().float().reshape(1)
-        if agreed is not None:
-            found = agreed(found)
-        self._found_inf.append(found)
-        return Scaling(self.scaler.scale(torch.ones(1, device=device)), found)
+        return found
+
+    def scaling(self, found_inf: Tensor | None) -> Scaling:
+        """The scale of gradients beside what all processes found of them, which is noted."""
+        if self.scaler is None or found_inf is None:
+            return Scaling()
+        self._found_inf.append(found_inf)
+        return Scaling(self.scaler.scale(torch.ones(1, device=found_inf.device)), found_inf)
 
     @torch.no_grad()
     def tell(self) -> None:
@@ -145,20 +144,14 @@ class ReleasingOptimizer(Protocol):
     """What release asks of an optimizer."""
 
     param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
 
-    def _update_bucket(self, bucket: Bucket) -> None:
-        """Update the parameters of a bucket."""
+    def _read_groups(self) -> list[dict[str, Any]]:
+        """Read and check the hyperparameters of all groups."""
 
 
 class GradientRelease:
-    """The buckets of one optimizer, and the hooks that update them.
-
-    Args:
-        optimizer: whose parameters are updated, on the thread and stream of the backward pass. Its method asks for
-            `scaling`.
-        updater: of the optimizer.
-        settings: of the optimizer.
-    """
+    """The buckets of one optimizer, and the hooks that update them on the backward pass's thread and stream."""
 
     def __init__(self, optimizer: ReleasingOptimizer, updater: Updater, settings: Settings) -> None:
         # The hooks must not keep the optimizer alive.
@@ -269,19 +262,21 @@ class GradientRelease:
             )
 
     def _release(self, optimizer: ReleasingOptimizer, bucket: Bucket) -> None:
-        undisturbed(optimizer._update_bucket, bucket)
+        undisturbed(self._update, optimizer, bucket)
         bucket.is_done = True
         for param in bucket.params:
             param.grad = None
         self._report.tell()
 
-    def scaling(self, bucket: Bucket, members: Members) -> Scaling:
-        """The scale of the gradients of a bucket, and whether some are infinite or NaN on any process."""
-
-        def agreed(found_inf: Tensor) -> Tensor:
-            return self._updater.agreed(members, self._settings, found_inf, bucket.index)
-
-        return self._report.scaling(members, agreed if members.are_distributed else None)
+    def _update(self, optimizer: ReleasingOptimizer, bucket: Bucket) -> None:
+        optimizer._read_groups()
+        members, settings = bucket.members(), self._settings
+        found_inf = self._report.found_inf(members)
+        if found_inf is not None and members.are_distributed:
+            found_inf = self._updater.agreed(members, settings, found_inf, bucket.index)
+        scaling = self._report.scaling(found_inf)
+        step = members, optimizer.param_groups, optimizer.state, settings, scaling
+        self._updater.update(*step, zero_grad=False, part=bucket.index)
 
 
 def _remove(handles: dict[int, Any]) -> None:

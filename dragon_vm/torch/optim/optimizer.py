@@ -12,7 +12,7 @@ from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._averages import exchanged, raise_inside
+from dragon.vm.torch.optim._averages import exchanged
 from dragon.vm.torch.optim._checkpoint import with_own_steps
 from dragon.vm.torch.optim._distributed.handles import borrowed, returned
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
@@ -31,7 +31,7 @@ from dragon.vm.torch.optim._hooks import hooked_step, recorded
 from dragon.vm.torch.optim._modes import undisturbed
 from dragon.vm.torch.optim._options import Settings, check_common, complete, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.updater import Updater
-from dragon.vm.torch.optim._release import Bucket, GradientRelease, check_release
+from dragon.vm.torch.optim._release import GradientRelease, check_release
 from dragon.vm.torch.optim._storage import StoringOptimizer
 from dragon.vm.torch.optim._sums import GradientSums
 
@@ -68,7 +68,7 @@ class Optimizer(StoringOptimizer):
     def _reset(self) -> None:
         """Forget everything that is derived: plans, buffers and sums."""
         self._updater = Updater(type(self).__name__, self._algorithm)
-        self._plans, self._buffers = self._updater.plans, self._updater.buffers
+        self._plans = self._updater.plans
         self._sums = GradientSums()
         self._release: GradientRelease | None = None
         self._originals: dict[Tensor, Tensor] = {}
@@ -92,7 +92,7 @@ class Optimizer(StoringOptimizer):
 
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
         if self._settings.flatten:
-            self._buffers += without_torch_function(make_buffers, (), (groups,), {})
+            self._updater.buffers += without_torch_function(make_buffers, (), (groups,), {})
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -205,18 +205,10 @@ class Optimizer(StoringOptimizer):
 
     def _read_groups(self) -> list[dict[str, Any]]:
         if self._originals:
-            raise_inside("step() was called", "the averages would be updated as parameters")
+            raise RuntimeError("step() was called inside swap_ema(): the averages would be updated as parameters")
         make_live(self.param_groups, self._publish)
         self._widen_bounds(self.param_groups)
         return self._updater.read(self.param_groups, self.defaults)
-
-    def _update_bucket(self, bucket: Bucket) -> None:
-        """Update some parameters in a backward pass."""
-        assert self._release is not None
-        self._read_groups()
-        members = bucket.members()
-        step = members, self.param_groups, self.state, self._settings, self._release.scaling(bucket, members)
-        self._updater.update(*step, zero_grad=False, part=bucket.index)
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -258,7 +250,7 @@ class Optimizer(StoringOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What pickles and copies hold: PyTorch's, the settings, and what is summed and counted."""
         if self._originals:
-            raise_inside("an optimizer was copied", "its parameters would be the averages")
+            raise RuntimeError("an optimizer was copied inside swap_ema(): its parameters would be the averages")
         self._settle_masters()
         state = super().__getstate__()
         return {

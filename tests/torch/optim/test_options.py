@@ -7,9 +7,11 @@ import torch
 
 from dragon.vm.torch.optim import SGD, Adam, AdamW, swap
 from dragon.vm.torch.optim._hints import ELSEWHERE, option_of
-from dragon.vm.torch.optim._options import OWN_GROUP_DEFAULTS, TORCH_GROUP_OPTIONS, Settings
+from dragon.vm.torch.optim._options import OWN_GROUP_DEFAULTS, Settings
 
 ALGORITHMS = (Adam, AdamW, SGD)
+# PyTorch's options of groups that all have.
+TORCH_GROUP_OPTIONS = {"maximize", "foreach", "capturable", "differentiable", "fused"}
 # What the formula of each takes, beside the options that all have.
 FORMULA = {
     Adam: {"lr", "betas", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay", "epsilon_hat"},

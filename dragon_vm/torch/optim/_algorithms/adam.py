@@ -14,13 +14,13 @@ from dragon.vm.torch.optim._algorithms.algorithm import (
     FusedOptions,
     Group,
     Maths,
+    check_lr,
     decayed,
     for_maths,
     host_number,
 )
 from dragon.vm.torch.optim._algorithms.scalars import one_minus_power
 from dragon.vm.torch.optim._formats import clamp_moment, moment_bound
-from dragon.vm.torch.optim._options import check_betas, check_lr
 
 _PLAIN_MATHS = Maths()
 
@@ -31,7 +31,22 @@ def _state_keys(group: Group) -> tuple[str, ...]:
 
 def _check(group: Group) -> None:
     check_lr(group)
-    check_betas(group)
+    betas, eps = group["betas"], group["eps"]
+    if not eps >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for index in range(2):
+        if not 0.0 <= betas[index] < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {betas[index]}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for index in range(2):
+        if isinstance(betas[index], Tensor):
+            if group["foreach"] and not group["capturable"]:
+                raise ValueError(
+                    f"betas[{index}] as a Tensor is not supported for capturable=False and foreach=True"
+                )
+            if betas[index].numel() != 1:
+                raise ValueError(f"Tensor betas[{index}] must be 1-element")
 
 
 def _columns(group: Group) -> dict[str, float]:
@@ -87,22 +102,19 @@ def adam_update(
     """
     assert step is not None
     lr, beta1, beta2 = (for_maths(param, value) for value in (group["lr"], *group["betas"]))
-    correction1 = _complement_power(beta1, step)
     correction2 = _complement_power(beta2, step) ** 0.5
+    step_size = lr * correction2 / _complement_power(beta1, step)
+    denom_eps = group["eps"] if group["epsilon_hat"] else group["eps"] * correction2
     param, grad = decayed(param, grad, group, lr, group["decoupled_weight_decay"])
     exp_avg = beta1 * states[0] + (1 - beta1) * grad
     exp_avg_sq = beta2 * states[1] + (1 - beta2) * grad * grad
-    root = maths.root(exp_avg_sq) if maths.is_bounded or not group["amsgrad"] else exp_avg_sq
+    largest = torch.maximum(states[2], exp_avg_sq) if group["amsgrad"] else exp_avg_sq
+    root = maths.root(largest)
     if maths.is_bounded:
-        exp_avg = clamp_moment(exp_avg, root, _bound(group, float(step)))
-    new_states = [exp_avg, exp_avg_sq]
-    if group["amsgrad"]:
-        largest = torch.maximum(states[2], exp_avg_sq)
-        new_states.append(largest)
-        root = maths.root(largest)
-    eps = group["eps"] if group["epsilon_hat"] else group["eps"] * correction2
-    denom = root + eps
-    return param - (lr * correction2 / correction1) * (exp_avg / denom), new_states
+        own_root = maths.root(exp_avg_sq) if group["amsgrad"] else root
+        exp_avg = clamp_moment(exp_avg, own_root, _bound(group, float(step)))
+    param = param - step_size * (exp_avg / (root + denom_eps))
+    return param, [exp_avg, exp_avg_sq, largest] if group["amsgrad"] else [exp_avg, exp_avg_sq]
 
 
 def _fused(

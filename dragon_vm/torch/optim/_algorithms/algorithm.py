@@ -86,6 +86,25 @@ class Algorithm:
         return (*keys, "ema") if group["ema_decay"] else keys
 
 
+def check_lr(group: Group) -> None:
+    """Check a learning rate and weight decay with PyTorch's errors.
+
+    Raises:
+        ValueError: as PyTorch.
+    """
+    lr, weight_decay = group["lr"], group["weight_decay"]
+    if isinstance(lr, Tensor):
+        # Of PyTorch's optimizers only those with betas refuse it.
+        if "betas" in group and group["foreach"] and not group["capturable"]:
+            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+
+
 def host_number(value: Any) -> float:
     """A hyperparameter as a float; 0 for a tensor on a device, which kernels read where it is."""
     return 0.0 if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)

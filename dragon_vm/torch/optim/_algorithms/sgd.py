@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, FusedOptions, Group, Maths, decayed, for_maths
-from dragon.vm.torch.optim._options import check_lr, check_momentum
+from dragon.vm.torch.optim._algorithms.algorithm import (
+    Algorithm,
+    FusedOptions,
+    Group,
+    Maths,
+    check_lr,
+    decayed,
+    for_maths,
+)
 
 
 def _state_keys(group: Group) -> tuple[str, ...]:
@@ -23,7 +30,10 @@ def _counts_steps(group: Group) -> bool:
 
 def _check(group: Group) -> None:
     check_lr(group)
-    check_momentum(group)
+    if not group["momentum"] >= 0.0:
+        raise ValueError(f"Invalid momentum value: {group['momentum']}")
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
 
 def _columns(group: Group) -> dict[str, float]:

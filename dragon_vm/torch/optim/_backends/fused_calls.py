@@ -104,12 +104,7 @@ class _Rows:
 
 
 class FusedPlanner:
-    """Plans the fused calls of one flattened group.
-
-    Args:
-        group: the tensors.
-        algorithm: what is computed.
-    """
+    """Plans the fused calls of one flattened group."""
 
     def __init__(self, group: FlattenedGroup, algorithm: Algorithm) -> None:
         self._algorithm, self._param_dtype = algorithm, group.signature.param_dtype
@@ -138,11 +133,8 @@ class FusedPlanner:
     ) -> list[FusedCall]:
         """Collect what may go into one call; parameter groups of equal hyperparameters share one.
 
-        Args:
-            groups: all parameter groups of the optimizer.
-            rows: the tensors of this group that take part.
-            steps: counts of all its tensors, one if they agree, or none if none are needed.
-            factors: of the gradients.
+        `rows` are the tensors of this group that take part. `steps` are the counts of all its tensors, one if they
+        agree, or none if none are needed.
         """
         if rows != self._chosen.rows:
             self._chosen = _Rows(rows, self._classes)
@@ -172,13 +164,11 @@ class FusedPlanner:
     def pieces(self, call: FusedCall, columns: Sequence[list[Tensor]]) -> Iterable[Piece]:
         """What a call updates at a time: all, unless it reads copies of the gradients.
 
-        Args:
-            call: one that was planned.
-            columns: parameters, gradients and others of the call.
+        The columns are parameters, gradients and others.
         """
         if not call.needs_copies:
             return [Piece(slice(None), columns, [])]
-        return self._scratch.of_small(call.pick, columns) if call.is_small else self._scratch.of_large(columns, 1)
+        return self._scratch.of_small(call.pick, columns) if call.is_small else self._scratch.of_large(columns)
 
     def _call(
         self,

@@ -35,12 +35,7 @@ PIECE = 2**17
 class HostGroup:
     """One flattened group, updated through its formats: decode, update, encode.
 
-    Args:
-        group: the tensors.
-        algorithm: what is computed.
-        n_gathered: how many tensors a step gathers.
-        seed: of random words.
-        in_pieces: decode `PIECE` elements at a time, a multiple of 64, and not whole tensors.
+    `in_pieces` decodes `PIECE` elements at a time, a multiple of 64, and not whole tensors.
     """
 
     def __init__(
@@ -75,7 +70,7 @@ class HostGroup:
                 step += 1
             rounding = Rounding(self._seed, stream, 0 if step is None else step, first)
             factor = factors.of(position, groups[index])
-            self._update_one(tensors.params[position], grad, state, groups[index], factor, rounding)
+            self._update_one(tensors.shards[position], grad, state, groups[index], factor, rounding)
         if factors.kept_scale not in (None, 1.0):
             unscale_all([grad for grad in grads if grad is not None], factors.kept_scale)
 

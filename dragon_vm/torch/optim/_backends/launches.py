@@ -85,16 +85,7 @@ def plan_launches(
     zero_grad: bool,
     seed: int,
 ) -> Launches:
-    """Lay out the table of a device.
-
-    Args:
-        flattened: the flattened groups of the device; their entries are the rows, in order.
-        algorithm: its name for the kernels.
-        context: of the device.
-        n_groups: parameter groups of the optimizer.
-        zero_grad: set the gradients to zero on the way.
-        seed: of random words.
-    """
+    """Lay out the table of a device, whose rows are the entries of `flattened`, in order."""
     entries = list(chain.from_iterable(group.entries for group in flattened))
     numels = [real_numel(entry.param) for entry in entries]
     specs = [_spec(algorithm, group.signature, zero_grad) for group in flattened]

@@ -42,13 +42,7 @@ class _Calls(NamedTuple):
 
 
 class NativeGroup:
-    """One flattened group on the CPU: parameters and states of one dtype, all in one layout.
-
-    Args:
-        group: the tensors.
-        algorithm: what is computed.
-        n_gathered: how many tensors a step gathers.
-    """
+    """One flattened group on the CPU: parameters and states of one dtype, all in one layout."""
 
     def __init__(self, group: FlattenedGroup, algorithm: Algorithm, n_gathered: int) -> None:
         self._algorithm, self._signature = algorithm, group.signature
@@ -70,15 +64,7 @@ class NativeGroup:
         version: Version,
         factors: Factors,
     ) -> None:
-        """Advance the counters and update the tensors.
-
-        Args:
-            tensors: all that the step gathered.
-            grads: this group's gradients; None for a parameter that takes no part.
-            groups: all parameter groups of the optimizer.
-            version: of their hyperparameters; a new one after each change.
-            factors: of the gradients.
-        """
+        """Advance the counters and update the tensors; `grads` are this group's, None where one takes no part."""
         signature = self._signature
         own_grads: Sequence[Any] = grads
         if signature.grad_dtype != signature.param_dtype:
@@ -86,7 +72,7 @@ class NativeGroup:
         if version != self._version:
             self._read(groups, version)
         keys = (*signature.state_keys, "step") if self._counters else signature.state_keys
-        params, *states = picked(self.pick, [tensors.params, *[tensors.states[key] for key in keys]])
+        params, *states = picked(self.pick, [tensors.shards, *[tensors.states[key] for key in keys]])
         counters = states.pop() if self._counters else ()
         rows: Sequence[int] = range(len(params))
         if not tensors.are_all:
@@ -135,14 +121,7 @@ class NativeGroup:
         counters: Sequence[Tensor],
         steps: list[float],
     ) -> None:
-        """Update by fused operations.
-
-        Args:
-            calls: the operations.
-            columns: parameters, gradients, the gradients that stay behind, and states, by name.
-            counters: of the steps.
-            steps: what they count.
-        """
+        """Update by fused operations; `columns` are parameters, gradients, those that stay behind, and states."""
         is_complex, common_step = self._signature.param_dtype.is_complex, next(iter(steps), 0.0)
         for call in calls:
             chosen = list(map(list, picked(call.pick, columns)))

@@ -54,12 +54,7 @@ class Scratch:
     def of_small(
         self, pick: Callable[[Sequence[Any]], Sequence[Any]], columns: Sequence[Sequence[Tensor]]
     ) -> Iterator[Piece]:
-        """Small tensors, some at a time.
-
-        Args:
-            pick: selects what belongs to these tensors from a list for all of the group.
-            columns: the tensors of each kind.
-        """
+        """Small tensors, some at a time; `pick` selects what belongs to them from a list for all of the group."""
         if not self._places:
             self._lay_out()
         places, start = pick(self._places), 0
@@ -87,19 +82,14 @@ class Scratch:
         self._numbers = numbers
         self._places = places
 
-    def of_large(self, columns: Sequence[Sequence[Tensor]], grads: int) -> Iterator[Piece]:
-        """Parts of one large tensor at a time; one that is not contiguous is not cut.
-
-        Args:
-            columns: the tensors of each kind.
-            grads: which column has the gradients.
-        """
+    def of_large(self, columns: Sequence[Sequence[Tensor]]) -> Iterator[Piece]:
+        """Parts of one large tensor at a time; one that is not contiguous is not cut. Gradients are column 1."""
         if self._row is None:
             self._row = torch.empty(LARGE_PIECE, dtype=self._dtype, device="cpu")
         for index, tensors in enumerate(zip(*columns, strict=True)):
             rows = slice(index, index + 1)
             if not all(tensor.is_contiguous() for tensor in tensors):
-                yield Piece(rows, [[tensor] for tensor in tensors], [torch.empty_like(tensors[grads])])
+                yield Piece(rows, [[tensor] for tensor in tensors], [torch.empty_like(tensors[1])])
                 continue
             for parts in zip(*(tensor.view(-1).split(LARGE_PIECE) for tensor in tensors), strict=True):
-                yield Piece(rows, [[part] for part in parts], [self._row[: len(parts[grads])]])
+                yield Piece(rows, [[part] for part in parts], [self._row[: len(parts[1])]])

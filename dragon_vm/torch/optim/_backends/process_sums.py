@@ -22,12 +22,7 @@ class AdvanceTables(NamedTuple):
 
 
 class ProcessSums:
-    """The sums of one device.
-
-    Args:
-        n_spans: partial norms of each row of the tensor table.
-        tensors: the tensor table of the device.
-    """
+    """The sums of one device, whose tensor table has `n_spans` partial norms for each row."""
 
     def __init__(self, n_spans: Sequence[int], tensors: Tensor) -> None:
         self._n_rows, self._n_partials = len(n_spans), sum(n_spans)
@@ -55,7 +50,7 @@ class ProcessSums:
 
         Args:
             shared: the processes.
-            partials: of all rows, in their order.
+            partials: float64, of all rows, in their order.
             kind: L2_NORM or INF_NORM.
             found_inf: fp32 [1], positive if this process must skip; None for 0.
             clip_each: keep the sums of single tensors apart.

@@ -19,13 +19,15 @@ class Gathered(NamedTuple):
     """The tensors of one step, read from where they live. All lists have the same positions.
 
     Attributes:
-        params: parameters, or this process's shards of them, then flat buffers.
+        params: parameters.
+        shards: for each the tensor that this process updates, then flat buffers.
         grads: their gradients, in the layouts of the parameters; None for a parameter that takes no part.
         states: state tensors by name; None for a parameter without that state.
         take: selects what belongs to the parameters that take part.
     """
 
     params: Sequence[Tensor]
+    shards: Sequence[Tensor]
     grads: Sequence[Any]
     states: dict[str, list[Any]]
     take: Callable[[Sequence[Any]], Sequence[Any]] = _all

@@ -23,6 +23,8 @@ class SumLaunch:
         numels = [total.numel() for total in totals]
         if self._device is None or numels != self._numels:
             context = DeviceContext(self._signature.device)
-            self._device = TritonDevice([group], "accumulate", context, 1, len(totals), False, counts=False)
+            self._device = TritonDevice(
+                [group], "accumulate", context, 1, len(totals), False, lambda group: {}, counts=False
+            )
             self._numels = numels
         self._device.accumulate(group, [grad.data_ptr() for grad in grads])

@@ -42,15 +42,7 @@ def tensor_rows(
     firsts: Sequence[int],
     seed: int = 0,
 ) -> array[int]:
-    """The tensor section of the table.
-
-    Args:
-        entries: tensors by row.
-        numels: elements of each.
-        signatures: of the flattened groups.
-        firsts: the first row of each flattened group, then the number of rows.
-        seed: of random words.
-    """
+    """The tensor section of the table; `firsts` are each flattened group's first row, then the number of rows."""
     width = int(table.TENSOR_COLUMNS)
     words = array("q", bytes(8 * len(entries) * width))
     ends = list(accumulate((n_chunks(numel, SPAN) for numel in numels), initial=0))

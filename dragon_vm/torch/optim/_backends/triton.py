@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from dragon.kernels import table
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.context import DeviceContext
 from dragon.vm.torch.optim._backends.launches import INF_NORM, L2_NORM, NO_NORM, plan_launches
 from dragon.vm.torch.optim._backends.process_sums import AdvanceTables, ProcessSums
@@ -24,6 +23,7 @@ from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._options import Settings, Version, needs_norm
 from dragon.vm.torch.optim._table.group_table import GroupTable
+from dragon.vm.torch.optim._table.rows import Columns
 
 Group = dict[str, Any]
 
@@ -34,15 +34,7 @@ _data_ptr: Callable[[Any], int] = Tensor.data_ptr
 class TritonDevice:
     """The flattened groups of one device: one table, one advance launch, one update launch a dtype signature.
 
-    Args:
-        flattened: the groups.
-        algorithm: its name for the kernels.
-        context: of the device.
-        n_groups: parameter groups of the optimizer.
-        n_gathered: how many tensors a step gathers.
-        zero_grad: set the gradients to zero on the way.
-        counts: report the norm and skipped steps; one device of a step does.
-        seed: of random words.
+    With `counts` it reports the norm and skipped steps: one device of a step does.
     """
 
     def __init__(
@@ -53,15 +45,16 @@ class TritonDevice:
         n_groups: int,
         n_gathered: int,
         zero_grad: bool,
+        columns_of: Columns,
         counts: bool,
         seed: int = 0,
     ) -> None:
         entries = list(chain.from_iterable(group.entries for group in flattened))
-        self._algorithm, self._context = algorithm, context
+        self._context = context
         self._pick_own = picker([entry.position for entry in entries], n_gathered)
         self._status = context.status if counts else context.spare_status
         self._launches = plan_launches(flattened, algorithm, context, n_groups, zero_grad, seed)
-        self._groups = GroupTable(self._launches.table, context.device)
+        self._groups = GroupTable(self._launches.table, context.device, columns_of)
         self._sums: ProcessSums | None = None
         self._stream = context.stream()
         self._captured_grads: list[Tensor] = []
@@ -76,7 +69,6 @@ class TritonDevice:
         self,
         grads: Sequence[Tensor | None],
         groups: Sequence[Group],
-        algorithm: Algorithm,
         version: Version,
         settings: Settings,
         scaling: Scaling,
@@ -85,18 +77,11 @@ class TritonDevice:
     ) -> None:
         """Update all tensors.
 
-        Args:
-            grads: all that the step gathered; None for a parameter that takes no part.
-            groups: parameter groups.
-            algorithm: what is computed.
-            version: of the hyperparameters; a new one after each change.
-            settings: options that decide about norms and skipping.
-            scaling: a `GradScaler`'s.
-            shared: sums over the processes that share the gradients; None if there are no others.
-            kept_scale: what the gradients are divided by that stay behind; None to leave them as they are.
+        `grads` are all that the step gathered, None for a parameter that takes no part. Those that stay behind are
+        divided by `kept_scale`, or left as they are. `shared` is None where no other process has parts of them.
         """
         context = self._context
-        self._groups.write(groups, algorithm, version, settings)
+        self._groups.write(groups, version, settings)
         kind = NO_NORM
         if needs_norm(settings) or self._groups.clips_each:
             infinite = settings.norm_type == math.inf and not self._groups.clips_each
@@ -183,9 +168,9 @@ class TritonDevice:
         device_table.upload()
         return self._launches.sections.grads
 
-    def publish(self, index: int, group: Group, algorithm: Algorithm, settings: Settings) -> None:
+    def publish(self, index: int, group: Group, settings: Settings) -> None:
         """Bring one group's hyperparameters up to date between steps, in stream order."""
-        if self._groups.write_one(index, group, algorithm, settings):
+        if self._groups.write_one(index, group, settings):
             self._context.launch(self._launches.table.upload, in_order=True)
 
 

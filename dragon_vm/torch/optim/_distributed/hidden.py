@@ -5,12 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
 
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.owners import instances
-from dragon.vm.torch.optim._distributed.shards import is_distributed
 
 _REMEDY = "give process_group"
 
@@ -39,38 +37,6 @@ def hidden_sharding(params: Sequence[Tensor]) -> str | None:
             "or use torch.nn.utils.clip_grad_norm_ before the step"
         )
     return None
-
-
-def check_norms(
-    params: Sequence[Tensor], process_group: Any, *, total: str | None, per_tensor: str | None
-) -> None:
-    """Check at construction that norms are those of whole gradients.
-
-    Args:
-        params: the parameters of the optimizer.
-        process_group: as the user gave it.
-        total: the option that needs all gradients and its value, as "max_grad_norm=1.0"; None if there is none.
-        per_tensor: the option that needs each gradient whole and its value; None if there is none.
-
-    Raises:
-        ValueError: for sharding that was found and no `process_group`. With a group and `per_tensor`, for plain
-            parameters of which nobody knows whether they are parts.
-    """
-    reason = hidden_sharding(params) if process_group is None and (total or per_tensor) else None
-    if total and reason:
-        raise ValueError(f"{total} needs whole gradients, but {reason}")
-    split = split_by_fsdp1(params) if per_tensor else []
-    if process_group is None and any(split):
-        raise ValueError(f"{per_tensor} needs whole gradients, but {reason}")
-    if per_tensor and process_group is not None and process_group.size() > 1:
-        unknown = [
-            p for p, is_split in zip(params, split, strict=True) if is_split is None and not is_distributed(p)
-        ]
-        if unknown:
-            raise ValueError(
-                f"{per_tensor} with process_group needs DTensor or FSDP1 parameters, but got a plain one of shape "
-                f"{tuple(unknown[0].shape)}: leave process_group out if each process has whole tensors"
-            )
 
 
 def split_by_fsdp1(params: Sequence[Tensor]) -> list[bool | None]:
@@ -117,12 +83,5 @@ def _caller(name: str, function: str) -> FrameType | None:
 
 def _is_built_by_zero() -> bool:
     """Whether ZeroRedundancyOptimizer is constructing an optimizer on this thread."""
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = sys._getframe() if module is not None else None
-    while frame is not None and module is not None:
-        if frame.f_code.co_name == "_init_local_optimizer":
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, module.ZeroRedundancyOptimizer):
-                return bool(owner.process_group.size() > 1)
-        frame = frame.f_back
-    return False
+    frame = _caller("torch.distributed.optim.zero_redundancy_optimizer", "_init_local_optimizer")
+    return frame is not None and bool(frame.f_locals["self"].process_group.size() > 1)

@@ -40,6 +40,18 @@ class Lanes(NamedTuple):
     lane_index: tuple[int, ...]
     weights: tuple[float, ...]
 
+    def part(self, positions: Sequence[int]) -> Lanes:
+        """The same sums, of some of the parameters."""
+        index, weights = self.lane_index, self.weights
+        return Lanes(self.lanes, tuple(index[i] for i in positions), tuple(weights[i] for i in positions))
+
+    def members(self) -> list[tuple[list[int], list[float]]]:
+        """For each lane, positions and weights of its parameters."""
+        positions = [
+            [i for i, its in enumerate(self.lane_index) if its == lane] for lane in range(len(self.lanes))
+        ]
+        return [(own, [self.weights[i] for i in own]) for own in positions]
+
 
 def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -> Lanes:
     """Arrange parameters by the processes that share them.
@@ -54,7 +66,8 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
         per_tensor: for the sum of each tensor alone. `process_group` then counts for tensors that FSDP1 splits.
 
     Raises:
-        ValueError: for a parameter that is `Partial`, and for a process that is not in `process_group`.
+        TypeError, ValueError: for a `process_group` that is none or does not contain this process, and for a
+            parameter that is `Partial`.
     """
     members = _ranks_of_group(process_group)
     found: dict[tuple[int, ...], Any] = {}

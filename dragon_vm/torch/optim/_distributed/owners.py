@@ -55,11 +55,7 @@ def check_accumulated(params: Sequence[Tensor]) -> None:
 
 
 class Replicas:
-    """The DDP modules that hold parameters, and whether they have reduced the last gradients.
-
-    Args:
-        params: the parameters of the optimizer.
-    """
+    """The DDP modules that hold parameters, and whether they have reduced the last gradients."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         wanted = set(map(id, params))

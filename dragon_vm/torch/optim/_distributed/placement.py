@@ -48,13 +48,7 @@ def placed_like(target: Any, value: Any) -> Any:
     """A value in the placement of a target: cut into shards, made whole, or redistributed.
 
     All processes of the meshes must come here together. A value that is whole must be equal on all of them.
-
-    Args:
-        target: a state or parameter.
-        value: a tensor of the same global shape.
-
-    Returns:
-        The very value if it lies as the target does.
+    Target and value have one global shape. A value that lies as the target does is returned as it is.
     """
     value = _with_ready_shard(value)
     if not is_distributed(target):
@@ -78,10 +72,8 @@ class GradientPlacements:
 
     In the steady state gradients come with the specs of the last step, the very objects. Each pass over the
     gradients is then in C: one for types, one for specs, one for shards and one for the types of shards. A process
-    that has not imported `DTensor` pays for none.
-
-    Args:
-        params: parameters, in the order in which the gradients come later. None of them is kept.
+    that has not imported `DTensor` pays for none. The gradients come in the order of the parameters, of which none
+    is kept.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -94,9 +86,7 @@ class GradientPlacements:
     def shards(self, params: Sequence[Tensor], grads: Sequence[Any]) -> Sequence[Any]:
         """The shard of each gradient, ready for use; the very sequence if all are plain and ready.
 
-        Args:
-            params: the parameters of the construction.
-            grads: a gradient or None for each. One that lies otherwise is redistributed into a new tensor.
+        There is a gradient or None for each parameter. One that lies otherwise is redistributed into a new tensor.
 
         Raises:
             ValueError: as `ready_grad`.

@@ -1,16 +1,14 @@
 """Sums of squares and non-finite flags over all processes that share a model, in stream order.
 
-How a step uses it, between the norm and the advance, on every process, with gradients or without:
+A step uses it between the norm and the advance, on every process, with gradients or without:
 
-    reduction = Reduction(params, process_group)             # once for a set of parameters
+    lanes = make_lanes(params, process_group, per_tensor=False)
+    reduction = Reduction(lanes)                             # once for a set of parameters
     part = reduction.part(positions)                         # once for a plan: those with gradients
-    values = part.collapse(squares, found_inf)               # torch operations, or a kernel of the backend
+    values = part.collapse(squares, found_inf)
     part.all_reduce(values)                                  # values[0]: the flag, values[1]: the sum
 
-A backend that sums in a kernel of its own writes `values` itself: element 0 is a flag, and element ``1 + lane[i]``
-gets ``weight[i] * squares[i]`` of each tensor. Nothing here waits for the device.
-
-`TensorReduction` does the same for the norm of each tensor alone.
+Nothing here waits for the device. `TensorReduction` does the same for the norm of each tensor alone.
 """
 
 from __future__ import annotations
@@ -22,7 +20,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.lanes import Lanes, make_lanes
+from dragon.vm.torch.optim._distributed.lanes import Lanes
+
+
+class _OnDevices:
+    """Positions and weights of each lane's numbers, copied to a device once."""
+
+    def __init__(self, members: list[tuple[list[int], list[float]]]) -> None:
+        self._members = members
+        self._copies: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+
+    def on(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """For each lane int64 positions and float64 weights."""
+        if device not in self._copies:
+            self._copies[device] = [
+                (
+                    torch.tensor(positions, dtype=torch.int64, device=device),
+                    torch.tensor(weights, dtype=torch.float64, device=device),
+                )
+                for positions, weights in self._members
+            ]
+        return self._copies[device]
 
 
 class Reduction:
@@ -32,44 +50,22 @@ class Reduction:
     It holds process groups, which copies and pickles cannot: it is made anew for them.
 
     Args:
-        params: all parameters of the optimizer, with a gradient or not. All processes call the same collectives.
-        process_group: processes that hold distinct parts of the model beyond what meshes say, or None.
-
-    Attributes:
-        lane: for each parameter, the position of its sum; parameters in one lane are summed together.
-        weight: for each parameter, the factor of its squares, one over the processes that count the same elements.
-        n_lanes: how many sums `values` has.
-
-    Raises:
-        TypeError, ValueError: for a `process_group` that is none or does not contain this process, and for a
-            parameter that is `Partial`.
+        lanes: of all parameters of the optimizer, with a gradient or not: all processes call the same collectives.
     """
 
-    def __init__(self, params: Sequence[Tensor], process_group: Any = None) -> None:
-        arranged = make_lanes(params, process_group, per_tensor=False)
-        self._lanes = arranged.lanes
-        self.n_lanes = max(1, len(arranged.lanes))
+    def __init__(self, lanes: Lanes) -> None:
+        self._arranged, self._lanes = lanes, lanes.lanes
         # Without lanes there is one sum, this process's own.
-        self.lane = tuple(max(0, index) for index in arranged.lane_index)
-        self.weight = arranged.weights
-        self._on_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        alone = list(range(len(lanes.weights))), list(lanes.weights)
+        self._tensors = _OnDevices(lanes.members() or [alone])
 
     def __bool__(self) -> bool:
         """Whether any other process takes part."""
         return bool(self._lanes)
 
     def part(self, positions: Sequence[int]) -> Reduction:
-        """The reduction for some of the parameters, by the same collectives.
-
-        Args:
-            positions: of the parameters that have gradients; there may be none.
-        """
-        part = object.__new__(Reduction)
-        part._lanes, part.n_lanes = self._lanes, self.n_lanes
-        part.lane = tuple(self.lane[i] for i in positions)
-        part.weight = tuple(self.weight[i] for i in positions)
-        part._on_device = {}
-        return part
+        """The reduction for some of the parameters, or for none, by the same collectives."""
+        return Reduction(self._arranged.part(positions))
 
     def collapse(self, squares: Tensor, flag: Tensor | None = None, *, largest: bool = False) -> Tensor:
         """Bring the numbers of single tensors into the form that `all_reduce` takes.
@@ -80,12 +76,13 @@ class Reduction:
             largest: take maxima instead of weighted sums.
 
         Returns:
-            float64 [1 + n_lanes]: the flag, and a number for each lane.
+            float64 [1 + number of sums]: the flag, and a sum for each lane, or one if there are no lanes.
         """
-        values = squares.new_zeros(1 + self.n_lanes)
+        tensors = self._tensors.on(squares.device)
+        values = squares.new_zeros(1 + len(tensors))
         if flag is not None:
             values[0] = flag.reshape(())
-        for lane, (positions, weights) in enumerate(self._tensors(squares.device)):
+        for lane, (positions, weights) in enumerate(tensors):
             chosen = squares if positions.numel() == squares.numel() else squares[positions]
             if chosen.numel():
                 values[1 + lane] = chosen.amax() if largest else (chosen * weights).sum()
@@ -95,8 +92,8 @@ class Reduction:
         """Reduce over all processes, in place and on the current stream.
 
         Args:
-            values: float64 [1 + n_lanes], see `collapse`. Afterwards element 0 is positive if any process's was.
-                Element 1 is then the sum over all lanes and processes, or the maximum for `largest`.
+            values: as `collapse` returns them. Afterwards element 0 is positive if any process's was. Element 1 is
+                then the sum over all lanes and processes, or the maximum for `largest`.
             largest: take maxima. NaN is larger than any number.
         """
         reduce = _all_reduce_largest if largest else _all_reduce_sum
@@ -118,17 +115,6 @@ class Reduction:
                 total = join(total, value)
         values[:1], values[1:2] = flag, total
 
-    def _tensors(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Positions and weights of each lane's parameters, copied to a device once."""
-        if device not in self._on_device:
-            lanes = []
-            for lane in range(self.n_lanes):
-                positions = [i for i, its in enumerate(self.lane) if its == lane]
-                weights = [self.weight[i] for i in positions]
-                lanes.append((_indices(positions, device), _numbers(weights, device)))
-            self._on_device[device] = lanes
-        return self._on_device[device]
-
 
 class TensorReduction:
     """Reduces the sum of squares of each tensor alone, and a flag: 8 bytes a tensor.
@@ -136,20 +122,18 @@ class TensorReduction:
     It is false if no other process holds parts of any tensor, and no `process_group` is given.
 
     Args:
-        params: all parameters of the optimizer, with a gradient or not.
-        process_group: as for `Reduction`. It counts for the flag, and for tensors that FSDP1 splits.
-
-    Raises:
-        TypeError, ValueError: as `Reduction`.
+        lanes: of all parameters of the optimizer, made with `per_tensor`.
     """
 
-    def __init__(self, params: Sequence[Tensor], process_group: Any = None) -> None:
-        self._arranged: Lanes = make_lanes(params, process_group, per_tensor=True)
-        self._on_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes.lanes
+        # The flag stands first, and is summed with every lane.
+        members = [([0, *(1 + i for i in own)], [1.0, *weights]) for own, weights in lanes.members()]
+        self._tensors = _OnDevices(members)
 
     def __bool__(self) -> bool:
         """Whether any other process takes part."""
-        return bool(self._arranged.lanes)
+        return bool(self._lanes)
 
     def all_reduce(self, values: Tensor) -> None:
         """Reduce over all processes, in place and on the current stream.
@@ -159,32 +143,13 @@ class TensorReduction:
                 without a gradient. Afterwards element 0 is positive if any process's was, and the others are
                 the sums of squares of whole tensors.
         """
-        for lane, (positions, weights) in zip(self._arranged.lanes, self._tensors(values.device), strict=True):
+        for lane, (positions, weights) in zip(self._lanes, self._tensors.on(values.device), strict=True):
             if positions.numel() == values.numel():
                 _all_reduce_sum(values.mul_(weights), lane.groups)
             else:
                 chosen = values[positions].mul_(weights)
                 _all_reduce_sum(chosen, lane.groups)
                 values[positions] = chosen
-
-    def _tensors(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Positions and weights of each lane's numbers, the flag first, copied to a device once."""
-        if device not in self._on_device:
-            lanes = []
-            for lane in range(len(self._arranged.lanes)):
-                positions = [i for i, its in enumerate(self._arranged.lane_index) if its == lane]
-                weights = [1.0, *(self._arranged.weights[i] for i in positions)]
-                lanes.append((_indices([0, *(1 + i for i in positions)], device), _numbers(weights, device)))
-            self._on_device[device] = lanes
-        return self._on_device[device]
-
-
-def _indices(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
-
-
-def _numbers(values: list[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _all_reduce_sum(values: Tensor, groups: Sequence[Any], op: Any = None) -> None:

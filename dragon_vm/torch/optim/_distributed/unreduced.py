@@ -24,9 +24,7 @@ class BufferKey(NamedTuple):
 def by_buffer(params: Sequence[Tensor], groups: Mapping[int, Any]) -> dict[BufferKey, list[Tensor]]:
     """Arrange parameters by buffers, in an order that all processes share.
 
-    Args:
-        params: parameters.
-        groups: by their ids, the process groups that replicate them.
+    `groups` are, by the parameters' ids, the process groups that replicate them.
     """
     found: dict[BufferKey, list[Tensor]] = {}
     for param in params:
@@ -39,14 +37,7 @@ class UnreducedSums:
     """The sums of parameters that share a buffer.
 
     The buffer has room for all of them, for other processes may have gradients that this one lacks. One more
-    element for each tells how many processes have one.
-
-    Args:
-        key: of the parameters.
-        params: parameters; which of them have a gradient may change from call to call.
-
-    Attributes:
-        key, params: as given.
+    element for each tells how many processes have one. Which of them have a gradient may change from call to call.
     """
 
     def __init__(self, key: BufferKey, params: list[Tensor]) -> None:

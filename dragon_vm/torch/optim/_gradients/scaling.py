@@ -91,14 +91,8 @@ def gradient_factors(
 ) -> Factors:
     """Decide by what each gradient is multiplied, and whether the step is skipped.
 
-    Args:
-        grads: gradients.
-        group_index: index of each one's parameter group.
-        groups: parameter groups.
-        settings: the optimizer's.
-        scaling: a `GradScaler`'s; read here, which synchronises on an accelerator.
-        measure: returns the norm of all gradients together, see `TotalNorm`.
-        shared: sums over the processes that share the gradients; None if there are no others.
+    The scaling is read, which synchronises on an accelerator. `measure` returns the norm of all gradients
+    together, see `TotalNorm`. `shared` is None where no other process has parts of them.
     """
     limits = [float(group["clip_norm"]) for group in groups]
     skip = scaling.found_inf is not None and float(scaling.found_inf) > 0

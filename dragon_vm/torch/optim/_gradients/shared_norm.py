@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._distributed.lanes import make_lanes
 from dragon.vm.torch.optim._distributed.reduction import Reduction, TensorReduction
 
 
@@ -26,16 +27,10 @@ class Reductions(NamedTuple):
 def make_reductions(params: Sequence[Tensor], process_group: Any, clips_each: bool) -> Reductions | None:
     """The sums over processes of an optimizer's parameters; None if no other process shares them.
 
-    Args:
-        params: all parameters, with a gradient or not.
-        process_group: processes that hold distinct parts of the model beyond what meshes say, or None.
-        clips_each: whether some group has a `clip_norm`.
-
-    Raises:
-        TypeError, ValueError: as `Reduction`.
+    `clips_each` tells whether some group has a `clip_norm`. For the other arguments and errors see `make_lanes`.
     """
-    total = Reduction(params, process_group)
-    each = TensorReduction(params, process_group) if clips_each else None
+    total = Reduction(make_lanes(params, process_group, per_tensor=False))
+    each = TensorReduction(make_lanes(params, process_group, per_tensor=True)) if clips_each else None
     return Reductions(total, each) if total or each else None
 
 

@@ -17,12 +17,7 @@ DIVIDED_IN_PLACE = (torch.float32, torch.float64)
 
 
 def unscale_all(grads: Sequence[Tensor], scale: float | Tensor) -> None:
-    """Divide gradients in place, of which no two are the same memory.
-
-    Args:
-        grads: gradients.
-        scale: what they are divided by; a tensor has one element.
-    """
+    """Divide gradients in place, of which no two are the same memory, by a number or a tensor of one element."""
     divisor = scale.reshape(()) if isinstance(scale, Tensor) else scale
     parts = [each_once(grad, grad) for grad in grads]
     with torch.no_grad():

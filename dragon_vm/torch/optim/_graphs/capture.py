@@ -35,12 +35,7 @@ def check_capture(
 ) -> None:
     """Check that a graph of this step would do at each replay what the step does.
 
-    Args:
-        owner: name of the optimizer's class.
-        groups: its parameter groups.
-        backend: the explicit choice, or None.
-        has_grads: whether some parameter has a gradient.
-        has_outside_sums: whether it uses sums of gradients that were gathered before the capture.
+    `has_outside_sums` tells whether it uses sums of gradients that were gathered before the capture.
 
     Raises:
         RuntimeError: if it would not, saying why.

@@ -32,6 +32,7 @@ class FlatBuffer:
         values, grads: the flat tensors; gaps between parameters are 0.
         addresses, grad_addresses: of each parameter's place in them.
         grad_views: each parameter's gradient in its layout.
+        state: the flat states by name, and the step counter that all parameters share.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -44,7 +45,7 @@ class FlatBuffer:
         self.grad_views = self.views(self.grads)
         self.addresses = [view.data_ptr() for view in self.views(self.values)]
         self.grad_addresses = [view.data_ptr() for view in self.grad_views]
-        self._state: State = {}
+        self.state: State = {}
         for param, view in zip(params, self.views(self.values), strict=True):
             view.copy_(param.detach())
             # A storage of its own, so that saving or copying one parameter does not drag the buffer along.
@@ -69,7 +70,7 @@ class FlatBuffer:
         """The flat tensors of states that fit, by name: those that there are, or new ones."""
         flats: dict[str, Tensor] = {}
         for key in keys:
-            flat, dtype = self._state.get(key), states[0][key].dtype
+            flat, dtype = self.state.get(key), states[0][key].dtype
             if flat is None or flat.dtype != dtype:
                 flat = torch.zeros(len(self.values), dtype=dtype, device=self.values.device)
             flats[key] = flat
@@ -77,19 +78,14 @@ class FlatBuffer:
 
     def hold(self, flats: dict[str, Tensor], states: Sequence[State], counts_steps: bool) -> list[State]:
         """Take over flat tensors and the first parameter's counter. Returns the counters to replace."""
-        self._state = {**flats, **({"step": states[0]["step"]} if counts_steps else {})}
+        self.state = {**flats, **({"step": states[0]["step"]} if counts_steps else {})}
         if not counts_steps:
             return [{} for _ in states]
         return [{} if state["step"] is states[0]["step"] else {"step": states[0]["step"]} for state in states]
 
-    @property
-    def state(self) -> State:
-        """The flat states by name, and the step counter that all parameters share."""
-        return self._state
-
     def flat_tensors(self) -> list[tuple[str, Tensor]]:
         """All flat tensors, with the names that their pieces have in states."""
-        states = [(key, flat) for key, flat in self._state.items() if key != "step"]
+        states = [(key, flat) for key, flat in self.state.items() if key != "step"]
         return [("param", self.values), ("grad", self.grads), *states]
 
     def moves(

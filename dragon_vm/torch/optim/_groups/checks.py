@@ -56,13 +56,7 @@ def check_grads(params: Sequence[Tensor], grads: Sequence[Tensor], owner: str) -
 
 
 def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], counts_steps: bool) -> None:
-    """Check the state that a parameter has already, whoever put it there.
-
-    Args:
-        param: the parameter.
-        state: its state, complete or not.
-        keys: names of the state tensors that its update walks.
-        counts_steps: whether its update needs a step counter.
+    """Check the state that a parameter has already, complete or not, whoever put it there.
 
     Raises:
         ValueError: for a state tensor of another shape, and for a step that is not one number.
@@ -78,11 +72,7 @@ def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], co
 
 
 def check_memory(params: Sequence[Tensor], names: Callable[[], Sequence[str]]) -> None:
-    """Check that no element of memory belongs to two parameters, or twice to one.
-
-    Args:
-        params: the tensors that are updated.
-        names: returns what to call each of them.
+    """Check that no element of memory belongs to two parameters, or twice to one; `names` are for the error.
 
     Raises:
         ValueError: if one does.

@@ -68,13 +68,8 @@ def choose_backend(
     whatever the choice. Where states differ from the parameter, the native backend computes in fp32. Else it
     rounds a gradient of another dtype to its parameter's; it is not chosen for one unasked.
 
-    Args:
-        backend: the explicit choice, or None.
-        param: the parameter.
-        grad_dtype: of its gradient.
-        state_dtypes: of its state tensors, as far as they are plain.
-        differentiable: whether autograd must see the update.
-        in_parts: whether some tensor is not plain.
+    `backend` is the explicit choice, or None. `state_dtypes` are those of plain states. `in_parts` tells whether
+    some tensor is not plain.
 
     Raises:
         ValueError: if an explicit choice cannot update the parameter, saying why.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.hidden import check_norms, split_by_fsdp1
+from dragon.vm.torch.optim._distributed.hidden import hidden_sharding, split_by_fsdp1
 from dragon.vm.torch.optim._distributed.shards import is_distributed
 from dragon.vm.torch.optim._formats.resolve import EIGHT_BIT
 from dragon.vm.torch.optim._options import Settings
@@ -21,15 +21,25 @@ def check_sharding(groups: Sequence[Mapping[str, Any]], settings: Settings) -> N
         TypeError, ValueError: naming the option, the reason and the remedy.
     """
     params: list[Tensor] = list(chain.from_iterable(group["params"] for group in groups))
+    split = split_by_fsdp1(params)
     totals = {"max_grad_norm": settings.max_grad_norm, "skip_nonfinite": settings.skip_nonfinite}
-    each = max((group.get("clip_norm", 0.0) for group in groups), default=0.0)
-    check_norms(
-        params,
-        settings.process_group,
-        total=next((f"{name}={value}" for name, value in totals.items() if value), None),
-        per_tensor=f"clip_norm={each}" if each else None,
-    )
-    if settings.flatten and (any(map(is_distributed, params)) or any(split_by_fsdp1(params))):
+    total = next((f"{name}={value}" for name, value in totals.items() if value), None)
+    clip_norm = max((group.get("clip_norm", 0.0) for group in groups), default=0.0)
+    each = f"clip_norm={clip_norm}" if clip_norm else None
+    process_group = settings.process_group
+    if process_group is None and (total or (each and any(split))):
+        reason = hidden_sharding(params)
+        if reason:
+            raise ValueError(f"{total or each} needs whole gradients, but {reason}")
+    if each and process_group is not None and process_group.size() > 1:
+        # Nobody knows whether a plain parameter is a part.
+        unknown = [p for p, known in zip(params, split, strict=True) if known is None and not is_distributed(p)]
+        if unknown:
+            raise ValueError(
+                f"{each} with process_group needs DTensor or FSDP1 parameters, but got a plain one of shape "
+                f"{tuple(unknown[0].shape)}: leave process_group out if each process has whole tensors"
+            )
+    if settings.flatten and (any(map(is_distributed, params)) or any(split)):
         raise ValueError(
             "flatten=True moves parameters, but these are distributed: their owner goes on gathering the "
             "memory that they were moved away from. Leave flatten=False"

@@ -31,11 +31,7 @@ class Agreement:
     ) -> Reductions | None:
         """The sums that a step needs; None if it needs none, or no other process takes part.
 
-        Args:
-            params: all of them, with a gradient or not.
-            groups: parameter groups, with all options.
-            settings: options of the optimizer as a whole.
-            decides: whether a finding of some process decides for all.
+        `params` are all of them, with a gradient or not. With `decides` a finding of some process decides for all.
         """
         clips_each = any(group["clip_norm"] for group in groups)
         if not (decides or clips_each or needs_norm(settings)):

@@ -7,9 +7,6 @@ from itertools import compress, repeat
 from operator import is_not
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._graphs.capture import check_live, is_capturing
 from dragon.vm.torch.optim._groups.members import Members
@@ -28,7 +25,6 @@ class Found(NamedTuple):
     """A plan with the tensors of the step that it was found for."""
 
     plan: StepPlan
-    params: Sequence[Tensor]
     tensors: Gathered
 
 
@@ -44,7 +40,7 @@ class PlanCache:
         self._latest: dict[tuple[Hashable, bytes | None], StepPlan] = {}
         self._widening = Widening()
         # Their tables are read by graphs: they stay, whatever becomes of the latest.
-        self._captured: list[tuple[StepPlan, Gathered]] = []
+        self._captured: list[Found] = []
 
     def __len__(self) -> int:
         return len(self._latest)
@@ -64,13 +60,7 @@ class PlanCache:
         self._widening.forget()
 
     def find(self, recipe: Recipe, members: Members, key: tuple[Hashable, ...], zero_grad: bool) -> Found | None:
-        """The plan of a step, prepared if need be; None if no parameter has a gradient.
-
-        Args:
-            recipe: what the optimizer is.
-            members: its parameters, and what they are updated from.
-            key: what plans differ by.
-            zero_grad: set the gradients to zero as well.
+        """The plan of a step, prepared if need be; None if no parameter has a gradient. Plans differ by `key`.
 
         Raises:
             RuntimeError: if a plan would have to be prepared within a capture, and as `prepare`.
@@ -82,9 +72,9 @@ class PlanCache:
         # One for exactly these parameters, or one for more.
         for wanted in ((key, present), (key, None)):
             plan = self._latest.get(wanted)
-            gathered = plan.gatherer.gather(recipe.state, members, present) if plan else None
-            if plan is not None and gathered is not None:
-                found = Found(plan, *gathered)
+            tensors = plan.gatherer.gather(recipe.state, members, present) if plan else None
+            if plan is not None and tensors is not None:
+                found = Found(plan, tensors)
                 return found if next(reversed(self._latest)) == wanted else self._keep(wanted, found)
         if is_capturing():
             raise RuntimeError(
@@ -124,33 +114,27 @@ class PlanCache:
         plan = StepPlan(recipe, prepared, zero_grad, takes_parts=bool(more))
         if not more:
             self._widening.note(recipe, key, plan)
-        return Found(plan, *plan.gatherer.gather_anew(recipe.state, prepared, members, present))
+        return Found(plan, plan.gatherer.gather_anew(recipe.state, prepared, members, present))
 
-    def capture(self, plan: StepPlan, tensors: Gathered, settings: Settings) -> None:
+    def capture(self, found: Found, settings: Settings) -> None:
         """Keep a plan, and the tensors that the graph will read and write, for a graph that is being captured.
 
         Raises:
             RuntimeError: as `StepPlan.check_capture`.
         """
-        plan.check_capture(settings)
-        self._captured.append((plan, tensors))
+        found.plan.check_capture(settings)
+        self._captured.append(found)
 
-    def publish(
-        self, live: dict[str, Any], group: dict[str, Any], algorithm: Algorithm, settings: Settings
-    ) -> None:
-        """Upload a group's hyperparameters to wherever kernels read them, in stream order.
+    def publish(self, live: dict[str, Any], group: dict[str, Any], settings: Settings) -> None:
+        """Upload the hyperparameters of a live group to wherever kernels read them, in stream order.
 
-        Args:
-            live: the group.
-            group: the same with all options.
-            algorithm: what is computed.
-            settings: of the optimizer.
+        `group` is the same with all options.
 
         Raises:
             RuntimeError: within a capture, for a graph would repeat the upload; once there are graphs, for a
                 tensor that they would not see change.
         """
-        plans = {id(plan): plan for plan in (*self._latest.values(), *(plan for plan, _ in self._captured))}
+        plans = {id(plan): plan for plan in (*self._latest.values(), *(found.plan for found in self._captured))}
         if plans and is_capturing():
             raise RuntimeError(
                 "a hyperparameter cannot change within a capture: set it before, or between replays"
@@ -158,4 +142,4 @@ class PlanCache:
         if self._captured:
             check_live(group)
         for plan in plans.values():
-            plan.publish(live, group, algorithm, settings)
+            plan.publish(live, group, settings)

@@ -3,29 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import compress
-from typing import Any
+from itertools import chain, compress, repeat
+from operator import is_, itemgetter
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
+from dragon.vm.torch.optim._distributed.shards import locals_of
 from dragon.vm.torch.optim._groups.members import Members
 from dragon.vm.torch.optim._plan.guards import Guard
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Recipe
-from dragon.vm.torch.optim._plan.state_reader import StateReader
+
+T = TypeVar("T")
 
 # What reading a tensor raises where there is none.
 _MISSING = (KeyError, TypeError, AttributeError, IndexError)
 
+_step_of = itemgetter("step")
+
+
+class StateReader:
+    """Reads the state tensors of a plan's parameters from `Optimizer.state`, column by column.
+
+    Attributes:
+        are_complete: whether every parameter has each state tensor that some parameter has.
+    """
+
+    def __init__(self, state: Mapping[Any, Any], prepared: Prepared) -> None:
+        order = {id(key): index for index, key in enumerate(state)}
+        self._n_params = len(prepared.params)
+        self._are_distributed = prepared.are_distributed
+        # Positions of the parameters that have a state, and where their states stand among all states.
+        holders = [i for i, keys in enumerate(prepared.keys) if keys]
+        # Joined parameters share a counter: it is compared by identity, once for each of them.
+        index_of = {position: index for index, position in enumerate(holders)}
+        self._shared = [
+            (picker([index_of[i] for i in joined.positions], len(holders)), joined.buffer)
+            for joined in prepared.joined
+            if "step" in joined.buffer.state
+        ]
+        self._pick_params = picker(holders, self._n_params)
+        self._pick_states = picker([order[id(prepared.params[i])] for i in holders], len(state))
+        self._positions: dict[str, list[int]] = {}
+        self._columns: list[tuple[str, Any, Any]] = []
+        for key in dict.fromkeys(chain.from_iterable(prepared.keys)):
+            within = [
+                n
+                for n, i in enumerate(holders)
+                if key in prepared.keys[i] and not (key == "step" and i in prepared.inside)
+            ]
+            if not within:
+                continue
+            self._positions[key] = [holders[n] for n in within]
+            self._columns.append((key, itemgetter(key), picker(within, len(holders))))
+        self.are_complete = all(len(positions) == self._n_params for positions in self._positions.values())
+
+    def read(self, state: Mapping[Any, Any], params: Sequence[Tensor]) -> dict[str, list[Any]] | None:
+        """By name, the tensors of the parameters that have it; None if other parameters have states now.
+
+        Raises:
+            KeyError, TypeError, IndexError: if an entry is gone.
+        """
+        if not self._columns:
+            return {}
+        if not all(map(is_, self._pick_states(list(state)), self._pick_params(params))):
+            return None
+        entries = self._pick_states(list(state.values()))
+        for pick, buffer in self._shared:
+            if not all(map(is_, map(_step_of, pick(entries)), repeat(buffer.state["step"]))):
+                return None
+        columns = {key: list(map(read, pick(entries))) for key, read, pick in self._columns}
+        return {key: locals_of(column) for key, column in columns.items()} if self._are_distributed else columns
+
+    def by_position(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The tensors by the position of their parameter; None for a parameter without that entry."""
+        spread = {}
+        for key, column in columns.items():
+            if len(column) < self._n_params:
+                tensors: list[Any] = [None] * self._n_params
+                for position, tensor in zip(self._positions[key], column, strict=True):
+                    tensors[position] = tensor
+                column = tensors
+            spread[key] = column
+        return spread
+
 
 class Gatherer:
-    """Gathers the tensors of a plan, of which it holds none.
-
-    Args:
-        recipe: what the optimizer is.
-        prepared: the tensors, their states complete.
-        takes_parts: whether the plan serves some of its parameters too.
+    """Gathers the tensors of a plan, of which it holds none. With `takes_parts` some may have no gradient.
 
     Attributes:
         positions: of the plan's parameters among all of the optimizer.
@@ -43,48 +109,26 @@ class Gatherer:
             assert states is not None
             self._guard = Guard(prepared.grads, prepared.shards, states, takes_parts=takes_parts)
 
-    def gather(
-        self, state: Mapping[Any, Any], members: Members, present: bytes
-    ) -> tuple[Sequence[Tensor], Gathered] | None:
-        """The plan's parameters and the tensors of a step; None if they are not what they were.
+    def gather(self, state: Mapping[Any, Any], members: Members, present: bytes) -> Gathered | None:
+        """The tensors of a step; None if they are not what they were.
 
-        Args:
-            state: of the optimizer.
-            members: of the optimizer.
-            present: for each whether it takes part, by a gradient.
+        `present` tells for each parameter of the optimizer whether it has a gradient.
         """
-        if any(self._pick_others(present)):
-            return None
-        try:
-            return self._gather(state, members, present)
-        except _MISSING:
-            if _is_missing(lambda: self._gather(state, members, present)):
-                return None
-            raise
+        return None if any(self._pick_others(present)) else _if_there(self._gather, state, members, present)
 
-    def _gather(
-        self, state: Mapping[Any, Any], members: Members, present: bytes
-    ) -> tuple[Sequence[Tensor], Gathered] | None:
-        params, grads = self._pick(members.params), self._pick(members.grads)
-        shards = params if members.shards is members.params else self._pick(members.shards)
+    def _gather(self, state: Mapping[Any, Any], members: Members, present: bytes) -> Gathered | None:
+        params = self._pick(members.params)
         states = self.states.read(state, params)
         if self._guard is None or states is None:
             return None
+        shards = params if members.shards is members.params else self._pick(members.shards)
         present = bytes(self._pick(present))
-        if all(present):
-            gathered, chosen = Gathered(shards, grads, states), grads
-        else:
-            gathered, chosen = _gathered(shards, grads, states, present), list(compress(grads, present))
-        return (params, gathered) if self._guard.check(chosen, shards, states, present) else None
+        tensors = _gathered(params, shards, self._pick(members.grads), states, present)
+        return tensors if self._guard.check(tensors.take(tensors.grads), shards, states, present) else None
 
     def holds(self, state: Mapping[Any, Any], members: Members) -> bool:
         """Whether parameters and states are what they were, with a gradient or not."""
-        try:
-            return self._holds(state, members)
-        except _MISSING:
-            if _is_missing(lambda: self._holds(state, members)):
-                return False
-            raise
+        return bool(_if_there(self._holds, state, members))
 
     def _holds(self, state: Mapping[Any, Any], members: Members) -> bool:
         states = self.states.read(state, self._pick(members.params))
@@ -94,27 +138,35 @@ class Gatherer:
 
     def gather_anew(
         self, state: Mapping[Any, Any], prepared: Prepared, members: Members, present: bytes
-    ) -> tuple[Sequence[Tensor], Gathered]:
+    ) -> Gathered:
         """The tensors of the step that the plan was just made for."""
         states = self.states.read(state, prepared.params)
         assert states is not None
         grads, present = self._pick(members.grads), bytes(self._pick(present))
-        return prepared.params, _gathered(prepared.shards, grads, states, present)
+        return _gathered(prepared.params, prepared.shards, grads, states, present)
 
 
-def _is_missing(read: Callable[[], object]) -> bool:
-    """Whether some of what is read is no tensor any more, or is not there; else a signal handler raised it."""
+def _if_there(read: Callable[..., T], *arguments: object) -> T | None:
+    """What a function reads; None if some of it is no tensor any more, or is not there."""
     try:
-        read()
+        return read(*arguments)
     except _MISSING:
-        return True
-    return False
+        # Once more: a signal handler may have raised it.
+        try:
+            read(*arguments)
+        except _MISSING:
+            return None
+        raise
 
 
 def _gathered(
-    shards: Sequence[Tensor], grads: Sequence[Any], states: dict[str, list[Any]], present: bytes
+    params: Sequence[Tensor],
+    shards: Sequence[Tensor],
+    grads: Sequence[Any],
+    states: dict[str, list[Any]],
+    present: bytes,
 ) -> Gathered:
-    """The tensors of a step."""
     if all(present):
-        return Gathered(shards, grads, states)
-    return Gathered(shards, grads, states, picker(list(compress(range(len(grads)), present)), len(grads)))
+        return Gathered(params, shards, grads, states)
+    take = picker(list(compress(range(len(grads)), present)), len(grads))
+    return Gathered(params, shards, grads, states, take)

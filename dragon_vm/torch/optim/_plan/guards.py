@@ -22,11 +22,7 @@ class Guard:
     The layouts of states are compared once their objects are others. Weak references tell whether an object has
     gone, whose identity another may have taken.
 
-    Args:
-        grads: gradients, which may lie elsewhere at each step.
-        params: parameters.
-        states: state tensors by name.
-        takes_parts: whether some of the gradients may be absent.
+    Gradients may lie elsewhere at each step. With `takes_parts` some of them may be absent.
     """
 
     def __init__(
@@ -58,11 +54,8 @@ class Guard:
     ) -> bool:
         """Whether all is as it was.
 
-        Args:
-            grads: those of the gradients that are there.
-            params: as many as then.
-            states: as many as then.
-            present: for each parameter whether its gradient is there.
+        `grads` are those that are there, as `present` tells for each parameter. There are as many parameters and
+        states as then.
         """
         seen = self._addresses
         tensors: Iterable[Tensor] = chain(params, *states.values())

@@ -22,11 +22,6 @@ from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 class HostStep:
     """The flattened groups that are updated by torch operations, and decisions for all groups of a plan.
 
-    Args:
-        recipe: what the optimizer is.
-        prepared: the tensors of the plan.
-        n_gathered: how many tensors a step gathers.
-
     Attributes:
         groups: host groups.
         shared: sums over the processes that share the gradients; None if there are no others.
@@ -51,14 +46,7 @@ class HostStep:
     def run(
         self, recipe: Recipe, tensors: Gathered, version: Version, scaling: Scaling, kept_scale: float | None
     ) -> tuple[Outcome, Scaling]:
-        """Decide, and update the host groups.
-
-        Args:
-            recipe: what the optimizer is.
-            tensors: what the step gathered, flat buffers behind the parameters.
-            version: of the hyperparameters.
-            scaling: a `GradScaler`'s.
-            kept_scale: see `Factors`.
+        """Decide, and update the host groups. Flat buffers stand behind the shards.
 
         Returns:
             The outcome, and the decision as the scaling of kernels.

@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._backends.selection import Gathered
+from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer, gather, take_states
 from dragon.vm.torch.optim._groups.flattening import Signature, State
 from dragon.vm.torch.optim._plan.recipe import Recipe
-
-Pick = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class Joined(NamedTuple):
@@ -22,11 +20,13 @@ class Joined(NamedTuple):
     Attributes:
         buffer: the buffer.
         positions: of its parameters among all gathered.
+        pick: selects its parameters among all gathered.
         group_index: of the parameter group.
     """
 
     buffer: FlatBuffer
     positions: list[int]
+    pick: Callable[[Sequence[Any]], Sequence[Any]]
     group_index: int
 
 
@@ -37,8 +37,8 @@ def join(
     group_index: Sequence[int],
     states: Sequence[State],
     signatures: Sequence[Signature],
-) -> tuple[list[Joined], list[FlatBuffer]]:
-    """Buffers whose parameters step together, and buffers that part for good."""
+) -> tuple[list[Joined], list[FlatBuffer], set[int]]:
+    """Buffers whose parameters step together, buffers that part for good, and the positions of the former's."""
     joined: list[Joined] = []
     parted: list[FlatBuffer] = []
     members = []
@@ -51,7 +51,8 @@ def join(
             own = [states[i] for i in positions]
             if buffer.fits(own, keys, signature.counts_steps):
                 members.append((buffer, own, keys, signature.counts_steps))
-                joined.append(Joined(buffer, positions, group_index[positions[0]]))
+                pick = picker(positions, len(shards))
+                joined.append(Joined(buffer, positions, pick, group_index[positions[0]]))
                 continue
         parted.append(buffer)
     # All at once: a state may be the place of a parameter of another buffer.
@@ -60,7 +61,7 @@ def join(
     for each, replaced in zip(joined, take_states(members, others), strict=True):
         for position, entries in zip(each.positions, replaced, strict=True):
             states[position].update(entries)
-    return joined, parted
+    return joined, parted, inside
 
 
 def _step_together(
@@ -95,27 +96,35 @@ def part_counters(states: Sequence[State]) -> None:
             seen.add(id(counter))
 
 
-def in_buffers(
-    joined: Sequence[Joined], picks: Sequence[Pick], params: Sequence[Tensor], tensors: Gathered
-) -> Gathered:
+def in_buffers(joined: Sequence[Joined], outside: Sequence[int], tensors: Gathered) -> Gathered:
     """The tensors of a step with the gradients of joined parameters moved into their flat buffers.
 
-    Args:
-        joined: the buffers.
-        picks: for each what selects its parameters among all.
-        params: parameters.
-        tensors: what the step gathered.
+    `outside` are the positions of the other parameters.
     """
-    grads, others = list(tensors.grads), []
-    if sum(len(each.positions) for each in joined) < len(params):
-        inside = set(chain.from_iterable(each.positions for each in joined))
-        others = [position for position in range(len(params)) if position not in inside]
-    members = [(each.buffer, pick(params), pick(grads)) for each, pick in zip(joined, picks, strict=True)]
-    gather(members, [params[position] for position in others])
-    for position in others:
+    params, grads = tensors.params, list(tensors.grads)
+    members = [(each.buffer, each.pick(params), each.pick(grads)) for each in joined]
+    gather(members, [params[position] for position in outside])
+    for position in outside:
         if grads[position] is not None:
             grads[position] = params[position].grad
     for each in joined:
         for position, view in zip(each.positions, each.buffer.grad_views, strict=True):
             grads[position] = view
     return tensors._replace(grads=grads)
+
+
+def with_buffers(joined: Sequence[Joined], tensors: Gathered, are_own: bool) -> Gathered:
+    """The tensors of a step with flat buffers behind the shards; gradients that are not `are_own` are copied."""
+    buffers = [each.buffer for each in joined]
+    grads = [
+        each.buffer.grads if are_own else each.buffer.joined_copy(each.pick(tensors.grads)) for each in joined
+    ]
+    missing = [None] * len(tensors.params)
+    return tensors._replace(
+        shards=[*tensors.shards, *(buffer.values for buffer in buffers)],
+        grads=[*tensors.grads, *grads],
+        states={
+            key: [*tensors.states.get(key, missing), *(buffer.state.get(key) for buffer in buffers)]
+            for key in {**tensors.states, **dict.fromkeys(chain.from_iterable(b.state for b in buffers))}
+        },
+    )

@@ -34,12 +34,7 @@ def layout_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 
 class PartLayouts:
-    """Compares the layouts of some gradients and of their parameters with what they were.
-
-    Args:
-        grads: gradients of all parameters.
-        params: parameters.
-    """
+    """Compares the layouts of some gradients and of their parameters with what they were."""
 
     def __init__(self, grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         self._grads, self._params = _layouts(grads), _layouts(params)
@@ -50,10 +45,7 @@ class PartLayouts:
     def check(self, grads: Sequence[Tensor], params: Sequence[Tensor], present: bytes) -> bool:
         """Whether all is laid out as it was.
 
-        Args:
-            grads: those of the gradients that are there.
-            params: all parameters, of which the others may have changed.
-            present: for each parameter whether its gradient is there.
+        `grads` are those that are there, as `present` tells for each parameter. Other parameters may have changed.
         """
         guard = self._guards.get(present)
         if guard is not None:

@@ -30,6 +30,7 @@ class Prepared(NamedTuple):
         keys: names of each one's state entries that the step reads or writes.
         flattened: entries that share a launch; positions from ``len(params)`` on are those of `joined`.
         joined: flat buffers.
+        inside: positions of their parameters.
         strays: positions of gradients that must be copied into their parameters' layout.
         among_all: positions of the parameters among all of the optimizer.
         are_distributed: whether some parameter is distributed.
@@ -43,6 +44,7 @@ class Prepared(NamedTuple):
     keys: list[tuple[str, ...]]
     flattened: list[FlattenedGroup]
     joined: list[Joined]
+    inside: set[int]
     strays: list[int]
     among_all: list[int]
     are_distributed: bool
@@ -57,15 +59,10 @@ def prepare(
     group_index: list[int],
     among_all: list[int],
 ) -> Prepared:
-    """Prepare a step.
+    """Prepare a step of parameters; the lists are those of `Prepared`.
 
-    Args:
-        recipe: what the optimizer is; missing states are added to it, buffers whose parameters part are taken out.
-        params: parameters.
-        shards: for each the tensor that this process updates.
-        grads: their gradients, likewise; None for one of an earlier step that takes no part in this one.
-        group_index: index of each one's parameter group.
-        among_all: positions of the parameters among all of the optimizer.
+    Missing states are added to the recipe's, and buffers whose parameters part are taken out. A gradient is None
+    for a parameter of an earlier step that takes no part in this one.
 
     Raises:
         RuntimeError, ValueError: for gradients or parameters that cannot be updated. Nothing has changed then.
@@ -79,10 +76,8 @@ def prepare(
         lambda: [labels(recipe.param_groups)[among_all[position]] for position in solid],
     )
     states, signatures = completed_states(recipe, params, shards, grads, group_index)
-    joined, parted = join(recipe, shards, grads, group_index, states, signatures)
-    inside = {position for member in joined for position in member.positions}
-    outside = [states[i] for i in range(len(params)) if i not in inside]
-    part_counters(outside)
+    joined, parted, inside = join(recipe, shards, grads, group_index, states, signatures)
+    part_counters([state for i, state in enumerate(states) if i not in inside])
     if parted and recipe.are_captured:
         raise RuntimeError(
             "with flatten=True a step needs all parameters of a buffer once a graph was captured: its replays "
@@ -109,6 +104,7 @@ def prepare(
         [keys_of[signature] for signature in signatures],
         flatten_groups(entries, chosen_signatures),
         joined,
+        inside,
         strays,
         among_all,
         any(map(is_distributed, params)),

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._backends.selection import Gathered, picker
+from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.unscaling import assign
 from dragon.vm.torch.optim._gradients.zeroing import apart_at, detach_all, zero_all
@@ -22,7 +19,7 @@ from dragon.vm.torch.optim._groups.layout import in_layout_of
 from dragon.vm.torch.optim._options import Settings, Version, needs_norm
 from dragon.vm.torch.optim._plan.gathering import Gatherer
 from dragon.vm.torch.optim._plan.host_step import HostStep
-from dragon.vm.torch.optim._plan.joining import in_buffers
+from dragon.vm.torch.optim._plan.joining import in_buffers, with_buffers
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 
@@ -33,14 +30,8 @@ if TYPE_CHECKING:
 class StepPlan:
     """A step of one set of parameters: who updates which, with states complete and tables laid out.
 
-    It holds no tensor of the user's: each step gathers them from where they live. Some of the parameters may have
-    no gradient: they take no part in the step.
-
-    Args:
-        recipe: what the optimizer is.
-        prepared: the tensors in their flattened groups, their states complete.
-        zero_grad: set the gradients to zero as well.
-        takes_parts: whether it serves some of its parameters too.
+    It holds no tensor of the user's: each step gathers them from where they live. With `takes_parts` some of the
+    parameters may have no gradient: they take no part in the step.
 
     Attributes:
         gatherer: gathers the tensors of a step.
@@ -49,7 +40,7 @@ class StepPlan:
     def __init__(self, recipe: Recipe, prepared: Prepared, zero_grad: bool, *, takes_parts: bool = False) -> None:
         self._joined, self._strays = prepared.joined, prepared.strays
         self._are_distributed = prepared.are_distributed
-        self._pick_joined = [picker(joined.positions, len(prepared.params)) for joined in prepared.joined]
+        self._outside = [i for i in range(len(prepared.params)) if i not in prepared.inside]
         n_gathered = len(prepared.group_index) + len(prepared.joined)
         self._host = HostStep(recipe, prepared, n_gathered)
         self._zero_grad = zero_grad
@@ -64,7 +55,6 @@ class StepPlan:
     def run(
         self,
         recipe: Recipe,
-        params: Sequence[Tensor],
         tensors: Gathered,
         version: Version,
         scaling: Scaling,
@@ -74,26 +64,20 @@ class StepPlan:
     ) -> Outcome:
         """Update the parameters from their gradients.
 
-        Args:
-            recipe: what the optimizer is.
-            params: parameters.
-            tensors: what `gather` found.
-            version: of the hyperparameters; a new one after each change.
-            scaling: a `GradScaler`'s.
-            are_own: whether the gradients are the parameters' own, and not sums of them.
-            are_last: whether nobody reads the gradients after this step.
+        With `are_own` the gradients are the parameters' own, and not sums of them. With `are_last` nobody reads
+        them after this step.
         """
         settings = recipe.settings
         are_left = not (self._zero_grad or are_last)
         kept_scale = scaling.grad_scale if are_own and are_left else None
         if self._joined and are_own:
-            tensors = in_buffers(self._joined, self._pick_joined, params, tensors)
+            tensors = in_buffers(self._joined, self._outside, tensors)
         grads = tensors.take(tensors.grads)
         # Host groups without buffers see to it themselves.
         writes = (kept_scale is not None or self._kernel_zeroes) and bool(self._devices or self._joined)
         ready = self._ready(tensors, are_own, writes=writes)
         outcome, are_zero = Outcome(), self._kernel_zeroes
-        values = recipe.groups, recipe.algorithm, version
+        values = recipe.groups, version
         if self._host.groups or (len(self._devices) > 1 and needs_norm(settings)):
             kept = (1.0 if kept_scale is None else float(kept_scale)) if are_left else None
             outcome, decided = self._host.run(recipe, ready, version, scaling, kept)
@@ -107,9 +91,9 @@ class StepPlan:
                 device.update(ready.grads, *values, settings, scaling, self._host.shared, kept_scale)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
-            increment_version(tensors.take(params))
+            increment_version(tensors.take(tensors.params))
             if self._are_distributed:
-                pairs = zip(tensors.take(params), tensors.take(tensors.params), strict=False)
+                pairs = zip(tensors.take(tensors.params), tensors.take(tensors.shards), strict=False)
                 increment_version([shard for param, shard in pairs if shard is not param])
             if kept_scale is not None:
                 self._put_back(tensors.grads, ready.grads)
@@ -135,36 +119,25 @@ class StepPlan:
         is_plain = not (writes or self._strays or self._joined)
         if is_plain and (not self._host.groups or self.gatherer.states.are_complete):
             return tensors
-        shards, grads, states, take = tensors
+        grads, states = tensors.grads, tensors.states
         if self._host.groups:
             states = self.gatherer.states.by_position(states)
         if self._strays:
             grads = list(grads)
             for position in self._strays:
                 if grads[position] is not None:
-                    grads[position] = in_layout_of(shards[position], grads[position])
+                    grads[position] = in_layout_of(tensors.shards[position], grads[position])
         if writes:
             grads = apart_at(grads, [position for position, grad in enumerate(grads) if grad is not None])
-        if self._joined:
-            buffers = [joined.buffer for joined in self._joined]
-            flat = [
-                joined.buffer.grads if are_own else joined.buffer.joined_copy([grads[i] for i in joined.positions])
-                for joined in self._joined
-            ]
-            shards = [*shards, *(buffer.values for buffer in buffers)]
-            grads = [*grads, *flat]
-            states = {
-                key: [*states.get(key, [None] * len(tensors.params)), *(b.state.get(key) for b in buffers)]
-                for key in {**states, **dict.fromkeys(chain.from_iterable(b.state for b in buffers))}
-            }
-        return Gathered(shards, grads, states, take)
+        ready = tensors._replace(grads=grads, states=states)
+        return with_buffers(self._joined, ready, are_own) if self._joined else ready
 
-    def publish(self, live: Any, group: dict[str, Any], algorithm: Algorithm, settings: Settings) -> None:
+    def publish(self, live: Any, group: dict[str, Any], settings: Settings) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""
         for index, reference in enumerate(self._rows):
             if reference is not None and reference() is live:
                 for device in self._devices:
-                    device.publish(index, group, algorithm, settings)
+                    device.publish(index, group, settings)
 
     def check_capture(self, settings: Settings) -> None:
         """Check that a graph of this step repeats all of it.
@@ -199,6 +172,7 @@ def _on_devices(
         devices.append(
             TritonDevice(
                 *(groups, recipe.algorithm.name, context, len(recipe.groups), n_gathered, zero_grad),
+                recipe.algorithm.columns,
                 counts=is_first,
                 seed=recipe.settings.rounding_seed,
             )

@@ -27,10 +27,6 @@ Group = dict[str, Any]
 class Updater:
     """What an optimizer derives from its groups and states, and needs to update parameters.
 
-    Args:
-        owner: name of the optimizer's class, for errors.
-        algorithm: what is computed.
-
     Attributes:
         plans: the latest few.
         buffers: flat buffers.
@@ -49,15 +45,7 @@ class Updater:
         self._grad_norm: Tensor | None = None
 
     def read(self, groups: Sequence[Group], defaults: Mapping[str, Any]) -> list[Group]:
-        """Read and check the hyperparameters of all groups.
-
-        Args:
-            groups: parameter groups.
-            defaults: of the optimizer.
-
-        Returns:
-            The groups, with all options.
-        """
+        """Read and check the hyperparameters of all groups; return the groups with all options."""
         if self._hyperparameters is None:
             self._hyperparameters = self._new_hyperparameters(defaults)
         self._hyperparameters.read(groups)
@@ -69,8 +57,7 @@ class Updater:
         """Check a group that has changed, and upload its hyperparameters to wherever kernels read them."""
         self._new_hyperparameters(defaults).read([changed])
         if any(group is changed for group in groups):
-            full = complete(changed, self._algorithm.own_defaults)
-            self.plans.publish(changed, full, self._algorithm, settings)
+            self.plans.publish(changed, complete(changed, self._algorithm.own_defaults), settings)
 
     def _new_hyperparameters(self, defaults: Mapping[str, Any]) -> Hyperparameters:
         own = self._algorithm.own_defaults
@@ -97,15 +84,8 @@ class Updater:
     ) -> None:
         """Update the parameters that have a gradient, as the hyperparameters were last read.
 
-        Args:
-            members: parameters, and what they are updated from.
-            param_groups: of the optimizer.
-            state: of the optimizer.
-            settings: options of the optimizer as a whole.
-            scaling: a `GradScaler`'s.
-            zero_grad: set the gradients to zero as well, if they are the parameters' own.
-            are_own: whether the gradients are the parameters' own, and not sums of them.
-            part: which parameters of the optimizer these are; 0 for all of them.
+        With `are_own` the gradients are the parameters' own, and not sums of them. `zero_grad` sets only those to
+        zero. `part` is a number for some of the parameters, or 0 for all of them.
         """
         values = self._hyperparameters
         assert values is not None
@@ -135,11 +115,11 @@ class Updater:
         else:
             with_masters = _with_masters(members, values.groups)
             if is_capturing():
-                self.plans.capture(found.plan, found.tensors, settings)
+                self.plans.capture(found, settings)
             elif with_masters:
                 self.masters.notice(with_masters, state)
                 self.masters.meet(with_masters, state)
-            step = recipe, found.params, found.tensors, values.version, scaling
+            step = recipe, found.tensors, values.version, scaling
             outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
             if with_masters:
                 self.masters.note(with_masters)

@@ -40,12 +40,7 @@ class Widening:
     ) -> list[int]:
         """Positions of parameters without a gradient for which a plan is to be prepared all the same.
 
-        Args:
-            recipe: what the optimizer is.
-            members: its parameters.
-            key: what plans differ by.
-            present: for each parameter whether it has a gradient.
-            wide: the last plan for more parameters.
+        `present` tells for each parameter whether it has a gradient; `wide` is the last plan for more parameters.
         """
         n_prepared = sum(len(gatherer.positions) for _, gatherer in self._missed)
         if len(self._missed) < N_MISSED or n_prepared < self._n_wide:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dragon.kernels import table
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, host_number
+from dragon.vm.torch.optim._algorithms.algorithm import host_number
 from dragon.vm.torch.optim._gradients.scaling import clip_value, group_factor
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._table.table import DeviceTable
+
+# Maps a group to an algorithm's own hyperparameters, by the name of their column.
+Columns = Callable[[Mapping[str, Any]], dict[str, float]]
 
 # The kernels' constants as integers: each conversion calls Python.
 _COLUMNS = {name: int(value) for name, value in vars(table).items() if isinstance(value, tl.constexpr)}
@@ -26,7 +29,7 @@ _SOURCES = (
 )
 
 
-def group_row(group: dict[str, Any], algorithm: Algorithm, settings: Settings) -> list[float]:
+def group_row(group: dict[str, Any], columns_of: Columns, settings: Settings) -> list[float]:
     """A group's row of the hyperparameter table; tensors on a device stand in the source table instead."""
     row = [0.0] * _N_COLUMNS
     columns = {
@@ -38,7 +41,7 @@ def group_row(group: dict[str, Any], algorithm: Algorithm, settings: Settings) -
         "MAX_GRAD_NORM": float(settings.max_grad_norm),
         "EMA_DECAY": float(group["ema_decay"]),
         "SKIP_NONFINITE": float(settings.skip_nonfinite),
-        **algorithm.columns(group),
+        **columns_of(group),
     }
     for name, value in columns.items():
         row[_COLUMNS[name]] = value

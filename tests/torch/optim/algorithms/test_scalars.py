@@ -2,11 +2,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.testing import bias_correction
-from dragon.vm.torch.optim._algorithms.scalars import adam_scalars, one_minus_power
+from dragon.vm.torch.optim._algorithms.adam import adam_update
+from dragon.vm.torch.optim._algorithms.scalars import one_minus_power
 
 betas = st.sampled_from([0.0, 0.5, 0.9, 0.999, 0.9999, 1 - 2.0**-53]) | st.floats(0, 1, exclude_max=True)
 steps = st.sampled_from([1, 2, 10, 1000, 2**24]) | st.integers(1, 10**6)
@@ -22,11 +24,15 @@ def test_a_bias_correction_has_no_cancellation(beta, step):
 
 @given(st.floats(0, 10), betas, betas, st.sampled_from([0.0, 1e-8, 1.0]), steps, st.booleans())
 def test_both_forms_of_epsilon_fold_into_one_update(lr, beta1, beta2, eps, step, epsilon_hat):
-    step_size, denom_eps = adam_scalars(lr, beta1, beta2, eps, step, epsilon_hat)
-    exp_avg, exp_avg_sq = 0.3, 0.7
+    group = {
+        **{"lr": lr, "betas": (beta1, beta2), "eps": eps, "epsilon_hat": epsilon_hat},
+        **{"weight_decay": 0.0, "decoupled_weight_decay": False, "amsgrad": False},
+    }
+    param, grad, *states = (torch.tensor(value, dtype=torch.float64) for value in (0.0, 0.4, 0.3, 0.7))
+    updated, (exp_avg, exp_avg_sq) = adam_update(param, grad, states, torch.tensor(float(step)), group)
     corrected1, corrected2 = one_minus_power(beta1, step), one_minus_power(beta2, step)
     if epsilon_hat:
         expected = lr * math.sqrt(corrected2) / corrected1 * exp_avg / (math.sqrt(exp_avg_sq) + eps)
     else:
         expected = lr * (exp_avg / corrected1) / (math.sqrt(exp_avg_sq / corrected2) + eps)
-    assert step_size * exp_avg / (math.sqrt(exp_avg_sq) + denom_eps) == pytest.approx(expected, rel=1e-14)
+    assert float(-updated) == pytest.approx(float(expected), rel=1e-14)
