@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
-from dragon.vm.torch.optim._averages import raise_inside
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats import cannot_forget, moment_bound
 from dragon.vm.torch.optim._groups.entries import MASTER_PARTS, decode_entry, held_master, kept_format, unflat
@@ -78,7 +77,7 @@ class StoringOptimizer(AccumulatingOptimizer):
             RuntimeError: inside `swap_ema`.
         """
         if self._originals:
-            raise_inside("resync_master() was called", "the averages would become masters")
+            raise RuntimeError("resync_master() was called inside swap_ema(): the averages would become masters")
         resync(self._all_params(), self.state)
 
     def memory(self) -> dict[str, int]:
