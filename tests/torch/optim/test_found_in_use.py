@@ -135,3 +135,61 @@ def test_a_buffer_that_was_taken_away_begins_anew(begin, dampening, backend):
                 begin(optimizer.state[param])
             optimizer.step()
     torch.testing.assert_close(*params)
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("betas", [(1.0, 0.999), (0.9, 1.0), (-0.1, 0.9), (0.9, float("nan"))])
+def test_betas_out_of_range_are_refused_before_anything_is_counted(betas, backend):
+    param = torch.nn.Parameter(torch.ones(5))
+    optimizer = Adam([param], lr=0.1, backend=backend)
+    param.grad = torch.ones(5)
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.param_groups[0]["betas"] = betas
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Invalid beta parameter at index"):
+            optimizer.step()
+    assert torch.equal(param, before)
+    assert float(optimizer.state[param]["step"]) == 1
+
+
+@each_backend
+def test_the_norm_is_that_of_the_last_step_that_needed_it(backend):
+    param = one(backend)
+    optimizer = SGD([param], lr=0.1, backend=backend)
+    optimizer.step()
+    assert optimizer.grad_norm is None
+    norms = []
+    for wanted in (1.0, 1.0, 0.0):
+        optimizer = SGD([param], lr=0.1, backend=backend, max_grad_norm=wanted)
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+    assert norms[0] == norms[1] == pytest.approx(3**0.5)
+    assert norms[2] is None
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize(
+    "transpose",
+    [
+        lambda state: state.t_(),
+        lambda state: state.transpose_(0, 1),
+        lambda state: setattr(state, "data", state.data.t()),
+        lambda state: state.as_strided_((2, 2), (1, 2)),
+    ],
+)
+def test_a_state_whose_layout_is_changed_in_place_is_walked_in_the_new_one(transpose, backend):
+    def run(cls, **options):
+        generator = torch.Generator().manual_seed(0)
+        param = torch.nn.Parameter(torch.zeros(2, 2))
+        optimizer = cls([param], lr=0.1, **options)
+        for step in range(4):
+            if step == 2:
+                for key in ("exp_avg", "exp_avg_sq"):
+                    transpose(optimizer.state[param][key])
+            param.grad = torch.randn(2, 2, generator=generator)
+            optimizer.step()
+        return param.detach()
+
+    torch.testing.assert_close(run(Adam, backend=backend), run(torch.optim.Adam))
+    torch.testing.assert_close(run(Adam, backend=backend, flatten=True), run(torch.optim.Adam))

@@ -53,6 +53,7 @@ class TritonDevice:
         self._context = context
         self._pick_own = picker([entry.position for entry in entries], n_gathered)
         self._status = context.status if counts else context.spare_status
+        self.norm = self._status[int(table.GRAD_NORM)]
         self._launches = plan_launches(flattened, algorithm, context, n_groups, zero_grad, seed)
         self._groups = GroupTable(self._launches.table, context.device, columns_of)
         self._sums: ProcessSums | None = None

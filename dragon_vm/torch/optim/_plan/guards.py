@@ -5,7 +5,6 @@ A guard holds no tensor. Another tensor at the same address in the same layout i
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, compress
 
@@ -18,9 +17,6 @@ _data_ptr = Tensor.data_ptr
 
 class Guard:
     """Compares the tensors of a step with those that a plan was made for: layouts, and addresses but of gradients.
-
-    The layouts of states are compared once their objects are others. Weak references tell whether an object has
-    gone, whose identity another may have taken.
 
     Gradients may lie elsewhere at each step. With `takes_parts` some of them may be absent.
     """
@@ -37,13 +33,6 @@ class Guard:
         self._part_layouts = PartLayouts(grads, params) if takes_parts else None
         self._state_layouts = layout_guard(list(chain(*states.values())))
         self._addresses = addresses_of(chain(params, *states.values()))
-        self._identify(states)
-
-    def _identify(self, states: Mapping[str, Sequence[Tensor]]) -> None:
-        self._gone: list[weakref.ref[Tensor]] = []
-        # The callback runs no Python code, in which an interrupt could be lost.
-        self._references = [weakref.ref(tensor, self._gone.append) for tensor in chain(*states.values())]
-        self._ids = list(map(id, chain(*states.values())))
 
     def check(
         self,
@@ -69,19 +58,12 @@ class Guard:
             are_like = self._layouts(*grads, *params)
         else:
             are_like = self._part_layouts is not None and self._part_layouts.check(grads, params, present)
-        return are_like and self._are_same(states)
+        return are_like and self._state_layouts(*chain(*states.values()))
 
     def holds(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> bool:
         """Whether parameters and states, as many as then, are where they were."""
-        return addresses_of(chain(params, *states.values())) == self._addresses and self._are_same(states)
-
-    def _are_same(self, states: Mapping[str, Sequence[Tensor]]) -> bool:
-        """Whether the states are the same objects, or others that are laid out like them."""
-        if self._gone or list(map(id, chain(*states.values()))) != self._ids:
-            if not self._state_layouts(*chain(*states.values())):
-                return False
-            self._identify(states)
-        return True
+        tensors = chain(params, *states.values())
+        return addresses_of(tensors) == self._addresses and self._state_layouts(*chain(*states.values()))
 
 
 def addresses_of(tensors: Iterable[Tensor]) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dragon.vm.torch.optim._algorithms.algorithm import host_number
 from dragon.vm.torch.optim._options import PLAIN_TYPES, Version, by_value, complete
 
 _RATE_TYPES = {float, int}
@@ -136,7 +137,7 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: for one that is no number, naming it.
-        ValueError: for a tensor of several, and for betas that are not two.
+        ValueError: for a tensor of several, and for betas that are not two or out of range.
     """
     for name in _NUMBERS & group.keys():
         if type(value := group[name]) is not float:
@@ -147,6 +148,8 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
     for index, beta in enumerate(betas):
         if type(beta) is not float:
             _check_number(f"betas[{index}]", beta)
+        if not 0.0 <= host_number(beta) < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
 
 
 def _check_number(name: str, value: Any) -> None:

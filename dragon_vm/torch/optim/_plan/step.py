@@ -132,6 +132,11 @@ class StepPlan:
         ready = tensors._replace(grads=grads, states=states)
         return with_buffers(self._joined, ready, are_own) if self._joined else ready
 
+    @property
+    def norm(self) -> torch.Tensor | None:
+        """Where kernels leave the norm that they measure, 0-dim float64; None if no kernel runs."""
+        return self._devices[0].norm if self._devices else None
+
     def publish(self, live: Any, group: dict[str, Any], settings: Settings) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""
         for index, reference in enumerate(self._rows):

@@ -15,7 +15,7 @@ from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
-from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, complete
+from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, complete, needs_norm
 from dragon.vm.torch.optim._plan.agreement import Agreement
 from dragon.vm.torch.optim._plan.cache import PlanCache
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
@@ -123,7 +123,10 @@ class Updater:
             outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
             if with_masters:
                 self.masters.note(with_masters)
-        self._grad_norm = outcome.grad_norm
+        if outcome.grad_norm is not None:
+            self._grad_norm = outcome.grad_norm
+        elif found is not None and needs_norm(settings):
+            self._grad_norm = found.plan.norm
         self._n_skipped = self._n_skipped + outcome.n_skipped
 
     def agreed(self, members: Members, settings: Settings, found_inf: Tensor, part: int) -> Tensor:
@@ -153,10 +156,7 @@ class Updater:
     @property
     def grad_norm(self) -> Tensor | None:
         """Norm of all gradients at the last update that needed it, 0-dim float64; None before the first."""
-        if self._grad_norm is None and self._devices:
-            status: Tensor = next(iter(self._devices.values())).status
-            return status[1].clone()
-        return self._grad_norm
+        return None if self._grad_norm is None else self._grad_norm.clone()
 
 
 def _with_masters(members: Members, groups: Sequence[Group]) -> list[Tensor]:
