@@ -97,8 +97,13 @@ def test_a_model_whose_dtype_changes_goes_on_with_its_states() -> None:
             continue
         optimizer.step()
         state = optimizer.state[model.weight]
-        assert (model.weight.dtype, state["exp_avg"].dtype) == (torch.float64, torch.float32)
-        assert state["step"] == 2
+        assert (model.weight.dtype, state["exp_avg"].dtype) == (torch.float64, torch.float64)
+        model.bfloat16()
+        model(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+        state = optimizer.state[model.weight]
+        assert (model.weight.dtype, state["exp_avg"].dtype) == (torch.bfloat16, torch.float64)
+        assert state["step"] == 3
 
 
 def test_parameters_of_a_flat_buffer_share_one_step_count() -> None:
