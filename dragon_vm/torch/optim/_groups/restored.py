@@ -12,9 +12,10 @@ from torch import Tensor
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
+from dragon.vm.torch.optim._groups.checks import labels
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
 from dragon.vm.torch.optim._groups.exchange import is_part, restored_entries
-from dragon.vm.torch.optim._groups.saved import checked_state, saved_labels
+from dragon.vm.torch.optim._groups.saved import checked_state
 from dragon.vm.torch.optim._groups.states import State, add_counters, zeros_for
 from dragon.vm.torch.optim._groups.storage import options_of, storage_of
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
@@ -48,12 +49,12 @@ def restored_states(
         ValueError: for missing or misshapen state tensors and step counts, naming the parameter.
     """
     owners: list[tuple[Tensor, Group, State]] = []
-    labels = saved_labels(groups, saved_groups)
+    names = iter(labels([{**saved, **own} for own, saved in zip(groups, saved_groups, strict=True)]))
     for group, saved_group in zip(groups, saved_groups, strict=True):
         own = {name: group.get(name) for name in STORAGE_OPTIONS}
         merged = complete({**group, **saved_group, **own}, algorithm.own_defaults)
         for param, key in zip(group["params"], saved_group["params"], strict=True):
-            label = next(labels)
+            label = next(names)
             state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(value)}
             if state:
                 # An average begins when it is asked for.

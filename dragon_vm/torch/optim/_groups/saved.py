@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,15 +12,6 @@ from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._groups.entries import MASTER_PARTS, held_format, part_keys
 from dragon.vm.torch.optim._groups.exchange import FORMAT, FORMAT_KEY, MASTER, walking_order
 from dragon.vm.torch.optim._groups.states import State
-
-
-def saved_labels(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What to call each parameter, in order: its index, and its name if it has one."""
-    names = chain.from_iterable(
-        group.get("param_names") or saved.get("param_names") or [None] * len(group["params"])
-        for group, saved in zip(groups, saved_groups, strict=True)
-    )
-    return (f"parameter {index}" + (f" ({name})" if name else "") for index, name in enumerate(names))
 
 
 def checked_state(
