@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from dragon.vm.torch.optim import _release
 
@@ -64,6 +66,37 @@ def scaled(kind: str, name: str) -> tuple[list[float], bool, list[tuple[str, int
     finally:
         _release.BUCKET_BYTES = whole_buckets
     return scales, changes, watch.collectives
+
+
+class _Rows(nn.Module):
+    """Parameters of which processes get different numbers of rows, in an order that makes the last one decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params = nn.ParameterList(nn.Parameter(torch.ones(rows, 8)) for rows in (2, 2, 3))
+
+    def forward(self) -> torch.Tensor:
+        total = torch.zeros(())
+        for param in self.params:
+            total = total + param.sum()
+        return total
+
+
+def uneven(name: str, bucket_bytes: int) -> tuple[list[int], list[float]]:
+    """The sizes of buckets where shards are uneven, and parameters after steps that clip each norm."""
+    whole_buckets, _release.BUCKET_BYTES = _release.BUCKET_BYTES, bucket_bytes
+    try:
+        model = _Rows()
+        fully_shard(model)
+        optimizer = make(name, model.parameters(), release_gradients=True, clip_norm=1.0)
+        for _ in range(2):
+            model().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        sizes = [len(bucket.ids) for bucket in optimizer._release._buckets]
+        return sizes, [float(whole(param)[0, 0]) for param in model.params]
+    finally:
+        _release.BUCKET_BYTES = whole_buckets
 
 
 def refused(kind: str, name: str) -> str:

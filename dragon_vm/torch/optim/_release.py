@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.owners import Replicas
-from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._distributed.shards import local, mean_shard_nbytes
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._groups.members import MemberReader, Members
 from dragon.vm.torch.optim._modes import undisturbed
@@ -178,13 +178,14 @@ class GradientRelease:
         """Arrange the trained parameters of groups in buckets, in reverse order, and hook them."""
         self._buckets = []
         chosen: list[tuple[int, Tensor]] = []
-        nbytes = 0
+        nbytes = 0.0
         ordered = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
         for index, param in reversed([each for each in ordered if each[1].requires_grad]):
-            size = local(param).nbytes
+            # Processes whose shards differ must arrange the same buckets.
+            size = mean_shard_nbytes(param)
             if chosen and (nbytes + size > BUCKET_BYTES or param.device != chosen[-1][1].device):
                 self._close(chosen, len(groups))
-                chosen, nbytes = [], 0
+                chosen, nbytes = [], 0.0
             chosen.append((index, param))
             nbytes += size
         if chosen:
