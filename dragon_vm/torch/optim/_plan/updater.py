@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._graphs.capture import is_capturing
@@ -159,7 +160,9 @@ class Updater:
             return None
         assert self._hyperparameters is not None
         agreement = self._agreements.setdefault(part, Agreement())
-        return agreement.find(members.params, self._hyperparameters.groups, settings, decides=decides)
+        found = agreement.find(members.params, self._hyperparameters.groups, settings, decides=decides)
+        # PyTorch makes states where a process has none: other processes may take no such step.
+        return None if found is not None and is_state_asked_for() else found
 
     @property
     def n_skipped(self) -> int:
