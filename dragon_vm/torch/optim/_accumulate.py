@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
+from dragon.vm.torch.optim._distributed.hidden import is_scaler_looking
 from dragon.vm.torch.optim._distributed.shards import distributed_like
+from dragon.vm.torch.optim._gradients.reporting import report, stand_in
 from dragon.vm.torch.optim._gradients.scaling import Scaling, handed_over
 from dragon.vm.torch.optim._modes import outside_inference_mode
 from dragon.vm.torch.optim._options import Settings
@@ -20,6 +22,13 @@ from dragon.vm.torch.optim._sums import GradientSums
 
 # Of a parameter in state dicts.
 _SUM = "grad_sum"
+
+
+class Releasing(Protocol):
+    """What is asked of gradient release."""
+
+    def untold(self) -> list[Tensor]:
+        """What was found in gradients that are gone, where none was left to tell a scaler."""
 
 
 class AccumulatingOptimizer(CheckpointedOptimizer):
@@ -31,6 +40,9 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     _handed_over: Sequence[Tensor] = ()
     # Between the check of a state dict and the end of its loading.
     _restored_sums: dict[Tensor, Tensor] | None = None
+    # The parameter that has a gradient only for a `GradScaler` to find.
+    _stand_in: Tensor | None = None
+    _release: Releasing | None
 
     @torch.no_grad()
     @_disable_dynamo
@@ -55,34 +67,60 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a `GradScaler` leaves unscaling to the step.
 
-        It asks before it looks at `.grad`: sums go there, to be checked and unscaled with the rest.
+        It asks before it looks at `.grad`: sums go there, to be checked and unscaled with the rest. What was found
+        in gradients that are gone goes there too.
         """
         if self._sums:
             self._handed_over = without_torch_function(self._sums.hand_over, (), (self._all_params(),), {})
+        if self._release is not None and is_scaler_looking():
+            without_torch_function(self._report_released, (), (), {})
         return bool(self._handed_over) or self._handles_scaling
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         self._handles_scaling = value
 
+    def _report_released(self) -> None:
+        """Let a scaler find what was found in gradients that are gone, by a gradient of zeros if none is left."""
+        assert self._release is not None
+        params, found = self._all_params(), self._release.untold()
+        if found:
+            self._stand_in = stand_in(params)
+            report(params, found)
+
     def _scaling(self) -> Scaling:
         """What a `GradScaler` hands over for this step.
 
         Raises:
-            RuntimeError: if it unscaled the gradients before the sums were among them.
+            RuntimeError: if it unscaled the gradients before the sums, or what was released, were among them.
         """
         scaling = handed_over(self)
+        has_stood_in = self._drop_stand_in()
         # A scaler that leaves unscaling to the step says what it found, and the scale if there still is one.
-        if self._handed_over and scaling.grad_scale is None and hasattr(self, "found_inf"):
-            # The sums are of no use any more. The scaler takes its findings away behind a step that returns.
+        is_unscaled = scaling.grad_scale is None and hasattr(self, "found_inf")
+        if is_unscaled and self._handed_over:
+            # The sums are of no use any more.
             self._drop_handed_over()
-            for name in ("grad_scale", "found_inf"):
-                delattr(self, name)
-            raise RuntimeError(
-                "GradScaler.unscale_() saw no sums of sum_grad(): they are still scaled. Leave unscale_() out: "
-                "the step unscales sums too, and max_grad_norm clips them. Or leave sum_grad() out"
+            self._refuse_unscaled(
+                "sums of sum_grad(): they are still scaled. Leave unscale_() out: the step unscales sums too, and "
+                "max_grad_norm clips them. Or leave sum_grad() out"
             )
+        if is_unscaled and has_stood_in:
+            self._refuse_unscaled("gradients, for release_gradients has freed all of them. Leave unscale_() out")
         return scaling
+
+    def _refuse_unscaled(self, what: str) -> NoReturn:
+        # The scaler takes its findings away behind a step that returns.
+        for name in ("grad_scale", "found_inf"):
+            delattr(self, name)
+        raise RuntimeError(f"GradScaler.unscale_() saw no {what}")
+
+    def _drop_stand_in(self) -> bool:
+        """Take away a gradient that was there only for a scaler, and tell whether there was one."""
+        param, self._stand_in = self._stand_in, None
+        if param is not None:
+            param.grad = None
+        return param is not None
 
     def _drop_handed_over(self) -> None:
         """End sums with the step that used them, or that a scaler skipped."""
@@ -92,6 +130,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
 
     def _take_back(self) -> None:
         """Make sums again of what no step has used."""
+        self._drop_stand_in()
         if self._handed_over:
             params, self._handed_over = self._handed_over, ()
             outside_inference_mode(lambda: without_torch_function(self._sums.take, (), (params, False), {}))

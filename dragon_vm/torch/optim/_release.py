@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.owners import Replicas
-from dragon.vm.torch.optim._distributed.shards import local, mean_shard_nbytes
+from dragon.vm.torch.optim._distributed.shards import mean_shard_nbytes
+from dragon.vm.torch.optim._gradients.reporting import nonfinite, report
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._groups.members import MemberReader, Members
 from dragon.vm.torch.optim._modes import undisturbed
@@ -119,26 +120,21 @@ class ScalerReport:
         if self.scaler is None or not self.scaler.is_enabled():
             return Scaling()
         device = members.shards[0].device
-        filled = [grad for grad in members.grads if grad is not None and grad.numel()]
-        found = torch.zeros(1, device=device)
-        if filled:
-            norms = torch.stack(torch._foreach_norm(filled, torch.inf))
-            found = torch.isfinite(norms).all().logical_not().float().reshape(1)
+        found = nonfinite([grad for grad in members.grads if grad is not None], device)
         if agreed is not None:
             found = agreed(found)
         self._found_inf.append(found)
         return Scaling(self.scaler.scale(torch.ones(1, device=device)), found)
 
-    @torch.no_grad()
     def tell(self) -> None:
         """Make a gradient that is left infinite if one that is gone was."""
-        grads = [local(param.grad) for param in self.kept if param.grad is not None] if self._found_inf else []
-        grad = next((each for each in grads if each.numel()), None)
-        if grad is not None:
-            element = grad[(0,) * grad.dim()]
-            for found in self._found_inf:
-                element.add_(torch.where(found.to(grad.device) > 0, torch.inf, 0.0).reshape(()))
+        if self._found_inf and report(self.kept, self._found_inf):
             self._found_inf.clear()
+
+    def untold(self) -> list[Tensor]:
+        """What was found and not told: no gradient was left."""
+        found, self._found_inf = self._found_inf, []
+        return found
 
 
 class ReleasingOptimizer(Protocol):
@@ -221,6 +217,10 @@ class GradientRelease:
         for bucket in self._buckets:
             bucket.begin()
         self._report.begin(self._report.kept)
+
+    def untold(self) -> list[Tensor]:
+        """What was found in gradients that are gone, where none was left to tell a scaler."""
+        return self._report.untold()
 
     def check_scaling(self, scaling: Scaling) -> None:
         """Check at a step that the gradients were scaled as this object was told.

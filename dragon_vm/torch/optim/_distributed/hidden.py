@@ -104,6 +104,11 @@ def is_flat_dict_asked_for() -> bool:
     return bool(getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False)) if frame else False
 
 
+def is_scaler_looking() -> bool:
+    """Whether the step of a `GradScaler` on this thread is about to look at gradients."""
+    return _caller("torch.amp.grad_scaler", "step") is not None
+
+
 def _caller(name: str, function: str) -> FrameType | None:
     """The frame of a function of an imported module on this thread's stack; None if it is not there."""
     module = sys.modules.get(name)
