@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.owners import Replicas
 from dragon.vm.torch.optim._distributed.shards import mean_shard_nbytes
 from dragon.vm.torch.optim._gradients.reporting import nonfinite, report
@@ -35,7 +36,8 @@ def check_release(groups: Sequence[Mapping[str, Any]], settings: Settings) -> No
 
     Raises:
         TypeError: for a `release_gradients` that is neither a bool nor a `GradScaler`.
-        ValueError: for an option that needs all gradients, for parameters of FSDP1 and for uninitialized ones.
+        ValueError: for an option that needs all gradients, for a `process_group` with other processes, for
+            parameters of FSDP1 and for uninitialized ones.
     """
     release = settings.release_gradients
     if not isinstance(release, bool | torch.amp.GradScaler):
@@ -45,6 +47,11 @@ def check_release(groups: Sequence[Mapping[str, Any]], settings: Settings) -> No
     for name, reason in _INSTEAD.items():
         if value := getattr(settings, name):
             raise ValueError(f"release_gradients with {name}={value}: {reason}")
+    if has_others(settings.process_group):
+        raise ValueError(
+            "release_gradients with process_group: its processes release other buckets at other times, and cannot "
+            "agree on them. Use DTensor parameters without process_group, or leave release_gradients out"
+        )
     if any(group.get("differentiable") for group in groups):
         raise ValueError("release_gradients with differentiable=True: a backward pass cannot see its own update")
     params = [param for group in groups for param in group["params"]]
