@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
 from dragon.vm.torch.optim._distributed.hidden import is_scaler_looking
+from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.shards import distributed_like
-from dragon.vm.torch.optim._gradients.reporting import report, stand_in
+from dragon.vm.torch.optim._gradients.reporting import any_of, report, report_to_all, stand_in
 from dragon.vm.torch.optim._gradients.scaling import Scaling, handed_over
 from dragon.vm.torch.optim._modes import outside_inference_mode
 from dragon.vm.torch.optim._options import Settings
@@ -67,24 +68,26 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a `GradScaler` leaves unscaling to the step.
 
-        It asks before it looks at `.grad`: sums go there, to be checked and unscaled with the rest. What was found
-        in gradients that are gone goes there too.
+        It asks before it looks at `.grad`: sums go there, to be checked and unscaled with the rest. So does what
+        other processes of `process_group` find, and what was found in gradients that are gone.
         """
+        is_shared = has_others(self._settings.process_group)
         if self._sums:
             self._handed_over = without_torch_function(self._sums.hand_over, (), (self._all_params(),), {})
-        if self._release is not None and is_scaler_looking():
-            without_torch_function(self._report_released, (), (), {})
-        return bool(self._handed_over) or self._handles_scaling
+        if (is_shared or self._release is not None) and is_scaler_looking():
+            without_torch_function(self._report, (), (is_shared,), {})
+        return bool(self._handed_over) or self._handles_scaling or is_shared
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         self._handles_scaling = value
 
-    def _report_released(self) -> None:
-        """Let a scaler find what was found in gradients that are gone, by a gradient of zeros if none is left."""
-        assert self._release is not None
-        params, found = self._all_params(), self._release.untold()
-        if found:
+    def _report(self, is_shared: bool) -> None:
+        """Let a scaler find what was found elsewhere, by a gradient of zeros if there is none."""
+        params = self._all_params()
+        if is_shared:
+            self._stand_in = report_to_all(params, self._settings.process_group)
+        elif self._release is not None and (found := self._release.untold()):
             self._stand_in = stand_in(params)
             report(params, found)
 
@@ -92,28 +95,36 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         """What a `GradScaler` hands over for this step.
 
         Raises:
-            RuntimeError: if it unscaled the gradients before the sums, or what was released, were among them.
+            RuntimeError: if it unscaled the gradients before it could find what this optimizer reports.
         """
         scaling = handed_over(self)
         has_stood_in = self._drop_stand_in()
         # A scaler that leaves unscaling to the step says what it found, and the scale if there still is one.
-        is_unscaled = scaling.grad_scale is None and hasattr(self, "found_inf")
-        if is_unscaled and self._handed_over:
-            # The sums are of no use any more.
-            self._drop_handed_over()
-            self._refuse_unscaled(
-                "sums of sum_grad(): they are still scaled. Leave unscale_() out: the step unscales sums too, and "
-                "max_grad_norm clips them. Or leave sum_grad() out"
-            )
-        if is_unscaled and has_stood_in:
-            self._refuse_unscaled("gradients, for release_gradients has freed all of them. Leave unscale_() out")
+        if scaling.grad_scale is None and hasattr(self, "found_inf"):
+            self._check_unscaled(scaling, has_stood_in)
         return scaling
 
-    def _refuse_unscaled(self, what: str) -> NoReturn:
-        # The scaler takes its findings away behind a step that returns.
+    def _check_unscaled(self, scaling: Scaling, has_stood_in: bool) -> None:
+        flags, group, differ = [bool(self._handed_over), has_stood_in], self._settings.process_group, False
+        if has_others(group):
+            found = scaling.found_inf is not None and bool(scaling.found_inf > 0)
+            *flags, is_found, is_clean = any_of([*flags, found, not found], self._all_params(), group)
+            differ = is_found and is_clean
+        if not (any(flags) or differ):
+            return
+        reasons = (
+            "sums of sum_grad(): they are still scaled. Leave unscale_() out: the step unscales sums too, and "
+            "max_grad_norm clips them. Or leave sum_grad() out",
+            "gradients on this process, or on another one of process_group. Leave unscale_() out: the step "
+            "unscales too",
+            "gradients of other processes of process_group, and found something else. Leave unscale_() out: the "
+            "step unscales too, and max_grad_norm clips. Or use a ShardedGradScaler with this process_group",
+        )
+        # The sums are of no use any more. The scaler takes its findings away behind a step that returns.
+        self._drop_handed_over()
         for name in ("grad_scale", "found_inf"):
             delattr(self, name)
-        raise RuntimeError(f"GradScaler.unscale_() saw no {what}")
+        raise RuntimeError(f"GradScaler.unscale_() saw no {reasons[[*flags, differ].index(True)]}")
 
     def _drop_stand_in(self) -> bool:
         """Take away a gradient that was there only for a scaler, and tell whether there was one."""

@@ -179,6 +179,11 @@ class TensorReduction:
         return self._on_device[device]
 
 
+def all_reduce_flags(flags: Tensor, process_group: Any) -> None:
+    """Take maxima of numbers, of which none is NaN, in place and on the current stream."""
+    _all_reduce_sum(flags, (process_group,), dist.ReduceOp.MAX)
+
+
 def _indices(values: list[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
 

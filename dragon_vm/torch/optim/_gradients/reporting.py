@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._distributed.reduction import all_reduce_flags
 from dragon.vm.torch.optim._distributed.shards import local
 
 
@@ -59,3 +61,36 @@ def stand_in(params: Sequence[Tensor]) -> Tensor | None:
     if param is not None:
         param.grad = torch.zeros_like(param, requires_grad=False)
     return param
+
+
+def report_to_all(params: Sequence[Tensor], process_group: Any) -> Tensor | None:
+    """Report infinite and NaN gradients to all processes of a group, so that their scalers do the same.
+
+    Args:
+        params: the parameters of this process.
+        process_group: all its processes call this.
+
+    Returns:
+        The parameter that got a gradient of zeros, for others have gradients and this process has none.
+
+    Raises:
+        RuntimeError: if no gradient of this process has an element to report it.
+    """
+    grads = [local(param.grad) for param in params if param.grad is not None]
+    device = local(params[0]).device
+    flags = torch.cat([nonfinite(grads, device), torch.full((1,), float(bool(grads)), device=device)])
+    all_reduce_flags(flags, process_group)
+    param = stand_in(params) if not grads and float(flags[1]) else None
+    if not report(params, [flags[:1]]) and float(flags[0]):
+        raise RuntimeError(
+            "a GradScaler with process_group: another process found infinite or NaN gradients, and no gradient of "
+            "this one has an element that could tell its scaler. Use skip_nonfinite=True without a scaler, or bf16"
+        )
+    return param
+
+
+def any_of(flags: Sequence[bool], params: Sequence[Tensor], process_group: Any) -> list[bool]:
+    """For each flag whether some process of a group has set it. It waits for the device."""
+    values = torch.tensor(flags, dtype=torch.float32, device=local(params[0]).device)
+    all_reduce_flags(values, process_group)
+    return [value > 0 for value in values.tolist()]
