@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from .factories import largest_difference, make, params_of, whole
@@ -81,6 +82,33 @@ def never_reduced(kind: str, name: str) -> str:
     except (RuntimeError, ValueError) as error:
         return str(error)
     return "accepted"
+
+
+def scaled_sums(kind: str, name: str, has_group: bool) -> tuple[str, list[float], list[bool]]:
+    """What is said of a scaler that finds sums, the scales, and at which steps this process's parameters changed.
+
+    At one step a gradient is infinite, on the first process alone.
+    """
+    wrapped = WRAPPERS[kind]()
+    params = params_of(optimizer := make(name, wrapped.groups))
+    if has_group:
+        optimizer = make(name, params, process_group=wrapped.model.process_group)
+    scaler = ShardedGradScaler("cpu", init_scale=16.0, growth_interval=1000)
+    scales, changes = [], []
+    for step in range(3):
+        before = [whole(param) for param in params]
+        backward(wrapped, step, scale=float(scaler.scale(torch.ones(()))))
+        if step == 1 and dist.get_rank() == 0:
+            next(param.grad for param in params if param.numel()).view(-1)[0] = torch.inf
+        optimizer.sum_grad()
+        try:
+            scaler.step(optimizer)
+        except RuntimeError as error:
+            return str(error), scales, changes
+        scaler.update()
+        scales.append(scaler.get_scale())
+        changes.append(not all(map(torch.equal, before, params)))
+    return "accepted", scales, changes
 
 
 def partly_used(name: str) -> tuple[list[float], list[bool]]:

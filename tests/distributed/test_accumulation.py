@@ -50,6 +50,17 @@ def test_sums_of_unsharded_gradients_are_refused(cluster: Cluster, kind: str) ->
         assert "no_sync()" in text
 
 
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1 original parameters"])
+def test_scaled_sums_of_split_parameters_need_a_process_group(cluster: Cluster, kind: str) -> None:
+    arguments = {"kind": kind, "name": OPT}
+    for text, scales, _ in cluster.run(2, "accumulation:scaled_sums", has_group=False, **arguments):
+        assert "process_group=model.process_group" in text
+        assert not scales
+    expected = "accepted", [16.0, 8.0, 8.0], [True, False, True]
+    assert cluster.run(2, "accumulation:scaled_sums", has_group=True, **arguments) == [expected] * 2
+    assert cluster.run(1, "accumulation:scaled_sums", has_group=False, **arguments) == [expected]
+
+
 @pytest.mark.parametrize("n_processes", [2, 3])
 def test_replicas_agree_on_parameters_that_only_some_use(cluster: Cluster, n_processes: int) -> None:
     results = cluster.run(n_processes, "accumulation:partly_used", name=OPT)

@@ -12,7 +12,7 @@ from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
-from dragon.vm.torch.optim._distributed.hidden import is_scaler_looking
+from dragon.vm.torch.optim._distributed.hidden import check_scaled_sums, is_scaler_looking
 from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._gradients.reporting import any_of, report, report_to_all, stand_in
@@ -73,6 +73,8 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         """
         is_shared = has_others(self._settings.process_group)
         if self._sums:
+            if not is_shared and is_scaler_looking():
+                check_scaled_sums(self._all_params())
             self._handed_over = without_torch_function(self._sums.hand_over, (), (self._all_params(),), {})
         if (is_shared or self._release is not None) and is_scaler_looking():
             without_torch_function(self._report, (), (is_shared,), {})

@@ -73,6 +73,20 @@ def check_norms(
             )
 
 
+def check_scaled_sums(params: Sequence[Tensor]) -> None:
+    """Check that each process has whole sums of gradients for a `GradScaler`, where no `process_group` is given.
+
+    Raises:
+        RuntimeError: if FSDP1 splits parameters. A `ShardedGradScaler` agrees with other processes only where it
+            unscales itself, and it leaves sums to the step.
+    """
+    if any(split_by_fsdp1(params)):
+        raise RuntimeError(
+            "a GradScaler checks sums of sum_grad() by this process's part alone, for FullyShardedDataParallel "
+            f"splits the parameters: {_REMEDY}=model.process_group, or leave sum_grad() out"
+        )
+
+
 def split_by_fsdp1(params: Sequence[Tensor]) -> list[bool | None]:
     """Tell for each parameter whether FSDP1 keeps other parts of it on other processes.
 
