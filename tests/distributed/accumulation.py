@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -82,6 +83,36 @@ def never_reduced(kind: str, name: str) -> str:
     except (RuntimeError, ValueError) as error:
         return str(error)
     return "accepted"
+
+
+def joined_sums(name: str, is_earlier: bool) -> tuple[str, float]:
+    """What is said inside of `Join` of sums from there or from before, and the first moment behind it."""
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 1))
+    optimizer = make(name, model.parameters())
+
+    def take() -> None:
+        with model.no_sync():
+            model(torch.ones(2, 3)).sum().backward()
+        optimizer.sum_grad()
+
+    if is_earlier:
+        take()
+    text = "accepted"
+    # Whoever leaves early is waited for.
+    with Join([model]):
+        try:
+            optimizer.step() if is_earlier else take()
+        except RuntimeError as error:
+            text = str(error)
+        for _ in range(1 + dist.get_rank()):
+            model(torch.ones(2, 3)).sum().backward()
+            model.zero_grad()
+    with Join([model], enable=False):
+        optimizer.zero_grad()
+        if not is_earlier:
+            take()
+        optimizer.step()
+    return text, float(optimizer.state[model.module.bias]["exp_avg"])
 
 
 def scaled_sums(kind: str, name: str, has_group: bool) -> tuple[str, list[float], list[bool]]:

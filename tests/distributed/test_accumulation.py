@@ -50,6 +50,14 @@ def test_sums_of_unsharded_gradients_are_refused(cluster: Cluster, kind: str) ->
         assert "no_sync()" in text
 
 
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_sums_of_unsynchronized_parts_are_refused_inside_join(cluster: Cluster, is_earlier: bool) -> None:
+    for text, first_moment in cluster.run(2, "accumulation:joined_sums", name=OPT, is_earlier=is_earlier):
+        assert "Leave no_sync() out" in text
+        # A tenth of the gradient, which is 2.
+        assert first_moment == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp1 original parameters"])
 def test_scaled_sums_of_split_parameters_need_a_process_group(cluster: Cluster, kind: str) -> None:
     arguments = {"kind": kind, "name": OPT}

@@ -55,7 +55,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         are kept in float32. Gradients that DDP has not reduced, inside `no_sync`, are reduced once, by the step.
 
         Raises:
-            RuntimeError: with `release_gradients`.
+            RuntimeError: with `release_gradients`, and for gradients of DDP inside `no_sync` and inside `Join`.
             ValueError: for gradients of FSDP1 inside `no_sync`.
         """
         if self._settings.release_gradients:
