@@ -115,6 +115,22 @@ def joined_sums(name: str, is_earlier: bool) -> tuple[str, float]:
     return text, float(optimizer.state[model.module.bias]["exp_avg"])
 
 
+def looked_at_between(name: str) -> list[float]:
+    """Weights after steps in which a forward pass without gradients comes between backward pass and `sum_grad`."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 1))
+    optimizer = make(name, model.parameters())
+    x = torch.randn(2, 3) * (1 + dist.get_rank()) - dist.get_rank()
+    for _ in range(2):
+        with model.no_sync():
+            model(x).square().sum().backward()
+        with torch.no_grad():
+            model(x)
+        optimizer.sum_grad()
+        optimizer.step()
+    return model.module.weight[0].tolist()
+
+
 def scaled_sums(kind: str, name: str, has_group: bool) -> tuple[str, list[float], list[bool]]:
     """What is said of a scaler that finds sums, the scales, and at which steps this process's parameters changed.
 

@@ -50,6 +50,11 @@ def test_sums_of_unsharded_gradients_are_refused(cluster: Cluster, kind: str) ->
         assert "no_sync()" in text
 
 
+def test_a_forward_pass_without_gradients_leaves_sums_unreduced(cluster: Cluster) -> None:
+    first, second = cluster.run(2, "accumulation:looked_at_between", name=OPT)
+    assert first == second
+
+
 @pytest.mark.parametrize("is_earlier", [False, True])
 def test_sums_of_unsynchronized_parts_are_refused_inside_join(cluster: Cluster, is_earlier: bool) -> None:
     for text, first_moment in cluster.run(2, "accumulation:joined_sums", name=OPT, is_earlier=is_earlier):

@@ -89,7 +89,8 @@ class Replicas:
         """The process group of each parameter, by its id, whose last gradient is this process's alone.
 
         It is so if the last forward pass ran inside `no_sync`, wherever this is called. After a forward pass
-        without gradients it says so too. The mean of means is the same mean then.
+        without gradients it says so too. The mean of means is the same mean then. After another forward pass, with
+        gradients and outside of `no_sync`, it does not say so: nothing records which pass a gradient is from.
         """
         found = {}
         for reference in self._modules:
