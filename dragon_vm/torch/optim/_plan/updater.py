@@ -16,6 +16,7 @@ from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
+from dragon.vm.torch.optim._groups.premature import drop_premature, note_premature
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, complete
 from dragon.vm.torch.optim._plan.agreement import Agreement
 from dragon.vm.torch.optim._plan.cache import PlanCache
@@ -114,6 +115,11 @@ class Updater:
         # What is found in a part has been agreed on.
         decides = scaling.found_inf is not None and not part
         reductions = self._reductions(members, settings, part, decides=decides)
+        # A saved step count shows whether an average was loaded in place.
+        have_averages = self._algorithm.saves_steps and any(group["ema_decay"] for group in values.groups)
+        is_asked = have_averages and is_state_asked_for()
+        if have_averages and not (is_asked or is_capturing()):
+            drop_premature(members.params, state)
         recipe = Recipe(
             self._owner,
             self._algorithm,
@@ -144,6 +150,8 @@ class Updater:
             outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
             if with_masters:
                 self.masters.note(with_masters)
+        if is_asked:
+            note_premature(members.params, state)
         self._grad_norm = outcome.grad_norm
         self._n_skipped = self._n_skipped + outcome.n_skipped
 
