@@ -31,6 +31,7 @@ PRIVATE_TORCH_ATTRIBUTES = {
     "_local_tensor": "a DTensor's shard; to_local() is a function of autograd",
     "_spec": "a DTensor's placements, as one object",
     "_fsdp_flattened": "marks the parameters of FSDP1",
+    "_join_config": "whether DDP is inside of Join",
     "_unsharded_param": "the whole parameter that FSDP2 left in memory",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group": "whose it is",
     "torch.distributed.fsdp._flat_param": "which parameters FSDP1 splits",

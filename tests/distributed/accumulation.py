@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from .factories import largest_difference, make, params_of, whole
@@ -81,6 +83,79 @@ def never_reduced(kind: str, name: str) -> str:
     except (RuntimeError, ValueError) as error:
         return str(error)
     return "accepted"
+
+
+def joined_sums(name: str, is_earlier: bool) -> tuple[str, float]:
+    """What is said inside of `Join` of sums from there or from before, and the first moment behind it."""
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 1))
+    optimizer = make(name, model.parameters())
+
+    def take() -> None:
+        with model.no_sync():
+            model(torch.ones(2, 3)).sum().backward()
+        optimizer.sum_grad()
+
+    if is_earlier:
+        take()
+    text = "accepted"
+    # Whoever leaves early is waited for.
+    with Join([model]):
+        try:
+            optimizer.step() if is_earlier else take()
+        except RuntimeError as error:
+            text = str(error)
+        for _ in range(1 + dist.get_rank()):
+            model(torch.ones(2, 3)).sum().backward()
+            model.zero_grad()
+    with Join([model], enable=False):
+        optimizer.zero_grad()
+        if not is_earlier:
+            take()
+        optimizer.step()
+    return text, float(optimizer.state[model.module.bias]["exp_avg"])
+
+
+def looked_at_between(name: str) -> list[float]:
+    """Weights after steps in which a forward pass without gradients comes between backward pass and `sum_grad`."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 1))
+    optimizer = make(name, model.parameters())
+    x = torch.randn(2, 3) * (1 + dist.get_rank()) - dist.get_rank()
+    for _ in range(2):
+        with model.no_sync():
+            model(x).square().sum().backward()
+        with torch.no_grad():
+            model(x)
+        optimizer.sum_grad()
+        optimizer.step()
+    return model.module.weight[0].tolist()
+
+
+def scaled_sums(kind: str, name: str, has_group: bool) -> tuple[str, list[float], list[bool]]:
+    """What is said of a scaler that finds sums, the scales, and at which steps this process's parameters changed.
+
+    At one step a gradient is infinite, on the first process alone.
+    """
+    wrapped = WRAPPERS[kind]()
+    params = params_of(optimizer := make(name, wrapped.groups))
+    if has_group:
+        optimizer = make(name, params, process_group=wrapped.model.process_group)
+    scaler = ShardedGradScaler("cpu", init_scale=16.0, growth_interval=1000)
+    scales, changes = [], []
+    for step in range(3):
+        before = [whole(param) for param in params]
+        backward(wrapped, step, scale=float(scaler.scale(torch.ones(()))))
+        if step == 1 and dist.get_rank() == 0:
+            next(param.grad for param in params if param.numel()).view(-1)[0] = torch.inf
+        optimizer.sum_grad()
+        try:
+            scaler.step(optimizer)
+        except RuntimeError as error:
+            return str(error), scales, changes
+        scaler.update()
+        scales.append(scaler.get_scale())
+        changes.append(not all(map(torch.equal, before, params)))
+    return "accepted", scales, changes
 
 
 def partly_used(name: str) -> tuple[list[float], list[bool]]:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import distribute_tensor
 
 from .factories import largest_difference, make, params_of, whole
+from .watching import Watch
 from .wrappers import WRAPPERS, Wrapped, backward
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -142,6 +143,22 @@ def pending_sums(name: str) -> tuple[float, bool]:
     other = WRAPPERS["fsdp2"]()
     is_trained = largest_difference(expected, [whole(param) for param in other.model.parameters()]) > 0.01
     return largest_difference([whole(param) for param in params_of(copied)], expected), is_trained
+
+
+def asked_where_some_have_no_state(name: str) -> tuple[int, list[tuple[str, int]]]:
+    """The states that a process has after it was asked for them, and the collectives of that.
+
+    The first process has had no gradient so far.
+    """
+    model = torch.nn.Linear(3, 2)
+    optimizer = make(name, model.parameters(), max_grad_norm=1.0, process_group=dist.group.WORLD)
+    if dist.get_rank():
+        model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with Watch() as watch:
+        get_optimizer_state_dict(model, optimizer)
+    return len(optimizer.state), watch.collectives
 
 
 def die_while_saving(kind: str, name: str, folder: str) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
@@ -140,6 +141,35 @@ def masters_of_a_partial_load(kind: str, mode: str, folder: str, name: str) -> f
     pairs = zip(run.params, before, strict=True)
     moved = [(a.detach() - b).abs() for a, b in pairs]
     return max(float((m.full_tensor() if hasattr(m, "full_tensor") else m).max()) for m in moved)
+
+
+def loaded_in_place(kind: str, mode: str, folder: str, name: str) -> tuple[float, float]:
+    """How far weights are from those of a file after a load of the model's dict alone and a step of lr 0.
+
+    Twice: the second time the state was asked for before the step.
+    """
+    run = Run(kind, mode, name)
+    run.train(range(1))
+    dcp.save({"model": get_model_state_dict(run.model)}, checkpoint_id=folder)
+    saved = [param.detach().clone() for param in run.params]
+    found = []
+    for is_first in (True, False):
+        run.train(range(1, 3))
+        model, _ = get_state_dict(run.model, run.optimizer)
+        dcp.load({"model": model}, checkpoint_id=folder)
+        if not is_first:
+            # Whoever asks for the state again gets the masters of the file's weights.
+            run.optimizer.state_dict()
+        rates = [group["lr"] for group in run.optimizer.param_groups]
+        for group in run.optimizer.param_groups:
+            group["lr"] = 0.0
+        run.train(range(1))
+        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        pairs = zip(run.params, saved, strict=True)
+        moved = [(a.detach() - b).abs() for a, b in pairs]
+        found.append(max(float((m.full_tensor() if hasattr(m, "full_tensor") else m).max()) for m in moved))
+    return found[0], found[1]
 
 
 def flat_dict(kind: str, mode: str) -> str:

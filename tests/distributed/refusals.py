@@ -53,6 +53,16 @@ def constructions(name: str) -> dict[str, str]:
     found = {
         "flatten " + kind: outcome(partial(flattened, kind, name)) for kind in ("ddp", "fsdp2", "tp", "fsdp1")
     }
+    scaler = torch.amp.GradScaler("cpu")
+    found |= {
+        f"release {kind} {release is True}": outcome(
+            lambda kind=kind, release=release: make(
+                name, WRAPPERS[kind]().groups, release_gradients=release, process_group=world
+            )
+        )
+        for kind in ("tp", "fsdp2")
+        for release in (True, scaler)
+    }
     for option, norm in NORMS.items():
         for kind in ("fsdp1", "fsdp1 original parameters", "fsdp1 whole", "fsdp2", "tp", "ddp"):
             found[f"{option} {kind}"] = outcome(

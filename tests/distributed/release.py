@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from dragon.vm.torch.optim import _release
 
@@ -64,6 +66,75 @@ def scaled(kind: str, name: str) -> tuple[list[float], bool, list[tuple[str, int
     finally:
         _release.BUCKET_BYTES = whole_buckets
     return scales, changes, watch.collectives
+
+
+class _Rows(nn.Module):
+    """Parameters of which processes get different numbers of rows, in an order that makes the last one decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params = nn.ParameterList(nn.Parameter(torch.ones(rows, 8)) for rows in (2, 2, 3))
+
+    def forward(self) -> torch.Tensor:
+        total = torch.zeros(())
+        for param in self.params:
+            total = total + param.sum()
+        return total
+
+
+def uneven(name: str, bucket_bytes: int) -> tuple[list[int], list[float]]:
+    """The sizes of buckets where shards are uneven, and parameters after steps that clip each norm."""
+    whole_buckets, _release.BUCKET_BYTES = _release.BUCKET_BYTES, bucket_bytes
+    try:
+        model = _Rows()
+        fully_shard(model)
+        optimizer = make(name, model.parameters(), release_gradients=True, clip_norm=1.0)
+        for _ in range(2):
+            model().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        sizes = [len(bucket.ids) for bucket in optimizer._release._buckets]
+        return sizes, [float(whole(param)[0, 0]) for param in model.params]
+    finally:
+        _release.BUCKET_BYTES = whole_buckets
+
+
+def all_released(name: str) -> tuple[list[float], list[bool], bool]:
+    """The scales of a scaler that finds no gradient, at which steps a layer changed, and whether some is left.
+
+    At one step a gradient is infinite, on the last process alone. The last bucket is frozen after the first step.
+    """
+    whole_buckets, _release.BUCKET_BYTES = _release.BUCKET_BYTES, SMALL
+    try:
+        wrapped = WRAPPERS["fsdp2"]()
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=1000)
+        params = list(wrapped.model.parameters())
+        is_poisoned = False
+
+        def poison(param: Any) -> None:
+            if is_poisoned and dist.get_rank() == dist.get_world_size() - 1:
+                param.grad._local_tensor[0, 0] = torch.inf
+
+        weight = wrapped.model.second.weight
+        weight.register_post_accumulate_grad_hook(poison)
+        optimizer = make(name, wrapped.groups, release_gradients=scaler)
+        kept = optimizer._release._buckets[-1].params
+        scales, changes, are_left = [], [], False
+        for step in range(N_STEPS):
+            before, is_poisoned = whole(weight), step == 2
+            backward(wrapped, step, scale=float(scaler.scale(torch.ones(()))))
+            scaler.step(optimizer)
+            scaler.update()
+            if step:
+                are_left |= any(param.grad is not None for param in params)
+            for param in kept:
+                param.requires_grad_(False)
+            optimizer.zero_grad()
+            scales.append(scaler.get_scale())
+            changes.append(not torch.equal(whole(weight), before))
+    finally:
+        _release.BUCKET_BYTES = whole_buckets
+    return scales, changes, are_left
 
 
 def refused(kind: str, name: str) -> str:

@@ -126,6 +126,54 @@ def scaled(kind: str, name: str, **options: Any) -> tuple[float, float]:
     return largest_difference(runs[1][0], runs[0][0]), runs[1][1]
 
 
+def scaled_apart(name: str, has_missing: bool, **options: Any) -> tuple[list[float], list[bool], bool]:
+    """The scales, and at which steps a stage changed, where each process has a stage of its own.
+
+    At step 1 the gradient is infinite on the first process alone. At step 2 it has none if `has_missing`.
+    The last value tells whether a gradient is left there that nobody computed.
+    """
+    param = nn.Parameter(torch.ones(4, 3))
+    optimizer = make(name, [param], process_group=dist.group.WORLD, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=1000)
+    scales, changes, is_left = [], [], False
+    for step in range(4):
+        before = param.detach().clone()
+        optimizer.zero_grad()
+        is_first = dist.get_rank() == 0
+        loss = scaler.scale((param * (torch.inf if step == 1 and is_first else 1.0)).sum())
+        is_missing = has_missing and step == 2 and is_first
+        if not is_missing:
+            loss.backward()
+        scaler.step(optimizer)
+        scaler.update()
+        is_left |= is_missing and param.grad is not None
+        scales.append(scaler.get_scale())
+        changes.append(not torch.equal(param, before))
+    return scales, changes, is_left
+
+
+def unscaled_apart(name: str, case: str) -> tuple[str, bool]:
+    """What is said of `unscale_` where each process has a stage of its own, and whether the stage changed.
+
+    The first process has an infinity, or no gradient, or neither.
+    """
+    param = nn.Parameter(torch.ones(4, 3))
+    optimizer = make(name, [param], process_group=dist.group.WORLD)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    is_first = dist.get_rank() == 0
+    loss = scaler.scale((param * (torch.inf if case == "infinite" and is_first else 1.0)).sum())
+    if not (case == "missing" and is_first):
+        loss.backward()
+    text = "accepted"
+    try:
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    except RuntimeError as error:
+        text = str(error)
+    return text, not torch.equal(param, torch.ones(4, 3))
+
+
 def counted(kind: str, name: str, **options: Any) -> tuple[list[tuple[str, int]], list[str], int]:
     """The collectives of a step, what it read on the host, and the number of parameters."""
     wrapped = WRAPPERS[kind]()

@@ -50,6 +50,30 @@ def test_sums_of_unsharded_gradients_are_refused(cluster: Cluster, kind: str) ->
         assert "no_sync()" in text
 
 
+def test_a_forward_pass_without_gradients_leaves_sums_unreduced(cluster: Cluster) -> None:
+    first, second = cluster.run(2, "accumulation:looked_at_between", name=OPT)
+    assert first == second
+
+
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_sums_of_unsynchronized_parts_are_refused_inside_join(cluster: Cluster, is_earlier: bool) -> None:
+    for text, first_moment in cluster.run(2, "accumulation:joined_sums", name=OPT, is_earlier=is_earlier):
+        assert "Leave no_sync() out" in text
+        # A tenth of the gradient, which is 2.
+        assert first_moment == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1 original parameters"])
+def test_scaled_sums_of_split_parameters_need_a_process_group(cluster: Cluster, kind: str) -> None:
+    arguments = {"kind": kind, "name": OPT}
+    for text, scales, _ in cluster.run(2, "accumulation:scaled_sums", has_group=False, **arguments):
+        assert "process_group=model.process_group" in text
+        assert not scales
+    expected = "accepted", [16.0, 8.0, 8.0], [True, False, True]
+    assert cluster.run(2, "accumulation:scaled_sums", has_group=True, **arguments) == [expected] * 2
+    assert cluster.run(1, "accumulation:scaled_sums", has_group=False, **arguments) == [expected]
+
+
 @pytest.mark.parametrize("n_processes", [2, 3])
 def test_replicas_agree_on_parameters_that_only_some_use(cluster: Cluster, n_processes: int) -> None:
     results = cluster.run(n_processes, "accumulation:partly_used", name=OPT)

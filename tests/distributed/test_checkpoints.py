@@ -83,3 +83,9 @@ def test_a_process_group_is_borrowed_by_copies_and_refused_by_pickles(cluster: C
 @pytest.mark.parametrize("n_processes", [1, 2, 3])
 def test_whole_and_sharded_state_dicts_go_into_each_other(cluster: Cluster, n_processes: int) -> None:
     assert cluster.run(n_processes, "checkpoints:whole_dicts", name=OPT) == [(0, True)] * n_processes
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_a_process_without_states_makes_them_alone(cluster: Cluster, n_processes: int) -> None:
+    results = cluster.run(n_processes, "checkpoints:asked_where_some_have_no_state", name=OPT)
+    assert results == [(2, [])] * n_processes

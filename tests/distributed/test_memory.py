@@ -129,6 +129,15 @@ def test_masters_that_a_file_lacks_are_the_weights_of_the_file(cluster: Cluster,
         assert cluster.run(2, "memory_checkpoints:masters_of_a_partial_load", **arguments) == [0, 0]
 
 
+@pytest.mark.parametrize("mode", ["fp32 masters, 8bit", "fp32 masters of fp16"])
+@pytest.mark.parametrize("kind", ["fsdp2", "tp"])
+def test_weights_that_are_loaded_in_place_become_masters(
+    cluster: Cluster, tmp_path: Path, kind: str, mode: str
+) -> None:
+    arguments = {"kind": kind, "mode": mode, "folder": str(tmp_path), "name": OPT}
+    assert cluster.run(2, "memory_checkpoints:loaded_in_place", **arguments) == [(0, 0)] * 2
+
+
 @pytest.mark.parametrize("mode", ["8bit", "bf16 states", "split16"])
 def test_flat_dicts_in_pytorchs_form_are_refused(cluster: Cluster, mode: str) -> None:
     (text,) = cluster.run(1, "memory_checkpoints:flat_dict", kind="fsdp2", mode=mode)

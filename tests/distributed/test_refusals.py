@@ -25,6 +25,9 @@ def test_several_processes_refuse_what_needs_other_processes(cluster: Cluster) -
         text = found.pop(f"{norm} zero")
         assert norm in text
         assert "process_group" in text
+    for kind in ("fsdp2", "tp"):
+        for is_plain in (True, False):
+            assert "release_gradients with process_group" in found.pop(f"release {kind} {is_plain}")
     # A whole tensor's norm needs no other process; who joins it with a group does not know what he asks.
     assert "clip_norm" in found.pop("clip_norm zero group")
     assert set(found.values()) == {"accepted"}, found

@@ -26,6 +26,18 @@ def test_a_scaler_skips_on_all_processes(cluster: Cluster, n_processes: int) -> 
         assert max(small, default=0) <= 16
 
 
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+def test_a_scaler_finds_on_all_processes_what_was_released(cluster: Cluster, n_processes: int) -> None:
+    results = cluster.run(n_processes, "release:all_released", name=OPT)
+    assert results == [([16.0, 16.0, 8.0, 8.0], [True, True, False, True], False)] * n_processes
+
+
+@pytest.mark.parametrize("bucket_bytes", [64, 96])
+def test_processes_with_uneven_shards_have_the_same_buckets(cluster: Cluster, bucket_bytes: int) -> None:
+    results = cluster.run(2, "release:uneven", name=OPT, bucket_bytes=bucket_bytes)
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp1 original parameters"])
 def test_wrappers_that_reduce_later_are_refused(cluster: Cluster, kind: str) -> None:
     for text in cluster.run(2, "release:refused", kind=kind, name=OPT):

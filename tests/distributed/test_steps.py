@@ -75,6 +75,30 @@ def test_a_scaler_skips_on_all_processes(
     assert len({scale for _, scale in results}) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"max_grad_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("n_processes", [1, 2, 3])
+def test_scalers_of_a_process_group_do_the_same(
+    cluster: Cluster, name: str, n_processes: int, options: dict[str, float]
+) -> None:
+    results = cluster.run(n_processes, "steps:scaled_apart", name=name, has_missing=n_processes > 1, **options)
+    for rank, (scales, changes, is_left) in enumerate(results):
+        assert scales == [16.0, 8.0, 8.0, 8.0]
+        assert changes == [True, False, rank > 0 or n_processes == 1, True]
+        assert not is_left
+
+
+@pytest.mark.parametrize("n_processes", [2, 3])
+def test_gradients_that_were_unscaled_before_processes_agreed_are_refused(
+    cluster: Cluster, name: str, n_processes: int
+) -> None:
+    results = cluster.run(n_processes, "steps:unscaled_apart", name=name, case="finite")
+    assert results == [("accepted", True)] * n_processes
+    for case in ("infinite", "missing"):
+        for text, has_changed in cluster.run(n_processes, "steps:unscaled_apart", name=name, case=case):
+            assert "process_group. Leave unscale_() out" in text or "ShardedGradScaler" in text
+            assert not has_changed
+
+
 NORMS = [{"max_grad_norm": 1.0}, {"max_grad_norm": 1.0, "norm_type": math.inf}, {"skip_nonfinite": True}]
 
 

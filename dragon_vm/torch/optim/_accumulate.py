@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
+from dragon.vm.torch.optim._distributed.hidden import check_scaled_sums, is_scaler_looking
+from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.shards import distributed_like
+from dragon.vm.torch.optim._gradients.reporting import any_of, report, report_to_all, stand_in
 from dragon.vm.torch.optim._gradients.scaling import Scaling, handed_over
 from dragon.vm.torch.optim._modes import outside_inference_mode
 from dragon.vm.torch.optim._options import Settings
@@ -20,6 +23,13 @@ from dragon.vm.torch.optim._sums import GradientSums
 
 # Of a parameter in state dicts.
 _SUM = "grad_sum"
+
+
+class Releasing(Protocol):
+    """What is asked of gradient release."""
+
+    def untold(self) -> list[Tensor]:
+        """What was found in gradients that are gone, where none was left to tell a scaler."""
 
 
 class AccumulatingOptimizer(CheckpointedOptimizer):
@@ -31,6 +41,9 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     _handed_over: Sequence[Tensor] = ()
     # Between the check of a state dict and the end of its loading.
     _restored_sums: dict[Tensor, Tensor] | None = None
+    # The parameter that has a gradient only for a `GradScaler` to find.
+    _stand_in: Tensor | None = None
+    _release: Releasing | None
 
     @torch.no_grad()
     @_disable_dynamo
@@ -40,9 +53,11 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         Call it after each backward pass; the next `step` uses the sum, together with any gradient that came after
         the last call, and starts a new one. The gradients themselves are dropped. Sums of half precision gradients
         are kept in float32. Gradients that DDP has not reduced, inside `no_sync`, are reduced once, by the step.
+        DDP tells only of its last forward pass. So no forward pass with gradients and outside of `no_sync` may
+        come between the backward pass inside and this call: the step would not reduce, and replicas would diverge.
 
         Raises:
-            RuntimeError: with `release_gradients`.
+            RuntimeError: with `release_gradients`, and for gradients of DDP inside `no_sync` and inside `Join`.
             ValueError: for gradients of FSDP1 inside `no_sync`.
         """
         if self._settings.release_gradients:
@@ -55,34 +70,72 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a `GradScaler` leaves unscaling to the step.
 
-        It asks before it looks at `.grad`: sums go there, to be checked and unscaled with the rest.
+        It asks before it looks at `.grad`: sums go there, to be checked and unscaled with the rest. So does what
+        other processes of `process_group` find, and what was found in gradients that are gone.
         """
+        is_shared = has_others(self._settings.process_group)
         if self._sums:
+            if not is_shared and is_scaler_looking():
+                check_scaled_sums(self._all_params())
             self._handed_over = without_torch_function(self._sums.hand_over, (), (self._all_params(),), {})
-        return bool(self._handed_over) or self._handles_scaling
+        if (is_shared or self._release is not None) and is_scaler_looking():
+            without_torch_function(self._report, (), (is_shared,), {})
+        return bool(self._handed_over) or self._handles_scaling or is_shared
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         self._handles_scaling = value
 
+    def _report(self, is_shared: bool) -> None:
+        """Let a scaler find what was found elsewhere, by a gradient of zeros if there is none."""
+        params = self._all_params()
+        if is_shared:
+            self._stand_in = report_to_all(params, self._settings.process_group)
+        elif self._release is not None and (found := self._release.untold()):
+            self._stand_in = stand_in(params)
+            report(params, found)
+
     def _scaling(self) -> Scaling:
         """What a `GradScaler` hands over for this step.
 
         Raises:
-            RuntimeError: if it unscaled the gradients before the sums were among them.
+            RuntimeError: if it unscaled the gradients before it could find what this optimizer reports.
         """
         scaling = handed_over(self)
+        has_stood_in = self._drop_stand_in()
         # A scaler that leaves unscaling to the step says what it found, and the scale if there still is one.
-        if self._handed_over and scaling.grad_scale is None and hasattr(self, "found_inf"):
-            # The sums are of no use any more. The scaler takes its findings away behind a step that returns.
-            self._drop_handed_over()
-            for name in ("grad_scale", "found_inf"):
-                delattr(self, name)
-            raise RuntimeError(
-                "GradScaler.unscale_() saw no sums of sum_grad(): they are still scaled. Leave unscale_() out: "
-                "the step unscales sums too, and max_grad_norm clips them. Or leave sum_grad() out"
-            )
+        if scaling.grad_scale is None and hasattr(self, "found_inf"):
+            self._check_unscaled(scaling, has_stood_in)
         return scaling
+
+    def _check_unscaled(self, scaling: Scaling, has_stood_in: bool) -> None:
+        flags, group, differ = [bool(self._handed_over), has_stood_in], self._settings.process_group, False
+        if has_others(group):
+            found = scaling.found_inf is not None and bool(scaling.found_inf > 0)
+            *flags, is_found, is_clean = any_of([*flags, found, not found], self._all_params(), group)
+            differ = is_found and is_clean
+        if not (any(flags) or differ):
+            return
+        reasons = (
+            "sums of sum_grad(): they are still scaled. Leave unscale_() out: the step unscales sums too, and "
+            "max_grad_norm clips them. Or leave sum_grad() out",
+            "gradients on this process, or on another one of process_group. Leave unscale_() out: the step "
+            "unscales too",
+            "gradients of other processes of process_group, and found something else. Leave unscale_() out: the "
+            "step unscales too, and max_grad_norm clips. Or use a ShardedGradScaler with this process_group",
+        )
+        # The sums are of no use any more. The scaler takes its findings away behind a step that returns.
+        self._drop_handed_over()
+        for name in ("grad_scale", "found_inf"):
+            delattr(self, name)
+        raise RuntimeError(f"GradScaler.unscale_() saw no {reasons[[*flags, differ].index(True)]}")
+
+    def _drop_stand_in(self) -> bool:
+        """Take away a gradient that was there only for a scaler, and tell whether there was one."""
+        param, self._stand_in = self._stand_in, None
+        if param is not None:
+            param.grad = None
+        return param is not None
 
     def _drop_handed_over(self) -> None:
         """End sums with the step that used them, or that a scaler skipped."""
@@ -92,6 +145,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
 
     def _take_back(self) -> None:
         """Make sums again of what no step has used."""
+        self._drop_stand_in()
         if self._handed_over:
             params, self._handed_over = self._handed_over, ()
             outside_inference_mode(lambda: without_torch_function(self._sums.take, (), (params, False), {}))

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.owners import Replicas
-from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._distributed.shards import mean_shard_nbytes
+from dragon.vm.torch.optim._gradients.reporting import nonfinite, report
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._groups.members import MemberReader, Members
 from dragon.vm.torch.optim._modes import undisturbed
@@ -35,7 +37,8 @@ def check_release(groups: Sequence[Mapping[str, Any]], settings: Settings) -> No
 
     Raises:
         TypeError: for a `release_gradients` that is neither a bool nor a `GradScaler`.
-        ValueError: for an option that needs all gradients, for parameters of FSDP1 and for uninitialized ones.
+        ValueError: for an option that needs all gradients, for a `process_group` with other processes, for
+            parameters of FSDP1 and for uninitialized ones.
     """
     release = settings.release_gradients
     if not isinstance(release, bool | torch.amp.GradScaler):
@@ -45,6 +48,11 @@ def check_release(groups: Sequence[Mapping[str, Any]], settings: Settings) -> No
     for name, reason in _INSTEAD.items():
         if value := getattr(settings, name):
             raise ValueError(f"release_gradients with {name}={value}: {reason}")
+    if has_others(settings.process_group):
+        raise ValueError(
+            "release_gradients with process_group: its processes release other buckets at other times, and cannot "
+            "agree on them. Use DTensor parameters without process_group, or leave release_gradients out"
+        )
     if any(group.get("differentiable") for group in groups):
         raise ValueError("release_gradients with differentiable=True: a backward pass cannot see its own update")
     params = [param for group in groups for param in group["params"]]
@@ -114,12 +122,7 @@ class ScalerReport:
         """Positive if some gradient of this process is infinite or NaN, fp32 [1]; None if no scaler asks."""
         if self.scaler is None or not self.scaler.is_enabled():
             return None
-        found = torch.zeros(1, device=members.shards[0].device)
-        filled = [grad for grad in members.grads if grad is not None and grad.numel()]
-        if filled:
-            norms = torch.stack(torch._foreach_norm(filled, torch.inf))
-            found = torch.isfinite(norms).all().logical_not().float().reshape(1)
-        return found
+        return nonfinite([grad for grad in members.grads if grad is not None], members.shards[0].device)
 
     def scaling(self, found_inf: Tensor | None) -> Scaling:
         """The scale of gradients beside what all processes found of them, which is noted."""
@@ -128,16 +131,15 @@ class ScalerReport:
         self._found_inf.append(found_inf)
         return Scaling(self.scaler.scale(torch.ones(1, device=found_inf.device)), found_inf)
 
-    @torch.no_grad()
     def tell(self) -> None:
         """Make a gradient that is left infinite if one that is gone was."""
-        grads = [local(param.grad) for param in self.kept if param.grad is not None] if self._found_inf else []
-        grad = next((each for each in grads if each.numel()), None)
-        if grad is not None:
-            element = grad[(0,) * grad.dim()]
-            for found in self._found_inf:
-                element.add_(torch.where(found.to(grad.device) > 0, torch.inf, 0.0).reshape(()))
+        if self._found_inf and report(self.kept, self._found_inf):
             self._found_inf.clear()
+
+    def untold(self) -> list[Tensor]:
+        """What was found and not told: no gradient was left."""
+        found, self._found_inf = self._found_inf, []
+        return found
 
 
 class ReleasingOptimizer(Protocol):
@@ -171,13 +173,14 @@ class GradientRelease:
         """Arrange the trained parameters of groups in buckets, in reverse order, and hook them."""
         self._buckets = []
         chosen: list[tuple[int, Tensor]] = []
-        nbytes = 0
+        nbytes = 0.0
         ordered = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
         for index, param in reversed([each for each in ordered if each[1].requires_grad]):
-            size = local(param).nbytes
+            # Processes whose shards differ must arrange the same buckets.
+            size = mean_shard_nbytes(param)
             if chosen and (nbytes + size > BUCKET_BYTES or param.device != chosen[-1][1].device):
                 self._close(chosen, len(groups))
-                chosen, nbytes = [], 0
+                chosen, nbytes = [], 0.0
             chosen.append((index, param))
             nbytes += size
         if chosen:
@@ -213,6 +216,10 @@ class GradientRelease:
         for bucket in self._buckets:
             bucket.begin()
         self._report.begin(self._report.kept)
+
+    def untold(self) -> list[Tensor]:
+        """What was found in gradients that are gone, where none was left to tell a scaler."""
+        return self._report.untold()
 
     def check_scaling(self, scaling: Scaling) -> None:
         """Check at a step that the gradients were scaled as this object was told.

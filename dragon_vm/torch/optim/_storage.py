@@ -37,7 +37,10 @@ class StoringOptimizer(AccumulatingOptimizer):
                 checkpoint functions could not load.
         """
         self._settle_masters()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        # Checkpoints are loaded into what model and optimizer give away, and nobody may tell the optimizer.
+        self._updater.masters.doubt(self._params_with_masters())
+        return state_dict
 
     def state_formats(self) -> dict[str, dict[str, str]]:
         """How each parameter and its states are stored, by its name, or its position if it has none.

@@ -125,6 +125,7 @@ class GradientSums:
         chosen = [param for param in params if id(param) in groups and param.requires_grad]
         if not chosen:
             return params
+        self._replicas[1].check_joined()
         for key, members in by_buffer(chosen, groups).items():
             ids = list(map(id, members))
             kept = (sums for sums in self._unreduced if sums.key == key and list(map(id, sums.params)) == ids)
@@ -136,7 +137,13 @@ class GradientSums:
         return [param for param in params if id(param) not in groups]
 
     def reduce(self) -> None:
-        """Reduce the sums that are not yet, by one collective for each process group, device and dtype."""
+        """Reduce the sums that are not yet, by one collective for each process group, device and dtype.
+
+        Raises:
+            RuntimeError: inside of `Join`.
+        """
+        if self._unreduced:
+            self._replicas[1].check_joined()
         while self._unreduced:
             # A step that fails after this one finds them reduced.
             reduced = self._unreduced.pop(0).reduced()

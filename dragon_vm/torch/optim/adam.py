@@ -65,6 +65,7 @@ class Adam(Optimizer, torch.optim.Adam):
         flatten: move parameters, gradients and states into flat buffers.
         process_group: processes that hold other parts of the model than meshes say, over which norms and decisions
             to skip are summed; for FSDP1, ZeroRedundancyOptimizer, pipeline stages and tensor parallelism by hand.
+            A `GradScaler` leaves unscaling to the step then: call its `step` on all, and leave `unscale_` out.
         release_gradients: update parameters in the backward pass, bucket by bucket, and free their gradients. Each
             backward pass needs a step. In place of True, give the `GradScaler` that scales the loss, if there is
             one: it skips each bucket with infinite or NaN gradients.

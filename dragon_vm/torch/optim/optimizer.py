@@ -174,11 +174,11 @@ class Optimizer(StoringOptimizer):
 
     def _update(self, zero_grad: bool) -> None:
         groups, settings = self._read_groups(), self._settings
-        members = self._members.read(self.param_groups)
         scaling = self._scaling()
         if self._release is not None:
             self._release.check_scaling(scaling)
             self._release.begin()
+        members = self._members.read(self.param_groups)
         # A step that is to create states uses no sum up.
         summed = bool(self._sums) and (bool(self.state) or not is_state_asked_for())
         if summed:

@@ -181,6 +181,52 @@ def test_scaled_gradients_give_the_bits_of_unscaled_ones(backend):
     assert same(model.parameters(), expected)
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scaler_finds_what_was_released_where_no_gradient_is_left(backend, is_frozen):
+    model = net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    optimizer = AdamW(model.parameters(), lr=0.1, weight_decay=0.1, backend=backend, release_gradients=scaler)
+    last = [param for param in model.parameters() if id(param) in optimizer._release._buckets[-1].ids]
+    scaler.scale(loss_of(model, 0)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    before = [param.detach().clone() for param in last]
+    if is_frozen:
+        for param in last:
+            param.requires_grad_(False)
+    handle = None
+    scales = []
+    for step in range(1, 5):
+        if step == 4:
+            handle = model[4].weight.register_hook(lambda grad: grad * torch.inf)
+        n_unused = 0 if is_frozen else 2
+        scaler.scale(model[n_unused:](batch(step)).square().sum()).backward()
+        assert all(param.grad is None for param in model.parameters())
+        scaler.step(optimizer)
+        assert all(param.grad is None for param in model.parameters())
+        scaler.update()
+        scales.append(scaler.get_scale())
+    handle.remove()
+    assert scales == [8.0, 8.0, 16.0, 8.0]
+    assert optimizer.n_skipped_steps > 0
+    # The gradient of zeros that the scaler was given updated nothing.
+    assert same(last, before)
+    assert [float(optimizer.state[param]["step"]) for param in last] == [1.0] * len(last)
+
+
+def test_a_scaler_that_unscaled_before_it_was_told_is_refused():
+    model = net()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = AdamW(model.parameters(), release_gradients=scaler)
+    scaler.scale(model[2:](batch(0)).square().sum()).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="Leave unscale_\\(\\) out"):
+        scaler.step(optimizer)
+    assert all(param.grad is None for param in model.parameters())
+
+
 def test_an_unknown_scaler_is_noticed():
     model = net()
     scaler = torch.amp.GradScaler("cpu")

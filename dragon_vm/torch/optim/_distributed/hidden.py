@@ -39,6 +39,20 @@ def hidden_sharding(params: Sequence[Tensor]) -> str | None:
     return None
 
 
+def check_scaled_sums(params: Sequence[Tensor]) -> None:
+    """Check that each process has whole sums of gradients for a `GradScaler`, where no `process_group` is given.
+
+    Raises:
+        RuntimeError: if FSDP1 splits parameters. A `ShardedGradScaler` agrees with other processes only where it
+            unscales itself, and it leaves sums to the step.
+    """
+    if any(split_by_fsdp1(params)):
+        raise RuntimeError(
+            "a GradScaler checks sums of sum_grad() by this process's part alone, for FullyShardedDataParallel "
+            f"splits the parameters: {_REMEDY}=model.process_group, or leave sum_grad() out"
+        )
+
+
 def split_by_fsdp1(params: Sequence[Tensor]) -> list[bool | None]:
     """Tell for each parameter whether FSDP1 keeps other parts of it on other processes.
 
@@ -68,6 +82,11 @@ def is_flat_dict_asked_for() -> bool:
     """Whether PyTorch's checkpoint functions call `state_dict` on this thread to flatten what it returns."""
     frame = _caller("torch.distributed.checkpoint.state_dict", "_get_optim_state_dict")
     return bool(getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False)) if frame else False
+
+
+def is_scaler_looking() -> bool:
+    """Whether the step of a `GradScaler` on this thread is about to look at gradients."""
+    return _caller("torch.amp.grad_scaler", "step") is not None
 
 
 def _caller(name: str, function: str) -> FrameType | None:

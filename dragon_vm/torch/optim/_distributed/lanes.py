@@ -97,6 +97,15 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
     return Lanes(tuple(lanes), tuple(index.get(key, -1) for key in keys), tuple(weights))
 
 
+def has_others(process_group: Any) -> bool:
+    """Whether a process group, or None, contains other processes.
+
+    Raises:
+        TypeError, ValueError: for anything else, and for a group without this process.
+    """
+    return bool(_ranks_of_group(process_group))
+
+
 def _joined(
     keys: list[tuple[int, ...]], weights: list[float], largest: tuple[int, ...]
 ) -> tuple[list[tuple[int, ...]], list[float]]:

@@ -68,11 +68,25 @@ class Replicas:
         """Whether any DDP module held a parameter at the construction."""
         return bool(self._modules)
 
+    def check_joined(self) -> None:
+        """Check that a reduction by the step finds all processes.
+
+        Raises:
+            RuntimeError: inside of `Join`: processes without batches take part in what DDP reduces alone.
+        """
+        modules = (reference() for reference in self._modules)
+        if any(getattr(getattr(module, "_join_config", None), "enable", False) for module in modules):
+            raise RuntimeError(
+                "sums of gradients from DDP's no_sync() cannot be reduced inside Join: processes without batches "
+                "take no part. Leave no_sync() out there. Behind a Join, enter Join([model], enable=False)"
+            )
+
     def unreduced(self) -> dict[int, Any]:
         """The process group of each parameter, by its id, whose last gradient is this process's alone.
 
         It is so if the last forward pass ran inside `no_sync`, wherever this is called. After a forward pass
-        without gradients it says so too. The mean of means is the same mean then.
+        without gradients it says so too. The mean of means is the same mean then. After another forward pass, with
+        gradients and outside of `no_sync`, it does not say so: nothing records which pass a gradient is from.
         """
         found = {}
         for reference in self._modules:

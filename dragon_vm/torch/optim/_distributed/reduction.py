@@ -152,6 +152,11 @@ class TensorReduction:
                 values[positions] = chosen
 
 
+def all_reduce_flags(flags: Tensor, process_group: Any) -> None:
+    """Take maxima of numbers, of which none is NaN, in place and on the current stream."""
+    _all_reduce_sum(flags, (process_group,), dist.ReduceOp.MAX)
+
+
 def _all_reduce_sum(values: Tensor, groups: Sequence[Any], op: Any = None) -> None:
     """Reduce a tensor in place over each group in turn."""
     for group in groups:

@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Iterable
 from itertools import repeat
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,15 @@ def local(tensor: Any) -> Any:
     A tensor that a collective still fills is waited for. On an accelerator the stream waits, not the host.
     """
     return ready(tensor._local_tensor if is_distributed(tensor) else tensor)
+
+
+def mean_shard_nbytes(tensor: Any) -> float:
+    """Bytes of a tensor's shard in the mean over its shards: the same on all processes, even if shards are not."""
+    nbytes = float(tensor.numel() * tensor.element_size())
+    if is_distributed(tensor):
+        mesh = tensor.device_mesh
+        nbytes /= prod(mesh.size(dim) for dim, placement in enumerate(tensor.placements) if placement.is_shard())
+    return nbytes
 
 
 def locals_of(tensors: Iterable[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import is_distributed_type, local
+from dragon.vm.torch.optim._distributed.shards import is_distributed, is_distributed_type, local
 
 # The speed of C: a step reads the version of each parameter.
 _version_of = attrgetter("_version")
@@ -23,19 +23,32 @@ class MasterVersions:
     def __init__(self) -> None:
         # By id: no parameter is held.
         self._seen: dict[int, int] = {}
+        self._doubted: set[int] = set()
+
+    def doubt(self, params: Sequence[Tensor]) -> None:
+        """Compare distributed parameters with their masters before the next use: versions may miss a write.
+
+        A state dict of a model has detached shards with version counters of their own, and a checkpoint is
+        loaded into them.
+        """
+        self._doubted.update(id(param) for param in params if is_distributed(param))
 
     def forget(self) -> None:
         """Trust the masters as they are, whatever is written until the next step."""
         self._seen.clear()
 
     def notice(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
-        """Make parameters that were written to since `note` their own masters."""
+        """Make parameters that were written to since `note` their own masters, and elements of doubted ones."""
         versions = _versions(params)
         seen = list(map(self._seen.get, map(id, params), versions))
         if seen != versions:
             written = list(compress(params, map(ne, seen, versions)))
             resync(written, state)
             self.note(written)
+        if self._doubted:
+            doubted = [param for param in params if id(param) in self._doubted]
+            reconcile(doubted, state)
+            self._doubted.difference_update(map(id, doubted))
 
     def meet(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
         """Make those elements their own masters that do not round to the parameter, where `note` saw none yet.

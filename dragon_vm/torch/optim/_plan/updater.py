@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
+from dragon.vm.torch.optim._groups.premature import drop_premature, note_premature
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, complete, needs_norm
 from dragon.vm.torch.optim._plan.agreement import Agreement
 from dragon.vm.torch.optim._plan.cache import PlanCache
@@ -93,6 +95,11 @@ class Updater:
         # What is found in a part has been agreed on.
         decides = scaling.found_inf is not None and not part
         reductions = self._reductions(members, settings, part, decides=decides)
+        # A saved step count shows whether an average was loaded in place.
+        have_averages = self._algorithm.saves_steps and any(group["ema_decay"] for group in values.groups)
+        is_asked = have_averages and is_state_asked_for()
+        if have_averages and not (is_asked or is_capturing()):
+            drop_premature(members.params, state)
         recipe = Recipe(
             self._owner,
             self._algorithm,
@@ -123,10 +130,11 @@ class Updater:
             outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
             if with_masters:
                 self.masters.note(with_masters)
-        if outcome.grad_norm is not None:
-            self._grad_norm = outcome.grad_norm
-        elif found is not None and needs_norm(settings):
-            self._grad_norm = found.plan.norm
+        if is_asked:
+            note_premature(members.params, state)
+        on_device = found.plan.norm if found and needs_norm(settings) else None
+        norms = outcome.grad_norm, on_device, self._grad_norm
+        self._grad_norm = next((norm for norm in norms if norm is not None), None)
         self._n_skipped = self._n_skipped + outcome.n_skipped
 
     def agreed(self, members: Members, settings: Settings, found_inf: Tensor, part: int) -> Tensor:
@@ -142,7 +150,9 @@ class Updater:
             return None
         assert self._hyperparameters is not None
         agreement = self._agreements.setdefault(part, Agreement())
-        return agreement.find(members.params, self._hyperparameters.groups, settings, decides=decides)
+        found = agreement.find(members.params, self._hyperparameters.groups, settings, decides=decides)
+        # PyTorch makes states where a process has none: other processes may take no such step.
+        return None if found is not None and is_state_asked_for() else found
 
     @property
     def n_skipped(self) -> int:

@@ -1,0 +1,96 @@
+"""What a `GradScaler` is to find: it looks at the gradients that are there, and at no others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim._distributed.reduction import all_reduce_flags
+from dragon.vm.torch.optim._distributed.shards import local
+
+
+@torch.no_grad()
+def nonfinite(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Whether some gradients are infinite or NaN: fp32 [1] on a device, without waiting for it."""
+    members: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        if grad.numel() and grad.layout == torch.strided:
+            members.setdefault(grad.device, []).append(grad)
+    found = torch.zeros(1, device=device)
+    for chosen in members.values():
+        norms = torch.stack(torch._foreach_norm(chosen, torch.inf))
+        found += torch.isfinite(norms).all().logical_not().to(found)
+    return found
+
+
+@torch.no_grad()
+def report(params: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+    """Make an element of a gradient infinite if anything was found; no value is read.
+
+    Args:
+        params: whose gradients a scaler will check.
+        found: each of one element, positive for infinite or NaN gradients elsewhere.
+
+    Returns:
+        Whether some gradient has an element for it.
+    """
+    grads = (local(param.grad) for param in params if param.grad is not None)
+    grad = next((each for each in grads if each.numel() and each.layout == torch.strided), None)
+    if grad is not None:
+        element = grad[(0,) * grad.dim()]
+        for each in found:
+            flag = each.to(grad.device).reshape(()) > 0
+            element.copy_(torch.where(flag, torch.full_like(element, torch.inf), element))
+    return grad is not None
+
+
+@torch.no_grad()
+def stand_in(params: Sequence[Tensor]) -> Tensor | None:
+    """Give the smallest parameter a gradient of zeros, if none has a gradient.
+
+    Returns:
+        The parameter; None if a gradient is there.
+    """
+    if any(param.grad is not None for param in params):
+        return None
+    # All processes choose the same one, by its whole shape.
+    param = min((param for param in params if param.numel()), key=torch.Tensor.numel, default=None)
+    if param is not None:
+        param.grad = torch.zeros_like(param, requires_grad=False)
+    return param
+
+
+def report_to_all(params: Sequence[Tensor], process_group: Any) -> Tensor | None:
+    """Report infinite and NaN gradients to all processes of a group, so that their scalers do the same.
+
+    Args:
+        params: the parameters of this process.
+        process_group: all its processes call this.
+
+    Returns:
+        The parameter that got a gradient of zeros, for others have gradients and this process has none.
+
+    Raises:
+        RuntimeError: if no gradient of this process has an element to report it.
+    """
+    grads = [local(param.grad) for param in params if param.grad is not None]
+    device = local(params[0]).device
+    flags = torch.cat([nonfinite(grads, device), torch.full((1,), float(bool(grads)), device=device)])
+    all_reduce_flags(flags, process_group)
+    param = stand_in(params) if not grads and float(flags[1]) else None
+    if not report(params, [flags[:1]]) and float(flags[0]):
+        raise RuntimeError(
+            "a GradScaler with process_group: another process found infinite or NaN gradients, and no gradient of "
+            "this one has an element that could tell its scaler. Use skip_nonfinite=True without a scaler, or bf16"
+        )
+    return param
+
+
+def any_of(flags: Sequence[bool], params: Sequence[Tensor], process_group: Any) -> list[bool]:
+    """For each flag whether some process of a group has set it. It waits for the device."""
+    values = torch.tensor(flags, dtype=torch.float32, device=local(params[0]).device)
+    all_reduce_flags(values, process_group)
+    return [value > 0 for value in values.tolist()]
