@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .factories import largest_difference, make, params_of, whole
@@ -155,13 +156,14 @@ def scaled_apart(name: str, has_missing: bool, **options: Any) -> tuple[list[flo
 def unscaled_apart(name: str, case: str) -> tuple[str, bool]:
     """What is said of `unscale_` where each process has a stage of its own, and whether the stage changed.
 
-    The first process has an infinity, or no gradient, or neither.
+    The first process has an infinity, or no gradient, or neither; "sharded": its scaler asks the others.
     """
     param = nn.Parameter(torch.ones(4, 3))
     optimizer = make(name, [param], process_group=dist.group.WORLD)
-    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    scaler = (ShardedGradScaler if case == "sharded" else torch.amp.GradScaler)("cpu", init_scale=16.0)
     is_first = dist.get_rank() == 0
-    loss = scaler.scale((param * (torch.inf if case == "infinite" and is_first else 1.0)).sum())
+    is_infinite = case in ("infinite", "sharded") and is_first
+    loss = scaler.scale((param * (torch.inf if is_infinite else 1.0)).sum())
     if not (case == "missing" and is_first):
         loss.backward()
     text = "accepted"

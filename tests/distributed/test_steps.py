@@ -93,6 +93,8 @@ def test_gradients_that_were_unscaled_before_processes_agreed_are_refused(
 ) -> None:
     results = cluster.run(n_processes, "steps:unscaled_apart", name=name, case="finite")
     assert results == [("accepted", True)] * n_processes
+    results = cluster.run(n_processes, "steps:unscaled_apart", name=name, case="sharded")
+    assert results == [("accepted", False)] * n_processes
     for case in ("infinite", "missing"):
         for text, has_changed in cluster.run(n_processes, "steps:unscaled_apart", name=name, case=case):
             assert "process_group. Leave unscale_() out" in text or "ShardedGradScaler" in text
