@@ -100,9 +100,10 @@ def uneven(name: str, bucket_bytes: int) -> tuple[list[int], list[float]]:
 
 
 def all_released(name: str) -> tuple[list[float], list[bool], bool]:
-    """The scales of a scaler that finds no gradient, at which steps a layer changed, and whether some is left.
+    """The scales of a scaler, at which steps a layer changed, and whether gradients are left for the scaler.
 
-    At one step a gradient is infinite, on the last process alone. The last bucket is frozen after the first step.
+    At one step a gradient is infinite, on the last process alone. The last bucket is frozen after the first step, and
+    another one keeps its gradients from then on.
     """
     whole_buckets, _release.BUCKET_BYTES = _release.BUCKET_BYTES, SMALL
     try:

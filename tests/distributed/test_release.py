@@ -29,7 +29,7 @@ def test_a_scaler_skips_on_all_processes(cluster: Cluster, n_processes: int) -> 
 @pytest.mark.parametrize("n_processes", [1, 2, 3])
 def test_a_scaler_finds_on_all_processes_what_was_released(cluster: Cluster, n_processes: int) -> None:
     results = cluster.run(n_processes, "release:all_released", name=OPT)
-    assert results == [([16.0, 16.0, 8.0, 8.0], [True, True, False, True], False)] * n_processes
+    assert results == [([16.0, 16.0, 8.0, 8.0], [True, True, False, True], True)] * n_processes
 
 
 @pytest.mark.parametrize("bucket_bytes", [64, 96])

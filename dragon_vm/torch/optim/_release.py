@@ -164,7 +164,7 @@ class GradientRelease:
         self._handles: dict[int, Any] = {}
         weakref.finalize(self, _remove, self._handles).atexit = False
         # The ids of each group's parameters at the last pass.
-        self._arranged: list[list[int]] = []
+        self._arranged: list[list[tuple[int, bool]]] = []
         self._is_under_way = False
         # One thread a device runs backward passes.
         self._lock = threading.RLock()
@@ -239,12 +239,12 @@ class GradientRelease:
             return
         with self._lock:
             if not self._is_under_way:
-                # Groups may have lost, gained or exchanged parameters since the last pass.
-                ids = [list(map(id, group["params"])) for group in optimizer.param_groups]
-                if ids != self._arranged:
+                # Groups may have lost, gained, frozen or exchanged parameters since the last pass.
+                found = [[(id(each), each.requires_grad) for each in g["params"]] for g in optimizer.param_groups]
+                if found != self._arranged:
                     self.watch(optimizer.param_groups)
                     self._check_owner()
-                    self._arranged = ids
+                    self._arranged = found
                 self._is_under_way = True
             bucket = self._bucket_of.get(id(param))
             if bucket is None:

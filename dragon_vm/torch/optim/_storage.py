@@ -97,7 +97,7 @@ class StoringOptimizer(AccumulatingOptimizer):
         apart = (
             (key, tensor)
             for key, tensor in others.values()
-            if not any(start <= tensor.data_ptr() < end for start, end in spans)
+            if not spans or not any(start <= tensor.data_ptr() < end for start, end in spans)
         )
         for key, tensor in (*flats, *apart):
             nbytes[_kind_of(key)] += tensor.nbytes
@@ -138,6 +138,8 @@ class StoringOptimizer(AccumulatingOptimizer):
             if "betas" not in group:
                 continue
             now = float(group["betas"][0]), float(group["betas"][1])
+            if not 0 <= min(now) <= max(now) < 1:
+                continue  # the step refuses them
             # Behind the betas of the last step, what they and all before allow, once they have changed.
             beta1, beta2, bound = (*(group.get("bound_betas") or now), 0.0)[:3]
             if (beta1, beta2) != now:

@@ -22,7 +22,7 @@ from dragon.vm.torch.optim._gradients.zeroing import is_dragon, zero_or_remove
 from dragon.vm.torch.optim._graphs.capture import check_capture, is_capturing
 from dragon.vm.torch.optim._graphs.live import make_live
 from dragon.vm.torch.optim._groups.buffers import make_buffers
-from dragon.vm.torch.optim._groups.checks import check_param, check_trained
+from dragon.vm.torch.optim._groups.checks import check_differentiable, check_param, check_trained
 from dragon.vm.torch.optim._groups.eligibility import check_backend
 from dragon.vm.torch.optim._groups.members import MemberReader
 from dragon.vm.torch.optim._groups.sharding import check_sharding
@@ -76,6 +76,7 @@ class Optimizer(StoringOptimizer):
 
     def _check_params(self, groups: list[dict[str, Any]]) -> None:
         """Check the memory of trained parameters, that of others at their first step, and what sharding allows."""
+        check_differentiable(groups, self._settings.max_grad_norm)
         check_trained(groups)
         check_sharding(self.param_groups, self._settings)
         check_release(self.param_groups, self._settings)

@@ -193,3 +193,79 @@ def test_a_state_whose_layout_is_changed_in_place_is_walked_in_the_new_one(trans
 
     torch.testing.assert_close(run(Adam, backend=backend), run(torch.optim.Adam))
     torch.testing.assert_close(run(Adam, backend=backend, flatten=True), run(torch.optim.Adam))
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_a_parameter_of_a_flat_buffer_that_is_transposed_in_place_leaves_it(backend):
+    def run(cls, **options):
+        params = [torch.nn.Parameter(torch.arange(4.0).view(2, 2)), torch.nn.Parameter(torch.zeros(2))]
+        optimizer = cls(params, lr=1.0, **options)
+        params[0].data = params[0].data.t()
+        params[0].grad, params[1].grad = torch.tensor([[0.0, 10.0], [0.0, 0.0]]), torch.zeros(2)
+        optimizer.step()
+        return params[0].detach()
+
+    assert torch.equal(run(SGD, flatten=True, backend=backend), run(torch.optim.SGD))
+
+
+def test_a_parameter_of_a_flat_buffer_may_be_reshaped():
+    params = [torch.nn.Parameter(torch.ones(8)), torch.nn.Parameter(torch.ones(2))]
+    optimizer = SGD(params, lr=1.0, flatten=True)
+    params[0].data = params[0].data.view(2, 4)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert all((param == 0).all() for param in params)
+
+
+def test_a_plan_for_many_sets_of_gradients_is_not_lost_among_them():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(40)]
+    optimizer = SGD(params, lr=0.1, backend="native")
+    generator = torch.Generator().manual_seed(0)
+    n_prepared = []
+    for _ in range(400):
+        chosen = torch.randperm(40, generator=generator)[:4].tolist()
+        for index, param in enumerate(params):
+            param.grad = torch.ones(3) if index in chosen else None
+        before = set(map(id, optimizer._plans.latest()))
+        kept = optimizer._plans.latest()
+        optimizer.step()
+        n_prepared.append(len(set(map(id, optimizer._plans.latest())) - before))
+        del kept
+    assert sum(n_prepared[-100:]) < 10
+
+
+def test_a_layer_that_is_frozen_in_between_keeps_no_gradients_of_others():
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    optimizer = SGD(model.parameters(), lr=0.1, release_gradients=True)
+    for trained in ((0, 1, 2), (1, 2), (0, 1, 2)):
+        for index, layer in enumerate(model):
+            layer.requires_grad_(index in trained)
+        model(torch.ones(1, 4)).sum().backward()
+        assert all(param.grad is None for param in model.parameters())
+        optimizer.step()
+
+
+def test_hypergradients_of_betas_are_pytorchs():
+    def run(cls):
+        beta = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+        other = torch.tensor(0.99, dtype=torch.float64, requires_grad=True)
+        param = torch.ones(2, dtype=torch.float64, requires_grad=True).clone()
+        optimizer = cls([param], lr=0.1, betas=(beta, other), differentiable=True)
+        for step in range(4):
+            param.grad = torch.ones(2, dtype=torch.float64) * (step + 1)
+            optimizer.step()
+        return torch.stack(torch.autograd.grad(param.sum(), (beta, other)))
+
+    torch.testing.assert_close(run(Adam), run(torch.optim.Adam))
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"clip_norm": 1.0}])
+def test_clipping_by_norms_that_autograd_does_not_see_is_refused(options):
+    param = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"differentiable=True with .*: autograd does not see the norm"):
+        SGD([param], differentiable=True, **options)
+    optimizer = SGD([torch.nn.Parameter(torch.ones(2))], **options)
+    with pytest.raises(ValueError, match="differentiable=True with"):
+        optimizer.add_param_group({"params": [param], "differentiable": True})
+    assert len(optimizer.param_groups) == 1

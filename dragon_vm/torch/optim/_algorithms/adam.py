@@ -20,7 +20,7 @@ from dragon.vm.torch.optim._algorithms.algorithm import (
     host_number,
 )
 from dragon.vm.torch.optim._algorithms.scalars import one_minus_power
-from dragon.vm.torch.optim._formats import clamp_moment, moment_bound
+from dragon.vm.torch.optim._formats import SLACK, clamp_moment, moment_bound
 
 _PLAIN_MATHS = Maths()
 
@@ -52,7 +52,7 @@ def _check(group: Group) -> None:
 def _columns(group: Group) -> dict[str, float]:
     beta1, beta2 = map(host_number, group["betas"])
     return {
-        "BOUND": _changed_bound(group),
+        "BOUND": _changed_bound(group) * SLACK,
         "BETA1": beta1,
         "BETA2": beta2,
         "EPS": float(group["eps"]),
@@ -64,7 +64,8 @@ def _columns(group: Group) -> dict[str, float]:
 def _complement_power(beta: float | Tensor, step: Tensor) -> float | Tensor:
     """1 - beta**step; a tensor if autograd must see it."""
     if isinstance(beta, Tensor) and beta.requires_grad:
-        return 1 - beta ** step.to(beta.device)
+        # A copy: the next step counts in place.
+        return 1 - beta ** step.to(beta.device, copy=True)
     return one_minus_power(float(beta), float(step))
 
 

@@ -107,7 +107,9 @@ def check_lr(group: Group) -> None:
 
 def host_number(value: Any) -> float:
     """A hyperparameter as a float; 0 for a tensor on a device, which kernels read where it is."""
-    return 0.0 if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
+    if isinstance(value, Tensor):
+        return float(value.detach()) if value.device.type == "cpu" else 0.0
+    return float(value)
 
 
 def decayed(

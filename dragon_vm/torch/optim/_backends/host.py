@@ -41,16 +41,19 @@ class HostGroup:
     def __init__(
         self, group: FlattenedGroup, algorithm: Algorithm, n_gathered: int, seed: int, in_pieces: bool
     ) -> None:
-        self._algorithm, self._signature = algorithm, group.signature
-        self._seed, self._piece = seed, PIECE if in_pieces else None
+        signature = group.signature
+        self._algorithm, self._piece = algorithm, PIECE if in_pieces else None
         # Without the tensors: those of each step are gathered.
-        self._members = [(e.position, e.group_index, e.stream, e.first) for e in group.entries]
+        self._members = [(e.position, e.group_index, Rounding(seed, e.stream, 0, e.first)) for e in group.entries]
         self.pick = picker([entry.position for entry in group.entries], n_gathered)
-        is_wide = group.signature.param_dtype in (torch.float64, torch.complex128)
+        is_wide = signature.param_dtype in (torch.float64, torch.complex128)
         self._dtype = torch.float64 if is_wide else torch.float32
-        is_exact = group.signature.is_narrowed and not is_wide
-        self._maths = Maths(square_root if is_exact else torch.sqrt, group.signature.is_bounded)
-        self._is_flat = in_pieces or group.signature.is_narrowed
+        is_exact = signature.is_narrowed and not is_wide
+        self._maths = Maths(square_root if is_exact else torch.sqrt, signature.is_bounded)
+        self._is_flat = in_pieces or signature.is_narrowed
+        # Names of the parts of the parameter, of each state and of the average; of all entries of a state.
+        self._part_keys = *signature.part_keys, ("ema",) * (signature.ema_dtype is not None)
+        self._all_keys, self._formats = signature.all_keys, signature.formats
 
     def update(
         self,
@@ -61,14 +64,13 @@ class HostGroup:
         factors: Factors,
     ) -> None:
         """Advance the counters and update the tensors; `grads` are this group's, None where one takes no part."""
-        for (position, index, stream, first), grad in zip(self._members, grads, strict=True):
+        for (position, index, rounding), grad in zip(self._members, grads, strict=True):
             if grad is None:
                 continue
-            state = {key: tensors.states[key][position] for key in self._signature.all_keys}
+            state = {key: tensors.states[key][position] for key in self._all_keys}
             step = state.get("step")
             if step is not None:
                 step += 1
-            rounding = Rounding(self._seed, stream, 0 if step is None else step, first)
             factor = factors.of(position, groups[index])
             self._update_one(tensors.shards[position], grad, state, groups[index], factor, rounding)
         if factors.kept_scale not in (None, 1.0):
@@ -88,13 +90,13 @@ class HostGroup:
         entries = {"param": param, **state}
         parts = [
             [flat(as_real(entries[key])) if is_flat else as_real(entries[key]) for key in keys]
-            for keys in (*self._signature.part_keys, ("ema",) * ("ema" in state))
+            for keys in self._part_keys
         ]
         gradient = flat(as_real(grad)) if is_flat else as_real(grad)
         if self._piece is None or not is_flat:
             self._update_piece(parts, gradient, state.get("step"), group, factor, rounding)
             return
-        widths = [[part.elements for part in form.parts] for form in self._signature.formats] + [[1]]
+        widths = [[part.elements for part in form.parts] for form in self._formats] + [[1]]
         for start in range(0, gradient.numel(), self._piece):
             end = min(start + self._piece, gradient.numel())
             cut = [
@@ -114,7 +116,7 @@ class HostGroup:
         rounding: Rounding,
     ) -> None:
         """Update a piece of one tensor; `parts` are those of the parameter, of each state and of the average."""
-        formats, (*stored, averages) = self._signature.formats, parts
+        formats, (*stored, averages) = self._formats, parts
         ready = self._wide(grad)
         if factor != 1:
             ready = ready * factor
@@ -123,7 +125,8 @@ class HostGroup:
         param, *states = (self._wide(form.decode(each)) for form, each in zip(formats, stored, strict=True))
         param, states = self._algorithm.update(param, ready, states, step, group, self._maths)
         words: list[Tensor] = []
-        if self._signature.is_stochastic:
+        if any(form.stochastic for form in formats):
+            rounding = rounding if step is None else rounding._replace(step=step)
             words = [word.view(grad.shape) for word in random_words(rounding, grad.numel(), grad.device)]
         for index, (form, value, each) in enumerate(zip(formats, (param, *states), stored, strict=True)):
             form.encode(value, each, words[min(index, 1)] if form.stochastic else None)

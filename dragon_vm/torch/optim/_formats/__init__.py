@@ -2,7 +2,7 @@
 
 from dragon.vm.torch.optim._formats.bits import square_root
 from dragon.vm.torch.optim._formats.blockwise import SignedQ8, SquareQ8
-from dragon.vm.torch.optim._formats.bound import clamp_moment, moment_bound, rounded_bound
+from dragon.vm.torch.optim._formats.bound import SLACK, clamp_moment, moment_bound, rounded_bound
 from dragon.vm.torch.optim._formats.format import BLOCK, Format, Part, nbytes
 from dragon.vm.torch.optim._formats.philox import Rounding, random_words
 from dragon.vm.torch.optim._formats.resolve import (
@@ -18,6 +18,7 @@ from dragon.vm.torch.optim._formats.split import Master, Split8, Split16
 
 __all__ = [
     "BLOCK",
+    "SLACK",
     "Format",
     "Master",
     "Part",

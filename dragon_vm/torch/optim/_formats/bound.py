@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # More than a rounded fp32 moment exceeds its bound by, and less than 1e-5 of an update.
-_SLACK = 1 + 2.0**-18
+SLACK = 1 + 2.0**-18
 
 # A bound above 1e27 bounds nothing, and soon is none in fp32.
 _LARGEST_EXPONENT = 128
@@ -62,4 +62,4 @@ def clamp_moment(exp_avg: Tensor, root: Tensor, bound: float) -> Tensor:
 
 def rounded_bound(bound: float) -> float:
     """The bound as the fp32 number that a moment is compared with, a little above: rounding alone is not cut."""
-    return float(torch.tensor(bound * _SLACK, dtype=torch.float32, device="cpu"))
+    return float(torch.tensor(bound * SLACK, dtype=torch.float32, device="cpu"))

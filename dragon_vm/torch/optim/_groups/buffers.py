@@ -51,11 +51,14 @@ class FlatBuffer:
             # A storage of its own, so that saving or copying one parameter does not drag the buffer along.
             param.data = from_dlpack(view)
 
-    def positions(self, addresses: Sequence[int]) -> list[int] | None:
-        """Where this buffer's parameters stand among tensors of these addresses; None unless all are there."""
-        index_of = {address: index for index, address in enumerate(addresses)}
-        found = [index_of.get(address) for address in self.addresses]
-        return None if None in found else [index for index in found if index is not None]
+    def positions(self, shards: Sequence[Tensor]) -> list[int] | None:
+        """Where this buffer's parameters stand among tensors; None unless all are there, in their layouts."""
+        index_of = {shard.data_ptr(): index for index, shard in enumerate(shards)}
+        found = [index_of.get(address, -1) for address in self.addresses]
+        for index, (shape, stride, _) in zip(found, self._places, strict=True):
+            if index < 0 or (shards[index].shape, shards[index].stride()) != (shape, stride):
+                return None
+        return found
 
     def fits(self, states: Sequence[State], keys: Sequence[str], counts_steps: bool) -> bool:
         """Whether states can be joined: step counts and dtypes agree.

@@ -93,6 +93,21 @@ def check_memory(params: Sequence[Tensor], names: Callable[[], Sequence[str]]) -
     )
 
 
+def check_differentiable(groups: Sequence[Group], max_grad_norm: float) -> None:
+    """Check that autograd sees all that decides about an update that it is to see.
+
+    Raises:
+        ValueError: for norms of gradients, which are numbers to it.
+    """
+    for group in groups:
+        if group.get("differentiable") and (max_grad_norm or group.get("clip_norm")):
+            clipping = f"max_grad_norm={max_grad_norm}" if max_grad_norm else f"clip_norm={group['clip_norm']}"
+            raise ValueError(
+                f"differentiable=True with {clipping}: autograd does not see the norm. Clip by "
+                "torch.nn.utils.clip_grad_norm_, or leave it out"
+            )
+
+
 def check_trained(groups: Sequence[Group]) -> None:
     """Check that no two trained parameters of these groups share memory.
 

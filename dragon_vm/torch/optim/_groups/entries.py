@@ -190,9 +190,9 @@ def stored_entries(
 
 
 def held_master(state: Mapping[str, Any], param: Tensor) -> Format | None:
-    """How the master of a parameter is stored or saved; None if it has none."""
+    """How the master of a parameter is stored or saved; None if it has none. A remainder is of bf16 numbers."""
     remainder = state.get("param_remainder")
-    if isinstance(remainder, Tensor):
+    if isinstance(remainder, Tensor) and param.dtype == torch.bfloat16:
         return Split8(False) if remainder.dtype == torch.int8 else Split16()
     return Master(param.dtype) if isinstance(state.get("param_master"), Tensor) else None
 

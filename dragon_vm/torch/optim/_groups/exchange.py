@@ -27,7 +27,7 @@ from dragon.vm.torch.optim._groups.storage import storage_of
 
 # The entry of a native state that says how its parts are to be read. PyTorch's flat dicts take numbers alone: the
 # version of the format, followed by the dimensions in the order in which the saved codes are walked, the innermost
-# last, if it is not that of a contiguous tensor.
+# last and two digits each, if it is not that of a contiguous tensor.
 FORMAT_KEY, FORMAT = "storage", 1
 # The entry of PyTorch's form that has a master in fp32.
 MASTER = "master_param"
@@ -56,10 +56,10 @@ def pytorch_state(param: Tensor, state: State, position: int) -> State:
             found[name] = unflat(param, decode_entry(param, state, name, form))
         elif key in MASTER_PARTS:
             form = held_master(state, param)
-            assert form is not None
-            found[MASTER] = (
-                value if key == "param_master" else unflat(param, decode_entry(param, state, "param", form))
-            )
+            if key == "param_master":
+                found[MASTER] = value
+            elif form is not None:
+                found[MASTER] = unflat(param, decode_entry(param, state, "param", form))
         elif not key.endswith("_scale"):
             found[key] = value
     return found
@@ -135,7 +135,8 @@ def _restored_master(param: Tensor, form: Format, saved: Mapping[str, Any]) -> S
 def _placed(param: Tensor, saved: Mapping[str, Any], keys: Sequence[str]) -> State:
     """The shards of saved entries that this process needs, codes in the order in which they were saved."""
     found = {key: local(placed_like(param, saved[key])) for key in keys}
-    order = walking_order(saved.get(FORMAT_KEY, FORMAT), param.ndim)
+    # PyTorch's flat dicts have lost the number: there codes are walked as they lie.
+    order = walking_order(saved[FORMAT_KEY], param.ndim) if FORMAT_KEY in saved else []
     for key in keys if order else ():
         if key.endswith("_q8"):
             codes = found[key].permute(order).contiguous()
@@ -146,21 +147,23 @@ def _placed(param: Tensor, saved: Mapping[str, Any], keys: Sequence[str]) -> Sta
 def _format_number(state: Mapping[str, Any]) -> int:
     """The value of `FORMAT_KEY` for a state with parts."""
     for key, value in state.items():
-        if key.endswith("_q8") and not local(value).is_contiguous():
+        if key.endswith("_q8"):
+            codes = local(value) if local(value).numel() else value
             # Rows are outermost, also where a process has one of them.
-            strides = local(value).stride()
-            order = sorted(range(1, len(strides)), key=lambda dim: -strides[dim])
-            return int(f"{FORMAT}0{''.join(map(str, order))}")
+            order = [0, *sorted(range(1, codes.ndim), key=lambda dim: -codes.stride(dim))]
+            if [dim for dim in order if codes.shape[dim] > 1] != [d for d, n in enumerate(codes.shape) if n > 1]:
+                return int(str(FORMAT) + "".join(f"{dim:02}" for dim in order))
     return FORMAT
 
 
 def walking_order(number: Any, n_dims: int) -> list[int]:
-    """The dimensions of saved codes in the order in which they are walked; none for contiguous ones.
+    """The dimensions of saved codes in the order in which they are walked.
 
     Raises:
         ValueError: for what is no value of `FORMAT_KEY`.
     """
-    version, order = str(number)[:1], str(number)[1:]
-    if version != str(FORMAT) or (order and sorted(order) != [str(dim) for dim in range(n_dims)]):
+    digits = str(int(number)) if hasattr(number, "__int__") else ""
+    order = [int(digits[i : i + 2]) for i in range(1, len(digits), 2)] or list(range(n_dims))
+    if digits[:1] != str(FORMAT) or sorted(order) != list(range(n_dims)):
         raise ValueError(f"expected {FORMAT}, or {FORMAT} and the dimensions in walking order, got {number!r}")
-    return list(map(int, order))
+    return order

@@ -90,7 +90,9 @@ class PlanCache:
         self._latest.pop(key, None)
         self._latest[key] = found.plan
         while len(self._latest) > self.n_kept:
-            self._latest.pop(next(iter(self._latest)))
+            # One for more parameters took several others to make. It serves steps to come, if not the latest.
+            others = [each for each in self._latest if each[1] is not None and each != key]
+            self._latest.pop(others[0] if others else next(iter(self._latest)))
         return found
 
     def _prepare(

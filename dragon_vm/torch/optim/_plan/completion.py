@@ -12,7 +12,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._formats import Plain, Storage
 from dragon.vm.torch.optim._groups.checks import check_state, has_memory
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
-from dragon.vm.torch.optim._groups.entries import decode_entry, kept_format, stored_entries, unwalked
+from dragon.vm.torch.optim._groups.entries import decode_entry, held_format, kept_format, stored_entries, unwalked
 from dragon.vm.torch.optim._groups.flattening import Signature, State
 from dragon.vm.torch.optim._groups.members import has_own_memory
 from dragon.vm.torch.optim._groups.states import add_counters, begun_average, settled_entries
@@ -46,9 +46,10 @@ def completed_states(
     distinct: dict[Signature, Signature] = {}
     counted: list[tuple[State, float, torch.device]] = []
     for param, shard, grad, index in zip(params, shards, grads, group_index, strict=True):
+        group, held = recipe.groups[index], recipe.state.get(param, {})
         # PyTorch's SGD takes None for a buffer that is still to begin.
-        group = recipe.groups[index]
-        held = {key: value for key, value in recipe.state.get(param, {}).items() if value is not None}
+        absent = {key for key in algorithm.optional_keys(group) if key in held and held[key] is None}
+        held = {key: value for key, value in held.items() if key not in absent} if absent else held
         check_state(param, held, algorithm.all_state_keys(group), algorithm.counts_steps(group))
         storage = storage_of(param, group, algorithm.state_keys(group))
         signature = _signature(recipe, shard, grad, held, storage, group)
@@ -59,7 +60,7 @@ def completed_states(
             master = decode_entry(param, states[-1], "param", storage.param)
             states[-1]["ema"] = begun_average(param, unwalked(shard, master), signature.ema_dtype)
         # An average may have begun before the first step that counts.
-        has_begun = any(key in held for key in signature.tensor_keys if key != "ema")
+        has_begun = any(held_format(held, name) is not None for name in signature.state_keys)
         if signature.counts_steps and ("step" not in held or not (has_begun or algorithm.saves_steps)):
             count = (algorithm.uncounted_steps or 0.0) if has_begun else 0.0
             counted.append((states[-1], count, step_device(param, signature.backend, group)))

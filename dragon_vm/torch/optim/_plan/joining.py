@@ -42,9 +42,8 @@ def join(
     joined: list[Joined] = []
     parted: list[FlatBuffer] = []
     members = []
-    addresses = [shard.data_ptr() for shard in shards] if recipe.buffers else []
     for buffer in recipe.buffers:
-        positions = buffer.positions(addresses)
+        positions = buffer.positions(shards)
         if positions is not None and _step_together(recipe, positions, grads, group_index, signatures):
             signature = signatures[positions[0]]
             keys = [key for key in signature.all_keys if key != "step"]

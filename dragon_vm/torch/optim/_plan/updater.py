@@ -114,18 +114,18 @@ class Updater:
             self.plans.are_captured,
         )
         key = (zero_grad, are_own, values.structure, reductions is not None, part, *members.lengths)
+        with_masters = _with_masters(members, values.groups)
+        if with_masters and not is_capturing():
+            self.masters.notice(with_masters, state)
+            self.masters.meet(with_masters, state)
         found = self.plans.find(recipe, members, key, zero_grad)
         if found is None:
             if reductions is None:
                 return
             outcome = self._agreements[part].take_part(members.params, values.groups, settings, scaling)
         else:
-            with_masters = _with_masters(members, values.groups)
             if is_capturing():
                 self.plans.capture(found, settings)
-            elif with_masters:
-                self.masters.notice(with_masters, state)
-                self.masters.meet(with_masters, state)
             step = recipe, found.tensors, values.version, scaling
             outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
             if with_masters:

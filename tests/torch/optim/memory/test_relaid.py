@@ -59,7 +59,7 @@ def test_a_native_dict_says_in_which_order_its_codes_were_walked(backend: str) -
     param.grad = grad.contiguous(memory_format=torch.channels_last)
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
-    assert saved["state"][0]["storage"] == 10231
+    assert saved["state"][0]["storage"] == 100020301
     # As PyTorch's checkpoint functions do, which fill tensors of the loader's layout.
     for key in ("exp_avg_q8", "exp_avg_sq_q8"):
         saved["state"][0][key] = saved["state"][0][key].contiguous()
@@ -78,7 +78,7 @@ def test_a_native_dict_says_in_which_order_its_codes_were_walked(backend: str) -
         assert torch.equal(loaded, expected)
 
 
-@pytest.mark.parametrize("number", [2, 10, 10232, 1023, "x"])
+@pytest.mark.parametrize("number", [2, 10, 100020302, 1000203, 100020399, "x"])
 def test_another_order_is_refused(number: object) -> None:
     param, grad = convolution()
     optimizer = Adam([param], state_dtype="8bit", native_state_dict=True)
@@ -278,3 +278,94 @@ def test_gradients_are_not_rounded_to_narrower_parameters(backend: str) -> None:
     sgd.step()
     assert torch.equal(optimizer.state[param]["momentum_buffer"], value)
     assert torch.equal(plain.detach(), (-value).to(BF16))
+
+
+@pytest.mark.parametrize("number", [1, 1.0, True, torch.tensor(1)], ids=str)
+def test_codes_that_were_walked_as_they_lie_are_loaded_into_another_layout(number: object) -> None:
+    param, grad = convolution()
+    optimizer = Adam([param], lr=0.0, state_dtype="8bit", native_state_dict=True)
+    param.grad = grad
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["storage"] = number
+    # As PyTorch's checkpoint functions do, which fill tensors of the loader's layout.
+    for key in ("exp_avg_q8", "exp_avg_sq_q8"):
+        saved["state"][0][key] = saved["state"][0][key].contiguous(memory_format=torch.channels_last)
+    other = torch.nn.Parameter(param.detach().contiguous(memory_format=torch.channels_last))
+    loaded = Adam([other], lr=0.0, state_dtype=FP32)
+    loaded.load_state_dict(saved)
+    param.grad = None
+    expected = Adam([param], state_dtype=FP32)
+    expected.load_state_dict(optimizer.state_dict())
+    assert all(map(torch.equal, moments(loaded), moments(expected)))
+
+
+def test_codes_of_many_dimensions_are_loaded_back() -> None:
+    weight = torch.randn(4, *(2,) * 10, 16).transpose(1, 11).contiguous().transpose(1, 11)
+    param = torch.nn.Parameter(weight)
+    optimizer = Adam([param], state_dtype="8bit", native_state_dict=True)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    again = Adam([param], state_dtype="8bit", native_state_dict=True)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for key, value in optimizer.state[param].items():
+        assert not isinstance(value, Tensor) or torch.equal(value, again.state[param][key])
+
+
+@pytest.mark.parametrize("mode", ["split16", "split8"])
+def test_a_remainder_belongs_to_bf16_alone(mode: str) -> None:
+    param, optimizer = trained(mode)
+    saved = copy.deepcopy(optimizer.state_dict())
+    weight = param.detach().float()
+    param.data = param.data.half()
+    optimizer.param_groups[0]["master_weights"] = FP32
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    torch.testing.assert_close(param.detach().float(), weight, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(masters(optimizer), weight, rtol=1e-3, atol=1e-6)
+    native = AdamW([torch.nn.Parameter(weight.to(BF16))], master_weights=mode, native_state_dict=True)
+    native.load_state_dict(saved)
+    other = torch.nn.Parameter(weight.half())
+    loaded = AdamW([other], lr=0.0, master_weights=FP32, ema_decay=0.9)
+    loaded.load_state_dict(native.state_dict())
+    loaded.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    other.grad = torch.zeros_like(other)
+    loaded.step()
+    torch.testing.assert_close(loaded.state[other]["ema"], weight, rtol=1e-3, atol=1e-6)
+
+
+def test_an_average_begins_with_weights_that_were_written_since_the_last_step() -> None:
+    param, optimizer = trained(FP32)
+    with torch.no_grad():
+        param.fill_(5.0)
+    optimizer.param_groups[0]["ema_decay"] = 0.99
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert (optimizer.state[param]["ema"] == 5.0).all()
+
+
+@pytest.mark.parametrize("master", [FP32, "split16"])
+def test_a_momentum_buffer_beside_a_master_begins_anew(master: Any) -> None:
+    param = torch.nn.Parameter(torch.ones(4, dtype=BF16))
+    optimizer = SGD([param], lr=0.1, momentum=0.9, dampening=0.5, master_weights=master)
+    param.grad = torch.ones_like(param)
+    for _ in range(2):
+        optimizer.step()
+    optimizer.state[param]["momentum_buffer"] = None
+    optimizer.state[param]["mine"] = None
+    optimizer.step()
+    assert (optimizer.state[param]["momentum_buffer"] == 1).all()
+    assert optimizer.state[param]["mine"] is None
+
+
+@pytest.mark.parametrize("betas", [(0.9, 1.0), (0.9, 1.5), (1.5, 0.9), (float("nan"), 0.9)])
+def test_betas_out_of_range_leave_no_bound_behind(betas: tuple[float, float]) -> None:
+    param = torch.nn.Parameter(torch.ones(64))
+    optimizer = Adam([param], state_dtype=BF16)
+    param.grad = torch.ones(64)
+    optimizer.step()
+    before = optimizer.param_groups[0]["bound_betas"]
+    optimizer.param_groups[0]["betas"] = betas
+    with pytest.raises(ValueError, match="Invalid beta parameter at index"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["bound_betas"] == before
