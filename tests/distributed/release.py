@@ -102,8 +102,8 @@ def uneven(name: str, bucket_bytes: int) -> tuple[list[int], list[float]]:
 def all_released(name: str) -> tuple[list[float], list[bool], bool]:
     """The scales of a scaler, at which steps a layer changed, and whether gradients are left for the scaler.
 
-    At one step a gradient is infinite, on the last process alone. The last bucket is frozen after the first step, and
-    another one keeps its gradients from then on.
+    At one step a gradient is infinite, on the last process alone. The last bucket is frozen after the first step,
+    and another one keeps its gradients from then on.
     """
     whole_buckets, _release.BUCKET_BYTES = _release.BUCKET_BYTES, SMALL
     try:

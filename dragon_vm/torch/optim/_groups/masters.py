@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import compress
-from operator import add, attrgetter, ne
+from operator import attrgetter, ne
 from typing import Any
 
 import torch
@@ -104,4 +104,9 @@ def _versions(params: Sequence[Tensor]) -> list[int]:
     versions = list(map(_version_of, params))
     if not any(map(is_distributed_type, set(map(type, params)))):
         return versions
-    return list(map(add, versions, map(_version_of, map(local, params))))
+    # A plain parameter is its own shard, and has one version in any company.
+    shards = map(local, params)
+    return [
+        version if shard is param else version + shard._version
+        for param, shard, version in zip(params, shards, versions, strict=True)
+    ]
