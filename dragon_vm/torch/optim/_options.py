@@ -71,6 +71,20 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def check_no_settings(group: Mapping[str, Any], settings: Settings) -> None:
+    """Check that a group has no options of the optimizer as a whole, but for those that say the same.
+
+    Raises:
+        ValueError: for one that says something else.
+    """
+    for name, own in settings._asdict().items():
+        value = group.get(name, own)
+        if value is not own and value != own:
+            raise ValueError(
+                f"{name} is an option of the optimizer as a whole, not of a parameter group: got {name}={value!r}"
+            )
+
+
 def complete(group: Mapping[str, Any], own_defaults: Mapping[str, Any]) -> dict[str, Any]:
     """A group with all options: one of our own that it does not hold means what PyTorch does."""
     return {**own_defaults, **group}

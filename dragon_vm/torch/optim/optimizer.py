@@ -29,7 +29,14 @@ from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._groups.storage import check_storage
 from dragon.vm.torch.optim._hooks import hooked_step, recorded
 from dragon.vm.torch.optim._modes import undisturbed
-from dragon.vm.torch.optim._options import Settings, check_common, complete, own_tensors, read_settings
+from dragon.vm.torch.optim._options import (
+    Settings,
+    check_common,
+    check_no_settings,
+    complete,
+    own_tensors,
+    read_settings,
+)
 from dragon.vm.torch.optim._plan.updater import Updater
 from dragon.vm.torch.optim._release import GradientRelease, check_release
 from dragon.vm.torch.optim._storage import StoringOptimizer
@@ -102,9 +109,13 @@ class Optimizer(StoringOptimizer):
             param_group: its "params", and the hyperparameters in which it differs from the defaults.
 
         Raises:
-            TypeError, ValueError: as PyTorch, and for hyperparameters out of range, trained integer parameters and
-                an explicit backend that cannot update them. Nothing has been added then.
+            TypeError, ValueError: as PyTorch, and for hyperparameters out of range, options of the optimizer as a
+                whole, trained integer parameters and an explicit backend that cannot update them. Nothing has been
+                added then.
         """
+        if isinstance(param_group, dict):
+            # Before PyTorch fills in what the group does not say.
+            check_no_settings(param_group, self._settings)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

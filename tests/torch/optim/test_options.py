@@ -66,6 +66,40 @@ def test_all_options_are_defaults_and_settings_stand_in_no_group(algorithm):
     assert not set(Settings._fields) & set(optimizer.param_groups[0])
 
 
+WHOLE = {
+    **{"max_grad_norm": 1e-3, "norm_type": math.inf, "skip_nonfinite": True, "backend": "eager", "flatten": True},
+    **{"process_group": "all", "release_gradients": True, "rounding_seed": 3, "native_state_dict": True},
+}
+
+
+@pytest.mark.parametrize("name", Settings._fields)
+def test_an_option_of_the_optimizer_as_a_whole_is_refused_in_a_group(name):
+    value = WHOLE[name]
+    first, second = ({"params": [torch.nn.Parameter(torch.ones(1))], name: value} for _ in range(2))
+    said = re.escape(
+        f"{name} is an option of the optimizer as a whole, not of a parameter group: got {name}={value!r}"
+    )
+    for make in ALGORITHMS:
+        with pytest.raises(ValueError, match=said):
+            make([first])
+        optimizer = make([torch.nn.Parameter(torch.ones(1))])
+        with pytest.raises(ValueError, match=said):
+            optimizer.add_param_group(second)
+        assert len(optimizer.param_groups) == 1
+        assert set(first) == set(second) == {"params", name}
+
+
+def test_a_group_may_say_what_the_optimizer_as_a_whole_does():
+    group = {"params": [torch.nn.Parameter(torch.ones(1))], "max_grad_norm": 2, "process_group": None}
+    optimizer = Adam([group], max_grad_norm=2.0)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "flatten": False})
+    assert not any(set(Settings._fields) & set(group) for group in optimizer.param_groups)
+    saved = optimizer.state_dict()
+    saved["param_groups"][1]["max_grad_norm"] = 7.0
+    optimizer.load_state_dict(saved)
+    assert (optimizer._settings.max_grad_norm, "max_grad_norm" in optimizer.param_groups[1]) == (2.0, False)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_groups_and_defaults_build_the_same_optimizer(algorithm):
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
