@@ -211,10 +211,10 @@ class Optimizer(StoringOptimizer):
         if self._originals:
             raise RuntimeError("step() was called inside swap_ema(): the averages would be updated as parameters")
         make_live(self.param_groups, self._publish)
-        groups = self._updater.read(self.param_groups, self.defaults)
+        read = self.param_groups, self.defaults, self._settings
+        groups = self._updater.read(*read)
         # Only now, since what is refused must have changed nothing.
-        has_changed = self._widen_bounds(self.param_groups)
-        return self._updater.read(self.param_groups, self.defaults) if has_changed else groups
+        return self._updater.read(*read) if self._widen_bounds(self.param_groups) else groups
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool | None = None) -> None:

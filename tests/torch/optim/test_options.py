@@ -170,3 +170,56 @@ def test_true_for_masters_is_refused_with_what_there_is():
     there = re.escape('master_weights: expected torch.float32, "split16", "split8" or None, got True')
     with pytest.raises(ValueError, match=there):
         Adam([torch.nn.Parameter(torch.ones(2).bfloat16())], master_weights=True)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [
+        *(("ema_decay", 1.5, 0.5), ("ema_decay", math.nan, 0.5), ("grad_scale", 0, 0.5), ("grad_scale", -1, 0.5)),
+        *(("clip_norm", -1, 1), ("clip_value", -1, 1), ("clip_value", "1", 1)),
+        *(("state_dtype", "4bit", torch.bfloat16), ("master_weights", True, None)),
+    ],
+)
+def test_what_the_constructor_refuses_is_refused_in_mid_run(algorithm, name, bad, good, capturable):
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = algorithm([param], capturable=capturable)
+    with pytest.raises((TypeError, ValueError), match=name) as at_first:
+        algorithm([param], **{name: bad})
+    param.grad = torch.full((2,), 0.5)
+    optimizer.step()
+    before, group, state = param.clone(), dict(optimizer.param_groups[0]), optimizer.state_dict()["state"]
+    for _ in range(2):
+        with pytest.raises(at_first.type, match=re.escape(str(at_first.value))):  # noqa: PT012  # a live group's
+            optimizer.param_groups[0][name] = bad
+            optimizer.step()
+        optimizer.param_groups[0].pop(name, None)
+        assert torch.equal(param, before)
+        assert optimizer.param_groups[0] == group
+        assert str(optimizer.state_dict()["state"]) == str(state)
+    optimizer.param_groups[0][name] = good
+    optimizer.step()
+    assert (param < before).all()
+
+
+def test_two_limits_contradict_each_other_in_mid_run_too():
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = Adam([param], max_grad_norm=1.0)
+    optimizer.param_groups[0]["clip_norm"] = 1.0
+    param.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="clip_norm and max_grad_norm contradict each other"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_rates_and_decays_are_as_free_in_mid_run_as_with_pytorch():
+    found = []
+    for make in (Adam, torch.optim.Adam):
+        param = torch.nn.Parameter(torch.ones(2))
+        optimizer = make([param], lr=0.1)
+        optimizer.param_groups[0].update(lr=-0.1, weight_decay=-0.5)
+        param.grad = torch.ones(2)
+        optimizer.step()
+        found.append(param.detach())
+    torch.testing.assert_close(*found)
