@@ -103,7 +103,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         """Let groups keep the bound of the betas which their moments were made with, whatever is set now."""
         self._widen_bounds([group for group in self.param_groups if any(map(self.state.get, group["params"]))])
 
-    def _widen_bounds(self, groups: Iterable[Group]) -> None:
+    def _widen_bounds(self, groups: Iterable[Group]) -> bool:
         """Keep for each narrow group the betas of its moments, and the bound of all betas once they change."""
         raise NotImplementedError
 

@@ -25,6 +25,9 @@ OWN_GROUP_DEFAULTS: dict[str, Any] = {
 # How tensors are stored is this optimizer's choice: state dicts do not have it.
 STORAGE_OPTIONS = ("state_dtype", "stochastic_rounding", "master_weights")
 
+# Hyperparameters that kernels read where they are, if they are tensors on the device.
+_LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
+
 # Immutable: whoever holds one of these sees no change in it.
 PLAIN_TYPES = {float, int, bool, str, NoneType, torch.dtype}
 
@@ -56,11 +59,16 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
     """Take the options of the optimizer as a whole out of all options.
 
     Raises:
+        TypeError: for an option of another kind.
         ValueError: for an option out of range.
     """
     settings = Settings(**{name: options[name] for name in Settings._fields if name in options})
     if settings.backend not in (None, "triton", "native", "eager"):
         raise ValueError(f"backend must be None, 'triton', 'native' or 'eager', but got {settings.backend!r}")
+    for name in ("skip_nonfinite", "flatten", "native_state_dict"):
+        if (value := getattr(settings, name)) not in (True, False):
+            raise TypeError(f"{name} must be a bool, but got {value!r}")
+    check_number("max_grad_norm", settings.max_grad_norm)
     if not settings.max_grad_norm >= 0:
         raise ValueError(f"max_grad_norm must not be negative or NaN, but got {settings.max_grad_norm}")
     if settings.norm_type not in (2, math.inf):
@@ -69,6 +77,36 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"rounding_seed must be an integer of 0 to 2**63 - 1, but got {seed!r}")
     return settings
+
+
+def check_number(name: str, value: Any) -> None:
+    """Check that an option is a number.
+
+    Raises:
+        TypeError: for what is none.
+        ValueError: for a tensor of several, or on a device where kernels do not read it.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
+        if value.device.type != "cpu" and name not in _LIVE_TENSORS:
+            raise ValueError(f"{name} must be a number or a tensor on the CPU, but got a tensor on {value.device}")
+    elif not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, but got {value!r}")
+
+
+def check_keys(group: Any, settings: Settings) -> None:
+    """Check that a dict has no options of the optimizer as a whole, but for those that say the same.
+
+    Raises:
+        ValueError: for one that says something else.
+    """
+    for name, own in settings._asdict().items() if isinstance(group, dict) else ():
+        value = group.get(name, own)
+        if value is not own and value != own:
+            raise ValueError(
+                f"{name} is an option of the optimizer as a whole, not of a parameter group: got {name}={value!r}"
+            )
 
 
 def complete(group: Mapping[str, Any], own_defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,13 +119,15 @@ def needs_norm(settings: Settings) -> bool:
     return bool(settings.max_grad_norm) or settings.skip_nonfinite
 
 
-def check_common(group: Mapping[str, Any], settings: Settings) -> None:
-    """Check the options that all optimizers' groups have.
+def check_own(group: Mapping[str, Any], settings: Settings) -> None:
+    """Check the numbers of our own that all optimizers' groups have.
 
     Raises:
+        TypeError: for what is no number.
         ValueError: for values out of range or that contradict each other.
-        RuntimeError: for `fused` with `differentiable` or `foreach`, as PyTorch.
     """
+    for name in ("grad_scale", "clip_norm", "clip_value", "ema_decay"):
+        check_number(name, group[name])
     grad_scale, ema_decay = group["grad_scale"], group["ema_decay"]
     if not 0.0 < grad_scale < math.inf:
         raise ValueError(f"grad_scale must be positive and finite, but got {grad_scale}")
@@ -101,6 +141,16 @@ def check_common(group: Mapping[str, Any], settings: Settings) -> None:
             "clip_norm and max_grad_norm contradict each other: "
             f"got clip_norm={group['clip_norm']} and max_grad_norm={settings.max_grad_norm}"
         )
+
+
+def check_common(group: Mapping[str, Any], settings: Settings) -> None:
+    """Check the options that all optimizers' groups have.
+
+    Raises:
+        TypeError, ValueError: as `check_own`.
+        RuntimeError: for `fused` with `differentiable` or `foreach`, as PyTorch.
+    """
+    check_own(group, settings)
     if group["fused"]:
         if group["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`")

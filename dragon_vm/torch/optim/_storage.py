@@ -131,7 +131,9 @@ class StoringOptimizer(AccumulatingOptimizer):
         groups = [group for group in self.param_groups if group.get("master_weights") is not None]
         return list(chain.from_iterable(group["params"] for group in groups))
 
-    def _widen_bounds(self, groups: Iterable[dict[str, Any]]) -> None:
+    def _widen_bounds(self, groups: Iterable[dict[str, Any]]) -> bool:
+        """Note in groups what the betas so far allow their narrow moments; return whether any group changed."""
+        has_changed = False
         for group in groups:
             if group.get("state_dtype") is None or any(map(_is_on_device, group.get("betas", ()))):
                 continue
@@ -145,8 +147,11 @@ class StoringOptimizer(AccumulatingOptimizer):
             if (beta1, beta2) != now:
                 endless = moment_bound(beta1, beta2, math.inf), moment_bound(now[0], now[1], math.inf)
                 group["bound_betas"] = (*now, max(bound, *endless))
+                has_changed = True
             elif group.get("bound_betas") is None:
                 group["bound_betas"] = now
+                has_changed = True
+        return has_changed
 
     def _warn_of_rounding(self, group: Group) -> None:
         """Warn once of second moments that were asked to be rounded such that they cannot decay."""

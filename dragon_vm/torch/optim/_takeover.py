@@ -29,7 +29,7 @@ def take_over(
         make: called with groups and keyword arguments.
         original: left as it is; it is not to be used on the same parameters any more.
         expected: class of the original.
-        options: keyword arguments that go before the original's defaults.
+        options: keyword arguments that go before what the original and each of its groups have.
 
     Raises:
         TypeError: for an original of another class, and for a default that `make` does not know.
@@ -40,10 +40,23 @@ def take_over(
             f"from_torch takes a torch.optim.{expected.__name__}, but got {torch.typename(original)}: "
             "another algorithm's state means something else"
         )
-    groups = [{**group, "params": list(group["params"])} for group in original.param_groups]
+    # PyTorch's groups are complete: what was asked for would not reach them as a default.
+    groups = [
+        {name: options.get(name, value) for name, value in group.items()} | {"params": list(group["params"])}
+        for group in original.param_groups
+    ]
     optimizer = make(groups, **{**original.defaults, **options})
     loaded = optimizer._algorithm, optimizer._settings, optimizer.param_groups
     states = outside_inference_mode(lambda: restored_states(*loaded, original.param_groups, original.state))
     optimizer.state.update(states)
+    if "betas" in options:
+        _note_betas(optimizer, original)
     optimizer._keep_bounds()
     return optimizer
+
+
+def _note_betas(optimizer: CheckpointedOptimizer, original: torch.optim.Optimizer) -> None:
+    """Note the betas that narrow moments were made with, which are not those that are asked for."""
+    for group, old in zip(optimizer.param_groups, original.param_groups, strict=True):
+        if group.get("state_dtype") is not None and any(map(optimizer.state.get, group["params"])):
+            group["bound_betas"] = tuple(map(float, old["betas"]))

@@ -16,6 +16,7 @@ from dragon.vm.torch.optim._averages import exchanged
 from dragon.vm.torch.optim._checkpoint import with_own_steps
 from dragon.vm.torch.optim._distributed.handles import borrowed, returned
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
+from dragon.vm.torch.optim._distributed.lanes import check_process_group
 from dragon.vm.torch.optim._distributed.owners import check_accumulated
 from dragon.vm.torch.optim._gradients.unscaling import unscale_left
 from dragon.vm.torch.optim._gradients.zeroing import is_dragon, zero_or_remove
@@ -29,7 +30,7 @@ from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._groups.storage import check_storage
 from dragon.vm.torch.optim._hooks import hooked_step, recorded
 from dragon.vm.torch.optim._modes import undisturbed
-from dragon.vm.torch.optim._options import Settings, check_common, complete, own_tensors, read_settings
+from dragon.vm.torch.optim._options import Settings, check_common, check_keys, complete, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.updater import Updater
 from dragon.vm.torch.optim._release import GradientRelease, check_release
 from dragon.vm.torch.optim._storage import StoringOptimizer
@@ -52,6 +53,7 @@ class Optimizer(StoringOptimizer):
     @_disable_dynamo
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
         self._settings = read_settings(options)
+        check_process_group(self._settings.process_group)
         check_common(options, self._settings)
         check_storage(complete(options, self._algorithm.own_defaults))
         self._algorithm.check(options)
@@ -103,9 +105,11 @@ class Optimizer(StoringOptimizer):
             param_group: its "params", and the hyperparameters in which it differs from the defaults.
 
         Raises:
-            TypeError, ValueError: as PyTorch, and for hyperparameters out of range, trained integer parameters and
-                an explicit backend that cannot update them. Nothing has been added then.
+            TypeError, ValueError: as PyTorch; for hyperparameters out of range, options of the optimizer as a
+                whole, and trained parameters that cannot be updated. Nothing has been added then.
         """
+        # Before PyTorch fills in what the group does not say.
+        check_keys(param_group, self._settings)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -208,8 +212,10 @@ class Optimizer(StoringOptimizer):
         if self._originals:
             raise RuntimeError("step() was called inside swap_ema(): the averages would be updated as parameters")
         make_live(self.param_groups, self._publish)
-        self._widen_bounds(self.param_groups)
-        return self._updater.read(self.param_groups, self.defaults)
+        read = self.param_groups, self.defaults, self._settings
+        groups = self._updater.read(*read)
+        # Only now, since what is refused must have changed nothing.
+        return self._updater.read(*read) if self._widen_bounds(self.param_groups) else groups
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool | None = None) -> None:

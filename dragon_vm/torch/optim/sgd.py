@@ -81,7 +81,8 @@ class SGD(Optimizer, torch.optim.SGD):
 
         Args:
             optimizer: it keeps its state, but is not to update the same parameters any more.
-            **options: as of the class.
+            **options: as of the class. One that the groups have too, such as `lr`, takes the place of theirs in
+                all of them.
 
         Raises:
             TypeError: for an optimizer of another algorithm.

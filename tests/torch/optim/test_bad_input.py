@@ -4,6 +4,7 @@ import math
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -201,6 +202,50 @@ def test_an_integer_parameter_that_gets_a_gradient_later_is_refused_then():
 def test_an_option_out_of_range_is_named_and_shown(algorithm, arguments, words):
     with pytest.raises(ValueError, match=".*".join(map(re.escape, words))):
         algorithm([param()], **arguments)
+
+
+NUMBERS = ("max_grad_norm", "grad_scale", "clip_norm", "clip_value", "ema_decay")
+
+
+@pytest.mark.parametrize("bad", [None, "1", 1j], ids=repr)
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("algorithm", [Adam, AdamW, SGD])
+def test_an_option_that_is_no_number_is_named_and_shown(algorithm, name, bad):
+    said = re.escape(f"{name} must be a number, but got {bad!r}")
+    with pytest.raises(TypeError, match=said):
+        algorithm([param()], **{name: bad})
+    if name == "max_grad_norm":
+        return
+    optimizer = algorithm([param()])
+    with pytest.raises(TypeError, match=said):
+        optimizer.add_param_group({"params": [param()], name: bad})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", ["flatten", "skip_nonfinite", "native_state_dict"])
+def test_an_option_that_is_no_bool_is_named_and_shown(name):
+    for bad in ("no", None, 2):
+        with pytest.raises(TypeError, match=f"{name} must be a bool, but got {bad!r}"):
+            Adam([param()], **{name: bad})
+    for good in (0, 1, np.bool_(False), np.bool_(True)):
+        Adam([param()], **{name: good})
+
+
+def test_what_is_no_process_group_is_refused_at_once():
+    with pytest.raises(TypeError, match=r"^process_group must be a torch\.\S+ProcessGroup or None, but got 3"):
+        Adam([param()], process_group=3)
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("bad", [0.9, None], ids=repr)
+def test_betas_that_are_one_number_are_named(options, bad):
+    optimizer = Adam([param()], **options)
+    before = everything(optimizer)
+    with pytest.raises(TypeError, match=f"betas must be two numbers, but got {bad!r}"):  # noqa: PT012  # by either
+        optimizer.param_groups[0]["betas"] = bad
+        optimizer.step()
+    optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+    assert everything(optimizer) == before
 
 
 def test_a_groups_own_options_are_checked_and_the_group_is_not_added():

@@ -66,6 +66,40 @@ def test_all_options_are_defaults_and_settings_stand_in_no_group(algorithm):
     assert not set(Settings._fields) & set(optimizer.param_groups[0])
 
 
+WHOLE = {
+    **{"max_grad_norm": 1e-3, "norm_type": math.inf, "skip_nonfinite": True, "backend": "eager", "flatten": True},
+    **{"process_group": "all", "release_gradients": True, "rounding_seed": 3, "native_state_dict": True},
+}
+
+
+@pytest.mark.parametrize("name", Settings._fields)
+def test_an_option_of_the_optimizer_as_a_whole_is_refused_in_a_group(name):
+    value = WHOLE[name]
+    first, second = ({"params": [torch.nn.Parameter(torch.ones(1))], name: value} for _ in range(2))
+    said = re.escape(
+        f"{name} is an option of the optimizer as a whole, not of a parameter group: got {name}={value!r}"
+    )
+    for make in ALGORITHMS:
+        with pytest.raises(ValueError, match=said):
+            make([first])
+        optimizer = make([torch.nn.Parameter(torch.ones(1))])
+        with pytest.raises(ValueError, match=said):
+            optimizer.add_param_group(second)
+        assert len(optimizer.param_groups) == 1
+        assert set(first) == set(second) == {"params", name}
+
+
+def test_a_group_may_say_what_the_optimizer_as_a_whole_does():
+    group = {"params": [torch.nn.Parameter(torch.ones(1))], "max_grad_norm": 2, "process_group": None}
+    optimizer = Adam([group], max_grad_norm=2.0)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "flatten": False})
+    assert not any(set(Settings._fields) & set(group) for group in optimizer.param_groups)
+    saved = optimizer.state_dict()
+    saved["param_groups"][1]["max_grad_norm"] = 7.0
+    optimizer.load_state_dict(saved)
+    assert (optimizer._settings.max_grad_norm, "max_grad_norm" in optimizer.param_groups[1]) == (2.0, False)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_groups_and_defaults_build_the_same_optimizer(algorithm):
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
@@ -136,3 +170,56 @@ def test_true_for_masters_is_refused_with_what_there_is():
     there = re.escape('master_weights: expected torch.float32, "split16", "split8" or None, got True')
     with pytest.raises(ValueError, match=there):
         Adam([torch.nn.Parameter(torch.ones(2).bfloat16())], master_weights=True)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [
+        *(("ema_decay", 1.5, 0.5), ("ema_decay", math.nan, 0.5), ("grad_scale", 0, 0.5), ("grad_scale", -1, 0.5)),
+        *(("clip_norm", -1, 1), ("clip_value", -1, 1), ("clip_value", "1", 1)),
+        *(("state_dtype", "4bit", torch.bfloat16), ("master_weights", True, None)),
+    ],
+)
+def test_what_the_constructor_refuses_is_refused_in_mid_run(algorithm, name, bad, good, capturable):
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = algorithm([param], capturable=capturable)
+    with pytest.raises((TypeError, ValueError), match=name) as at_first:
+        algorithm([param], **{name: bad})
+    param.grad = torch.full((2,), 0.5)
+    optimizer.step()
+    before, group, state = param.clone(), dict(optimizer.param_groups[0]), optimizer.state_dict()["state"]
+    for _ in range(2):
+        with pytest.raises(at_first.type, match=re.escape(str(at_first.value))):  # noqa: PT012  # a live group's
+            optimizer.param_groups[0][name] = bad
+            optimizer.step()
+        optimizer.param_groups[0].pop(name, None)
+        assert torch.equal(param, before)
+        assert optimizer.param_groups[0] == group
+        assert str(optimizer.state_dict()["state"]) == str(state)
+    optimizer.param_groups[0][name] = good
+    optimizer.step()
+    assert (param < before).all()
+
+
+def test_two_limits_contradict_each_other_in_mid_run_too():
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = Adam([param], max_grad_norm=1.0)
+    optimizer.param_groups[0]["clip_norm"] = 1.0
+    param.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="clip_norm and max_grad_norm contradict each other"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_rates_and_decays_are_as_free_in_mid_run_as_with_pytorch():
+    found = []
+    for make in (Adam, torch.optim.Adam):
+        param = torch.nn.Parameter(torch.ones(2))
+        optimizer = make([param], lr=0.1)
+        optimizer.param_groups[0].update(lr=-0.1, weight_decay=-0.5)
+        param.grad = torch.ones(2)
+        optimizer.step()
+        found.append(param.detach())
+    torch.testing.assert_close(*found)

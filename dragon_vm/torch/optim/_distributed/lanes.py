@@ -97,11 +97,25 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
     return Lanes(tuple(lanes), tuple(index.get(key, -1) for key in keys), tuple(weights))
 
 
+def check_process_group(group: Any) -> None:
+    """Check a process group, or None.
+
+    Raises:
+        TypeError, ValueError: for anything else, and for a group without this process.
+    """
+    if group is None:
+        return
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group must contain this process, but it got a group of others")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, but got {group!r}")
+
+
 def has_others(process_group: Any) -> bool:
     """Whether a process group, or None, contains other processes.
 
     Raises:
-        TypeError, ValueError: for anything else, and for a group without this process.
+        TypeError, ValueError: as `check_process_group`.
     """
     return bool(_ranks_of_group(process_group))
 
@@ -134,12 +148,9 @@ def _ranks_of_mesh(param: Any) -> tuple[int, ...]:
 
 def _ranks_of_group(group: Any) -> tuple[int, ...]:
     """The ranks of a process group; none for None and a group of one process."""
+    check_process_group(group)
     if group is None:
         return ()
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("process_group must contain this process, but it got a group of others")
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, but got {group!r}")
     ranks = dist.get_process_group_ranks(group)
     return tuple(sorted(ranks)) if len(ranks) > 1 else ()
 

@@ -7,14 +7,10 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
-from torch import Tensor
-
 from dragon.vm.torch.optim._algorithms.algorithm import host_number
-from dragon.vm.torch.optim._options import PLAIN_TYPES, Version, by_value, complete
+from dragon.vm.torch.optim._options import PLAIN_TYPES, Version, by_value, check_number, complete
 
 _RATE_TYPES = {float, int}
-# Hyperparameters that kernels read where they are, if they are tensors on the device.
-_LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
 _NUMBERS = {
     *("lr", "weight_decay", "eps", "momentum", "dampening"),
     *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
@@ -32,7 +28,8 @@ class Hyperparameters:
     Args:
         names: keys that every group has, "params" aside.
         own: keys that a group may have, with the values of those that it has not.
-        structure_of: maps a group to what decides which tensors and kernels take part.
+        structure_of: maps a group to what decides which tensors and kernels take part, and refuses bad options. It
+            is asked after changes of anything but the learning rate, `weight_decay`, `eps` and betas.
 
     Attributes:
         groups: the groups with all options, without their parameters.
@@ -141,22 +138,14 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
     """
     for name in _NUMBERS & group.keys():
         if type(value := group[name]) is not float:
-            _check_number(name, value)
+            check_number(name, value)
     betas = group.get("betas", (0.0, 0.0))
+    if not hasattr(betas, "__len__"):
+        raise TypeError(f"betas must be two numbers, but got {betas!r}")
     if len(betas) != 2:
         raise ValueError(f"betas must be two numbers, but got {betas}")
     for index, beta in enumerate(betas):
         if type(beta) is not float:
-            _check_number(f"betas[{index}]", beta)
+            check_number(f"betas[{index}]", beta)
         if not 0.0 <= host_number(beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"Tensor {name} must be 1-element")
-        if value.device.type != "cpu" and name not in _LIVE_TENSORS:
-            raise ValueError(f"{name} must be a number or a tensor on the CPU, but got a tensor on {value.device}")
-    elif not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, but got {value!r}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
+from dragon.vm.torch.optim._formats import check_options
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._graphs.capture import is_capturing
@@ -17,7 +18,8 @@ from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
 from dragon.vm.torch.optim._groups.premature import drop_premature, note_premature
-from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, complete, needs_norm
+from dragon.vm.torch.optim._groups.storage import options_of
+from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, check_own, complete, needs_norm
 from dragon.vm.torch.optim._plan.agreement import Agreement
 from dragon.vm.torch.optim._plan.cache import PlanCache
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
@@ -46,10 +48,10 @@ class Updater:
         self._n_skipped: int | Tensor = 0
         self._grad_norm: Tensor | None = None
 
-    def read(self, groups: Sequence[Group], defaults: Mapping[str, Any]) -> list[Group]:
+    def read(self, groups: Sequence[Group], defaults: Mapping[str, Any], settings: Settings) -> list[Group]:
         """Read and check the hyperparameters of all groups; return the groups with all options."""
         if self._hyperparameters is None:
-            self._hyperparameters = self._new_hyperparameters(defaults)
+            self._hyperparameters = self._new_hyperparameters(defaults, settings)
         self._hyperparameters.read(groups)
         return self._hyperparameters.groups
 
@@ -57,17 +59,19 @@ class Updater:
         self, groups: Sequence[Group], changed: Group, defaults: Mapping[str, Any], settings: Settings
     ) -> None:
         """Check a group that has changed, and upload its hyperparameters to wherever kernels read them."""
-        self._new_hyperparameters(defaults).read([changed])
+        self._new_hyperparameters(defaults, settings).read([changed])
         if any(group is changed for group in groups):
             self.plans.publish(changed, complete(changed, self._algorithm.own_defaults), settings)
 
-    def _new_hyperparameters(self, defaults: Mapping[str, Any]) -> Hyperparameters:
+    def _new_hyperparameters(self, defaults: Mapping[str, Any], settings: Settings) -> Hyperparameters:
         own = self._algorithm.own_defaults
         names = [name for name in defaults if name not in own and name not in Settings._fields]
-        return Hyperparameters(names, own, self._structure)
+        return Hyperparameters(names, own, lambda group: self._checked_structure(group, settings))
 
-    def _structure(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The options of a group that decide which tensors and kernels take part."""
+    def _checked_structure(self, group: Mapping[str, Any], settings: Settings) -> tuple[Any, ...]:
+        """The options of a group that decide which tensors and kernels take part; ours are as at construction."""
+        check_own(group, settings)
+        check_options(options_of(group))
         flags = (bool(group[name]) for name in ("differentiable", "clip_norm", "capturable"))
         storage = tuple(by_value(group[name]) for name in STORAGE_OPTIONS)
         return self._algorithm.all_state_keys(group), self._algorithm.counts_steps(group), *flags, storage

@@ -1,0 +1,65 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, Adam, AdamW
+
+from .judging import make_params, params_of, same_bits, set_grads
+
+
+def run(optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for number in steps:
+        set_grads(params_of(optimizer), number)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"lr": 0.5}, {"betas": (0.5, 0.6)}, {"eps": 1e-3}, {"weight_decay": 0.5}, {"amsgrad": True}),
+        *({"maximize": True}, {"capturable": True}, {"differentiable": True}, {"fused": True}, {"foreach": True}),
+    ],
+    ids=str,
+)
+def test_an_option_takes_the_place_of_what_all_groups_have(option: dict[str, Any]) -> None:
+    params = make_params()
+    original = torch.optim.AdamW([{"params": params[:2], "lr": 0.1}, {"params": params[2:]}])
+    run(original, range(2))
+    ours = AdamW.from_torch(original, **option)
+    ((name, value),) = option.items()
+    assert [group[name] for group in ours.param_groups] == [value, value]
+    assert [group[name] for group in original.param_groups] != [value, value], "the original was written"
+    assert ours._handles_scaling is (name == "fused")
+    if name == "differentiable":
+        return
+    # As if it had been set in the groups.
+    mirror = AdamW.from_torch(original)
+    for group in mirror.param_groups:
+        group[name] = value
+    mirror = copy.deepcopy(mirror)
+    for optimizer in (ours, mirror):
+        run(optimizer, range(2, 4))
+    for left, right in zip(params_of(ours), params_of(mirror), strict=True):
+        assert same_bits(left.detach(), right.detach())
+
+
+def test_an_option_of_the_original_can_be_taken_back() -> None:
+    ours = Adam.from_torch(torch.optim.Adam(make_params(), fused=True), fused=False, foreach=True)
+    assert (ours.param_groups[0]["fused"], ours._handles_scaling) == (False, False)
+    assert (
+        SGD.from_torch(torch.optim.SGD(make_params(), momentum=0.5), momentum=0.9).param_groups[0]["momentum"]
+        == 0.9
+    )
+
+
+def test_narrow_moments_remember_the_betas_that_they_were_made_with() -> None:
+    original = torch.optim.AdamW(make_params(), betas=(0.9, 0.9))
+    run(original, range(2))
+    ours = AdamW.from_torch(original, betas=(0.5, 0.999), state_dtype=torch.bfloat16)
+    mirror = AdamW.from_torch(original, state_dtype=torch.bfloat16)
+    mirror.param_groups[0]["betas"] = (0.5, 0.999)
+    set_grads(params_of(mirror), 3)
+    mirror.step()
+    assert ours.param_groups[0]["bound_betas"] == mirror.param_groups[0]["bound_betas"]
