@@ -6,6 +6,7 @@ Values come from (seed, binade, shape), so that Hypothesis shrinks three integer
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,22 @@ from .fence import Fenced
 
 DENSE_LAYOUTS = ("contiguous", "transposed", "channels_last", "permuted", "misaligned")
 LAYOUTS = (*DENSE_LAYOUTS, "non_dense")
+TENSOR_LAYOUTS = (*LAYOUTS, "scalar")
 GRADIENT_LAYOUTS = ("same", "contiguous", "reversed", "misaligned", "non_dense", "expanded")
 
 # Order of the dimensions in memory, slowest first.
 _MEMORY_ORDER = {"transposed": (1, 0), "channels_last": (0, 2, 3, 1), "permuted": (1, 2, 0)}
+
+
+def check_layouts(name: str, layouts: Iterable[str], known: Sequence[str]) -> None:
+    """Check that layouts are known: any other would be built as if it were another.
+
+    Raises:
+        ValueError: A layout that is not known, by name.
+    """
+    unknown = [layout for layout in layouts if layout not in known]
+    if unknown:
+        raise ValueError(f"{name}: no layout {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
 
 
 def _smallest_factor(number: int) -> int:
@@ -61,6 +74,9 @@ class TensorCase:
     layout: str = "contiguous"
     dtype: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        check_layouts("layout", [self.layout], TENSOR_LAYOUTS)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor: as many dimensions as the layout needs, from the smallest factors of numel."""
@@ -99,6 +115,9 @@ class GradientCase:
     zeros: bool = False
     layout: str = "same"
     dtype: torch.dtype | None = None  # None is the parameter's
+
+    def __post_init__(self) -> None:
+        check_layouts("layout", [self.layout], GRADIENT_LAYOUTS)
 
     def build(self, param: Tensor) -> Fenced:
         """Build the gradient of `param` inside a fence on its device."""

@@ -11,12 +11,13 @@ from hypothesis.strategies import SearchStrategy
 
 from .cases import (
     GRADIENT_LAYOUTS,
-    LAYOUTS,
+    TENSOR_LAYOUTS,
     GradientCase,
     GroupCase,
     OptimizerCase,
     StepCase,
     TensorCase,
+    check_layouts,
 )
 
 ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
@@ -45,6 +46,26 @@ _GRADIENT_BINADES = st.sampled_from([0, -7, 3, -20, -40, -70, 20, 50])
 _FLOAT16_BINADES = st.sampled_from([0, -3, 4, -7, -14])
 
 
+def _check_dtypes(name: str, dtypes: Sequence[Any]) -> None:
+    """Check that dtypes are such as a parameter that is trained, or its gradient, may have."""
+    for dtype in dtypes:
+        if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
+            raise TypeError(f"{name}: expected floating point or complex dtypes, got {dtype!r}")
+
+
+def _check_tensors(dtypes: Sequence[torch.dtype], layouts: Sequence[str]) -> None:
+    _check_dtypes("dtypes", dtypes)
+    check_layouts("layouts", layouts, TENSOR_LAYOUTS)
+
+
+def _check_gradients(
+    layouts: Sequence[str], dtypes: Sequence[torch.dtype | None], prefix: str = "gradient_"
+) -> None:
+    check_layouts(f"{prefix}layouts", layouts, GRADIENT_LAYOUTS)
+    # None is the parameter's.
+    _check_dtypes(f"{prefix}dtypes", [dtype for dtype in dtypes if dtype is not None])
+
+
 def hyperparameters(names: Sequence[str] = ADAM_OPTIONS) -> SearchStrategy[dict[str, Any]]:
     """Draw keyword arguments of an optimizer; each name may be left out.
 
@@ -69,9 +90,10 @@ def numels() -> SearchStrategy[int]:
 def tensor_cases(
     draw: st.DrawFn,
     dtypes: Sequence[torch.dtype] = (torch.float32,),
-    layouts: Sequence[str] = (*LAYOUTS, "scalar"),
+    layouts: Sequence[str] = TENSOR_LAYOUTS,
 ) -> TensorCase:
     """Draw a parameter by seed, binade, numel and layout."""
+    _check_tensors(dtypes, layouts)
     layout = draw(st.sampled_from(layouts))
     return TensorCase(
         seed=draw(st.integers(0, 2**16)),
@@ -90,6 +112,7 @@ def gradient_cases(
     dtypes: Sequence[torch.dtype | None] = (None,),
 ) -> GradientCase:
     """Draw a gradient for a parameter: ordinary, tiny, huge or zeros, in a layout of its own."""
+    _check_gradients(layouts, dtypes, "")
     dtype = draw(st.sampled_from(dtypes))
     small = torch.float16 in (dtype, param.dtype)
     return GradientCase(
@@ -125,7 +148,7 @@ def optimizer_cases(
     options: Sequence[str],
     group_options: Sequence[str] | None = None,
     dtypes: Sequence[torch.dtype] = (torch.float32,),
-    layouts: Sequence[str] = (*LAYOUTS, "scalar"),
+    layouts: Sequence[str] = TENSOR_LAYOUTS,
     gradient_layouts: Sequence[str] = GRADIENT_LAYOUTS,
     gradient_dtypes: Sequence[torch.dtype | None] = (None,),
     max_groups: int = 3,
@@ -133,6 +156,7 @@ def optimizer_cases(
     max_steps: int = 4,
 ) -> OptimizerCase:
     """Draw a run: see `adam_cases`, which this is with other options."""
+    _check_gradients(gradient_layouts, gradient_dtypes)
     own = hyperparameters(options if group_options is None else group_options)
     tensors = st.lists(tensor_cases(dtypes, layouts), min_size=1, max_size=max_tensors).map(tuple)
     groups = tuple(
@@ -153,6 +177,10 @@ def adam_cases(
         **limits: What to draw less of, or more: `dtypes` of parameters, `layouts` (default: all of `LAYOUTS`
             and "scalar"), `gradient_layouts` (default: all of `GRADIENT_LAYOUTS`), `gradient_dtypes` (None
             is the parameter's), `max_groups`, `max_tensors` of a group, `max_steps`.
+
+    Raises:
+        TypeError, ValueError: A dtype that parameters cannot have, a layout or option that is not known; when the
+            first case is drawn.
     """
     return optimizer_cases(options=options, group_options=group_options, **limits)
 

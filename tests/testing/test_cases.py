@@ -117,6 +117,36 @@ def test_limits_are_kept(case):
     assert case.tensors[0].layout == "contiguous"
 
 
+@pytest.mark.parametrize("make", [adam_cases, sgd_cases])
+@pytest.mark.parametrize(
+    ("limits", "error", "said"),
+    [
+        ({"layouts": ["x"]}, ValueError, r"^layouts: no layout 'x'; known are contiguous, .*, scalar\b"),
+        ({"layouts": ["scalar", "Contiguous"]}, ValueError, r"^layouts: no layout 'Contiguous'; known are"),
+        ({"layouts": "scalar"}, ValueError, r"^layouts: no layout 's', "),
+        ({"gradient_layouts": ["q"]}, ValueError, r"^gradient_layouts: no layout 'q'; known are same, "),
+        ({"gradient_dtypes": ["a"]}, TypeError, r"^gradient_dtypes: expected floating point .*, got 'a'"),
+        ({"gradient_dtypes": [None, torch.int64]}, TypeError, r"^gradient_dtypes: .*, got torch\.int64\b"),
+        ({"dtypes": [torch.int32]}, TypeError, r"^dtypes: expected floating point .*, got torch\.int32\b"),
+        ({"dtypes": [None]}, TypeError, r"^dtypes: expected floating point .*, got None\b"),
+    ],
+)
+def test_limits_that_mean_nothing_are_refused_by_name(make, limits, error, said):
+    with pytest.raises(error, match=said):
+        find(make(**limits), lambda case: True, settings=first)
+
+
+def test_layouts_that_are_not_known_are_refused_wherever_they_are_named():
+    with pytest.raises(ValueError, match=r"^layout: no layout 'dense'; known are contiguous"):
+        TensorCase(seed=0, binade=0, numel=1, layout="dense")
+    with pytest.raises(ValueError, match=r"^layout: no layout 'scalar'; known are same"):
+        GradientCase(seed=0, binade=0, layout="scalar")
+    param = TensorCase(seed=0, binade=0, numel=1)
+    for strategy in (tensor_cases(layouts=["same"]), gradient_cases(param, layouts=["scalar"])):
+        with pytest.raises(ValueError, match=r"^layouts: no layout"):
+            find(strategy, lambda case: True, settings=first)
+
+
 def test_unknown_hyperparameters_are_refused_by_name():
     with pytest.raises(ValueError, match=r"no strategy for rho; known are lr, betas"):
         hyperparameters(["lr", "rho"])
