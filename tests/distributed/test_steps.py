@@ -153,3 +153,11 @@ def test_a_distributed_parameter_costs_no_more_calls_than_a_plain_one(cluster: C
     # Once more for shards, whatever their number.
     assert counts[True, 400] <= counts[False, 400] + 100, counts
     assert counts[True, 400] <= counts[True, 50] + 100, counts
+
+
+@pytest.mark.parametrize("n_processes", [2, 3])
+def test_a_process_without_parameters_takes_part(cluster: Cluster, name: str, n_processes: int) -> None:
+    first, *others = cluster.run(n_processes, "steps:scaled_without_parameters", name=name)
+    assert first == [16.0, 8.0, 8.0, 2.0]
+    # A scaler that has nothing to find keeps its scale; it waits for nobody, and nobody for it.
+    assert others == [[16.0, 16.0, 16.0]] * (n_processes - 1)

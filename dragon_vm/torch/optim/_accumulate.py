@@ -103,8 +103,11 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         """
         scaling = handed_over(self)
         has_stood_in = self._drop_stand_in()
+        if scaling.grad_scale is not None and scaling.found_inf is None and not self._all_params():
+            # A process without parameters decides with those of its process_group.
+            scaling = scaling._replace(found_inf=torch.zeros(1, device=scaling.grad_scale.device))
         # A scaler that leaves unscaling to the step says what it found, and the scale if there still is one.
-        if scaling.grad_scale is None and hasattr(self, "found_inf"):
+        if scaling.grad_scale is None and "found_inf" in vars(self):
             self._check_unscaled(scaling, has_stood_in)
         return scaling
 

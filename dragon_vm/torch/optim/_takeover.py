@@ -45,6 +45,9 @@ def take_over(
         {name: options.get(name, value) for name, value in group.items()} | {"params": list(group["params"])}
         for group in original.param_groups
     ]
+    for group in groups if "lr" in options else ():
+        # A scheduler of the original began with another rate.
+        group.pop("initial_lr", None)
     optimizer = make(groups, **{**original.defaults, **options})
     loaded = optimizer._algorithm, optimizer._settings, optimizer.param_groups
     states = outside_inference_mode(lambda: restored_states(*loaded, original.param_groups, original.state))
@@ -59,4 +62,4 @@ def _note_betas(optimizer: CheckpointedOptimizer, original: torch.optim.Optimize
     """Note the betas that narrow moments were made with, which are not those that are asked for."""
     for group, old in zip(optimizer.param_groups, original.param_groups, strict=True):
         if group.get("state_dtype") is not None and any(map(optimizer.state.get, group["params"])):
-            group["bound_betas"] = tuple(map(float, old["betas"]))
+            group["bound_betas"] = old.get("bound_betas") or tuple(map(float, old["betas"]))

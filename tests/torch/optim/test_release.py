@@ -369,3 +369,18 @@ def test_a_group_that_comes_between_two_backward_passes_hides_no_second_pass():
     optimizer.add_param_group({"params": [other]})
     with pytest.raises(RuntimeError, match="second backward pass"):
         loss_of(model, 1).backward()
+
+
+def test_a_scaler_is_not_told_by_a_frozen_integer(monkeypatch):
+    unused, trained = torch.nn.Linear(2, 2), torch.nn.Linear(8, 1)
+    frozen = torch.nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 1)
+    params = [*unused.parameters(), frozen, *trained.parameters()]
+    optimizer = AdamW(params, release_gradients=scaler)
+    scaler.scale(trained(torch.ones(4, 8)).mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 1024.0
+    assert frozen.grad is None
+    assert all(param.grad is None for param in params)

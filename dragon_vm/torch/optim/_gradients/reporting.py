@@ -38,13 +38,28 @@ def report(params: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
         Whether some gradient has an element for it.
     """
     grads = (local(param.grad) for param in params if param.grad is not None)
-    grad = next((each for each in grads if each.numel() and each.layout == torch.strided), None)
+    grad = next((each for each in grads if _can_tell(each)), None)
     if grad is not None:
         element = grad[(0,) * grad.dim()]
         for each in found:
             flag = each.to(grad.device).reshape(()) > 0
             element.copy_(torch.where(flag, torch.full_like(element, torch.inf), element))
     return grad is not None
+
+
+def _can_tell(tensor: Tensor) -> bool:
+    """Whether some element of a tensor, or of its gradient, can be infinite."""
+    is_number = tensor.is_floating_point() or tensor.is_complex()
+    return bool(is_number and tensor.numel() and tensor.layout == torch.strided)
+
+
+def _device(params: Sequence[Tensor], process_group: Any) -> torch.device:
+    """Where the processes of a group exchange flags, whether or not this one has parameters."""
+    if params:
+        device: torch.device = local(params[0]).device
+        return device
+    is_cuda = torch.distributed.get_backend(process_group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
 
 
 @torch.no_grad()
@@ -56,8 +71,10 @@ def stand_in(params: Sequence[Tensor]) -> Tensor | None:
     """
     if any(param.grad is not None for param in params):
         return None
-    # All processes choose the same one, by its whole shape.
-    param = min((param for param in params if param.numel()), key=torch.Tensor.numel, default=None)
+    # All processes choose the same one, by its whole shape; one that trains if there is one.
+    usable = [param for param in params if _can_tell(param)]
+    trained = [param for param in usable if param.requires_grad]
+    param = min(trained or usable, key=torch.Tensor.numel, default=None)
     if param is not None:
         param.grad = torch.zeros_like(param, requires_grad=False)
     return param
@@ -77,11 +94,11 @@ def report_to_all(params: Sequence[Tensor], process_group: Any) -> Tensor | None
         RuntimeError: if no gradient of this process has an element to report it.
     """
     grads = [local(param.grad) for param in params if param.grad is not None]
-    device = local(params[0]).device
+    device = _device(params, process_group)
     flags = torch.cat([nonfinite(grads, device), torch.full((1,), float(bool(grads)), device=device)])
     all_reduce_flags(flags, process_group)
     param = stand_in(params) if not grads and float(flags[1]) else None
-    if not report(params, [flags[:1]]) and float(flags[0]):
+    if params and not report(params, [flags[:1]]) and float(flags[0]):
         raise RuntimeError(
             "a GradScaler with process_group: another process found infinite or NaN gradients, and no gradient of "
             "this one has an element that could tell its scaler. Use skip_nonfinite=True without a scaler, or bf16"
@@ -91,6 +108,6 @@ def report_to_all(params: Sequence[Tensor], process_group: Any) -> Tensor | None
 
 def any_of(flags: Sequence[bool], params: Sequence[Tensor], process_group: Any) -> list[bool]:
     """For each flag whether some process of a group has set it. It waits for the device."""
-    values = torch.tensor(flags, dtype=torch.float32, device=local(params[0]).device)
+    values = torch.tensor(flags, dtype=torch.float32, device=_device(params, process_group))
     all_reduce_flags(values, process_group)
     return [value > 0 for value in values.tolist()]

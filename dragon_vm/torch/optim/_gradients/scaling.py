@@ -41,7 +41,7 @@ NO_SCALING = Scaling()
 
 def handed_over(optimizer: object) -> Scaling:
     """What a `GradScaler` has set on an optimizer for this step; a finding is one for all processes."""
-    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    scale, found_inf = map(vars(optimizer).get, ("grad_scale", "found_inf"))
     if scale is None and found_inf is None:
         return NO_SCALING
     if not isinstance(found_inf, Tensor):

@@ -99,11 +99,7 @@ class Updater:
         # What is found in a part has been agreed on.
         decides = scaling.found_inf is not None and not part
         reductions = self._reductions(members, settings, part, decides=decides)
-        # A saved step count shows whether an average was loaded in place.
-        have_averages = self._algorithm.saves_steps and any(group["ema_decay"] for group in values.groups)
-        is_asked = have_averages and is_state_asked_for()
-        if have_averages and not (is_asked or is_capturing()):
-            drop_premature(members.params, state)
+        begin_too_early = self._settle_averages(members, values.groups, state)
         recipe = Recipe(
             self._owner,
             self._algorithm,
@@ -134,12 +130,24 @@ class Updater:
             outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
             if with_masters:
                 self.masters.note(with_masters)
-        if is_asked:
+        if begin_too_early:
             note_premature(members.params, state)
-        on_device = found.plan.norm if found and needs_norm(settings) else None
-        norms = outcome.grad_norm, on_device, self._grad_norm
-        self._grad_norm = next((norm for norm in norms if norm is not None), None)
+        norm = outcome.grad_norm
+        if norm is None and found is not None and needs_norm(settings):
+            norm = found.plan.norm
+        if norm is not None:
+            self._grad_norm = norm
         self._n_skipped = self._n_skipped + outcome.n_skipped
+
+    def _settle_averages(self, members: Members, groups: Sequence[Group], state: Mapping[Any, Any]) -> bool:
+        """Let averages begin anew that began too early, and tell whether a step is about to begin such."""
+        # A saved step count shows whether an average was loaded in place.
+        if not self._algorithm.saves_steps or not any(group["ema_decay"] for group in groups):
+            return False
+        is_asked = is_state_asked_for()
+        if not (is_asked or is_capturing()):
+            drop_premature(members.params, state)
+        return is_asked
 
     def agreed(self, members: Members, settings: Settings, found_inf: Tensor, part: int) -> Tensor:
         """A finding about the gradients of a part, positive if it is on any process that shares the parameters."""
