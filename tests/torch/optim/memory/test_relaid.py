@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dragon.vm.torch.optim import SGD, Adam, AdamW
 
+from ..support import home
+
 BF16, FP32 = torch.bfloat16, torch.float32
 BACKENDS = ["eager", "native"]
 
@@ -105,9 +107,9 @@ def test_remainders_follow_a_parameter_that_is_laid_out_anew(mode: str, backend:
 
 
 @pytest.mark.parametrize("mode", ["split16", "split8"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_a_weight_of_zero_is_a_master_of_zero(mode: str, backend: str) -> None:
-    param = torch.nn.Parameter(torch.full((64, 64), 0.5, dtype=BF16))
+    param = torch.nn.Parameter(torch.full((64, 64), 0.5, dtype=BF16, device=home(backend)))
     optimizer = AdamW([param], lr=1e-4, weight_decay=0.0, master_weights=mode, backend=backend)
     param.grad = torch.ones_like(param)
     optimizer.step()
@@ -369,3 +371,22 @@ def test_betas_out_of_range_leave_no_bound_behind(betas: tuple[float, float]) ->
     with pytest.raises(ValueError, match="Invalid beta parameter at index"):
         optimizer.step()
     assert optimizer.param_groups[0]["bound_betas"] == before
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_an_extremal_moment_behind_changed_betas_is_cut_by_no_backend(backend: str) -> None:
+    def run(name: str) -> tuple[Tensor, Tensor]:
+        param = torch.nn.Parameter(torch.zeros(64, device=home(name)))
+        optimizer = Adam([param], lr=1e-3, backend=name, state_dtype={"exp_avg": FP32, "exp_avg_sq": BF16})
+        generator = torch.Generator().manual_seed(0)
+        for step in range(3):
+            if step == 1:
+                optimizer.param_groups[0]["betas"] = (0.0, 0.99)
+            # The last gradient is all that there is: its moment is at the bound of exact Adam.
+            param.grad = (torch.randn(64, generator=generator) * (100.0 * (step == 2))).to(param.device)
+            optimizer.step()
+        return optimizer.state[param]["exp_avg"].cpu(), param.grad.cpu()
+
+    (eager, grad), (other, _) = run("eager"), run(backend)
+    assert torch.equal(eager, grad)
+    assert torch.equal(other, eager)
