@@ -15,9 +15,9 @@ from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
+from dragon.vm.torch.optim._groups.early_averages import drop_early, note_early
 from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
-from dragon.vm.torch.optim._groups.premature import drop_premature, note_premature
 from dragon.vm.torch.optim._groups.storage import options_of
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, check_own, complete, needs_norm
 from dragon.vm.torch.optim._plan.agreement import Agreement
@@ -131,7 +131,7 @@ class Updater:
             if with_masters:
                 self.masters.note(with_masters)
         if begin_too_early:
-            note_premature(members.params, state)
+            note_early(members.params, state)
         norm = outcome.grad_norm
         if norm is None and found is not None and needs_norm(settings):
             norm = found.plan.norm
@@ -146,7 +146,7 @@ class Updater:
             return False
         is_asked = is_state_asked_for()
         if not (is_asked or is_capturing()):
-            drop_premature(members.params, state)
+            drop_early(members.params, state)
         return is_asked
 
     def agreed(self, members: Members, settings: Settings, found_inf: Tensor, part: int) -> Tensor:

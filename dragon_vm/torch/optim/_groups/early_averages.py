@@ -9,26 +9,26 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 # The averages of steps that PyTorch's checkpoint functions took to create states.
-_premature: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_early: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def note_premature(params: Iterable[Tensor], state: Mapping[Any, Any]) -> None:
-    """Take the averages of parameters for premature: only a step count shows whether they were loaded in place."""
+def note_early(params: Iterable[Tensor], state: Mapping[Any, Any]) -> None:
+    """Take the averages of parameters for too early: only a step count shows whether they were loaded in place."""
     for param in params:
         entries = state.get(param, {})
         if "ema" in entries and "step" in entries:
-            _premature[entries["ema"]] = None
+            _early[entries["ema"]] = None
 
 
-def drop_premature(params: Iterable[Tensor], state: Mapping[Any, Any]) -> None:
-    """Take premature averages out of the state, so that they begin anew; those that were loaded stay.
+def drop_early(params: Iterable[Tensor], state: Mapping[Any, Any]) -> None:
+    """Take early averages out of the state, so that they begin anew; those that were loaded stay.
 
     It reads step counts, once after states were asked for.
     """
-    for param in params if _premature else ():
+    for param in params if _early else ():
         entries = state.get(param, {})
         average = entries.get("ema")
-        if average is not None and average in _premature:
-            del _premature[average]
+        if average is not None and average in _early:
+            del _early[average]
             if float(entries["step"]) == 1:
                 del entries["ema"]
