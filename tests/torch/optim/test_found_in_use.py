@@ -219,12 +219,12 @@ def test_a_parameter_of_a_flat_buffer_may_be_reshaped():
 
 
 def test_a_plan_for_many_sets_of_gradients_is_not_lost_among_them():
-    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(40)]
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(100)]
     optimizer = SGD(params, lr=0.1, backend="native")
     generator = torch.Generator().manual_seed(0)
     n_prepared = []
     for _ in range(400):
-        chosen = torch.randperm(40, generator=generator)[:4].tolist()
+        chosen = torch.randperm(100, generator=generator)[:8].tolist()
         for index, param in enumerate(params):
             param.grad = torch.ones(3) if index in chosen else None
         before = set(map(id, optimizer._plans.latest()))

@@ -217,18 +217,19 @@ def test_states_follow_the_dtype_that_is_asked_for(backend: str) -> None:
         ((0.5, 0.9), (0.9, 0.99)),
     ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_changed_betas_leave_an_exact_first_moment_alone(
     first: tuple[float, float], then: tuple[float, float], backend: str
 ) -> None:
     def moment(cls: type[torch.optim.Optimizer], **options: Any) -> Tensor:
-        param = torch.nn.Parameter(torch.zeros(64))
+        param = torch.nn.Parameter(torch.zeros(64, device=home(backend)))
         optimizer = cls([param], lr=1e-3, betas=first, **options)
         for step in range(60):
             if step == 3:
                 optimizer.param_groups[0]["betas"] = then
             # At first nothing and then much, or much and then nothing.
-            param.grad = torch.where(torch.arange(64) < 32, 1.0 + 7 * (step >= 3), float(step < 3))
+            grad = torch.where(torch.arange(64) < 32, 1.0 + 7 * (step >= 3), float(step < 3))
+            param.grad = grad.to(param.device)
             optimizer.step()
         return optimizer.state[param]["exp_avg"]
 
@@ -390,3 +391,28 @@ def test_an_extremal_moment_behind_changed_betas_is_cut_by_no_backend(backend: s
     (eager, grad), (other, _) = run("eager"), run(backend)
     assert torch.equal(eager, grad)
     assert torch.equal(other, eager)
+
+
+def test_a_master_that_its_weight_does_not_stand_for_is_left_at_the_weight() -> None:
+    param, optimizer = trained(FP32)
+    # Not counted by PyTorch.
+    param.data.fill_(100.0)
+    optimizer.param_groups[0]["master_weights"] = "split16"
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert (masters(optimizer) == 100).all()
+
+
+@pytest.mark.parametrize("after", ["split16", "split8"])
+def test_a_master_halfway_between_weights_stays_there(after: str) -> None:
+    param, optimizer = trained(FP32)
+    halfway = 1 + 2.0**-8
+    with torch.no_grad():
+        optimizer.state[param]["param_master"].fill_(halfway)
+        # To even, which is down.
+        param.data.fill_(halfway)
+    assert (param == 1).all()
+    optimizer.param_groups[0]["master_weights"] = after
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert_close(masters(optimizer), torch.full_like(masters(optimizer), halfway), LOSS[after])
