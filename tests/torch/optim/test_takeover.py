@@ -68,7 +68,7 @@ def test_narrow_moments_remember_the_betas_that_they_were_made_with() -> None:
 def test_a_scheduler_of_the_new_optimizer_begins_with_the_rate_that_was_asked_for():
     param = torch.nn.Parameter(torch.ones(2))
     theirs = torch.optim.Adam([param], lr=1.0)
-    torch.optim.lr_scheduler.ConstantLR(theirs, factor=0.5)
+    torch.optim.lr_scheduler.LambdaLR(theirs, lambda step: 0.5)
     ours = Adam.from_torch(theirs, lr=0.1)
-    torch.optim.lr_scheduler.ConstantLR(ours, factor=0.5)
+    torch.optim.lr_scheduler.LambdaLR(ours, lambda step: 0.5)
     assert ours.param_groups[0]["lr"] == 0.05
