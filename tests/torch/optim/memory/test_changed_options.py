@@ -1,0 +1,97 @@
+"""Storage options and betas that a program changes between steps."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim import Adam
+
+from ..support import home
+
+BF16, FP32 = torch.bfloat16, torch.float32
+BACKENDS = ["eager", "native"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_follow_the_dtype_that_is_asked_for(backend: str) -> None:
+    param = torch.nn.Parameter(torch.randn(64, 64))
+    optimizer = Adam([param], state_dtype=BF16, backend=backend)
+
+    def dtypes(asked: object) -> set[torch.dtype]:
+        optimizer.param_groups[0]["state_dtype"] = asked
+        param.grad = torch.randn(64, 64).to(param.dtype)
+        optimizer.step()
+        names = optimizer.state_formats()["0"]
+        assert ("stochastic" in names["exp_avg_sq"]) == (asked == BF16)
+        return {optimizer.state[param][key].dtype for key in ("exp_avg", "exp_avg_sq")}
+
+    assert dtypes(BF16) == {BF16}
+    assert dtypes(FP32) == {FP32}
+    assert dtypes(BF16) == {BF16}
+    # PyTorch's arithmetic is in the parameter's dtype.
+    assert dtypes(None) == {FP32}
+    param.data = param.data.to(BF16)
+    assert dtypes(None) == {FP32}
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ((0.0, 0.95), (0.9, 0.999)),
+        ((0.9, 0.999), (0.95, 0.9)),
+        ((0.9, 0.999), (0.99, 0.9)),
+        ((0.5, 0.9), (0.9, 0.99)),
+    ],
+)
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_changed_betas_leave_an_exact_first_moment_alone(
+    first: tuple[float, float], then: tuple[float, float], backend: str
+) -> None:
+    def moment(cls: type[torch.optim.Optimizer], **options: Any) -> Tensor:
+        param = torch.nn.Parameter(torch.zeros(64, device=home(backend)))
+        optimizer = cls([param], lr=1e-3, betas=first, **options)
+        for step in range(60):
+            if step == 3:
+                optimizer.param_groups[0]["betas"] = then
+            # At first nothing and then much, or much and then nothing.
+            grad = torch.where(torch.arange(64) < 32, 1.0 + 7 * (step >= 3), float(step < 3))
+            param.grad = grad.to(param.device)
+            optimizer.step()
+        return optimizer.state[param]["exp_avg"]
+
+    ours = moment(Adam, backend=backend, state_dtype={"exp_avg": FP32, "exp_avg_sq": BF16})
+    torch.testing.assert_close(ours, moment(torch.optim.Adam), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 1.0), (0.9, 1.5), (1.5, 0.9), (float("nan"), 0.9)])
+def test_betas_out_of_range_leave_no_bound_behind(betas: tuple[float, float]) -> None:
+    param = torch.nn.Parameter(torch.ones(64))
+    optimizer = Adam([param], state_dtype=BF16)
+    param.grad = torch.ones(64)
+    optimizer.step()
+    before = optimizer.param_groups[0]["bound_betas"]
+    optimizer.param_groups[0]["betas"] = betas
+    with pytest.raises(ValueError, match="Invalid beta parameter at index"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["bound_betas"] == before
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_an_extremal_moment_behind_changed_betas_is_cut_by_no_backend(backend: str) -> None:
+    def run(name: str) -> tuple[Tensor, Tensor]:
+        param = torch.nn.Parameter(torch.zeros(64, device=home(name)))
+        optimizer = Adam([param], lr=1e-3, backend=name, state_dtype={"exp_avg": FP32, "exp_avg_sq": BF16})
+        generator = torch.Generator().manual_seed(0)
+        for step in range(3):
+            if step == 1:
+                optimizer.param_groups[0]["betas"] = (0.0, 0.99)
+            # The last gradient is all that there is: its moment is at the bound of exact Adam.
+            param.grad = (torch.randn(64, generator=generator) * (100.0 * (step == 2))).to(param.device)
+            optimizer.step()
+        return optimizer.state[param]["exp_avg"].cpu(), param.grad.cpu()
+
+    (eager, grad), (other, _) = run("eager"), run(backend)
+    assert torch.equal(eager, grad)
+    assert torch.equal(other, eager)
