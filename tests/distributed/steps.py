@@ -9,6 +9,9 @@ from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._plan import widening
+
 from .factories import largest_difference, make, params_of, whole
 from .training import DAMPED, EVEN, N_STEPS, names
 from .watching import Watch
@@ -197,6 +200,40 @@ def without_gradients(name: str) -> list[float]:
         optimizer.step()
     assert bool(param.any()) == (dist.get_rank() > 0)
     return [float(optimizer.grad_norm), param.tolist()[0]]
+
+
+def other_gradients_each_step(name: str, **options: Any) -> int:
+    """The number of parameters that most plans are for, of an optimizer that has the bits of one without plans.
+
+    Parameters are split unevenly, some are not split, and each process has gradients of its own choice.
+    """
+    widening.N_MISSED = 1
+    mesh, shapes = world_mesh(), ((7, 3), (5,), (2, 2), (40,))
+    dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float64)
+    runs = []
+    for _ in range(2):
+        tensors = [torch.ones(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        runs.append([nn.Parameter(distribute_tensor(tensor, mesh, [Shard(0)])) for tensor in tensors[:3]])
+        runs[-1].append(nn.Parameter(tensors[3]))
+    optimizers = [make(name, params, **options) for params in runs]
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for number in range(12):
+        grads = [torch.randn(shards.shape, generator=generator) for shards in map(local, runs[0])]
+        present = [number == 0 or bool(torch.rand((), generator=generator) < 0.5) for _ in grads]
+        for params in runs:
+            for param, grad, is_present in zip(params, grads, present, strict=True):
+                own = grad.to(param.dtype)
+                spec = getattr(param, "_spec", None)
+                given = own if spec is None else DTensor(own, spec, requires_grad=False)
+                param.grad = given if is_present else None
+        for optimizer in optimizers:
+            optimizer.step()
+        for ours, theirs in zip(*runs, strict=True):
+            assert torch.equal(local(ours), local(theirs))
+        norms = [optimizer.grad_norm for optimizer in optimizers]
+        assert norms[0] is None or torch.equal(*norms)
+        optimizers[1]._plans.forget()
+    return max(len(plan.gatherer.positions) for plan in optimizers[0]._plans.latest() if plan.gatherer.takes_parts)
 
 
 def extreme(name: str, size: float) -> tuple[float, float]:

@@ -130,6 +130,16 @@ def test_a_process_without_gradients_takes_part(cluster: Cluster, name: str, n_p
     assert [norm for norm, _ in results] == [math.sqrt(36 * (n_processes - 1))] * n_processes
 
 
+@pytest.mark.parametrize("options", [*NORMS, {"clip_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("n_processes", [2, 3])
+def test_other_gradients_at_each_step_change_no_bit(
+    cluster: Cluster, name: str, n_processes: int, options: dict[str, float]
+) -> None:
+    for backend in (name, "triton"):
+        results = cluster.run(n_processes, "steps:other_gradients_each_step", name=backend, **options)
+        assert max(results) > 2
+
+
 @pytest.mark.parametrize("size", [1e-150, 1e150, 1e200])
 @pytest.mark.parametrize("n_processes", [1, 2, 3])
 def test_squares_overflow_where_those_of_one_process_and_of_torch_do(

@@ -9,6 +9,7 @@ from dragon.vm.torch.optim import SGD, Adam
 from dragon.vm.torch.optim._backends import native
 from dragon.vm.torch.optim._plan import cache, host_step, widening
 
+from .recorded import RecordedGraph
 from .support import BACKENDS, bits, everything, home, numbers, parameters, patient
 
 presences = st.lists(st.booleans(), min_size=3, max_size=3)
@@ -63,8 +64,7 @@ def test_a_step_without_any_gradient_does_nothing(backend, algorithm):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_patterns_of_missing_gradients_keep_few_plans(backend):
     params = parameters([(3,)] * 6, device=home(backend))
-    # A norm is summed over one set of gradients.
-    optimizer = Adam(params, backend=backend, max_grad_norm=1.0)
+    optimizer = Adam(params, backend=backend)
     for pattern in range(1, 33):
         for i, param in enumerate(params):
             param.grad = torch.ones_like(param) if pattern >> i & 1 else None
@@ -101,11 +101,12 @@ def take_steps(optimizer, params, patterns):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sets_of_gradients_share_a_plan_once_more_of_them_came_than_are_kept(backend, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"clip_norm": 1.0}, {"skip_nonfinite": True}])
+def test_sets_of_gradients_share_a_plan_once_more_of_them_came_than_are_kept(backend, options, monkeypatch):
     monkeypatch.setattr(widening, "N_MISSED", 8)
     sizes = prepared_sets(monkeypatch)
     params = parameters([(3,)] * 6, device=home(backend))
-    take_steps(Adam(params, backend=backend), params, (0b111111, *range(1, 33)))
+    take_steps(Adam(params, backend=backend, **options), params, (0b111111, *range(1, 33)))
     assert sizes == [6, 1, 1, 2, 1, 2, 2, 3, 6]
 
 
@@ -246,6 +247,49 @@ def test_a_norm_has_the_bits_of_its_set_whatever_other_sets_came_before(backend,
         optimizers[1]._plans.forget()
         assert bits(optimizers[0].grad_norm) == bits(optimizers[1].grad_norm)
     assert everything(optimizers[0]) == everything(optimizers[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norm_of_several_dtypes_has_the_bits_of_its_set(backend):
+    """Tensors of another dtype are updated by other launches, of which a set of gradients may leave some out."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float64] * 3
+    runs = [[parameters([(40,)], dtype, home(backend))[0] for dtype in dtypes] for _ in range(2)]
+    optimizers = [Adam(params, backend=backend, max_grad_norm=0.5) for params in runs]
+    for number, pattern in enumerate((511, *range(30, 511, 32))):
+        for params, optimizer in zip(runs, optimizers, strict=True):
+            for i, param in enumerate(params):
+                grad = numbers(10 * number + i, 40, dtype=dtypes[i], device=home(backend))
+                param.grad = grad if pattern >> i & 1 else None
+            optimizer.step()
+        optimizers[1]._plans.forget()
+        assert bits(optimizers[0].grad_norm) == bits(optimizers[1].grad_norm)
+    assert everything(optimizers[0]) == everything(optimizers[1])
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 0.5}, {"clip_norm": 0.5}])
+def test_a_graph_of_some_gradients_keeps_its_norm_after_steps_with_others(options):
+    shapes = [(40,), (32768 + 5,), (7,)]
+    runs = [parameters(shapes) for _ in range(2)]
+    optimizers = [Adam(params, backend="triton", capturable=True, **options) for params in runs]
+    patterns = [(1, 1, 1), (0, 1, 1), (1, 0, 1)]
+    for params, optimizer in zip(runs, optimizers, strict=True):
+        for number, present in enumerate([*patterns, patterns[1]]):
+            give_some(params, present, number)
+            optimizer.step()
+    give_some(runs[0], patterns[1], 3)
+    kept = [param.grad for param in runs[0]]
+    replay = RecordedGraph().capture(optimizers[0].step)
+    for number in range(4, 8):
+        for params, optimizer in zip(runs, optimizers, strict=True):
+            give_some(params, patterns[number % 3], number)
+            optimizer.step()
+        give_some(runs[1], patterns[1], number)
+        for grad, param in zip(kept, runs[1], strict=True):
+            if grad is not None:
+                grad.copy_(param.grad)
+        replay()
+        optimizers[1].step()
+        assert everything(optimizers[0]) == everything(optimizers[1])
 
 
 def moved(param):

@@ -15,9 +15,16 @@ from dragon.kernels.launch import Launcher, advance_launcher, norm_launcher, upd
 from dragon.kernels.spec import Spec
 from dragon.vm.torch.optim._backends.configs import config_for
 from dragon.vm.torch.optim._backends.context import DeviceContext
-from dragon.vm.torch.optim._backends.tensor_rows import SPAN, dtype_name, format_name, real_numel, tensor_rows
+from dragon.vm.torch.optim._backends.tensor_rows import (
+    SPAN,
+    PartialNorms,
+    dtype_name,
+    format_name,
+    real_numel,
+    tensor_rows,
+)
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup, Signature
-from dragon.vm.torch.optim._table.chunks import n_chunks, plan_chunks
+from dragon.vm.torch.optim._table.chunks import plan_chunks
 from dragon.vm.torch.optim._table.table import DeviceTable, packed
 
 # The kernels' constants as integers: each conversion calls Python.
@@ -65,7 +72,8 @@ class Launches(NamedTuple):
         advances: by the kind of norm, and by whether each gradient is clipped by its own.
         updates: update launches.
         norms: launches of the norm.
-        n_spans: partial norms of each row.
+        numels: elements of each row.
+        n_partials: partial norms of all rows.
     """
 
     table: DeviceTable
@@ -74,7 +82,8 @@ class Launches(NamedTuple):
     advances: dict[tuple[int, bool], Launcher]
     updates: list[UpdateLaunch]
     norms: list[NormLaunch]
-    n_spans: list[int]
+    numels: list[int]
+    n_partials: int
 
 
 def plan_launches(
@@ -100,14 +109,15 @@ def plan_launches(
         plan_chunks(own, config.chunk, chosen) for config, own, chosen in zip(configs, lengths, rows, strict=True)
     ]
     spans = _spans([spec.grad for spec in specs], rows, numels)
-    n_spans = [n_chunks(numel, SPAN) for numel in numels]
+    partials = PartialNorms.of([entry.position for entry in entries], numels)
+    n_partials = sum(partials.counts)
     contents = {
         # These change from step to step; one copy takes them all.
         "groups": array("q", bytes(8 * n_groups * int(table.GROUP_COLUMNS))),
         "sources": array("q", bytes(8 * n_groups * int(table.SOURCE_COLUMNS))),
         "grads": array("q", bytes(8 * len(entries))),
-        "counts": array("q", [len(entries), sum(n_spans)]),
-        "tensors": tensor_rows(entries, numels, [group.signature for group in flattened], firsts, seed),
+        "counts": array("q", [len(entries), n_partials]),
+        "tensors": tensor_rows(entries, numels, [group.signature for group in flattened], firsts, partials, seed),
     }
     for index, pairs in enumerate(chunks):
         contents[f"chunks {index}"] = packed(array("i", [len(pairs) // 2, 0]) + pairs)
@@ -134,7 +144,7 @@ def plan_launches(
     }
     n_scalars = len(entries) * int(table.SCALAR_COLUMNS)
     scalars = torch.empty(n_scalars, dtype=torch.float64, device=context.device)
-    return Launches(device_table, Sections.of(device_table), scalars, advances, updates, norms, n_spans)
+    return Launches(device_table, Sections.of(device_table), scalars, advances, updates, norms, numels, n_partials)
 
 
 def _spans(dtypes: Sequence[str], rows: Sequence[range], numels: Sequence[int]) -> dict[str, array[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import chain, repeat
+from itertools import repeat
 from operator import is_not
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from dragon.kernels import table
 from dragon.vm.torch.optim._backends.context import DeviceContext
 from dragon.vm.torch.optim._backends.launches import INF_NORM, L2_NORM, NO_NORM, plan_launches
-from dragon.vm.torch.optim._backends.process_sums import AdvanceTables, ProcessSums
+from dragon.vm.torch.optim._backends.partials import AdvanceTables, Partials
 from dragon.vm.torch.optim._backends.selection import picker
 from dragon.vm.torch.optim._backends.tensor_rows import real_numel, tensor_rows
 from dragon.vm.torch.optim._gradients.scaling import Scaling
@@ -49,14 +49,14 @@ class TritonDevice:
         counts: bool,
         seed: int = 0,
     ) -> None:
-        entries = list(chain.from_iterable(group.entries for group in flattened))
+        positions = [entry.position for group in flattened for entry in group.entries]
         self._context = context
-        self._pick_own = picker([entry.position for entry in entries], n_gathered)
+        self._pick_own = picker(positions, n_gathered)
         self._status = context.status if counts else context.spare_status
         self.norm = self._status[int(table.GRAD_NORM)]
         self._launches = plan_launches(flattened, algorithm, context, n_groups, zero_grad, seed)
         self._groups = GroupTable(self._launches.table, context.device, columns_of)
-        self._sums: ProcessSums | None = None
+        self._partials = Partials(positions, self._launches.numels, self._launches.table)
         self._stream = context.stream()
         self._captured_grads: list[Tensor] = []
         self._addresses: list[int] = []
@@ -93,6 +93,8 @@ class TritonDevice:
         if shared is not None and not kind and scaling.found_inf is not None:
             # All processes skip the step that one must skip.
             kind = L2_NORM
+        if kind:
+            self._partials.number([address == _ABSENT for address in own] if _ABSENT in own else [])
         context.launch(
             lambda: self._launch(own, kind, scaling, shared, settings.skip_nonfinite, kept_scale),
             in_order=self._groups.is_live,
@@ -126,16 +128,14 @@ class TritonDevice:
         counts, tensors, groups, sources, _ = launches.sections
         if kind is not None:
             # Without a norm there are none to read.
-            partials = context.partials(sum(launches.n_spans)) if kind else context.status
+            partials = context.partials(launches.n_partials) if kind else context.status
             found_inf = context.zero if scaling.found_inf is None else scaling.found_inf
             read = AdvanceTables(counts, tensors, partials, found_inf)
             if kind:
                 for each in launches.norms:
                     each.launches[kind](each.spans, tensors, grads, groups, partials)
             if kind and shared is not None:
-                if self._sums is None:
-                    self._sums = ProcessSums(launches.n_spans, tensors)
-                read = self._sums.take(
+                read = self._partials.sums(tensors).take(
                     *(shared, partials, kind, scaling.found_inf),
                     clip_each=self._groups.clips_each,
                     skip_nonfinite=skip_nonfinite,

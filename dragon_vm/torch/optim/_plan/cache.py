@@ -118,14 +118,17 @@ class PlanCache:
             self._widening.note(recipe, key, plan)
         return Found(plan, plan.gatherer.gather_anew(recipe.state, prepared, members, present))
 
-    def capture(self, found: Found, settings: Settings) -> None:
+    def capture(self, recipe: Recipe, found: Found) -> None:
         """Keep a plan, and the tensors that the graph will read and write, for a graph that is being captured.
 
         Raises:
             RuntimeError: as `StepPlan.check_capture`.
         """
-        found.plan.check_capture(settings)
+        found.plan.check_capture(recipe)
         self._captured.append(found)
+        if found.plan.gatherer.takes_parts:
+            # A step with other gradients would number the partial norms anew that the graph reads.
+            self._latest = {key: plan for key, plan in self._latest.items() if plan is not found.plan}
 
     def publish(self, live: dict[str, Any], group: dict[str, Any], settings: Settings) -> None:
         """Upload the hyperparameters of a live group to wherever kernels read them, in stream order.

@@ -96,10 +96,12 @@ class Gatherer:
     Attributes:
         positions: of the plan's parameters among all of the optimizer.
         states: reads the states.
+        takes_parts: as given.
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, *, takes_parts: bool) -> None:
         self.positions, n_all = prepared.among_all, recipe.n_params
+        self.takes_parts = takes_parts
         self._pick = picker(self.positions, n_all)
         self._pick_others = picker(sorted({*range(n_all)}.difference(self.positions)), n_all)
         self.states = StateReader(recipe.state, prepared)

@@ -11,7 +11,7 @@ from dragon.vm.torch.optim._backends.host import HostGroup
 from dragon.vm.torch.optim._backends.native import NativeGroup
 from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import NO_SCALING, Factors, Scaling, TotalNorm, gradient_factors
-from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
+from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._gradients.zeroing import apart_at
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._options import Version, needs_norm
@@ -24,7 +24,6 @@ class HostStep:
 
     Attributes:
         groups: host groups.
-        shared: sums over the processes that share the gradients; None if there are no others.
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, n_gathered: int) -> None:
@@ -32,16 +31,16 @@ class HostStep:
         self.groups = [_on_host(recipe, group, n_gathered) for group in hosts]
         # Positions of the entries of all flattened groups: a buffer is one gradient, not its parameters.
         kernels = [group for group in prepared.flattened if group.signature.backend == "triton"]
-        self._walked = [entry.position for group in (*hosts, *kernels) for entry in group.entries]
+        # In the order of the parameters: a norm's last bits depend on it, and on nothing else of the plan.
+        self._walked = sorted(entry.position for group in (*hosts, *kernels) for entry in group.entries)
         self._group_index = [*prepared.group_index, *(joined.group_index for joined in prepared.joined)]
-        self._total_norm: TotalNorm | None = None
+        # The norm of the gradients that the last step had, and their positions.
+        self._total_norm: tuple[list[int], TotalNorm] = [], TotalNorm([], [])
         # What the groups ask for, and the version of which they were asked.
         self._clips_each = self._scales = False
         self._read_for = 0
-        self.shared: SharedNorm | None = None
-        if recipe.reductions:
-            first_of = [*prepared.among_all, *(prepared.among_all[j.positions[0]] for j in prepared.joined)]
-            self.shared = SharedNorm(recipe.reductions, [first_of[i] for i in self._walked], recipe.n_params)
+        self._first_of = [*prepared.among_all, *(prepared.among_all[j.positions[0]] for j in prepared.joined)]
+        self._shared: tuple[Reductions, list[int], SharedNorm] | None = None
 
     def run(
         self, recipe: Recipe, tensors: Gathered, version: Version, scaling: Scaling, kept_scale: float | None
@@ -70,8 +69,19 @@ class HostStep:
             member.update(tensors, member.pick(grads), groups, version, factors)
         return Outcome(factors.norm), NO_SCALING if factors.common == 1 else Scaling(_divisor(factors.common))
 
+    def shared(self, recipe: Recipe, tensors: Gathered) -> SharedNorm | None:
+        """Sums over the processes that share the gradients of a step; None if there are no others."""
+        reductions = recipe.reductions
+        if reductions is None:
+            return None
+        positions = self._present(tensors)
+        if self._shared is None or self._shared[0] is not reductions or self._shared[1] != positions:
+            chosen = [self._first_of[position] for position in positions]
+            self._shared = reductions, positions, SharedNorm(reductions, chosen, recipe.n_params)
+        return self._shared[2]
+
     def _present(self, tensors: Gathered) -> list[int]:
-        """Positions of the gradients that are there, in the order of the flattened groups."""
+        """Positions of the gradients that are there, in the order of the parameters."""
         return [position for position in self._walked if tensors.grads[position] is not None]
 
     def _factors(self, recipe: Recipe, tensors: Gathered, scaling: Scaling) -> Factors:
@@ -80,13 +90,13 @@ class HostStep:
         indices = [self._group_index[position] for position in positions]
 
         def measure() -> float:
-            if self._total_norm is None:
-                # A plan that measures is for one set of gradients.
-                self._total_norm = TotalNorm(walked, indices)
-            return self._total_norm.measure(walked, recipe.groups, recipe.settings.norm_type)
+            if self._total_norm[0] != positions:
+                self._total_norm = positions, TotalNorm(walked, indices)
+            return self._total_norm[1].measure(walked, recipe.groups, recipe.settings.norm_type)
 
         settings = recipe.settings
-        factors = gradient_factors(walked, indices, recipe.groups, settings, scaling, measure, self.shared)
+        shared = self.shared(recipe, tensors)
+        factors = gradient_factors(walked, indices, recipe.groups, settings, scaling, measure, shared)
         if not factors.each:
             return factors
         each = [1.0] * len(self._group_index)

@@ -78,7 +78,7 @@ class StepPlan:
         ready = self._ready(tensors, are_own, writes=writes)
         outcome, are_zero = Outcome(), self._kernel_zeroes
         values = recipe.groups, version
-        if self._host.groups or (len(self._devices) > 1 and needs_norm(settings)):
+        if self._decides_on_host(recipe):
             kept = (1.0 if kept_scale is None else float(kept_scale)) if are_left else None
             outcome, decided = self._host.run(recipe, ready, version, scaling, kept)
             are_zero &= not outcome.n_skipped
@@ -87,8 +87,9 @@ class StepPlan:
                 for device in self._devices:
                     device.update(ready.grads, *values, settings, decided, kept_scale=kept_scale)
         else:
+            shared = self._host.shared(recipe, ready)
             for device in self._devices:
-                device.update(ready.grads, *values, settings, scaling, self._host.shared, kept_scale)
+                device.update(ready.grads, *values, settings, scaling, shared, kept_scale)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(tensors.take(tensors.params))
@@ -104,6 +105,11 @@ class StepPlan:
         elif self._zero_grad:
             zero_all(grads)
         return outcome
+
+    def _decides_on_host(self, recipe: Recipe) -> bool:
+        """Whether host groups, or several devices, need to know what is found in all gradients."""
+        asks_all = needs_norm(recipe.settings) or recipe.reductions is not None
+        return bool(self._host.groups) or (len(self._devices) > 1 and asks_all)
 
     def _put_back(self, grads: Sequence[Any], unscaled: Sequence[Any]) -> None:
         """Take over what became of gradients where the update read copies of them."""
@@ -144,13 +150,13 @@ class StepPlan:
                 for device in self._devices:
                     device.publish(index, group, settings)
 
-    def check_capture(self, settings: Settings) -> None:
+    def check_capture(self, recipe: Recipe) -> None:
         """Check that a graph of this step repeats all of it.
 
         Raises:
             RuntimeError: for a step that decides something on the host.
         """
-        if self._host.groups or (len(self._devices) > 1 and needs_norm(settings)):
+        if self._decides_on_host(recipe):
             raise RuntimeError(
                 "a step cannot be captured that decides on the host: one with parameters or states that no kernel "
                 "updates, or with the norm of gradients on several devices"

@@ -125,7 +125,7 @@ class Updater:
             outcome = self._agreements[part].take_part(members.params, values.groups, settings, scaling)
         else:
             if is_capturing():
-                self.plans.capture(found, settings)
+                self.plans.capture(recipe, found)
             step = recipe, found.tensors, values.version, scaling
             outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
             if with_masters:

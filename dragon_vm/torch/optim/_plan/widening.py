@@ -8,7 +8,6 @@ from itertools import chain, compress
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import overlapping_pair
 from dragon.vm.torch.optim._groups.members import Members
-from dragon.vm.torch.optim._options import needs_norm
 from dragon.vm.torch.optim._plan.gathering import Gatherer
 from dragon.vm.torch.optim._plan.recipe import Recipe
 from dragon.vm.torch.optim._plan.step import StepPlan
@@ -31,8 +30,8 @@ class Widening:
 
     def note(self, recipe: Recipe, key: Hashable, plan: StepPlan) -> None:
         """Note a plan that was prepared for one set of gradients."""
-        # The last bits of a norm depend on which gradients are summed, and a buffer is updated as a whole.
-        if not (needs_norm(recipe.settings) or recipe.reductions is not None or recipe.buffers):
+        # A buffer is updated as a whole.
+        if not recipe.buffers:
             self._missed.append((key, plan.gatherer))
 
     def worth_adding(

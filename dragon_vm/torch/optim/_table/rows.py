@@ -13,7 +13,7 @@ from dragon.kernels import table
 from dragon.vm.torch.optim._algorithms.algorithm import host_number
 from dragon.vm.torch.optim._gradients.scaling import clip_value, group_factor
 from dragon.vm.torch.optim._options import Settings
-from dragon.vm.torch.optim._table.table import DeviceTable
+from dragon.vm.torch.optim._table.table import DeviceTable, words_of
 
 # Maps a group to an algorithm's own hyperparameters, by the name of their column.
 Columns = Callable[[Mapping[str, Any]], dict[str, float]]
@@ -50,7 +50,7 @@ def group_row(group: dict[str, Any], columns_of: Columns, settings: Settings) ->
 
 def write_rates(device_table: DeviceTable, rows: Sequence[list[float]], rates: Sequence[float]) -> None:
     """Write other learning rates into groups' rows, and into the table where they stand."""
-    device_table.write_column("groups", _LR, _N_COLUMNS, rates)
+    device_table.write_column("groups", _LR, _N_COLUMNS, words_of(rates))
     for row, rate in zip(rows, rates, strict=True):
         row[_LR] = rate
 

@@ -51,13 +51,12 @@ class DeviceTable:
         self._widen(low, low + len(words))
         self._host[low : low + len(words)] = words
 
-    def write_column(self, name: str, column: int, n_columns: int, numbers: Sequence[float]) -> None:
-        """Change a column of a section on the host that is a table of float64 numbers."""
+    def write_column(self, name: str, column: int, n_columns: int, words: array[int]) -> None:
+        """Change a column of a section on the host that is a table, from its first row on."""
         low = self._bounds[name][0]
-        high = low + len(numbers) * n_columns
+        high = low + len(words) * n_columns
         self._widen(low, high)
-        doubles = memoryview(self._host).cast("B").cast("d")
-        doubles[low + column : high : n_columns] = memoryview(array("d", numbers))
+        self._host[low + column : high : n_columns] = words
 
     def _widen(self, low: int, high: int) -> None:
         """Note that words from `low` to `high` change."""

@@ -110,7 +110,8 @@ def test_a_graph_of_some_gradients_leaves_the_others_alone(graphed: Any, monkeyp
     plan = optimizer._plans.latest()[-1]
     assert len(plan.gatherer.positions) == 1 + len(others)
     replay = capture(optimizer.step)
-    assert optimizer._plans.latest()[-1] is plan
+    # Other sets of gradients number partial norms anew, which the graph reads.
+    assert plan not in optimizer._plans.latest()
     for number in (1, 2):
         new_values(optimizer, number)
         judged_step(optimizer, replay)

@@ -1,0 +1,107 @@
+"""Partial norms of a device: their numbering, and their sums over processes, in stream order."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dragon.kernels import norm, table
+from dragon.vm.torch.optim._backends.tensor_rows import PartialNorms
+from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
+from dragon.vm.torch.optim._table.table import DeviceTable
+
+
+class AdvanceTables(NamedTuple):
+    """What `advance_kernel` reads of norms: sums in place of partial norms."""
+
+    counts: Tensor
+    tensors: Tensor
+    partials: Tensor
+    found_inf: Tensor
+
+
+class Partials:
+    """The numbering of a device's partial norms, for the gradients of the last step that had a norm.
+
+    Args:
+        positions: of the rows among the parameters.
+        numels: elements of the rows.
+        device_table: where kernels read the numbering; it holds that for gradients of all rows.
+    """
+
+    def __init__(self, positions: Sequence[int], numels: Sequence[int], device_table: DeviceTable) -> None:
+        self._positions, self._numels, self._table = positions, numels, device_table
+        self._absent: list[bool] | None = []
+        self._sums: ProcessSums | None = None
+
+    def number(self, absent: list[bool]) -> None:
+        """Number them as if the rows with a gradient were all that there are; empty if all have one."""
+        if absent == self._absent:
+            return
+        # Whatever interrupts this, nothing passes for written before it is.
+        self._absent = self._sums = None
+        numbered = PartialNorms.of(self._positions, self._numels, absent)
+        for column, words in numbered.columns().items():
+            self._table.write_column("tensors", column, int(table.TENSOR_COLUMNS), words)
+        self._table.write("counts", array("q", [len(self._positions), sum(numbered.counts)]))
+        self._absent = absent
+
+    def sums(self, tensors: Tensor) -> ProcessSums:
+        """Their sums over processes; `tensors` is the section of the table on the device."""
+        if self._sums is None:
+            self._sums = ProcessSums(PartialNorms.of(self._positions, self._numels, self._absent or ()), tensors)
+        return self._sums
+
+
+class ProcessSums:
+    """The sums of one device, for one set of gradients."""
+
+    def __init__(self, own: PartialNorms, tensors: Tensor) -> None:
+        device, n_rows, n_present = tensors.device, len(own.firsts), len(own.rows)
+        self._n_partials = sum(own.counts)
+        self._counts = torch.tensor(own.counts, dtype=torch.int64, device=device)
+        self._total_counts = torch.tensor([n_rows, 1], device=device)
+        self._each_counts = torch.tensor([n_rows, n_present], device=device)
+        self._tensors = tensors
+        # In place of each row's partial norms stands their sum; a row without a gradient has none.
+        rows = torch.tensor(own.rows, dtype=torch.int64, device=device)
+        places = torch.arange(n_present, device=device)
+        by_row = tensors.clone().view(-1, int(table.TENSOR_COLUMNS))[:n_rows]
+        by_row[:, int(table.FIRST_PARTIAL)], by_row[:, int(table.END_PARTIAL)] = 0, 0
+        by_row[rows, int(table.FIRST_PARTIAL)], by_row[rows, int(table.END_PARTIAL)] = places, places + 1
+        self._by_row = by_row.reshape(-1)
+
+    def take(
+        self,
+        shared: SharedNorm,
+        partials: Tensor,
+        kind: int,
+        found_inf: Tensor | None,
+        *,
+        clip_each: bool,
+        skip_nonfinite: bool,
+    ) -> AdvanceTables:
+        """Sum over processes.
+
+        Args:
+            shared: the processes.
+            partials: float64, of all rows, in the order of the parameters.
+            kind: L2_NORM or INF_NORM.
+            found_inf: fp32 [1], positive if this process must skip; None for 0.
+            clip_each: keep the sums of single tensors apart.
+            skip_nonfinite: skip on all processes if one of them found an infinity or NaN.
+        """
+        largest = kind == int(norm.INF_NORM)
+        how = "max" if largest else "sum"
+        squares = torch.segment_reduce(
+            partials[: self._n_partials], how, lengths=self._counts, initial=0.0, unsafe=True
+        )
+        if clip_each:
+            sums, flag = shared.each(squares, found_inf, skip_nonfinite=skip_nonfinite)
+            return AdvanceTables(self._each_counts, self._by_row, sums, flag)
+        total, flag = shared.total(squares, found_inf, largest=largest)
+        return AdvanceTables(self._total_counts, self._tensors, total, flag)
