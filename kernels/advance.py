@@ -16,10 +16,12 @@ CLIP_EPS = tl.constexpr(1e-6)
 
 @triton.jit
 def clip_factor(norm, limit, eps):
-    """Limit / (norm + eps), at most 1; 1 where there is no limit. A NaN norm gives NaN."""
-    # Without a limit the norm may be 0, of a tensor of zeros or a lane without a tensor.
-    factor = tl.minimum(limit / tl.where(limit > 0, norm + eps, 1.0), 1.0, tl.PropagateNan.ALL)
-    return tl.where(limit > 0, factor, 1.0)
+    """Limit / (norm + eps), at most 1; 1 where there is no limit. NaN for a NaN norm, or if both are infinite."""
+    total = norm + eps
+    # It may be 0, of a tensor of zeros or a lane without a tensor.
+    is_bounded = (limit > 0) & ((total == 0) == 0)
+    factor = tl.minimum(limit / tl.where(is_bounded, total, 1.0), 1.0, tl.PropagateNan.ALL)
+    return tl.where(is_bounded, factor, 1.0)
 
 
 @triton.jit
@@ -38,7 +40,7 @@ def each_clip_factor(partials_ptr, tensor_ptr, group, inverse_scale, ROWS: tl.co
     end = tl.load(tensor_ptr + table.END_PARTIAL, mask=group[3], other=0)
     norm = combine_partials(partials_ptr, first, end, ROWS, WIDTH, L2_NORM) * inverse_scale
     limit = hyperparameter(group, table.CLIP_NORM)
-    return clip_factor(tl.maximum(norm, limit, tl.PropagateNan.ALL), limit, 0.0)
+    return clip_factor(norm, limit, 0.0)
 
 
 @triton.jit

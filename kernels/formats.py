@@ -154,8 +154,8 @@ def _rounded(tile, words, FORMAT: tl.constexpr):
         return rounding.stochastic_bfloat16(tile, words)
     elif is_one_of(FORMAT, "bfloat16_upward"):
         return rounding.upward_bfloat16(tile)
-    elif is_one_of(FORMAT, "bfloat16") and tile.dtype == tl.float32:
-        return rounding.nearest_bfloat16(tile)
+    elif is_one_of(FORMAT, "bfloat16"):
+        return rounding.nearest_bfloat16(tile.to(tl.float32))
     else:
         return tile.to(dtype_of(FORMAT))
 

@@ -1,6 +1,7 @@
 """Scenarios: gradients that several backward passes sum before they are reduced."""
 
 import copy
+import gc
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -113,6 +114,22 @@ def joined_sums(name: str, is_earlier: bool) -> tuple[str, float]:
             take()
         optimizer.step()
     return text, float(optimizer.state[model.module.bias]["exp_avg"])
+
+
+def wrapped_anew(name: str) -> list[float]:
+    """Weights after sums of gradients that differ by process, of a model that is wrapped for each anew."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    optimizer = make(name, model.parameters())
+    for _ in range(2):
+        wrapper = nn.parallel.DistributedDataParallel(model)
+        with wrapper.no_sync():
+            wrapper(torch.eye(3)[: 1 + dist.get_rank()]).square().sum().backward()
+        optimizer.sum_grad()
+        optimizer.step()
+        del wrapper
+        gc.collect()
+    return model.weight[0].tolist()
 
 
 def looked_at_between(name: str) -> list[float]:

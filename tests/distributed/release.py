@@ -138,6 +138,22 @@ def all_released(name: str) -> tuple[list[float], list[bool], bool]:
     return scales, changes, are_left
 
 
+def wrapped_later(name: str) -> list[str]:
+    """What is said of each backward pass where a model is wrapped in DDP after the first one."""
+    model = nn.Linear(3, 1)
+    optimizer = make(name, model.parameters(), release_gradients=True)
+    texts = []
+    for step in range(3):
+        forward = nn.parallel.DistributedDataParallel(model) if step else model
+        try:
+            forward(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+            texts.append("accepted")
+        except RuntimeError as error:
+            texts.append(str(error))
+    return texts
+
+
 def refused(kind: str, name: str) -> str:
     """What is said of a wrapper that reduces later."""
     wrapped = WRAPPERS[kind]()

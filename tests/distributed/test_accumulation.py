@@ -55,6 +55,11 @@ def test_a_forward_pass_without_gradients_leaves_sums_unreduced(cluster: Cluster
     assert first == second
 
 
+def test_sums_of_a_model_that_is_wrapped_anew_are_reduced(cluster: Cluster) -> None:
+    first, second = cluster.run(2, "accumulation:wrapped_anew", name=OPT)
+    assert first == second
+
+
 @pytest.mark.parametrize("is_earlier", [False, True])
 def test_sums_of_unsynchronized_parts_are_refused_inside_join(cluster: Cluster, is_earlier: bool) -> None:
     for text, first_moment in cluster.run(2, "accumulation:joined_sums", name=OPT, is_earlier=is_earlier):

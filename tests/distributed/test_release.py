@@ -38,6 +38,12 @@ def test_processes_with_uneven_shards_have_the_same_buckets(cluster: Cluster, bu
     assert results[0] == results[1]
 
 
+def test_a_model_that_is_wrapped_later_is_refused_too(cluster: Cluster) -> None:
+    for first, *later in cluster.run(2, "release:wrapped_later", name=OPT):
+        assert first == "accepted"
+        assert all("DistributedDataParallel, which reduces gradients after this hook" in text for text in later)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp1 original parameters"])
 def test_wrappers_that_reduce_later_are_refused(cluster: Cluster, kind: str) -> None:
     for text in cluster.run(2, "release:refused", kind=kind, name=OPT):

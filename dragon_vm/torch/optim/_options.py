@@ -73,6 +73,8 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
         raise ValueError(f"max_grad_norm must not be negative or NaN, but got {settings.max_grad_norm}")
     if settings.norm_type not in (2, math.inf):
         raise ValueError(f"norm_type must be 2 or infinity, but got {settings.norm_type}")
+    # A tensor that is filled later would be read by some backends and not by others.
+    settings = settings._replace(max_grad_norm=float(settings.max_grad_norm))
     seed = settings.rounding_seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"rounding_seed must be an integer of 0 to 2**63 - 1, but got {seed!r}")
@@ -136,6 +138,10 @@ def check_own(group: Mapping[str, Any], settings: Settings) -> None:
             raise ValueError(f"{name} must not be negative or NaN, but got {group[name]}")
     if not 0.0 <= ema_decay < 1.0:
         raise ValueError(f"ema_decay must be at least 0 and below 1, but got {ema_decay}")
+    if group["clip_norm"] and settings.norm_type != 2:
+        raise ValueError(
+            f"clip_norm bounds L2 norms: got clip_norm={group['clip_norm']} and norm_type={settings.norm_type}"
+        )
     if group["clip_norm"] and settings.max_grad_norm:
         raise ValueError(
             "clip_norm and max_grad_norm contradict each other: "

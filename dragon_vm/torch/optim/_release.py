@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.owners import Replicas
 from dragon.vm.torch.optim._distributed.shards import mean_shard_nbytes
-from dragon.vm.torch.optim._gradients.reporting import nonfinite, report
+from dragon.vm.torch.optim._gradients.reporting import ScalerReport
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._groups.members import MemberReader, Members
 from dragon.vm.torch.optim._modes import undisturbed
@@ -97,49 +97,16 @@ class Bucket:
         self.waiting, self.is_done = set(self.ids), False
 
 
-class ScalerReport:
-    """What buckets found in gradients that are gone, for a `GradScaler` that checks those that are left.
-
-    Args:
-        scaler: whose scaled loss is differentiated; None for a loss that is not scaled.
+class Pass(NamedTuple):
+    """A backward pass.
 
     Attributes:
-        scaler: as given.
-        kept: parameters whose gradients wait for the step.
+        number: from 1; 0 before the first.
+        is_under_way: whether some gradient has arrived since the last step.
     """
 
-    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
-        self.scaler = scaler
-        self.kept: Sequence[Tensor] = []
-        self._found_inf: list[Tensor] = []
-
-    def begin(self, kept: Sequence[Tensor]) -> None:
-        """Start a backward pass after which the gradients of these parameters are left."""
-        self.kept = kept
-        self._found_inf.clear()
-
-    def found_inf(self, members: Members) -> Tensor | None:
-        """Positive if some gradient of this process is infinite or NaN, fp32 [1]; None if no scaler asks."""
-        if self.scaler is None or not self.scaler.is_enabled():
-            return None
-        return nonfinite([grad for grad in members.grads if grad is not None], members.shards[0].device)
-
-    def scaling(self, found_inf: Tensor | None) -> Scaling:
-        """The scale of gradients beside what all processes found of them, which is noted."""
-        if self.scaler is None or found_inf is None:
-            return Scaling()
-        self._found_inf.append(found_inf)
-        return Scaling(self.scaler.scale(torch.ones(1, device=found_inf.device)), found_inf)
-
-    def tell(self) -> None:
-        """Make a gradient that is left infinite if one that is gone was."""
-        if self._found_inf and report(self.kept, self._found_inf):
-            self._found_inf.clear()
-
-    def untold(self) -> list[Tensor]:
-        """What was found and not told: no gradient was left."""
-        found, self._found_inf = self._found_inf, []
-        return found
+    number: int
+    is_under_way: bool
 
 
 class ReleasingOptimizer(Protocol):
@@ -165,7 +132,7 @@ class GradientRelease:
         weakref.finalize(self, _remove, self._handles).atexit = False
         # The ids of each group's parameters at the last pass.
         self._arranged: list[list[tuple[int, bool]]] = []
-        self._is_under_way = False
+        self._pass = Pass(0, False)
         # One thread a device runs backward passes.
         self._lock = threading.RLock()
 
@@ -212,7 +179,7 @@ class GradientRelease:
 
     def begin(self) -> None:
         """Wait for the gradients of the next backward pass."""
-        self._is_under_way = False
+        self._pass = Pass(self._pass.number, False)
         for bucket in self._buckets:
             bucket.begin()
         self._report.begin(self._report.kept)
@@ -238,21 +205,25 @@ class GradientRelease:
         if optimizer is None:
             return
         with self._lock:
-            if not self._is_under_way:
+            if not self._pass.is_under_way:
+                number = self._pass.number + 1
                 # Groups may have lost, gained, frozen or exchanged parameters since the last pass.
                 found = [[(id(each), each.requires_grad) for each in g["params"]] for g in optimizer.param_groups]
                 if found != self._arranged:
                     self.watch(optimizer.param_groups)
+                if found != self._arranged or number.bit_count() == 1:
+                    # Now and then, for a model may be wrapped later.
                     self._check_owner()
                     self._arranged = found
-                self._is_under_way = True
+                self._pass = Pass(number, True)
             bucket = self._bucket_of.get(id(param))
             if bucket is None:
                 return
             if bucket.is_done:
                 raise RuntimeError(
-                    "a second backward pass since the last step(): release_gradients has updated the parameters "
-                    "already. Call step() after each backward pass; gradients cannot be accumulated"
+                    "a second backward pass since the last step(), or a gradient that comes in parts, as with "
+                    "checkpoint(use_reentrant=True): release_gradients has updated the parameters already. Call "
+                    "step() after each backward pass; gradients cannot be accumulated"
                 )
             bucket.waiting.discard(id(param))
             if self._report.scaler is not None and bucket is self._buckets[-1]:
@@ -278,7 +249,7 @@ class GradientRelease:
     def _update(self, optimizer: ReleasingOptimizer, bucket: Bucket) -> None:
         optimizer._read_groups()
         members, settings = bucket.members(), self._settings
-        found_inf = self._report.found_inf(members)
+        found_inf = self._report.found_inf(members.grads, members.shards[0].device)
         if found_inf is not None and members.are_distributed:
             found_inf = self._updater.agreed(members, settings, found_inf, bucket.index)
         scaling = self._report.scaling(found_inf)

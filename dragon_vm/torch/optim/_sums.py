@@ -119,7 +119,7 @@ class GradientSums:
         if not (dist.is_available() and dist.is_initialized()):
             return params
         ids = list(map(id, params))
-        if self._replicas[0] != ids:
+        if self._replicas[0] != ids or self._replicas[1].are_gone:
             self._replicas = ids, Replicas(params)
         groups = self._replicas[1].unreduced()
         chosen = [param for param in params if id(param) in groups and param.requires_grad]

@@ -104,6 +104,34 @@ def test_ours_is_right_where_pytorchs_fused_operation_is_wrong(
     assert (fused_error < 0.1) != is_wrong, f"PyTorch's fused operation is off by {fused_error}"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_parameter_that_is_negated_where_it_is_read_is_pytorchs(backend: str | None) -> None:
+    params = [
+        [torch.nn.Parameter(torch._neg_view(_values(0, 5))), torch.nn.Parameter(_values(1, 3))] for _ in "ab"
+    ]
+    optimizers = Adam(params[0], lr=0.1, backend=backend), torch.optim.Adam(params[1], lr=0.1)
+    for number in range(3):
+        for chosen, optimizer in zip(params, optimizers, strict=True):
+            for param in chosen:
+                param.grad = _values(number, *param.shape)
+            optimizer.step()
+    for ours, theirs in zip(*params, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_conjugated_gradient_of_a_strided_parameter_is_read_as_what_it_is(backend: str | None) -> None:
+    results = []
+    for change in (torch.conj, torch.conj_physical):
+        param = torch.nn.Parameter(torch.view_as_complex(_values(0, 4, 2, 2))[:, 0])
+        optimizer = Adam([param], lr=0.1, backend=backend)
+        for number in range(2):
+            param.grad = change(torch.view_as_complex(_values(number, 4, 2)))
+            optimizer.step()
+        results.append(param.detach())
+    assert same_bits(*results)
+
+
 def test_pytorchs_fused_operation_writes_outside_of_a_view_and_ours_does_not() -> None:
     _, kept = steps(
         lambda p: torch.optim.Adam(p, 0.1, fused=True), _narrow_view, torch.device("cpu"), lambda o: o.step()

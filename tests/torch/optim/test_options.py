@@ -9,6 +9,8 @@ from dragon.vm.torch.optim import SGD, Adam, AdamW, swap
 from dragon.vm.torch.optim._hints import ELSEWHERE, option_of
 from dragon.vm.torch.optim._options import OWN_GROUP_DEFAULTS, Settings
 
+from .support import BACKENDS, everything, home, numbers, parameters
+
 ALGORITHMS = (Adam, AdamW, SGD)
 # PyTorch's options of groups that all have.
 TORCH_GROUP_OPTIONS = {"maximize", "foreach", "capturable", "differentiable", "fused"}
@@ -40,6 +42,40 @@ def test_the_docstring_has_a_line_for_every_option(algorithm):
     arguments = inspect.getdoc(algorithm).partition("Args:")[2].partition("Raises:")[0]
     named = {name for line in re.findall(r"^ {4}(\w[\w, ]*):", arguments, re.M) for name in line.split(", ")}
     assert named == {"params", *options_of(algorithm)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        (Adam, {"eps": 2**-10, "weight_decay": 0.5, "ema_decay": 0.5, "clip_value": 0.5, "grad_scale": 2.0}),
+        (Adam, {"max_grad_norm": 0.5}),
+        (SGD, {"momentum": 0.5, "dampening": 0.5, "clip_norm": 0.5}),
+    ],
+)
+def test_a_number_may_be_a_tensor_of_one_element(algorithm, options, dtype, shape, backend):
+    runs = []
+    for wrap in (lambda value: value, lambda value: torch.full(shape, value)):
+        params = parameters([(2,), ()], dtype, home(backend))
+        optimizer = algorithm(params, lr=0.1, backend=backend, **{name: wrap(options[name]) for name in options})
+        for number in range(2):
+            for param in params:
+                param.grad = numbers(number, *param.shape, dtype=dtype, device=home(backend))
+            optimizer.step()
+        runs.append(everything(optimizer))
+    assert runs[0] == runs[1]
+
+
+def test_a_bound_of_the_whole_optimizer_stays_whatever_becomes_of_its_tensor():
+    bound = torch.tensor(0.5)
+    optimizer = SGD(parameters([(2,)]), lr=1.0, max_grad_norm=bound)
+    bound.fill_(0.1)
+    param = optimizer.param_groups[0]["params"][0]
+    before, param.grad = param.detach().clone(), torch.ones(2)
+    optimizer.step()
+    assert float((param.detach() - before).norm()) == pytest.approx(0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -102,10 +102,10 @@ def adam_update(
         The new parameter and states.
     """
     assert step is not None
-    lr, beta1, beta2 = (for_maths(param, value) for value in (group["lr"], *group["betas"]))
+    lr, beta1, beta2, eps = (for_maths(param, value) for value in (group["lr"], *group["betas"], group["eps"]))
     correction2 = _complement_power(beta2, step) ** 0.5
     step_size = lr * correction2 / _complement_power(beta1, step)
-    denom_eps = group["eps"] if group["epsilon_hat"] else group["eps"] * correction2
+    denom_eps = eps if group["epsilon_hat"] else eps * correction2
     param, grad = decayed(param, grad, group, lr, group["decoupled_weight_decay"])
     exp_avg = beta1 * states[0] + (1 - beta1) * grad
     exp_avg_sq = beta2 * states[1] + (1 - beta2) * grad * grad

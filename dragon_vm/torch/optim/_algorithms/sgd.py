@@ -65,11 +65,11 @@ def sgd_update(
     Returns:
         The new parameter and states.
     """
-    lr, momentum = for_maths(param, group["lr"]), group["momentum"]
+    lr, momentum, dampening = (for_maths(param, group[name]) for name in ("lr", "momentum", "dampening"))
     param, grad = decayed(param, grad, group, lr, False)
     if momentum == 0:
         return param - lr * grad, []
-    gain = 1.0 if step is None or step <= 1 else 1 - group["dampening"]
+    gain = 1.0 if step is None or step <= 1 else 1 - dampening
     buffer = momentum * states[0] + gain * grad
     direction = grad + momentum * buffer if group["nesterov"] else buffer
     return param - lr * direction, [buffer]

@@ -63,8 +63,11 @@ class FusedCall(NamedTuple):
         if self.factor != 1 and self.options.numbers["grad_scale"] is None:
             torch._foreach_mul_(copies, _number(self.factor, copies[0].dtype))
         if self.bound:
-            torch._foreach_clamp_max_(copies, self.bound)
-            torch._foreach_clamp_min_(copies, -self.bound)
+            bound = self.bound if self.options.numbers["grad_scale"] is None else self.bound / self.factor
+            # What the dtype cannot hold only an infinity exceeds.
+            bound = min(bound, torch.finfo(copies[0].dtype).max)
+            torch._foreach_clamp_max_(copies, bound)
+            torch._foreach_clamp_min_(copies, -bound)
         return copies
 
     def divide(self, grads: list[Tensor]) -> None:
@@ -188,14 +191,15 @@ class FusedPlanner:
             "found_inf": None,
             "grad_scale": None,
         }
-        # The operation divides by an fp32 number: too coarse for fp64, too late for a clip, infinite for tiny
-        # factors. Nor may it write a NaN into the gaps of a flat buffer.
+        # The operation divides in fp32, where a gradient of half precision would underflow. It divides by an fp32
+        # number: too coarse for fp64, infinite for tiny factors. Nor may it write a NaN into the gaps of a flat
+        # buffer.
         is_wide = self._param_dtype in (torch.float64, torch.complex128)
-        is_scaled = factor != 1 and not bound and not is_wide and 1e-38 < abs(factor) < math.inf
+        is_scaled = factor != 1 and not is_wide and 1e-38 < abs(factor) < math.inf
         if is_scaled:
             numbers["grad_scale"] = torch.tensor(1 / factor, dtype=torch.float32, device="cpu")
         # It writes back what it has scaled.
-        leaves_own = is_scaled and not self._reads_copies
+        leaves_own = is_scaled and not bound and not self._reads_copies
         is_right = kept_scale is None or (kept_scale != 0 and factor == 1 / kept_scale)
         divisor = 1.0 if kept_scale is None or (leaves_own and is_right) else kept_scale
         needs_copies = bool(bound) or (factor != 1 and not is_scaled) or (leaves_own and not is_right)

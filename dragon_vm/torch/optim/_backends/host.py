@@ -121,6 +121,8 @@ class HostGroup:
         if factor != 1:
             ready = ready * factor
         if bound := clip_value(group):
+            # What the dtype cannot hold only an infinity exceeds.
+            bound = min(bound, torch.finfo(ready.dtype).max)
             ready = ready.clamp(-bound, bound)
         param, *states = (self._wide(form.decode(each)) for form, each in zip(formats, stored, strict=True))
         param, states = self._algorithm.update(param, ready, states, step, group, self._maths)
@@ -132,7 +134,7 @@ class HostGroup:
             form.encode(value, each, words[min(index, 1)] if form.stochastic else None)
         for average in averages:
             value = self._wide(formats[0].decode(stored[0]))
-            average.copy_(average_update(self._wide(average), value, group["ema_decay"]))
+            average.copy_(average_update(self._wide(average), value, float(group["ema_decay"])))
 
     def _wide(self, tensor: Tensor) -> Tensor:
         """A tensor in the dtype of the maths; a copy if autograd may keep it."""

@@ -102,7 +102,7 @@ class NativeGroup:
             emas = self.pick(tensors.states["ema"])
             for row in rows:
                 param, ema, index = params[row], emas[row], self._group_index[row]
-                as_real(ema).lerp_(as_real(param), 1 - groups[index]["ema_decay"])
+                as_real(ema).lerp_(as_real(param), 1 - float(groups[index]["ema_decay"]))
 
     def _read(self, groups: Sequence[Group], version: Version) -> None:
         """Take changed hyperparameters. Calls read learning rates where they are, and stay as long as they fit."""

@@ -68,6 +68,11 @@ class Replicas:
         """Whether any DDP module held a parameter at the construction."""
         return bool(self._modules)
 
+    @property
+    def are_gone(self) -> bool:
+        """Whether some of them is no more: its parameters may have another one now."""
+        return any(reference() is None for reference in self._modules)
+
     def check_joined(self) -> None:
         """Check that a reduction by the step finds all processes.
 

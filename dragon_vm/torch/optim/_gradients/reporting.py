@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.reduction import all_reduce_flags
 from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._gradients.scaling import Scaling
 
 
 @torch.no_grad()
@@ -111,3 +112,48 @@ def any_of(flags: Sequence[bool], params: Sequence[Tensor], process_group: Any) 
     values = torch.tensor(flags, dtype=torch.float32, device=_device(params, process_group))
     all_reduce_flags(values, process_group)
     return [value > 0 for value in values.tolist()]
+
+
+class ScalerReport:
+    """What buckets found in gradients that are gone, for a `GradScaler` that checks those that are left.
+
+    Args:
+        scaler: whose scaled loss is differentiated; None for a loss that is not scaled.
+
+    Attributes:
+        scaler: as given.
+        kept: parameters whose gradients wait for the step.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        self.scaler = scaler
+        self.kept: Sequence[Tensor] = []
+        self._found_inf: list[Tensor] = []
+
+    def begin(self, kept: Sequence[Tensor]) -> None:
+        """Start a backward pass after which the gradients of these parameters are left."""
+        self.kept = kept
+        self._found_inf.clear()
+
+    def found_inf(self, grads: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+        """Positive if some gradient is infinite or NaN, fp32 [1] on a device; None if no scaler asks."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return None
+        return nonfinite([grad for grad in grads if grad is not None], device)
+
+    def scaling(self, found_inf: Tensor | None) -> Scaling:
+        """The scale of gradients beside what all processes found of them, which is noted."""
+        if self.scaler is None or found_inf is None:
+            return Scaling()
+        self._found_inf.append(found_inf)
+        return Scaling(self.scaler.scale(torch.ones(1, device=found_inf.device)), found_inf)
+
+    def tell(self) -> None:
+        """Make a gradient that is left infinite if one that is gone was."""
+        if self._found_inf and report(self.kept, self._found_inf):
+            self._found_inf.clear()
+
+    def untold(self) -> list[Tensor]:
+        """What was found and not told: no gradient was left."""
+        found, self._found_inf = self._found_inf, []
+        return found

@@ -168,12 +168,14 @@ class TotalNorm:
 
 
 def _clip_factor(norm: float, limit: float, eps: float) -> float:
-    """Limit / (norm + eps), at most 1; 1 without a limit, NaN for a NaN norm."""
-    if not limit or norm + eps <= limit:
+    """Limit / (norm + eps), at most 1; 1 without a limit. NaN for a NaN norm, or if both are infinite."""
+    if not limit or norm + eps == 0:
         return 1.0
-    return limit / (norm + eps)
+    factor = limit / (norm + eps)
+    return 1.0 if factor > 1 else factor
 
 
 def clip_value(group: dict[str, Any]) -> float:
     """The bound of a group's gradient elements; 0 for none. `clip_norm` overrides it."""
-    return 0.0 if group["clip_norm"] else float(group["clip_value"])
+    bound = float(group["clip_value"])
+    return 0.0 if group["clip_norm"] or bound == math.inf else bound

@@ -28,12 +28,14 @@ def check_param(param: Tensor) -> None:
     """Check the dtype and layout of a parameter that trains.
 
     Raises:
-        ValueError: for one that is neither real nor complex floating point, or not strided.
+        ValueError: for one that is neither real nor complex floating point, not strided, or a conjugated view.
     """
     if not (param.is_floating_point() or param.is_complex()):
         raise ValueError(f"params must be floating point or complex, but got one of {param.dtype}")
     if param.layout != torch.strided:
         raise ValueError(f"params must be strided, but got one of layout {param.layout}")
+    if param.is_complex() and not torch.nn.parameter.is_lazy(param) and param.is_conj():
+        raise ValueError("params must not be conjugated views: give resolve_conj() of it, or the tensor itself")
 
 
 def check_grads(params: Sequence[Tensor], grads: Sequence[Tensor], owner: str) -> None:

@@ -64,9 +64,9 @@ def choose_backend(
 ) -> str:
     """The backend that updates one parameter.
 
-    A parameter that is not dense, such as ``base[..., 0]``, or has no memory of its own, goes the eager way
-    whatever the choice. Where states differ from the parameter, the native backend computes in fp32. Else it
-    rounds a gradient of another dtype to its parameter's; it is not chosen for one unasked.
+    A parameter that is not dense, such as ``base[..., 0]``, is negated where it is read, or has no memory of its
+    own, goes the eager way whatever the choice. The native backend computes in fp32 where states differ from the
+    parameter. Else it rounds a gradient of another dtype to its parameter's; it is not chosen for one unasked.
 
     `backend` is the explicit choice, or None. `state_dtypes` are those of plain states. `in_parts` tells whether
     some tensor is not plain.
@@ -74,7 +74,7 @@ def choose_backend(
     Raises:
         ValueError: if an explicit choice cannot update the parameter, saying why.
     """
-    if differentiable or not has_memory(param) or not is_dense(param):
+    if differentiable or not has_memory(param) or not is_dense(param) or param.is_neg():
         return "eager"
     check_backend(backend, param.device)
     unknown = [dtype for dtype in state_dtypes if dtype not in _KERNEL_DTYPES]

@@ -95,7 +95,7 @@ def prepare(
         entries.append(Entry(member.buffer.values, member.buffer.state, member.group_index, len(params) + i))
         chosen_signatures.append(signatures[member.positions[0]])
     keys_of = {signature: signature.all_keys for signature in set(signatures)}
-    strays = [i for i in solid if i not in inside and is_dense(shards[i]) and not _walks(shards[i], grads[i])]
+    strays = [i for i in solid if i not in inside and _is_stray(shards[i], grads[i])]
     return Prepared(
         params,
         shards,
@@ -141,5 +141,5 @@ def _has_memory(shard: Tensor, grad: Tensor) -> bool:
     return has_memory(shard) and has_own_memory(type(grad))
 
 
-def _walks(param: Tensor, grad: Tensor) -> bool:
-    return lies_like(grad, param) and not grad.is_conj() and not grad.is_neg()
+def _is_stray(param: Tensor, grad: Tensor) -> bool:
+    return grad.is_conj() or grad.is_neg() or (is_dense(param) and not lies_like(grad, param))

@@ -1,0 +1,58 @@
+"""Bounds at the ends of the range: infinite ones, those beyond a dtype, and gradients that a scale made tiny."""
+
+import math
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, Adam
+
+from ..support import BACKENDS, bits, home, parameters
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["clip_norm", "clip_value", "max_grad_norm"])
+def test_an_infinite_bound_bounds_nothing(backend, name):
+    runs = [parameters([(3,), ()], device=home(backend)) for _ in range(2)]
+    for params, options in zip(runs, ({}, {name: math.inf}), strict=True):
+        optimizer = SGD(params, lr=0.5, backend=backend, **options)
+        for size in (1.0, 0.0, 1e30):
+            for param in params:
+                param.grad = torch.full_like(param, size)
+            optimizer.step()
+    assert list(map(bits, runs[0])) == list(map(bits, runs[1]))
+
+
+@each_backend
+@pytest.mark.parametrize("bound", [1.0, math.inf])
+def test_an_infinite_norm_does_what_pytorchs_clipping_does(backend, bound):
+    ours, theirs = (parameters([(2,), (2,)], device=home(backend)) for _ in range(2))
+    for params in (ours, theirs):
+        params[0].grad, params[1].grad = (
+            torch.tensor(value, device=home(backend)) for value in ([math.inf, 1], [2.0, 3])
+        )
+    SGD(ours, lr=0.5, backend=backend, max_grad_norm=bound).step()
+    torch.nn.utils.clip_grad_norm_(theirs, bound)
+    torch.optim.SGD(theirs, lr=0.5).step()
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, equal_nan=True, rtol=0, atol=0)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bound", [1e-9, 1.0, 1e5, 1e39])
+def test_a_bound_costs_no_gradient_that_a_scale_made_tiny(backend, dtype, bound):
+    """Under a loss scale a true gradient of 2e-8 is held, and one of the dtype's largest numbers too."""
+    scale, largest = 65536.0, min(torch.finfo(dtype).max, 1e15)
+    param = torch.nn.Parameter(torch.ones(3, dtype=dtype, device=home(backend)))
+    optimizer = Adam([param], lr=0.1, eps=1e-12, clip_value=bound, backend=backend)
+    param.grad = torch.tensor([2e-8 * scale, -largest, 0.0], dtype=dtype, device=home(backend))
+    optimizer.grad_scale = torch.full((1,), scale, device=home(backend))
+    optimizer.found_inf = torch.zeros(1, device=home(backend))
+    optimizer.step()
+    expected = torch.tensor([0.9, 1.1, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(param.detach().double().cpu(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    kept = optimizer.state[param]["exp_avg"].double().cpu() / 0.1
+    assert kept[1] == pytest.approx(-min(bound, largest / scale), rel=4 * torch.finfo(dtype).eps, abs=1e-7)
