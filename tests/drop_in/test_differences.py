@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,3 +132,26 @@ def test_ranges_are_made_for_a_profiler_only(is_ours: bool, is_profiled: bool, t
     names = {node["name"] for node in json.loads((tmp_path / "trace.json").read_text())["nodes"]}
     ranges = {"Optimizer.step#Adam.step", "Optimizer.zero_grad#Adam.zero_grad"}
     assert names & ranges == (ranges if is_profiled or not is_ours else set())
+
+
+def after_three_steps(kind: Any, start: torch.Tensor) -> torch.Tensor:
+    """The sum of cubes of a parameter after steps on a quadratic loss, float64."""
+    matrix = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    param = start * 1
+    optimizer = kind([torch.zeros(4, requires_grad=True)], lr=0.01, momentum=0.9, differentiable=True)
+    optimizer.param_groups[0]["params"] = [param]
+    for _ in range(3):
+        (param.grad,) = torch.autograd.grad((matrix @ param).square().sum(), param, create_graph=True)
+        optimizer.step()
+    return param.pow(3).sum()
+
+
+def test_a_differentiable_momentum_has_the_derivatives_of_its_formula() -> None:
+    start, small = torch.linspace(0.1, 1, 4, dtype=torch.float64), 1e-6
+    for kind, is_right in ((ours.SGD, True), (torch.optim.SGD, False)):
+        at = start.clone().requires_grad_()
+        (found,) = torch.autograd.grad(after_three_steps(kind, at), at)
+        moved = [(at + small * unit, at - small * unit) for unit in torch.eye(4, dtype=torch.float64)]
+        values = [[after_three_steps(kind, each).detach() for each in pair] for pair in moved]
+        expected = torch.stack([(up - down) / (2 * small) for up, down in values])
+        assert torch.allclose(found, expected, rtol=1e-6) == is_right
