@@ -16,6 +16,8 @@ from dragon.vm.torch.optim._swap import own_options
 
 # Options whose values no command line can hold.
 _OBJECTS = ("process_group",)
+# Of the launcher: neither "-m", "-mNAME" nor "--", which end the options, nor "-".
+_OPTION = re.compile(r"-(?!m|-?\Z)")
 _NUMBERS: dict[str, Callable[[str], Any]] = {"float": float, "int": int}
 
 
@@ -55,17 +57,29 @@ def parse(arguments: Sequence[str]) -> Request:
     Raises:
         UsageError: if it is wrong.
     """
-    parser = _option_parser()
-    parser.add_argument("-m", dest="module", default=None, nargs=argparse.REMAINDER)
-    parser.add_argument("program", nargs=argparse.REMAINDER)
-    found, unknown = parser.parse_known_args(list(arguments))
+    words, program, as_module = _split(arguments)
+    found, unknown = _option_parser().parse_known_args(words)
     if unknown:
         option = unknown[0].partition("=")[0]
         name = option.lstrip("-").replace("-", "_")
         raise UsageError(f"unknown option {option}{hint(name, _names(), of_command=True)}")
-    program, module = found.program, found.module
-    options = {name: value for name, value in vars(found).items() if name not in ("program", "module")}
-    return Request(options, program if module is None else module, module is not None)
+    return Request(vars(found), program, as_module)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str], bool]:
+    """The options, the program with its arguments, and whether it is a module; divided as by `python`."""
+    # By hand: argparse drops "--" from the program's arguments, and loses those of "-mNAME".
+    with_value = {option_of(name) for name in _names() if not _is_switch(name)}
+    end = 0
+    while end < len(words) and _OPTION.match(words[end]):
+        end += 2 if words[end] in with_value else 1
+    options, program = list(words[:end]), list(words[end:])
+    if program[:1] == ["--"]:
+        return options, program[1:], False
+    if not program or not program[0].startswith("-m"):
+        return options, program, False
+    name = program[0].removeprefix("-m")
+    return options, [name, *program[1:]] if name else program[1:], True
 
 
 def options_help() -> str:
@@ -76,6 +90,15 @@ def options_help() -> str:
 def _names() -> list[str]:
     """The options in the order of the constructor."""
     return [name for name in inspect.signature(Adam).parameters if name in own_options() and name not in _OBJECTS]
+
+
+def _kind(name: str) -> str:
+    return str(inspect.signature(Adam).parameters[name].annotation)
+
+
+def _is_switch(name: str) -> bool:
+    """Whether an option takes no value."""
+    return _kind(name).startswith("bool")
 
 
 def _option_parser() -> argparse.ArgumentParser:
@@ -89,12 +112,11 @@ def _option_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("options of the optimizers, in front of the script")
     meanings = _meanings()
     for name in _names():
-        kind = str(inspect.signature(Adam).parameters[name].annotation)
         flag, meaning = option_of(name), meanings.get(name)
-        if kind.startswith("bool"):
+        if _is_switch(name):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
         else:
-            group.add_argument(flag, type=_NUMBERS.get(kind, _value), help=meaning, metavar="VALUE")
+            group.add_argument(flag, type=_NUMBERS.get(_kind(name), _value), help=meaning, metavar="VALUE")
     return parser
 
 

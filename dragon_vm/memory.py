@@ -17,6 +17,10 @@ STATES = ("exp_avg", "exp_avg_sq")
 GIB = 2**30
 
 
+class ModelError(ValueError):
+    """There is no table of the model that was named; the text says why."""
+
+
 class Row(NamedTuple):
     """One mode of a table.
 
@@ -52,17 +56,22 @@ def make_on_meta(path: str) -> torch.nn.Module:
     """Call a factory of a module, "package.module:factory", on the meta device.
 
     Raises:
-        ValueError: for a path without ":", for a module or a factory that does not exist, and for a factory that
-            needs arguments or returns no module.
+        ModelError: for a path without ":" or with a relative module, for a module or a factory that does not
+            exist, and for a factory that needs arguments, returns no module, or one with lazy parameters.
     """
     module, colon, name = path.partition(":")
     if not colon or not module or not name:
-        raise ValueError(f'--model: expected "module:factory", got {path!r}')
+        raise ModelError(f'--model: expected "module:factory", got {path!r}')
+    if module.startswith("."):
+        raise ModelError(f"--model: the module must be absolute, got {path!r}")
     factory = _find(module, name)
     with torch.device("meta"):
         model = factory()
     if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"--model: {path} must return a torch.nn.Module, got {type(model).__name__}")
+        raise ModelError(f"--model: {path} must return a torch.nn.Module, got {type(model).__name__}")
+    lazy = [name for name, param in model.named_parameters() if torch.nn.parameter.is_lazy(param)]
+    if lazy:
+        raise ModelError(f"--model: {path} has lazy parameters, which have no shape yet: {', '.join(lazy)}")
     return model
 
 
@@ -73,16 +82,19 @@ def _find(module: str, name: str) -> Callable[[], Any]:
         # One that this module imports is an error of its own, with a traceback.
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(
+        raise ModelError(
             f"--model: there is no module {error.name!r} in this folder, PYTHONPATH or the installed packages"
         ) from None
     if not hasattr(found, name):
-        raise ValueError(f"--model: {module} has no {name!r}")
+        raise ModelError(f"--model: {module} has no {name!r}")
     factory: Callable[[], Any] = getattr(found, name)
     try:
         inspect.signature(factory).bind()
     except TypeError as error:
-        raise ValueError(f"--model: {module}:{name} cannot be called without arguments: {error}") from None
+        raise ModelError(f"--model: {module}:{name} cannot be called without arguments: {error}") from None
+    except ValueError:
+        # A builtin that does not tell its arguments.
+        pass
     return factory
 
 

@@ -72,11 +72,12 @@ def console(arguments: Sequence[str] | None = None) -> int:
 
         return examine()
     if options.command == "memory":
+        from dragon.vm.memory import ModelError
         from dragon.vm.memory import main as tabulate
 
         try:
             return tabulate(options.model)
-        except ValueError as error:
+        except ModelError as error:
             parser.error(str(error))
     if importlib.util.find_spec("triton") is None:
         print("triton is not installed, and there are no kernels to tune without it.")

@@ -8,7 +8,21 @@ import pytest
 
 from dragon.vm import tune
 
-MODEL = "import torch\n\ndef make():\n    return torch.nn.Linear(64, 64)\n\ndef wide(width):\n    return make()\n"
+MODEL = """
+import torch
+
+def make():
+    return torch.nn.Linear(64, 64)
+
+def wide(width):
+    return make()
+
+def lazy():
+    return torch.nn.LazyLinear(8)
+
+def wrong():
+    raise ValueError("an error of the model's own")
+"""
 
 
 @pytest.fixture
@@ -43,6 +57,12 @@ def test_a_model_of_the_present_folder_is_found(folder: Path) -> None:
         ("my_package.model:wide", "my_package.model:wide cannot be called without arguments: missing a required"),
         ("my_package.model:MODEL", "my_package.model has no 'MODEL'"),
         ("my_package.model:torch", "my_package.model:torch cannot be called without arguments: "),
+        (
+            "my_package.model:lazy",
+            "my_package.model:lazy has lazy parameters, which have no shape yet: weight",
+        ),
+        (".model:make", "the module must be absolute, got '.model:make'"),
+        ("builtins:dict", "builtins:dict must return a torch.nn.Module, got dict"),
         ("argparse:Namespace", "argparse:Namespace must return a torch.nn.Module, got Namespace"),
     ],
 )
@@ -58,3 +78,5 @@ def test_a_wrong_model_is_named(path: str, message: str, capsys: pytest.CaptureF
 def test_an_error_inside_of_the_model_keeps_its_traceback() -> None:
     with pytest.raises(ModuleNotFoundError, match="not_installed"):
         tune.console(["memory", "--model", "my_package.broken:make"])
+    with pytest.raises(ValueError, match="an error of the model's own"):
+        tune.console(["memory", "--model", "my_package.model:wrong"])

@@ -225,6 +225,29 @@ def test_options_in_front_of_the_script_are_those_of_swap(words: tuple[str, ...]
     assert parse([*words, *program]) == (RIGHT[words], program[as_module:], as_module)
 
 
+@pytest.mark.parametrize(
+    ("program", "argv", "as_module"),
+    [
+        ("-m train a -- b", "train a -- b", True),
+        ("-m train -- a", "train -- a", True),
+        ("-m train --", "train --", True),
+        ("-m train a -- -m b", "train a -- -m b", True),
+        ("-m train -mb -x=1 -m", "train -mb -x=1 -m", True),
+        ("-mtrain a b", "train a b", True),
+        ("-mtrain --x 1", "train --x 1", True),
+        ("train.py -- a -m b", "train.py -- a -m b", False),
+        ("-- train.py -- a", "train.py -- a", False),
+        ("-- -m a", "-m a", False),
+        ("- a", "- a", False),
+    ],
+)
+@pytest.mark.parametrize("options", ["", "--flatten --norm-type -1", "--norm-type=-1 --no-flatten"])
+def test_every_argument_reaches_the_program(options: str, program: str, argv: str, as_module: bool) -> None:
+    request = parse(f"{options} {program}".split())
+    assert request == (request.options, argv.split(), as_module)
+    assert request.options.get("norm_type") == (-1 if options else None)
+
+
 def test_an_unmodified_script_trains_in_8_bits(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     Path("narrow.py").write_text(
         "import sys, torch\n"
@@ -294,6 +317,8 @@ def write_files(folder: Path) -> None:
         ["package"],
         ["folder"],
         ["-m", "package.inner"],
+        ["-m", "package.inner", "--", "a", "-m", "b"],
+        ["-mpackage.inner", "--x", "1"],
         ["broken.py"],
         ["names.py"],
     ],

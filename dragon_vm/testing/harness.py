@@ -54,6 +54,7 @@ class _Run(Generic[StateT, OptionsT]):
     budget: Budget
     state_dtype: torch.dtype | None
     compute_dtype: torch.dtype | None
+    may_move: bool
 
     def start(self, make_parameter: MakeParameter, device: str) -> None:
         """Build the parameters and the optimizer."""
@@ -127,11 +128,18 @@ class _Run(Generic[StateT, OptionsT]):
         after = self.snapshots()
         for i, fence in enumerate(gradients):
             self.judge(i, before[i], given[i], after[i])
-            self.fences[i].check(f"parameter {i}")
+            self.check_memory(self.params[i], self.fences[i], f"parameter {i}")
             if fence is not None and given[i] is not None:
-                fence.check(f"gradient of parameter {i}")
-                if not _same_bits(given[i], self.params[i].grad):
+                grad = self.params[i].grad
+                if grad is None or not _same_bits(given[i], grad):
                     raise ParityError(f"parameter {i}: step() changed its gradient")
+                self.check_memory(grad, fence, f"gradient of parameter {i}")
+
+    def check_memory(self, tensor: Tensor, fence: Fenced, name: str) -> None:
+        """Assert that a tensor lies in its fence still, and that nothing outside of it was written."""
+        if tensor.data_ptr() != fence.tensor.data_ptr() and not self.may_move:
+            raise ParityError(f"{name} lies in other memory after the step; may_move=True allows that")
+        fence.check(name)
 
     def judge(self, i: int, before: StateT, grad: Tensor | None, after: StateT) -> None:
         """Judge the step of parameter `i`."""
@@ -165,14 +173,15 @@ def check_adam(
     budget: Budget = DEFAULT_BUDGET,
     state_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
+    may_move: bool = False,
     make_parameter: MakeParameter = torch.nn.Parameter,
     device: str = "cpu",
 ) -> None:
     """Assert that an Adam takes every step of a case right.
 
     Parameters and gradients lie in fences; a step may write neither outside of the parameters nor to the
-    gradients. Parameters without a gradient keep their bits and their step count. A reload changes no bit of
-    the state.
+    gradients, and both stay in their memory. Parameters without a gradient keep their bits and their step count.
+    A reload changes no bit of the state.
 
     Args:
         make_optimizer: Called with a list of groups and the drawn keyword arguments; gives any optimizer
@@ -183,15 +192,18 @@ def check_adam(
         budget: Slack by field, in units of the operand's eps.
         state_dtype: Dtype that the states must have, None for the parameter's.
         compute_dtype: Precision of its arithmetic, None for `default_compute_dtype`.
+        may_move: Whether the optimizer may move parameters and gradients to memory of its own, in which no fence
+            watches what it writes.
         make_parameter: Makes a parameter of a tensor, in the same memory.
         device: Where to put the parameters.
 
     Raises:
-        ParityError: A value is out of budget, or a step count, gradient or state is not what it should be.
+        ParityError: A value is out of budget, a step count, gradient or state is not what it should be, or a
+            parameter or gradient lies in other memory after a step.
         FenceError: Memory outside of a parameter or gradient was written.
     """
     options = replace(defaults or AdamOptions(), epsilon_hat=epsilon_hat)
-    run = _Run(AdamRule(), make_optimizer, case, options, budget, state_dtype, compute_dtype)
+    run = _Run(AdamRule(), make_optimizer, case, options, budget, state_dtype, compute_dtype, may_move)
     _check(run, make_parameter, device)
 
 
@@ -203,9 +215,11 @@ def check_sgd(
     budget: Budget = DEFAULT_BUDGET,
     state_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
+    may_move: bool = False,
     make_parameter: MakeParameter = torch.nn.Parameter,
     device: str = "cpu",
 ) -> None:
     """Assert that an SGD takes every step of a case right; arguments and errors as in `check_adam`."""
-    run = _Run(SGDRule(), make_optimizer, case, defaults or SGDOptions(), budget, state_dtype, compute_dtype)
+    options = defaults or SGDOptions()
+    run = _Run(SGDRule(), make_optimizer, case, options, budget, state_dtype, compute_dtype, may_move)
     _check(run, make_parameter, device)

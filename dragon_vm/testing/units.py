@@ -56,8 +56,6 @@ def _moment_addends(start: AdamState, grad: Tensor, options: AdamOptions) -> tup
         gradient = np.maximum(np.maximum(gradient, abs(decay)), total)
     first = np.maximum(beta1 * abs(wide(start.exp_avg)), (1 - beta1) * gradient)
     second = np.maximum(beta2 * wide(start.exp_avg_sq), (1 - beta2) * gradient * gradient)
-    if options.amsgrad and start.max_exp_avg_sq is not None:
-        second = np.maximum(second, wide(start.max_exp_avg_sq))
     return first, second
 
 
@@ -86,12 +84,15 @@ def adam_units(
             errors of this dtype, those that are stored also have errors of the state's dtype.
     """
     first, second = _moment_addends(start, grad, options)
-    moment = expected.exp_avg_sq if expected.max_exp_avg_sq is None else expected.max_exp_avg_sq
+    moment, largest = expected.exp_avg_sq, second
+    if expected.max_exp_avg_sq is not None and start.max_exp_avg_sq is not None:
+        # The parameter is divided by the maximum; exp_avg_sq itself has only its own addends.
+        moment, largest = expected.max_exp_avg_sq, np.maximum(second, wide(start.max_exp_avg_sq))
     change = adam_change(expected.exp_avg, moment, expected.step, options)
     moved = np.zeros_like(change)
     for sign1, sign2 in product((-1, 1), repeat=2):
         corner1 = expected.exp_avg + sign1 * _unit(first, compute_dtype)
-        corner2 = np.maximum(moment + sign2 * _unit(second, compute_dtype), 0)
+        corner2 = np.maximum(moment + sign2 * _unit(largest, compute_dtype), 0)
         distance = abs(adam_change(corner1, corner2, expected.step, options) - change)
         # NaN is a denominator of zero, or infinity, one unit away: any result is within reach.
         moved = np.maximum(moved, np.where(np.isnan(distance), np.inf, distance))
@@ -105,12 +106,12 @@ def adam_units(
     addend = np.maximum(abs(wide(start.param)), abs(change))
     if options.weight_decay and options.decoupled_weight_decay:
         addend = np.maximum(addend, options.lr * options.weight_decay * abs(wide(start.param)))
-    exp_avg_sq = _unit(second, start.exp_avg_sq.dtype, compute_dtype)
+    state_dtype = start.exp_avg_sq.dtype
     return AdamUnits(
         _unit(addend, start.param.dtype, compute_dtype) + moved,
         _unit(first, start.exp_avg.dtype, compute_dtype),
-        exp_avg_sq,
-        exp_avg_sq if options.amsgrad else None,
+        _unit(second, state_dtype, compute_dtype),
+        _unit(largest, state_dtype, compute_dtype) if options.amsgrad else None,
     )
 
 

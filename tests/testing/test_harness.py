@@ -23,6 +23,7 @@ from dragon.vm.testing import (
     check_sgd,
     sgd_cases,
 )
+from dragon.vm.torch.optim import SGD, Adam
 
 ALL_OPTIONS = (*ADAM_OPTIONS, "maximize", "decoupled_weight_decay")
 # What the fused CPU operations can do: they ignore strides.
@@ -119,6 +120,58 @@ def test_an_optimizer_that_keeps_other_states_is_told_which_are_missing():
 def test_a_parameter_in_other_memory_is_refused():
     with pytest.raises(ValueError, match="must keep the memory"):
         check_adam(adam(), one_step({}), make_parameter=lambda values: torch.nn.Parameter(values.clone()))
+
+
+class MovesParameters(torch.optim.Adam):
+    def step(self):
+        super().step()
+        for param in self.param_groups[0]["params"]:
+            param.data = param.data.clone()
+
+
+class MovesGradients(torch.optim.Adam):
+    def step(self):
+        super().step()
+        for param in self.param_groups[0]["params"]:
+            param.grad = param.grad.clone()
+
+
+class MovesParametersAtFirst(torch.optim.Adam):
+    def __init__(self, groups, **options):
+        super().__init__(groups, **options)
+        for param in self.param_groups[0]["params"]:
+            param.data = param.data.clone()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (MovesParameters, "parameter 0"),
+        (MovesGradients, "gradient of parameter 0"),
+        (MovesParametersAtFirst, "parameter 0"),
+    ],
+)
+def test_an_optimizer_that_moves_parameters_or_gradients_must_say_so(make, name):
+    with pytest.raises(ParityError, match=f"^step 1 of 1: {name} lies in other memory after the step"):
+        check_adam(make, one_step({}))
+    check_adam(make, one_step({}), may_move=True)
+
+
+@few
+@given(adam_cases(options=ALL_OPTIONS))
+def test_an_adam_with_flat_buffers_passes_where_it_may_move(case):
+    check_adam(lambda groups, **options: Adam(groups, flatten=True, **options), case, may_move=True)
+
+
+def test_an_sgd_with_flat_buffers_passes_where_it_may_move():
+    def make(groups, **options):
+        return SGD(groups, flatten=True, **options)
+
+    group = GroupCase((TensorCase(seed=1, binade=0, numel=5),) * 2, {})
+    case = OptimizerCase({"lr": 0.1}, (group,), (StepCase((GradientCase(seed=2, binade=0),) * 2, {}),))
+    with pytest.raises(ParityError, match="parameter 0 lies in other memory"):
+        check_sgd(make, case)
+    check_sgd(make, case, may_move=True)
 
 
 def test_states_of_a_dtype_of_their_own_are_checked_against_it():

@@ -80,6 +80,19 @@ def test_the_unit_is_eps_of_the_largest_addend_however_much_cancels():
     assert float(found.exp_avg_sq[0]) == pytest.approx(EPS * 0.75)
 
 
+def test_a_maximum_is_no_addend_of_the_second_moment():
+    start = start_of(1.0, 1.0, 1.0)._replace(max_exp_avg_sq=torch.full((1,), 1e12))
+    found = units(start, grad=1.0, amsgrad=True, betas=(0.9, 0.75))
+    assert float(found.exp_avg_sq[0]) == pytest.approx(EPS * 0.75)
+    assert float(found.max_exp_avg_sq[0]) == pytest.approx(EPS * 1e12)
+    options = AdamOptions(amsgrad=True)
+    after = fused_adam_step(start, torch.ones(1), options, torch.float32)
+    assert_adam_step(start, torch.ones(1), after, options)
+    for wrong in (0.0, -50.0, 1000.0):
+        with pytest.raises(ParityError, match=rf"exp_avg_sq\[0\] .* is {wrong}, expected 1\.0"):
+            assert_adam_step(start, torch.ones(1), after._replace(exp_avg_sq=torch.full((1,), wrong)), options)
+
+
 def test_decay_that_cancels_the_gradient_counts_with_its_operands():
     found = units(start_of(1.0, 0.0, 0.0), grad=-1.0, betas=(0.5, 0.5), weight_decay=1.0)
     assert float(found.exp_avg[0]) == pytest.approx(EPS * 0.5)

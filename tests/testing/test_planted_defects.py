@@ -7,7 +7,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from dragon.vm.testing import FenceError, ParityError, adam_cases, check_adam
+from dragon.vm.testing import (
+    FenceError,
+    GradientCase,
+    GroupCase,
+    OptimizerCase,
+    ParityError,
+    StepCase,
+    TensorCase,
+    adam_cases,
+    check_adam,
+)
 
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
 CASES = adam_cases(options=OPTIONS, max_groups=2, max_tensors=2, max_steps=3)
@@ -183,6 +193,13 @@ class AMSGradIgnored(PlainAdam):
         return state["exp_avg_sq"]
 
 
+class SecondMomentLostUnderItsMaximum(PlainAdam):
+    def normalizer(self, state, correction2, group):
+        maximum = super().normalizer(state, correction2, group)
+        state["exp_avg_sq"][state["exp_avg_sq"] < 2**-24 * maximum] = 0
+        return maximum
+
+
 class StaleGradient(PlainAdam):
     def gradient(self, p, group):
         self.first = getattr(self, "first", {})
@@ -295,6 +312,15 @@ def test_a_write_between_the_elements_of_a_view_is_caught():
     cases = adam_cases(layouts=["non_dense"], max_groups=1, max_tensors=1, max_steps=1)
     with pytest.raises((FenceError, ParityError)):
         parity(StridesForgotten, max_examples=100, cases=cases)
+
+
+def test_a_second_moment_that_is_lost_far_below_its_maximum_is_caught():
+    group = GroupCase((TensorCase(seed=1, binade=0, numel=5),), {})
+    steps = [StepCase((GradientCase(seed=2, binade=binade),), {}) for binade in (20, -20)]
+    case = OptimizerCase({"amsgrad": True, "betas": (0.9, 2**-30)}, (group,), tuple(steps))
+    check_adam(PlainAdam, case)
+    with pytest.raises(ParityError, match=r"step 2 of 2: .*: exp_avg_sq\[\d\] .* is 0\.0, expected"):
+        check_adam(SecondMomentLostUnderItsMaximum, case)
 
 
 def test_torchs_fused_adam_is_caught_where_it_ignores_the_strides_of_gradients():

@@ -192,8 +192,10 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
     @_disable_dynamo
     @functools.wraps(plain)
     def init(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-        if not _swaps or isinstance(self, Optimizer):
+        if not _swaps:
             plain(self, *args, **kwargs)
+        elif isinstance(self, Optimizer):
+            _begin_anew(self, original, args, kwargs)
         elif type(self) is original:
             args, kwargs = _repeatable(args, kwargs)
             refusal = _become_ours(self, original, args, kwargs)
@@ -220,7 +222,7 @@ def _become_ours(
     Returns:
         None, or why ours refuses; the object is PyTorch's again then, and the groups are as they were.
     """
-    options = {name: value for name, value in _swaps[-1].options.items() if name in own_options(original)}
+    options = _options_for(original)
     before = [(group, dict(group)) for group in _groups(args, kwargs)]
     optimizer.__class__ = _OURS[original]
     try:
@@ -233,10 +235,36 @@ def _become_ours(
             group.clear()
             group.update(contents)
         return f"{type(error).__name__}: {error}"
+    _record(optimizer, original)
+    return None
+
+
+def _begin_anew(
+    optimizer: Optimizer, original: type[torch.optim.Optimizer], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Initialise ours again, as PyTorch's allows. It stays ours: what ours refuses is an error.
+
+    Raises:
+        TypeError: for an object that is not of our class of that name.
+    """
+    kind = type(optimizer)
+    if kind is not _OURS[original]:
+        name = f"torch.optim.{original.__name__}.__init__"
+        raise TypeError(f"{name} cannot initialise a {kind.__module__}.{kind.__qualname__}: call its own __init__")
+    optimizer.__init__(*args, **kwargs, **_options_for(original))  # type: ignore[misc]  # as a script does
+    _record(optimizer, original)
+
+
+def _options_for(original: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Those of the last swap that ours knows."""
+    known = own_options(original)
+    return {name: value for name, value in _swaps[-1].options.items() if name in known}
+
+
+def _record(optimizer: torch.optim.Optimizer, original: type[torch.optim.Optimizer]) -> None:
     for entry in _swaps:
         entry.replaced.append(Replaced(optimizer, original.__name__))
         entry.rank = _rank()
-    return None
 
 
 def _leave_alone(optimizer: torch.optim.Optimizer, reason: str) -> None:

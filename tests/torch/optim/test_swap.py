@@ -1,6 +1,7 @@
 import copy
 import inspect
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -197,6 +198,42 @@ def test_ours_built_by_name_are_not_recorded(theirs: Any) -> None:
         Mine(make_params())
         SGD(make_params())
     assert swapped.report() == "no optimizer was replaced in this process"
+
+
+@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"release_gradients": True}], ids=str)
+def test_what_was_replaced_can_be_initialised_again(theirs: Any, options: dict[str, Any]) -> None:
+    original, params = theirs.Adam(make_params()), make_params()
+    with swap(**options) as swapped:
+        ours = theirs.Adam(make_params()[:1])
+        for optimizer in (original, ours):
+            run(optimizer, range(1))
+        with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+            theirs.Adam.__init__(ours, params, lr=-1)
+        assert len(ours.state) == 1
+        theirs.Adam.__init__(ours, params, lr=0.5)
+    assert (type(ours), ours.defaults["lr"], len(ours.state)) == (Adam, 0.5, 0)
+    assert [entry.counts() for entry in swapped.replaced] == [(4, 15 + 7 + 1 + 24)] * 2
+    theirs.Adam.__init__(original, make_params(), lr=0.5)
+    for optimizer in (original, ours):
+        for _ in range(2):
+            sum((param * param).sum() for param in params_of(optimizer)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for left, right in zip(params_of(original), params_of(ours), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_who_initialises_an_object_of_another_class_is_told(theirs: Any) -> None:
+    class Mine(Adam):
+        pass
+
+    with swap():
+        for wrong in (theirs.AdamW(make_params()), Mine(make_params())):
+            name = f"{type(wrong).__module__}.{type(wrong).__qualname__}"
+            with pytest.raises(
+                TypeError, match=re.escape(f"Adam.__init__ cannot initialise a {name}: call its own")
+            ):
+                theirs.Adam.__init__(wrong, make_params())
 
 
 def test_a_compiled_function_builds_ours_too(theirs: Any) -> None:
