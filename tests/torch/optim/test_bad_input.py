@@ -256,29 +256,6 @@ def test_a_groups_own_options_are_checked_and_the_group_is_not_added():
     assert len(optimizer.param_groups) == 1
 
 
-@each_backend
-@pytest.mark.parametrize("is_later", [False, True])
-def test_a_conjugated_view_is_refused_before_anything_changes(backend, is_later):
-    """PyTorch's step cannot see it as real numbers, and raises."""
-    params = parameters([(3,), (3,)], torch.complex64, home(backend))
-    if not is_later:
-        with pytest.raises(ValueError, match=r"must not be conjugated views: give resolve_conj\(\)"):
-            Adam([params[0], torch.nn.Parameter(params[1].detach().conj())], backend=backend)
-        return
-    optimizer = Adam(params, backend=backend)
-    params[1].data = params[1].data.conj()
-    give_gradients(params, 0)
-    before = everything(optimizer)
-    with pytest.raises(ValueError, match="must not be conjugated views"):
-        optimizer.step()
-    assert everything(optimizer) == before
-
-
-def test_a_bound_of_each_norm_is_of_its_l2_norm():
-    with pytest.raises(ValueError, match=r"clip_norm bounds L2 norms: got clip_norm=1.0 and norm_type=inf"):
-        Adam([param()], clip_norm=1.0, norm_type=math.inf)
-
-
 @pytest.mark.parametrize(("backend", "device"), [("native", "meta"), ("triton", "meta")])
 def test_a_backend_that_cannot_update_a_parameter_says_why(backend, device):
     with pytest.raises(ValueError, match=rf"backend='{backend}' is impossible here: .*parameter is on {device}"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim import Adam
 
-from .judging import judged_step, place, same_bits
+from .judging import judged_step, place, same_bits, snapshots
 
 SHAPE = (2, 3, 4, 5)
 BACKENDS = [None, "native", "eager", "triton"]
@@ -139,3 +139,22 @@ def test_pytorchs_fused_operation_writes_outside_of_a_view_and_ours_does_not() -
     assert not kept
     _, kept = steps(lambda p: Adam(p, 0.1), _narrow_view, torch.device("cpu"), lambda o: o.step())
     assert kept
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_later", [False, True])
+def test_a_conjugated_view_is_refused_before_anything_changes(backend: str | None, is_later: bool) -> None:
+    """PyTorch's step cannot see it as real numbers, and raises."""
+    params = [torch.nn.Parameter(torch.view_as_complex(_values(i, 3, 2))) for i in range(2)]
+    if not is_later:
+        with pytest.raises(ValueError, match=r"must not be conjugated views: give resolve_conj\(\)"):
+            Adam([params[0], torch.nn.Parameter(params[1].detach().conj())], backend=backend)
+        return
+    optimizer = Adam(params, backend=backend)
+    params[1].data = params[1].data.conj()
+    for param in params:
+        param.grad = torch.ones_like(param)
+    before = snapshots(optimizer)
+    with pytest.raises(ValueError, match="must not be conjugated views"):
+        optimizer.step()
+    assert same_bits(snapshots(optimizer), before)

@@ -56,3 +56,8 @@ def test_a_bound_costs_no_gradient_that_a_scale_made_tiny(backend, dtype, bound)
     torch.testing.assert_close(param.detach().double().cpu(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
     kept = optimizer.state[param]["exp_avg"].double().cpu() / 0.1
     assert kept[1] == pytest.approx(-min(bound, largest / scale), rel=4 * torch.finfo(dtype).eps, abs=1e-7)
+
+
+def test_a_bound_of_each_norm_is_of_its_l2_norm():
+    with pytest.raises(ValueError, match=r"clip_norm bounds L2 norms: got clip_norm=1.0 and norm_type=inf"):
+        Adam(parameters([(2,)]), clip_norm=1.0, norm_type=math.inf)
