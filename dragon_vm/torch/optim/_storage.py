@@ -14,8 +14,9 @@ from torch import Tensor
 from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats import cannot_forget, moment_bound
-from dragon.vm.torch.optim._groups.entries import MASTER_PARTS, decode_entry, held_master, kept_format, unflat
+from dragon.vm.torch.optim._groups.entries import decode_entry, held_master, kept_format, unflat
 from dragon.vm.torch.optim._groups.masters import resync
+from dragon.vm.torch.optim._groups.native import MASTER_PARTS
 from dragon.vm.torch.optim._groups.storage import options_of, storage_of
 from dragon.vm.torch.optim._options import complete
 from dragon.vm.torch.optim._plan.updater import Updater

@@ -6,6 +6,7 @@ from dragon.vm.torch.optim._formats.bound import SLACK, clamp_moment, moment_bou
 from dragon.vm.torch.optim._formats.format import BLOCK, Format, Part, nbytes
 from dragon.vm.torch.optim._formats.philox import Rounding, random_words
 from dragon.vm.torch.optim._formats.resolve import (
+    MOMENTS,
     Storage,
     StorageOptions,
     cannot_forget,
@@ -18,6 +19,7 @@ from dragon.vm.torch.optim._formats.split import Master, Split8, Split16
 
 __all__ = [
     "BLOCK",
+    "MOMENTS",
     "SLACK",
     "Format",
     "Master",

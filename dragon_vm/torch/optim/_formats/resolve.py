@@ -18,6 +18,8 @@ StateDtype = torch.dtype | str | None
 _NARROW = (torch.bfloat16, torch.float16, EIGHT_BIT)
 # Of the last state, the maximum of the second moments, there is no 8-bit form.
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# Of all algorithms.
+MOMENTS = (*STATES, "momentum_buffer")
 # Smaller tensors gain little, and are the sensitive ones: norms and biases.
 SMALLEST_Q8 = 4096
 # With a larger beta2 a bf16 second moment that is rounded to nearest cannot decay to 0: the half step is 2^-8.
@@ -80,7 +82,7 @@ def check_options(options: StorageOptions) -> None:
     """
     asked = options.state_dtype
     for state, value in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
-        if state and state not in (*STATES, "momentum_buffer"):
+        if state and state not in MOMENTS:
             raise ValueError(f"state_dtype: expected states among {STATES}, got {state!r}")
         _check_state_dtype(f"state_dtype[{state!r}]" if state else "state_dtype", value)
     if isinstance(asked, Mapping) and asked.get("max_exp_avg_sq") == EIGHT_BIT:

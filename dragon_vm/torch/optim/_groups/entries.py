@@ -24,11 +24,10 @@ from dragon.vm.torch.optim._formats import (
 )
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense, same_walk
+from dragon.vm.torch.optim._groups.native import MASTER_PARTS
 from dragon.vm.torch.optim._groups.states import zeros_for
 
 State = dict[str, Any]
-# Entries of a state with what a parameter lacks of its master.
-MASTER_PARTS = ("param_remainder", "param_master")
 
 
 def flat(tensor: Tensor) -> Tensor:

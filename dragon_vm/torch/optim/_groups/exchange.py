@@ -12,7 +12,6 @@ from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._formats import Format, Plain, Split16
 from dragon.vm.torch.optim._groups.entries import (
-    MASTER_PARTS,
     State,
     decode_entry,
     encode_entry,
@@ -23,19 +22,16 @@ from dragon.vm.torch.optim._groups.entries import (
     part_keys,
     unflat,
 )
+from dragon.vm.torch.optim._groups.native import (
+    CODES,
+    FORMAT_KEY,
+    MASTER,
+    MASTER_PARTS,
+    format_number,
+    parts_of,
+    walking_order,
+)
 from dragon.vm.torch.optim._groups.storage import storage_of
-
-# The entry of a native state that says how its parts are to be read. PyTorch's flat dicts take numbers alone: the
-# version of the format, followed by the dimensions in the order in which the saved codes are walked, the innermost
-# last and two digits each, if it is not that of a contiguous tensor.
-FORMAT_KEY, FORMAT = "storage", 1
-# The entry of PyTorch's form that has a master in fp32.
-MASTER = "master_param"
-
-
-def is_part(key: str) -> bool:
-    """Whether an entry is a part of something, or what stands for it in a state dict."""
-    return key in (*MASTER_PARTS, MASTER, FORMAT_KEY) or key.endswith(("_q8", "_scale"))
 
 
 @torch.no_grad()
@@ -46,11 +42,12 @@ def pytorch_state(param: Tensor, state: State, position: int) -> State:
     loaded: DCP's planner would not find it in a file of PyTorch's optimizer.
     """
     found: State = {}
+    parts = parts_of(state)
     for key, value in state.items():
         if key == "stream" and value == position:
             continue
-        if key.endswith("_q8"):
-            name = key.removesuffix("_q8")
+        if key in CODES:
+            name = CODES[key]
             form = held_format(state, name)
             assert form is not None
             found[name] = unflat(param, decode_entry(param, state, name, form))
@@ -60,7 +57,7 @@ def pytorch_state(param: Tensor, state: State, position: int) -> State:
                 found[MASTER] = value
             elif form is not None:
                 found[MASTER] = unflat(param, decode_entry(param, state, "param", form))
-        elif not key.endswith("_scale"):
+        elif key == MASTER or key not in parts:
             found[key] = value
     return found
 
@@ -70,9 +67,9 @@ def tagged_state(param: Tensor, state: State, position: int) -> State:
 
     An int16 remainder becomes bf16 of the same bits: process groups of gloo and NCCL have no int16.
     """
-    if not any(map(is_part, state)):
+    if not parts_of(state):
         return state
-    found, remainder = {**state, FORMAT_KEY: _format_number(state)}, state.get("param_remainder")
+    found, remainder = {**state, FORMAT_KEY: format_number(state)}, state.get("param_remainder")
     if isinstance(remainder, Tensor) and remainder.dtype == torch.int16:
         found["param_remainder"] = distributed_like(param, local(remainder).view(torch.bfloat16))
     return found
@@ -136,34 +133,8 @@ def _placed(param: Tensor, saved: Mapping[str, Any], keys: Sequence[str]) -> Sta
     """The shards of saved entries that this process needs, codes in the order in which they were saved."""
     found = {key: local(placed_like(param, saved[key])) for key in keys}
     # PyTorch's flat dicts have lost the number: there codes are walked as they lie.
-    order = walking_order(saved[FORMAT_KEY], param.ndim) if FORMAT_KEY in saved else []
-    for key in keys if order else ():
-        if key.endswith("_q8"):
-            codes = found[key].permute(order).contiguous()
-            found[key] = codes.permute([order.index(dim) for dim in range(param.ndim)])
+    for key in CODES.keys() & found.keys() if FORMAT_KEY in saved else ():
+        order = walking_order(saved[FORMAT_KEY], param.ndim)
+        codes = found[key].permute(order).contiguous()
+        found[key] = codes.permute([order.index(dim) for dim in range(param.ndim)])
     return found
-
-
-def _format_number(state: Mapping[str, Any]) -> int:
-    """The value of `FORMAT_KEY` for a state with parts."""
-    for key, value in state.items():
-        if key.endswith("_q8"):
-            codes = local(value) if local(value).numel() else value
-            # Rows are outermost, also where a process has one of them.
-            order = [0, *sorted(range(1, codes.ndim), key=lambda dim: -codes.stride(dim))]
-            if [dim for dim in order if codes.shape[dim] > 1] != [d for d, n in enumerate(codes.shape) if n > 1]:
-                return int(str(FORMAT) + "".join(f"{dim:02}" for dim in order))
-    return FORMAT
-
-
-def walking_order(number: Any, n_dims: int) -> list[int]:
-    """The dimensions of saved codes in the order in which they are walked.
-
-    Raises:
-        ValueError: for what is no value of `FORMAT_KEY`.
-    """
-    digits = str(int(number)) if hasattr(number, "__int__") else ""
-    order = [int(digits[i : i + 2]) for i in range(1, len(digits), 2)] or list(range(n_dims))
-    if digits[:1] != str(FORMAT) or sorted(order) != list(range(n_dims)):
-        raise ValueError(f"expected {FORMAT}, or {FORMAT} and the dimensions in walking order, got {number!r}")
-    return order

@@ -9,8 +9,8 @@ import torch
 from torch import Size, Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._groups.entries import MASTER_PARTS, held_format, part_keys
-from dragon.vm.torch.optim._groups.exchange import FORMAT, FORMAT_KEY, MASTER, walking_order
+from dragon.vm.torch.optim._groups.entries import held_format, part_keys
+from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of, walking_order
 from dragon.vm.torch.optim._groups.states import State
 
 
@@ -26,7 +26,8 @@ def checked_state(
         if held_format(state, key) is None:
             raise ValueError(f"loaded state dict has no {key} for {label}: it has {', '.join(state) or 'nothing'}")
     try:
-        walking_order(state.get(FORMAT_KEY, FORMAT), param.ndim)
+        if FORMAT_KEY in parts_of(state):
+            walking_order(state[FORMAT_KEY], param.ndim)
     except ValueError as error:
         raise ValueError(f"loaded state dict has {FORMAT_KEY} for {label}: {error}") from None
     for key, shape in _shapes(algorithm, param, group, state).items():
