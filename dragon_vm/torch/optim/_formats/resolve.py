@@ -128,6 +128,11 @@ def is_blockwise(shape: Size) -> bool:
     return len(shape) >= 2 and shape.numel() >= SMALLEST_Q8 and shape[1:].numel() % BLOCK == 0
 
 
+def blockwise_format(state: str, stochastic: bool) -> Format:
+    """The 8-bit format of a state; `stochastic` is for second moments."""
+    return SquareQ8(stochastic) if state == "exp_avg_sq" else SignedQ8()
+
+
 def _state_format(state: str, asked: StateDtype, shape: Size, stochastic: bool) -> Format:
     """The format of one state but the maximum.
 
@@ -137,12 +142,9 @@ def _state_format(state: str, asked: StateDtype, shape: Size, stochastic: bool) 
         shape: of the parameter, global.
         stochastic: whether a narrow second moment is rounded stochastically.
     """
-    is_square = state == "exp_avg_sq"
     if asked == EIGHT_BIT:
-        if not is_blockwise(shape):
-            return Plain(torch.float32)
-        return SquareQ8(stochastic) if is_square else SignedQ8()
-    if asked == torch.bfloat16 and is_square and stochastic:
+        return blockwise_format(state, stochastic) if is_blockwise(shape) else Plain(torch.float32)
+    if asked == torch.bfloat16 and state == "exp_avg_sq" and stochastic:
         return StochasticBfloat16()
     return Plain(asked) if isinstance(asked, torch.dtype) else Plain(torch.float32)
 

@@ -15,12 +15,12 @@ from dragon.vm.torch.optim._formats import (
     Format,
     Master,
     Plain,
-    SignedQ8,
     Split8,
     Split16,
     SquareQ8,
     StochasticBfloat16,
     Storage,
+    blockwise_format,
 )
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense, same_walk
@@ -59,10 +59,7 @@ def held_format(state: Mapping[str, Any], name: str) -> Format | None:
     """How a state is stored now; None if it is not there."""
     if isinstance(state.get(name), Tensor):
         return Plain(state[name].dtype)
-    codes = state.get(f"{name}_q8")
-    if not isinstance(codes, Tensor):
-        return None
-    return SignedQ8() if codes.dtype == torch.int8 else SquareQ8(False)
+    return blockwise_format(name, False) if isinstance(state.get(f"{name}_q8"), Tensor) else None
 
 
 def kept_format(storage: Storage, state: Mapping[str, Any], name: str) -> Format:

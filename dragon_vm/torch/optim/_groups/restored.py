@@ -62,10 +62,8 @@ def restored_states(
             if state and _is_of_others(state):
                 others[param] = state
             elif state:
-                # An average begins when it is asked for.
-                optional = {"ema", *algorithm.optional_keys(saved_group)}
-                required = [key for key in algorithm.all_state_keys(merged) if key not in optional]
-                owners.append((param, merged, checked_state(algorithm, param, merged, state, required, label)))
+                checked = checked_state(algorithm, param, merged, saved_group, state, label)
+                owners.append((param, merged, checked))
     copies = _copied(algorithm, settings, owners)
     for param, state in others.items():
         _fill(copies.setdefault(param, {}), state, param)
