@@ -14,6 +14,7 @@ from dragon.vm.torch.optim._formats import Format, Plain, Split16
 from dragon.vm.torch.optim._groups.entries import (
     State,
     decode_entry,
+    decode_master,
     encode_entry,
     held_format,
     held_master,
@@ -29,7 +30,6 @@ from dragon.vm.torch.optim._groups.native import (
     MASTER_PARTS,
     format_number,
     parts_of,
-    walking_order,
 )
 from dragon.vm.torch.optim._groups.storage import storage_of
 
@@ -51,7 +51,7 @@ def pytorch_state(param: Tensor, state: State, position: int) -> State:
             form = held_format(state, name)
             assert form is not None
             found[name] = unflat(param, decode_entry(param, state, name, form))
-        elif key in MASTER_PARTS:
+        elif key in MASTER_PARTS and MASTER not in state:
             form = held_master(state, param)
             if key == "param_master":
                 found[MASTER] = value
@@ -69,7 +69,7 @@ def tagged_state(param: Tensor, state: State, position: int) -> State:
     """
     if not parts_of(state):
         return state
-    found, remainder = {**state, FORMAT_KEY: format_number(state)}, state.get("param_remainder")
+    found, remainder = {FORMAT_KEY: format_number(state), **state}, state.get("param_remainder")
     if isinstance(remainder, Tensor) and remainder.dtype == torch.int16:
         found["param_remainder"] = distributed_like(param, local(remainder).view(torch.bfloat16))
     return found
@@ -111,30 +111,28 @@ def restored_entries(
 
 def _restored_master(param: Tensor, form: Format, saved: Mapping[str, Any]) -> State:
     """The parts of a master beside the parameter; none if none is wanted or saved."""
-    keys, held = part_keys("param", form), held_master(saved, param)
-    if not keys or not (held or isinstance(saved.get(MASTER), Tensor)):
+    held, is_whole = held_master(saved, param), isinstance(saved.get(MASTER), Tensor)
+    if not part_keys("param", form) or not (held or is_whole):
         return {}
-    if isinstance(saved.get(MASTER), Tensor):
+    if is_whole or held is None:
         made = make_parts(param, "param", form)
-        # PyTorch's loader casts all tensors of a state to the parameter's dtype.
-        value = decode_entry(param, _placed(param, saved, (MASTER,)), MASTER, Plain(torch.float32))
+        value = decode_master(param, _placed(param, saved, (MASTER,)))
+        assert value is not None
         encode_entry(value, param, made, "param", form)
         return made
-    assert held is not None
-    made = make_parts(param, "param", held)
-    for key, value in _placed(param, saved, part_keys("param", held)).items():
+    made, keys = make_parts(param, "param", held), part_keys("param", held)
+    placed = _placed(param, saved, keys)
+    for key in keys:
         # An int16 remainder was saved as bf16.
-        is_tagged = isinstance(held, Split16) and value.dtype == torch.bfloat16
-        local(made[key]).copy_(value.view(torch.int16) if is_tagged else value)
+        is_tagged = isinstance(held, Split16) and placed[key].dtype == torch.bfloat16
+        local(made[key]).copy_(placed[key].view(torch.int16) if is_tagged else placed[key])
     return made
 
 
 def _placed(param: Tensor, saved: Mapping[str, Any], keys: Sequence[str]) -> State:
-    """The shards of saved entries that this process needs, codes in the order in which they were saved."""
-    found = {key: local(placed_like(param, saved[key])) for key in keys}
-    # PyTorch's flat dicts have lost the number: there codes are walked as they lie.
-    for key in CODES.keys() & found.keys() if FORMAT_KEY in saved else ():
-        order = walking_order(saved[FORMAT_KEY], param.ndim)
-        codes = found[key].permute(order).contiguous()
-        found[key] = codes.permute([order.index(dim) for dim in range(param.ndim)])
-    return found
+    """The shards of saved entries that this process needs, and the number that says how they are to be read.
+
+    PyTorch's flat dicts have lost the number: there codes are walked as they lie.
+    """
+    number = {FORMAT_KEY} & parts_of(saved)
+    return {key: local(placed_like(param, saved[key])) for key in keys} | {key: saved[key] for key in number}
