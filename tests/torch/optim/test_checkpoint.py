@@ -131,6 +131,29 @@ def test_an_old_dict_loads_and_what_it_does_not_say_stays(steps: Any) -> None:
     judged_step(ours)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_put_there", [False, True])
+def test_a_count_that_is_a_number_is_exact_under_any_default_dtype(
+    default: torch.dtype, is_put_there: bool
+) -> None:
+    optimizer = Adam(make_params())
+    run(optimizer, range(1))
+    saved = optimizer.state_dict()
+    torch.set_default_dtype(default)
+    try:
+        for state in saved["state"].values():
+            state["step"] = 70001
+        if is_put_there:
+            for param, state in zip(params_of(optimizer), saved["state"].values(), strict=True):
+                optimizer.state[param] = state
+        else:
+            optimizer.load_state_dict(saved)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {70002.0}
+
+
 def test_wide_states_of_narrow_parameters_stay_wide() -> None:
     params = make_params(torch.bfloat16)
     wide = Adam(params, state_dtype=torch.float32)

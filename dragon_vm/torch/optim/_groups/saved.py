@@ -13,7 +13,7 @@ from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats import Plain, Split8, Split16
 from dragon.vm.torch.optim._groups.entries import held_format, held_master, part_keys
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of, walking_order
-from dragon.vm.torch.optim._groups.states import State
+from dragon.vm.torch.optim._groups.states import State, count_of
 
 
 def checked_state(
@@ -53,8 +53,7 @@ def checked_state(
         raise ValueError(f"loaded state dict has no step for {label}: it has {', '.join(state)}")
     if isinstance(step, Tensor) and step.numel() != 1:
         raise ValueError(f"loaded state dict has a step of shape {tuple(step.shape)} for {label}, not one number")
-    count = step.detach().reshape(()) if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
-    return {**state, "step": count}
+    return {**state, "step": count_of(step)}
 
 
 def _with_saved_remainder(state: State, saved_group: Mapping[str, Any]) -> State:

@@ -38,6 +38,13 @@ def counter_dtype(on_device: bool) -> torch.dtype:
     return torch.float64 if not on_device and torch.get_default_dtype() == torch.float64 else torch.float32
 
 
+def count_of(step: Any) -> Tensor:
+    """A step count as a 0-dim tensor; a number is exact, whatever the default dtype."""
+    if isinstance(step, Tensor):
+        return step.detach().reshape(())
+    return torch.tensor(float(step), dtype=torch.float64, device="cpu")
+
+
 def step_counters(values: Sequence[float], device: torch.device) -> list[Tensor]:
     """0-dim step counters on the CPU or a device, each with a storage of its own.
 
@@ -88,9 +95,8 @@ def settled_entries(
     replaced: State = {}
     step = state.get("step")
     if step_device is not None and not _is_counter(step, step_device):
-        value = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step or 0), device="cpu")
         dtype = counter_dtype(step_device.type != "cpu")
-        replaced["step"] = value.to(step_device, dtype, copy=True).reshape(())
+        replaced["step"] = count_of(0 if step is None else step).to(step_device, dtype, copy=True)
     shard = local(param)
     for key in keys:
         value = local(state[key])
