@@ -14,11 +14,11 @@ from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._formats import MOMENTS
 from dragon.vm.torch.optim._groups.checks import labels
-from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
+from dragon.vm.torch.optim._groups.eligibility import choose_backend, counter_place
 from dragon.vm.torch.optim._groups.exchange import restored_entries
 from dragon.vm.torch.optim._groups.native import parts_of
 from dragon.vm.torch.optim._groups.saved import checked_state
-from dragon.vm.torch.optim._groups.states import State, add_counters, zeros_for
+from dragon.vm.torch.optim._groups.states import CounterPlace, State, add_counters, zeros_for
 from dragon.vm.torch.optim._groups.storage import options_of, storage_of
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 
@@ -86,7 +86,7 @@ def _copied(
 ) -> dict[Tensor, State]:
     """Copy the states."""
     copies: list[State] = []
-    counted: list[tuple[State, float, torch.device]] = []
+    counted: list[tuple[State, float, CounterPlace]] = []
     for param, group, state in owners:
         copy, in_parts = restored_entries(param, group, state, algorithm.state_keys(group))
         if "ema" in algorithm.all_state_keys(group) and "ema" in state:
@@ -96,8 +96,8 @@ def _copied(
             copy["ema"] = distributed_like(param, zeros_for(local(param), dtype))
         dtypes = {param.dtype, *(value.dtype for value in copy.values() if value.is_floating_point())}
         if algorithm.counts_steps(group):
-            device = _counter_device(settings.backend, param, group, dtypes, in_parts)
-            counted.append((copy, 0.0, device))
+            place = _counter_place(settings.backend, param, group, dtypes, in_parts)
+            counted.append((copy, 0.0, place))
         copies.append(copy)
     add_counters(counted)
     for (param, _, state), copy in zip(owners, copies, strict=True):
@@ -118,13 +118,13 @@ def _fill(copy: State, state: State, param: Tensor) -> None:
             copy[key] = deepcopy(value)
 
 
-def _counter_device(
+def _counter_place(
     backend: str | None, param: Tensor, group: Group, dtypes: set[torch.dtype], in_parts: bool
-) -> torch.device:
+) -> CounterPlace:
     """Where the step counter of a parameter will be wanted, should its gradient be of its own dtype."""
     if backend is None:
         backend = choose_backend(
             *(None, local(param), param.dtype, dtypes - {param.dtype} or dtypes, group["differentiable"]),
             in_parts=in_parts,
         )
-    return step_device(param, backend, group)
+    return counter_place(param, backend, group)
