@@ -1,11 +1,13 @@
 """Scenarios: states of memory modes are saved, resharded, and passed on to other modes and to PyTorch."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -15,8 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from .memory import N_STEPS, Alone, Run, differing
+from .memory import MODES, N_STEPS, Alone, Run, _built, ddp, differing
 
 # The native form or PyTorch's, and flat or nested dicts. A flat one is refused in PyTorch's form.
 FORMS = {"nested": (False, False), "native": (True, False), "native flat": (True, True)}
@@ -181,3 +184,40 @@ def flat_dict(kind: str, mode: str) -> str:
     except RuntimeError as error:
         return str(error)
     return "accepted"
+
+
+def resumed_by_zero(modes: list[str], name: str) -> dict[str, tuple[bool, list[str]]]:
+    """For each mode and form whether weights are an uninterrupted run's, and entries that only one of them has."""
+    found = {}
+    for mode in modes:
+        for is_native in (False, True):
+            (model, optimizer), (fresh, resumed) = (_zero(mode, name, is_native) for _ in range(2))
+            _train_zero(model, optimizer, range(2))
+            _train_zero(fresh, resumed, range(5, 6))
+            optimizer.consolidate_state_dict(to=0)
+            state = [copy.deepcopy(optimizer.state_dict()) if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(state)
+            fresh.load_state_dict(model.state_dict())
+            resumed.load_state_dict(state[0])
+            for each in ((model, optimizer), (fresh, resumed)):
+                _train_zero(*each, range(2, N_STEPS))
+            is_same = all(map(torch.equal, model.parameters(), fresh.parameters()))
+            keys = [{key for held in each.optim.state.values() for key in held} for each in (optimizer, resumed)]
+            found[f"{mode} {is_native}"] = is_same, sorted(keys[0] ^ keys[1])
+    return found
+
+
+def _zero(mode: str, name: str, is_native: bool) -> tuple[nn.Module, Any]:
+    dtype, options = MODES[mode]
+    model = ddp(dtype)
+    built = partial(_built, **{"backend": name, "native_state_dict": is_native, "lr": 1e-3, **options})
+    return model, ZeroRedundancyOptimizer(model.parameters(), built)
+
+
+def _train_zero(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        torch.manual_seed(step)
+        inputs: Tensor = torch.randn(6, 64).to(next(model.parameters()).dtype)
+        model(inputs).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -163,3 +163,11 @@ def test_8_bits_of_pieces_without_rows_are_refused(cluster: Cluster, is_original
             assert f"state_dtype={asked!r}" in text
             assert "fully_shard" in text
         assert cluster.run(1, "memory:under_fsdp1", **arguments) == ["accepted"]
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_zero_resumes_every_mode_bit_by_bit(cluster: Cluster, n_processes: int) -> None:
+    arguments = {"modes": ["split16", "split8, 8bit", "fp32 masters, 8bit", BOTH, "8bit"], "name": OPT}
+    for found in cluster.run(n_processes, "memory_checkpoints:resumed_by_zero", **arguments):
+        assert len(found) == 10
+        assert set(map(str, found.values())) == {"(True, [])"}, found

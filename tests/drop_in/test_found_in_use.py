@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
+from dragon.vm.torch import optim as ours
 from dragon.vm.torch.optim import swap
 
 from .both import MODULES, NAMES, WAYS, build
@@ -102,6 +103,58 @@ def test_foreign_entries_of_the_state_are_kept_and_saved(module: ModuleType, key
     assert other.state[key] == 7
     other.step()
     assert float(other.state[param]["step"]) == 3
+
+
+@each_module
+@pytest.mark.parametrize("key", ["others", 7, -1])
+@pytest.mark.parametrize("value", [{"step": 5, "a": 1}, {}, 0, torch.zeros(2)], ids=str)
+def test_what_others_keep_under_keys_of_their_own_is_theirs(module: ModuleType, key: Any, value: Any) -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = module.SGD(params, lr=0.1, momentum=0.9)
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    optimizer.state[key] = value
+    if hasattr(optimizer, "sum_grad"):
+        optimizer.sum_grad()
+    loaded = module.SGD(params, lr=0.1, momentum=0.9)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert str(loaded.state[key]) == str(value)
+
+
+FOREIGN = {
+    "lr_scale": 0.5,
+    "trust_scale": torch.tensor(2.0),
+    "weight_q8": torch.zeros(3, dtype=torch.int8),
+    "storage": "disk",
+    0: [1, 2],
+}
+
+
+@each_name
+@pytest.mark.parametrize("key", FOREIGN)
+@pytest.mark.parametrize("n_steps", [0, 2])
+def test_any_name_of_others_in_the_state_of_a_parameter_is_kept_and_saved(
+    name: str, key: Any, n_steps: int
+) -> None:
+    """PyTorch's loader makes int8 fp32, and a string a generator; its Adam wants a step count beside any entry."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = getattr(ours, name)(params, lr=0.1)
+    for _ in range(n_steps):
+        for param in params:
+            param.grad = torch.ones(3)
+        optimizer.step()
+    optimizer.state[params[0]][key] = FOREIGN[key]
+    names = set(optimizer.state_dict()["state"][0])
+    for _ in range(2):
+        saved = optimizer.state_dict()["state"][0]
+        assert saved.keys() == names
+        assert str(saved[key]) == str(FOREIGN[key])
+        loaded = getattr(ours, name)(params, lr=0.1)
+        loaded.load_state_dict(optimizer.state_dict())
+        optimizer = loaded
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    assert str(optimizer.state[params[0]][key]) == str(FOREIGN[key])
 
 
 @each_module

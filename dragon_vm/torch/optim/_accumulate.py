@@ -221,7 +221,7 @@ def _take_sums(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | N
         key: {name: entries[name] for name in entries if name != _SUM} if key in saved else entries
         for key, entries in state.items()
     }
-    return {**state_dict, "state": {key: entries for key, entries in rest.items() if entries}}
+    return {**state_dict, "state": {key: entries for key, entries in rest.items() if key not in saved or entries}}
 
 
 def _check_sums(sums: Mapping[Tensor, Any], settings: Settings) -> None:

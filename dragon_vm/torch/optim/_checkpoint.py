@@ -67,14 +67,12 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 _drop_storage(group)
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         convert = tagged_state if is_native else pytorch_state
-        states = {
-            key: convert(self._own_value(params[key]), entries, key)
-            if isinstance(key, int) and isinstance(entries, dict)
-            else entries
-            for key, entries in packed["state"].items()
-        }
-        if not self._algorithm.saves_steps:
-            states = {key: _uncounted(entries) for key, entries in states.items()}
+        states = dict(packed["state"])
+        for key, entries in states.items():
+            # Other keys are of others.
+            if isinstance(key, int) and 0 <= key < len(params) and isinstance(entries, dict):
+                found = convert(self._own_value(params[key]), entries, key)
+                states[key] = found if self._algorithm.saves_steps else _uncounted(found)
         return {**packed, "state": with_own_steps(states)}
 
     def _follows_dragon(self, group: Group) -> bool:
@@ -198,12 +196,12 @@ def _drop_storage(packed: Group) -> None:
         del packed["bound_betas"]
 
 
-def _uncounted(entries: Any) -> Any:
+def _uncounted(entries: State) -> State:
     """A state without its step counter, which PyTorch's counterpart lacks; without a buffer before a first step.
 
     Reading a counter waits for the device.
     """
-    if not isinstance(entries, dict) or "step" not in entries:
+    if "step" not in entries:
         return entries
     is_first = float(entries["step"]) == 0
     return {

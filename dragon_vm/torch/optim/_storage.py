@@ -14,8 +14,9 @@ from torch import Tensor
 from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats import cannot_forget, moment_bound
-from dragon.vm.torch.optim._groups.entries import MASTER_PARTS, decode_entry, held_master, kept_format, unflat
+from dragon.vm.torch.optim._groups.entries import decode_master, kept_format, unflat
 from dragon.vm.torch.optim._groups.masters import resync
+from dragon.vm.torch.optim._groups.native import MASTER, MASTER_PARTS
 from dragon.vm.torch.optim._groups.storage import options_of, storage_of
 from dragon.vm.torch.optim._options import complete
 from dragon.vm.torch.optim._plan.updater import Updater
@@ -66,8 +67,8 @@ class StoringOptimizer(AccumulatingOptimizer):
         for name, param, group in self._named_params():
             if group["master_weights"] is not None and param.requires_grad:
                 state = self.state.get(param, {})
-                own, form = self._own_value(param), held_master(state, param)
-                value = decode_entry(own, state, "param", form) if form else None
+                own = self._own_value(param)
+                value = decode_master(own, state)
                 yield name, own.detach().float() if value is None else unflat(own, value.clone())
 
     def resync_master(self) -> None:
@@ -183,7 +184,7 @@ def _is_on_device(value: Any) -> bool:
 _KINDS = {
     **{"param": "parameters", "grad": "gradients", "grad_sum": "sums"},
     **{"step": "counters", "ema": "averages"},
-    **dict.fromkeys(MASTER_PARTS, "masters"),
+    **dict.fromkeys((*MASTER_PARTS, MASTER), "masters"),
 }
 
 

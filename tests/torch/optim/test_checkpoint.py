@@ -131,6 +131,55 @@ def test_an_old_dict_loads_and_what_it_does_not_say_stays(steps: Any) -> None:
     judged_step(ours)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_put_there", [False, True])
+def test_a_count_that_is_a_number_is_exact_under_any_default_dtype(
+    default: torch.dtype, is_put_there: bool
+) -> None:
+    optimizer = Adam(make_params())
+    run(optimizer, range(1))
+    saved = optimizer.state_dict()
+    torch.set_default_dtype(default)
+    try:
+        for state in saved["state"].values():
+            state["step"] = 70001
+        if is_put_there:
+            for param, state in zip(params_of(optimizer), saved["state"].values(), strict=True):
+                optimizer.state[param] = state
+        else:
+            optimizer.load_state_dict(saved)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {70002.0}
+
+
+@pytest.mark.parametrize("backend", ["triton", "native", "eager"])
+def test_counters_are_right_under_a_wide_default_dtype(backend: str, device: torch.device) -> None:
+    """PyTorch's are float64 then; kernels count in float32."""
+    where = place(backend, device)
+    torch.set_default_dtype(torch.float64)
+    try:
+        theirs = torch.optim.Adam(make_params(torch.float64, where), lr=0.1)
+        ours = Adam(make_params(torch.float64, where), lr=0.1, backend=backend)
+        for optimizer in (theirs, ours):
+            run(optimizer, range(2))
+        again = Adam(make_params(torch.float64, where), lr=0.1, backend=backend)
+        again.load_state_dict(theirs.state_dict())
+        for param, its in zip(params_of(again), params_of(theirs), strict=True):
+            param.data.copy_(its.data)
+        for param in params_of(ours):
+            ours.state[param]["step"] = torch.tensor(2.0)
+        for optimizer in (theirs, ours, again):
+            run(optimizer, range(2, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for optimizer in (ours, again):
+        assert {float(state["step"]) for state in optimizer.state.values()} == {4.0}
+        for mine, its in zip(params_of(optimizer), params_of(theirs), strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-14)
+
+
 def test_wide_states_of_narrow_parameters_stay_wide() -> None:
     params = make_params(torch.bfloat16)
     wide = Adam(params, state_dtype=torch.float32)

@@ -6,8 +6,10 @@ from dragon.vm.torch.optim._formats.bound import SLACK, clamp_moment, moment_bou
 from dragon.vm.torch.optim._formats.format import BLOCK, Format, Part, nbytes
 from dragon.vm.torch.optim._formats.philox import Rounding, random_words
 from dragon.vm.torch.optim._formats.resolve import (
+    MOMENTS,
     Storage,
     StorageOptions,
+    blockwise_format,
     cannot_forget,
     check_options,
     is_blockwise,
@@ -18,6 +20,7 @@ from dragon.vm.torch.optim._formats.split import Master, Split8, Split16
 
 __all__ = [
     "BLOCK",
+    "MOMENTS",
     "SLACK",
     "Format",
     "Master",
@@ -32,6 +35,7 @@ __all__ = [
     "Storage",
     "StorageOptions",
     "UpwardBfloat16",
+    "blockwise_format",
     "cannot_forget",
     "check_options",
     "clamp_moment",

@@ -18,6 +18,8 @@ StateDtype = torch.dtype | str | None
 _NARROW = (torch.bfloat16, torch.float16, EIGHT_BIT)
 # Of the last state, the maximum of the second moments, there is no 8-bit form.
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# Of all algorithms.
+MOMENTS = (*STATES, "momentum_buffer")
 # Smaller tensors gain little, and are the sensitive ones: norms and biases.
 SMALLEST_Q8 = 4096
 # With a larger beta2 a bf16 second moment that is rounded to nearest cannot decay to 0: the half step is 2^-8.
@@ -80,7 +82,7 @@ def check_options(options: StorageOptions) -> None:
     """
     asked = options.state_dtype
     for state, value in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
-        if state and state not in (*STATES, "momentum_buffer"):
+        if state and state not in MOMENTS:
             raise ValueError(f"state_dtype: expected states among {STATES}, got {state!r}")
         _check_state_dtype(f"state_dtype[{state!r}]" if state else "state_dtype", value)
     if isinstance(asked, Mapping) and asked.get("max_exp_avg_sq") == EIGHT_BIT:
@@ -126,6 +128,11 @@ def is_blockwise(shape: Size) -> bool:
     return len(shape) >= 2 and shape.numel() >= SMALLEST_Q8 and shape[1:].numel() % BLOCK == 0
 
 
+def blockwise_format(state: str, stochastic: bool) -> Format:
+    """The 8-bit format of a state; `stochastic` is for second moments."""
+    return SquareQ8(stochastic) if state == "exp_avg_sq" else SignedQ8()
+
+
 def _state_format(state: str, asked: StateDtype, shape: Size, stochastic: bool) -> Format:
     """The format of one state but the maximum.
 
@@ -135,12 +142,9 @@ def _state_format(state: str, asked: StateDtype, shape: Size, stochastic: bool) 
         shape: of the parameter, global.
         stochastic: whether a narrow second moment is rounded stochastically.
     """
-    is_square = state == "exp_avg_sq"
     if asked == EIGHT_BIT:
-        if not is_blockwise(shape):
-            return Plain(torch.float32)
-        return SquareQ8(stochastic) if is_square else SignedQ8()
-    if asked == torch.bfloat16 and is_square and stochastic:
+        return blockwise_format(state, stochastic) if is_blockwise(shape) else Plain(torch.float32)
+    if asked == torch.bfloat16 and state == "exp_avg_sq" and stochastic:
         return StochasticBfloat16()
     return Plain(asked) if isinstance(asked, torch.dtype) else Plain(torch.float32)
 

@@ -119,6 +119,19 @@ class Master:
         """The master."""
         return parts[1]
 
+    def encode_rest(self, value: Tensor, half: Tensor | None, master: Tensor) -> None:
+        """Write masters for parameters that stay as they are: one that is not nearest to its master becomes it.
+
+        All masters are written if `half` is None.
+        """
+        if half is None:
+            master.copy_(value)
+            return
+        rounded, own = value.to(half.dtype), half.to(value.dtype)
+        # At a tie there are two: the halves of other formats are rounded away from 0.
+        is_nearest = (rounded == half) | ((value - own).abs() <= (value - rounded.to(value.dtype)).abs())
+        master.copy_(torch.where(is_nearest, value, own))
+
     def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
         """Keep the master, and round it for the forward pass."""
         parts[1].copy_(value)

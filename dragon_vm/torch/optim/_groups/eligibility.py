@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import is_dense
+from dragon.vm.torch.optim._groups.states import CounterPlace
 
 _TRITON_DEVICES = ("cuda", "xpu")
 _KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
@@ -90,7 +91,8 @@ def choose_backend(
     return "native" if is_native else "eager"
 
 
-def step_device(param: Tensor, backend: str, group: dict[str, Any]) -> torch.device:
+def counter_place(param: Tensor, backend: str, group: dict[str, Any]) -> CounterPlace:
     """Where a step counter lives: with its parameter for kernels, and where PyTorch's options say so."""
-    on_device = backend == "triton" or group["capturable"] or group["fused"]
-    return param.device if on_device else torch.device("cpu")
+    for_kernels = backend == "triton"
+    on_device = for_kernels or group["capturable"] or group["fused"]
+    return CounterPlace(param.device if on_device else torch.device("cpu"), for_kernels)

@@ -15,20 +15,19 @@ from dragon.vm.torch.optim._formats import (
     Format,
     Master,
     Plain,
-    SignedQ8,
     Split8,
     Split16,
     SquareQ8,
     StochasticBfloat16,
     Storage,
+    blockwise_format,
 )
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense, same_walk
+from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of, walking_order
 from dragon.vm.torch.optim._groups.states import zeros_for
 
 State = dict[str, Any]
-# Entries of a state with what a parameter lacks of its master.
-MASTER_PARTS = ("param_remainder", "param_master")
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -60,10 +59,7 @@ def held_format(state: Mapping[str, Any], name: str) -> Format | None:
     """How a state is stored now; None if it is not there."""
     if isinstance(state.get(name), Tensor):
         return Plain(state[name].dtype)
-    codes = state.get(f"{name}_q8")
-    if not isinstance(codes, Tensor):
-        return None
-    return SignedQ8() if codes.dtype == torch.int8 else SquareQ8(False)
+    return blockwise_format(name, False) if isinstance(state.get(f"{name}_q8"), Tensor) else None
 
 
 def kept_format(storage: Storage, state: Mapping[str, Any], name: str) -> Format:
@@ -103,13 +99,21 @@ def _distributed_scale(param: Any, scale: Tensor, shape: Size) -> Tensor:
 def decode_entry(param: Tensor, state: Mapping[str, Any], name: str, form: Format) -> Tensor:
     """A value of a state or the master of a parameter, in the parameter's walking order and on its device.
 
-    It may be a view of the entry. Codes are in blocks of the order in which they lie themselves, which is that of
-    the parameter unless it has been laid out anew.
+    It may be a view of the entry. Codes are in blocks of the order in which they were saved, else of that in which
+    they lie themselves: that of the parameter unless it has been laid out anew.
     """
     shard = local(param)
     parts = [local(state[key]).to(shard.device) for key in part_keys(name, form)]
+    if isinstance(form, Split16) and parts[0].dtype == torch.bfloat16:
+        # An int16 remainder was saved as bf16.
+        parts = [parts[0].view(torch.int16)]
     if has_blocks(form):
-        codes, scale = parts[0] if is_dense(parts[0]) else parts[0].contiguous(), parts[1]
+        codes, scale = parts
+        if FORMAT_KEY in state:
+            order = walking_order(state[FORMAT_KEY], codes.ndim)
+            codes = codes.permute(order).contiguous().permute([order.index(dim) for dim in range(codes.ndim)])
+        elif not is_dense(codes):
+            codes = codes.contiguous()
         value = form.decode([flat(codes), scale.contiguous()])
         return walked(shard, value.as_strided(codes.shape, codes.stride()))
     own = [shard.detach()] if name == "param" else []
@@ -121,15 +125,15 @@ def encode_entry(
 ) -> None:
     """Round a value in walking order to nearest, and write it to its new entries.
 
-    A parameter's own tensor stays as it is. A master is written for `half`, the parameter in walking order; None
-    if the weights that it belongs to may still be loaded.
+    A parameter's own tensor stays as it is. A master is written for `half`, the parameter in walking order, which
+    becomes it where that is not nearest; None if the weights that it belongs to may still be loaded.
     """
     shard = local(param)
     parts = [local(entries[key]) for key in part_keys(name, form)]
     parts = [walked(shard, part) if part.shape == shard.shape else part for part in parts]
-    if isinstance(form, (Split8, Split16)):
+    if isinstance(form, (Split8, Split16, Master)):
         form.encode_rest(value.float(), half, *parts)
-    elif name == "param" or isinstance(form, Plain):
+    elif isinstance(form, Plain):
         parts[0].copy_(value)
     else:
         nearest(form).encode(value.float(), parts)
@@ -179,14 +183,23 @@ def stored_entries(
             replaced |= set(part_keys(name, held)) - set(keys)
         added |= entries
     keys = part_keys("param", storage.param)
-    if keys and not _are_stored(storage.param, param, state, keys, is_param=True):
-        entries, held = make_parts(param, "param", storage.param), held_master(state, param)
-        master = decode_entry(param, state, "param", held or Plain(param.dtype))
+    if keys and (MASTER in state or not _are_stored(storage.param, param, state, keys, is_param=True)):
+        entries, master = make_parts(param, "param", storage.param), decode_master(param, state)
         half = walked(local(param), local(param).detach())
+        master = half if master is None else master
         encode_entry(master, param, entries, "param", storage.param, half)
         added |= entries
-    replaced |= {key for key in MASTER_PARTS if key in state and key not in keys}
+    replaced |= parts_of(state) & {*MASTER_PARTS, MASTER, FORMAT_KEY} - set(keys)
     return added, replaced
+
+
+def decode_master(param: Tensor, state: Mapping[str, Any]) -> Tensor | None:
+    """The master of a parameter, stored or saved, in walking order; None if it has none. It may be a view."""
+    if isinstance(state.get(MASTER), Tensor):
+        # PyTorch's loader casts all tensors of a state to the parameter's dtype.
+        return decode_entry(param, state, MASTER, Plain(state[MASTER].dtype))
+    form = held_master(state, param)
+    return decode_entry(param, state, "param", form) if form else None
 
 
 def held_master(state: Mapping[str, Any], param: Tensor) -> Format | None:
@@ -206,4 +219,4 @@ def _are_stored(
         entry = state.get(key)
         if not isinstance(entry, Tensor) or local(entry).dtype != part.dtype:
             return False
-    return not has_blocks(form) or same_walk(local(state[keys[0]]), local(param))
+    return not has_blocks(form) or (FORMAT_KEY not in state and same_walk(local(state[keys[0]]), local(param)))

@@ -12,9 +12,9 @@ from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._formats import Format, Plain, Split16
 from dragon.vm.torch.optim._groups.entries import (
-    MASTER_PARTS,
     State,
     decode_entry,
+    decode_master,
     encode_entry,
     held_format,
     held_master,
@@ -23,19 +23,15 @@ from dragon.vm.torch.optim._groups.entries import (
     part_keys,
     unflat,
 )
+from dragon.vm.torch.optim._groups.native import (
+    CODES,
+    FORMAT_KEY,
+    MASTER,
+    MASTER_PARTS,
+    format_number,
+    parts_of,
+)
 from dragon.vm.torch.optim._groups.storage import storage_of
-
-# The entry of a native state that says how its parts are to be read. PyTorch's flat dicts take numbers alone: the
-# version of the format, followed by the dimensions in the order in which the saved codes are walked, the innermost
-# last and two digits each, if it is not that of a contiguous tensor.
-FORMAT_KEY, FORMAT = "storage", 1
-# The entry of PyTorch's form that has a master in fp32.
-MASTER = "master_param"
-
-
-def is_part(key: str) -> bool:
-    """Whether an entry is a part of something, or what stands for it in a state dict."""
-    return key in (*MASTER_PARTS, MASTER, FORMAT_KEY) or key.endswith(("_q8", "_scale"))
 
 
 @torch.no_grad()
@@ -46,21 +42,22 @@ def pytorch_state(param: Tensor, state: State, position: int) -> State:
     loaded: DCP's planner would not find it in a file of PyTorch's optimizer.
     """
     found: State = {}
+    parts = parts_of(state)
     for key, value in state.items():
         if key == "stream" and value == position:
             continue
-        if key.endswith("_q8"):
-            name = key.removesuffix("_q8")
+        if key in CODES:
+            name = CODES[key]
             form = held_format(state, name)
             assert form is not None
             found[name] = unflat(param, decode_entry(param, state, name, form))
-        elif key in MASTER_PARTS:
+        elif key in MASTER_PARTS and MASTER not in state:
             form = held_master(state, param)
             if key == "param_master":
                 found[MASTER] = value
             elif form is not None:
                 found[MASTER] = unflat(param, decode_entry(param, state, "param", form))
-        elif not key.endswith("_scale"):
+        elif key == MASTER or key not in parts:
             found[key] = value
     return found
 
@@ -70,9 +67,9 @@ def tagged_state(param: Tensor, state: State, position: int) -> State:
 
     An int16 remainder becomes bf16 of the same bits: process groups of gloo and NCCL have no int16.
     """
-    if not any(map(is_part, state)):
+    if not parts_of(state):
         return state
-    found, remainder = {**state, FORMAT_KEY: _format_number(state)}, state.get("param_remainder")
+    found, remainder = {FORMAT_KEY: format_number(state), **state}, state.get("param_remainder")
     if isinstance(remainder, Tensor) and remainder.dtype == torch.int16:
         found["param_remainder"] = distributed_like(param, local(remainder).view(torch.bfloat16))
     return found
@@ -114,56 +111,28 @@ def restored_entries(
 
 def _restored_master(param: Tensor, form: Format, saved: Mapping[str, Any]) -> State:
     """The parts of a master beside the parameter; none if none is wanted or saved."""
-    keys, held = part_keys("param", form), held_master(saved, param)
-    if not keys or not (held or isinstance(saved.get(MASTER), Tensor)):
+    held, is_whole = held_master(saved, param), isinstance(saved.get(MASTER), Tensor)
+    if not part_keys("param", form) or not (held or is_whole):
         return {}
-    if isinstance(saved.get(MASTER), Tensor):
+    if is_whole or held is None:
         made = make_parts(param, "param", form)
-        # PyTorch's loader casts all tensors of a state to the parameter's dtype.
-        value = decode_entry(param, _placed(param, saved, (MASTER,)), MASTER, Plain(torch.float32))
+        value = decode_master(param, _placed(param, saved, (MASTER,)))
+        assert value is not None
         encode_entry(value, param, made, "param", form)
         return made
-    assert held is not None
-    made = make_parts(param, "param", held)
-    for key, value in _placed(param, saved, part_keys("param", held)).items():
+    made, keys = make_parts(param, "param", held), part_keys("param", held)
+    placed = _placed(param, saved, keys)
+    for key in keys:
         # An int16 remainder was saved as bf16.
-        is_tagged = isinstance(held, Split16) and value.dtype == torch.bfloat16
-        local(made[key]).copy_(value.view(torch.int16) if is_tagged else value)
+        is_tagged = isinstance(held, Split16) and placed[key].dtype == torch.bfloat16
+        local(made[key]).copy_(placed[key].view(torch.int16) if is_tagged else placed[key])
     return made
 
 
 def _placed(param: Tensor, saved: Mapping[str, Any], keys: Sequence[str]) -> State:
-    """The shards of saved entries that this process needs, codes in the order in which they were saved."""
-    found = {key: local(placed_like(param, saved[key])) for key in keys}
-    # PyTorch's flat dicts have lost the number: there codes are walked as they lie.
-    order = walking_order(saved[FORMAT_KEY], param.ndim) if FORMAT_KEY in saved else []
-    for key in keys if order else ():
-        if key.endswith("_q8"):
-            codes = found[key].permute(order).contiguous()
-            found[key] = codes.permute([order.index(dim) for dim in range(param.ndim)])
-    return found
+    """The shards of saved entries that this process needs, and the number that says how they are to be read.
 
-
-def _format_number(state: Mapping[str, Any]) -> int:
-    """The value of `FORMAT_KEY` for a state with parts."""
-    for key, value in state.items():
-        if key.endswith("_q8"):
-            codes = local(value) if local(value).numel() else value
-            # Rows are outermost, also where a process has one of them.
-            order = [0, *sorted(range(1, codes.ndim), key=lambda dim: -codes.stride(dim))]
-            if [dim for dim in order if codes.shape[dim] > 1] != [d for d, n in enumerate(codes.shape) if n > 1]:
-                return int(str(FORMAT) + "".join(f"{dim:02}" for dim in order))
-    return FORMAT
-
-
-def walking_order(number: Any, n_dims: int) -> list[int]:
-    """The dimensions of saved codes in the order in which they are walked.
-
-    Raises:
-        ValueError: for what is no value of `FORMAT_KEY`.
+    PyTorch's flat dicts have lost the number: there codes are walked as they lie.
     """
-    digits = str(int(number)) if hasattr(number, "__int__") else ""
-    order = [int(digits[i : i + 2]) for i in range(1, len(digits), 2)] or list(range(n_dims))
-    if digits[:1] != str(FORMAT) or sorted(order) != list(range(n_dims)):
-        raise ValueError(f"expected {FORMAT}, or {FORMAT} and the dimensions in walking order, got {number!r}")
-    return order
+    number = {FORMAT_KEY} & parts_of(saved)
+    return {key: local(placed_like(param, saved[key])) for key in keys} | {key: saved[key] for key in number}

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, is_distributed_type, local
+from dragon.vm.torch.optim._formats import Master
+from dragon.vm.torch.optim._groups.native import MASTER, is_as_saved
 
 # The speed of C: a step reads the version of each parameter.
 _version_of = attrgetter("_version")
@@ -43,7 +45,8 @@ class MasterVersions:
         seen = list(map(self._seen.get, map(id, params), versions))
         if seen != versions:
             written = list(compress(params, map(ne, seen, versions)))
-            resync(written, state)
+            # What was saved belongs to the weights that were written with it.
+            resync([param for param in written if not is_as_saved(state.get(param, {}))], state)
             self.note(written)
         if self._doubted:
             doubted = [param for param in params if id(param) in self._doubted]
@@ -84,6 +87,8 @@ def resync(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
             local(entries["param_remainder"]).zero_()
         if isinstance(entries.get("param_master"), Tensor):
             local(entries["param_master"]).copy_(local(param))
+        # A saved one is another's tensor.
+        entries.pop(MASTER, None)
 
 
 @torch.no_grad()
@@ -92,11 +97,7 @@ def reconcile(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
     for param in params:
         master = state.get(param, {}).get("param_master")
         if isinstance(master, Tensor):
-            kept, shard = local(master), local(param)
-            rounded, own = kept.to(shard.dtype), shard.to(kept.dtype)
-            # At a tie there are two: the halves of other formats are rounded away from 0.
-            is_own = (rounded == shard) | ((kept - own).abs() <= (kept - rounded.to(kept.dtype)).abs())
-            kept.copy_(torch.where(is_own, kept, own))
+            Master(param.dtype).encode_rest(local(master), local(param), local(master))
 
 
 def _versions(params: Sequence[Tensor]) -> list[int]:

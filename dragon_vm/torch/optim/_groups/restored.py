@@ -12,11 +12,13 @@ from torch import Tensor
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
+from dragon.vm.torch.optim._formats import MOMENTS
 from dragon.vm.torch.optim._groups.checks import labels
-from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
-from dragon.vm.torch.optim._groups.exchange import is_part, restored_entries
+from dragon.vm.torch.optim._groups.eligibility import choose_backend, counter_place
+from dragon.vm.torch.optim._groups.exchange import restored_entries
+from dragon.vm.torch.optim._groups.native import parts_of
 from dragon.vm.torch.optim._groups.saved import checked_state
-from dragon.vm.torch.optim._groups.states import State, add_counters, zeros_for
+from dragon.vm.torch.optim._groups.states import CounterPlace, State, add_counters, zeros_for
 from dragon.vm.torch.optim._groups.storage import options_of, storage_of
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 
@@ -49,6 +51,7 @@ def restored_states(
         ValueError: for missing or misshapen state tensors and step counts, naming the parameter.
     """
     owners: list[tuple[Tensor, Group, State]] = []
+    others: dict[Tensor, State] = {}
     names = iter(labels([{**saved, **own} for own, saved in zip(groups, saved_groups, strict=True)]))
     for group, saved_group in zip(groups, saved_groups, strict=True):
         own = {name: group.get(name) for name in STORAGE_OPTIONS}
@@ -56,17 +59,25 @@ def restored_states(
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             label = next(names)
             state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(value)}
-            if state:
-                # An average begins when it is asked for.
-                optional = {"ema", *algorithm.optional_keys(saved_group)}
-                required = [key for key in algorithm.all_state_keys(merged) if key not in optional]
-                owners.append((param, merged, checked_state(algorithm, param, merged, state, required, label)))
-    return _copied(algorithm, settings, owners)
+            if state and _is_of_others(state):
+                others[param] = state
+            elif state:
+                checked = checked_state(algorithm, param, merged, saved_group, state, label)
+                owners.append((param, merged, checked))
+    copies = _copied(algorithm, settings, owners)
+    for param, state in others.items():
+        _fill(copies.setdefault(param, {}), state, param)
+    return copies
 
 
 def _is_missing(value: Any) -> bool:
     """Whether a saved entry is none. PyTorch's flat dicts have an empty dict for one that is not in the file."""
     return value is None or (isinstance(value, dict) and not value)
+
+
+def _is_of_others(state: State) -> bool:
+    """Whether a state has nothing that a step would have written."""
+    return not parts_of(state) and state.keys().isdisjoint((*MOMENTS, "step", "ema", "stream"))
 
 
 @torch.no_grad()
@@ -75,7 +86,7 @@ def _copied(
 ) -> dict[Tensor, State]:
     """Copy the states."""
     copies: list[State] = []
-    counted: list[tuple[State, float, torch.device]] = []
+    counted: list[tuple[State, float, CounterPlace]] = []
     for param, group, state in owners:
         copy, in_parts = restored_entries(param, group, state, algorithm.state_keys(group))
         if "ema" in algorithm.all_state_keys(group) and "ema" in state:
@@ -85,8 +96,8 @@ def _copied(
             copy["ema"] = distributed_like(param, zeros_for(local(param), dtype))
         dtypes = {param.dtype, *(value.dtype for value in copy.values() if value.is_floating_point())}
         if algorithm.counts_steps(group):
-            device = _counter_device(settings.backend, param, group, dtypes, in_parts)
-            counted.append((copy, 0.0, device))
+            place = _counter_place(settings.backend, param, group, dtypes, in_parts)
+            counted.append((copy, 0.0, place))
         copies.append(copy)
     add_counters(counted)
     for (param, _, state), copy in zip(owners, copies, strict=True):
@@ -95,10 +106,11 @@ def _copied(
 
 
 def _fill(copy: State, state: State, param: Tensor) -> None:
+    parts = parts_of(state)
     for key, value in state.items():
         if key in ("step", "ema") and key in copy:
             copy[key].copy_(placed_like(copy[key], value))
-        elif key in copy or f"{key}_q8" in copy or is_part(key):
+        elif key in copy or f"{key}_q8" in copy or key in parts:
             continue
         elif isinstance(value, Tensor):
             copy[key] = value.detach().to(param.device, copy=True)
@@ -106,13 +118,13 @@ def _fill(copy: State, state: State, param: Tensor) -> None:
             copy[key] = deepcopy(value)
 
 
-def _counter_device(
+def _counter_place(
     backend: str | None, param: Tensor, group: Group, dtypes: set[torch.dtype], in_parts: bool
-) -> torch.device:
+) -> CounterPlace:
     """Where the step counter of a parameter will be wanted, should its gradient be of its own dtype."""
     if backend is None:
         backend = choose_backend(
             *(None, local(param), param.dtype, dtypes - {param.dtype} or dtypes, group["differentiable"]),
             in_parts=in_parts,
         )
-    return step_device(param, backend, group)
+    return counter_place(param, backend, group)

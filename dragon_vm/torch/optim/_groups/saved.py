@@ -1,42 +1,50 @@
-"""Checks of saved states before they are loaded."""
+"""Checks of states that were saved, before they are loaded or a step takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._groups.entries import MASTER_PARTS, held_format, part_keys
-from dragon.vm.torch.optim._groups.exchange import FORMAT, FORMAT_KEY, MASTER, walking_order
-from dragon.vm.torch.optim._groups.states import State
+from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._formats import Plain, Split8, Split16
+from dragon.vm.torch.optim._groups.entries import held_format, held_master, part_keys
+from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of, walking_order
+from dragon.vm.torch.optim._groups.states import State, count_of
 
 
 def checked_state(
-    algorithm: Algorithm, param: Tensor, group: dict[str, Any], state: State, required: Sequence[str], label: str
+    algorithm: Algorithm,
+    param: Tensor,
+    group: dict[str, Any],
+    saved_group: Mapping[str, Any],
+    state: State,
+    label: str,
 ) -> State:
-    """The state, with its step count as a 0-dim tensor if it counts.
+    """The state as it is saved, with its step count as a 0-dim tensor if it counts.
 
     Raises:
         ValueError: if it cannot be used.
     """
-    for key in required:
-        if held_format(state, key) is None:
+    # An average begins when it is asked for.
+    optional = {"ema", *algorithm.optional_keys(saved_group)}
+    for key in algorithm.all_state_keys(group):
+        if key not in optional and held_format(state, key) is None:
             raise ValueError(f"loaded state dict has no {key} for {label}: it has {', '.join(state) or 'nothing'}")
     try:
-        walking_order(state.get(FORMAT_KEY, FORMAT), param.ndim)
+        if FORMAT_KEY in parts_of(state):
+            walking_order(state[FORMAT_KEY], param.ndim)
     except ValueError as error:
         raise ValueError(f"loaded state dict has {FORMAT_KEY} for {label}: {error}") from None
-    for key, shape in _shapes(algorithm, param, group, state).items():
-        value = state.get(key)
-        if not isinstance(value, Tensor) or value.shape != shape or value.is_complex() != param.is_complex():
-            found = f"shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(
-                f"loaded state dict has {key} of {found} for {label} "
-                f"of shape {tuple(param.shape)} and {param.dtype}"
-            )
+    state = _with_saved_remainder(state, saved_group)
+    found = misfit(param, state, algorithm.all_state_keys(group))
+    if found is not None:
+        raise ValueError(
+            f"loaded state dict has {found} for {label} of shape {tuple(param.shape)} and {param.dtype}"
+        )
     if not algorithm.counts_steps(group):
         return {name: value for name, value in state.items() if algorithm.saves_steps or name != "step"}
     has_begun = any(held_format(state, key) is not None for key in algorithm.state_keys(group))
@@ -45,15 +53,52 @@ def checked_state(
         raise ValueError(f"loaded state dict has no step for {label}: it has {', '.join(state)}")
     if isinstance(step, Tensor) and step.numel() != 1:
         raise ValueError(f"loaded state dict has a step of shape {tuple(step.shape)} for {label}, not one number")
-    count = step.detach().reshape(()) if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
-    return {**state, "step": count}
+    return {**state, "step": count_of(step)}
 
 
-def _shapes(algorithm: Algorithm, param: Tensor, group: dict[str, Any], state: State) -> dict[str, Size]:
-    """The shape that each saved entry of a parameter must have."""
-    shapes = {key: param.shape for key in (MASTER, *MASTER_PARTS) if key in state}
-    for key in algorithm.all_state_keys(group):
-        form = held_format(state, key)
-        for part_key, part in zip(part_keys(key, form), form.parts, strict=True) if form else ():
-            shapes[part_key] = part.shape(param.shape) if part.elements > 1 else param.shape
-    return shapes
+def _with_saved_remainder(state: State, saved_group: Mapping[str, Any]) -> State:
+    """The state with an int8 remainder as such. PyTorch's loader has made it bf16, as which int16 is saved."""
+    remainder = state.get("param_remainder")
+    if saved_group.get("master_weights") != "split8" or not isinstance(remainder, Tensor):
+        return state
+    return {**state, "param_remainder": remainder.to(torch.int8)} if _fits(local(remainder), torch.int8) else state
+
+
+def misfit(param: Tensor, state: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """What of a state's values and of its master does not fit the parameter, in words; None if all does.
+
+    PyTorch's loader casts parts to the parameter's dtype. Codes survive it, while scales lose bits in 16.
+    """
+    expected: dict[str, tuple[Size, torch.dtype | None]] = {
+        key: (param.shape, None) for key in (MASTER, *MASTER_PARTS) if key in state
+    }
+    master = held_master(state, param)
+    if isinstance(master, (Split8, Split16)):
+        expected["param_remainder"] = param.shape, master.parts[1].dtype
+    for name in names:
+        form = held_format(state, name)
+        for key, part in zip(part_keys(name, form), form.parts, strict=True) if form else ():
+            dtype = None if isinstance(form, Plain) else part.dtype
+            expected[key] = part.shape(param.shape), dtype
+    for key, (shape, dtype) in expected.items():
+        value = state.get(key)
+        if not isinstance(value, Tensor):
+            return f"{key} of {value!r}"
+        found = f"{key} of shape {tuple(value.shape)} and {value.dtype}"
+        if value.shape != shape or value.is_complex() != param.is_complex():
+            return found
+        if dtype is not None and not _fits(local(value), dtype):
+            return f"{found} instead of {dtype}"
+    return None
+
+
+def _fits(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor has values of a part's dtype, which no cast has changed."""
+    if value.dtype == dtype:
+        return True
+    if dtype == torch.int16:
+        # It is saved as bf16 of the same bits.
+        return value.dtype == torch.bfloat16
+    if dtype.is_floating_point:
+        return value.dtype == torch.float64
+    return value.is_floating_point() and torch.equal(value.to(dtype).to(value.dtype), value)

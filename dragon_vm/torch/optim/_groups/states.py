@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,18 +33,51 @@ def zeros_for(param: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.empty_strided(param.shape, param.stride(), dtype=dtype, device=param.device).zero_()
 
 
-def counter_dtype(on_device: bool) -> torch.dtype:
-    """The dtype of step counters: fp32, which kernels take, but for PyTorch's fp64 under that default dtype."""
-    return torch.float64 if not on_device and torch.get_default_dtype() == torch.float64 else torch.float32
+class CounterPlace(NamedTuple):
+    """Where a step counter lives.
+
+    Attributes:
+        device: of the counter.
+        for_kernels: whether kernels count there. They read fp32 counters only.
+    """
+
+    device: torch.device
+    for_kernels: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of new counters: fp32, or PyTorch's fp64 on the CPU where that is the default dtype."""
+        is_wide = self._may_be_wide and torch.get_default_dtype() == torch.float64
+        return torch.float64 if is_wide else torch.float32
+
+    @property
+    def _may_be_wide(self) -> bool:
+        return self.device.type == "cpu" and not self.for_kernels
+
+    def takes(self, step: Any) -> bool:
+        """Whether a step count is such a counter."""
+        return (
+            isinstance(step, Tensor)
+            and step.device == self.device
+            and (step.dtype == torch.float32 or (step.dtype == torch.float64 and self._may_be_wide))
+            and step.numel() == 1
+            and not step.requires_grad
+        )
 
 
-def step_counters(values: Sequence[float], device: torch.device) -> list[Tensor]:
-    """0-dim step counters on the CPU or a device, each with a storage of its own.
+def count_of(step: Any) -> Tensor:
+    """A step count as a 0-dim tensor; a number is exact, whatever the default dtype."""
+    if isinstance(step, Tensor):
+        return step.detach().reshape(())
+    return torch.tensor(float(step), dtype=torch.float64, device="cpu")
+
+
+def step_counters(values: Sequence[float], place: CounterPlace) -> list[Tensor]:
+    """0-dim step counters, each with a storage of its own.
 
     Their storages lie side by side in one buffer, so that one operation can count for all of them.
     """
-    on_device = device.type != "cpu"
-    dtype = counter_dtype(on_device)
+    device, dtype = place.device, place.dtype
     buffer = torch.tensor(values, dtype=dtype, device=device)
     if not has_memory(buffer):
         return [torch.tensor(value, dtype=dtype, device=device) for value in values]
@@ -70,27 +103,25 @@ def begun_average(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
     return distributed_like(param, zeros_for(local(param), dtype).copy_(value))
 
 
-def add_counters(states: Iterable[tuple[State, float, torch.device]]) -> None:
-    """Give states a step counter of a value on a device; those on one device lie side by side."""
-    members: dict[torch.device, list[tuple[State, float]]] = {}
-    for state, value, device in states:
-        members.setdefault(device, []).append((state, value))
-    for device, chosen in members.items():
-        counters = step_counters([value for _, value in chosen], device)
+def add_counters(states: Iterable[tuple[State, float, CounterPlace]]) -> None:
+    """Give states a step counter of a value in a place; those in one place lie side by side."""
+    members: dict[CounterPlace, list[tuple[State, float]]] = {}
+    for state, value, place in states:
+        members.setdefault(place, []).append((state, value))
+    for place, chosen in members.items():
+        counters = step_counters([value for _, value in chosen], place)
         for (state, _), counter in zip(chosen, counters, strict=True):
             state["step"] = counter
 
 
 def settled_entries(
-    param: Tensor, state: Mapping[str, Any], keys: tuple[str, ...], step_device: torch.device | None
+    param: Tensor, state: Mapping[str, Any], keys: tuple[str, ...], place: CounterPlace | None
 ) -> State:
     """State entries that must be replaced to be on the parameter's device, in its layout. Nothing is changed."""
     replaced: State = {}
     step = state.get("step")
-    if step_device is not None and not _is_counter(step, step_device):
-        value = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step or 0), device="cpu")
-        dtype = counter_dtype(step_device.type != "cpu")
-        replaced["step"] = value.to(step_device, dtype, copy=True).reshape(())
+    if place is not None and not place.takes(step):
+        replaced["step"] = count_of(0 if step is None else step).to(place.device, place.dtype, copy=True)
     shard = local(param)
     for key in keys:
         value = local(state[key])
@@ -103,13 +134,3 @@ def settled_entries(
         if settled is not value:
             replaced[key] = distributed_like(state[key] if is_distributed(state[key]) else param, settled)
     return replaced
-
-
-def _is_counter(step: Any, device: torch.device) -> bool:
-    return (
-        isinstance(step, Tensor)
-        and step.device == device
-        and (step.dtype == torch.float32 or (step.dtype == torch.float64 and device.type == "cpu"))
-        and step.numel() == 1
-        and not step.requires_grad
-    )

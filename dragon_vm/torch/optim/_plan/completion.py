@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._formats import Plain, Storage
 from dragon.vm.torch.optim._groups.checks import check_state, has_memory
-from dragon.vm.torch.optim._groups.eligibility import choose_backend, step_device
+from dragon.vm.torch.optim._groups.eligibility import choose_backend, counter_place
 from dragon.vm.torch.optim._groups.entries import decode_entry, held_format, kept_format, stored_entries, unwalked
 from dragon.vm.torch.optim._groups.flattening import Signature, State
 from dragon.vm.torch.optim._groups.members import has_own_memory
-from dragon.vm.torch.optim._groups.states import add_counters, begun_average, settled_entries
+from dragon.vm.torch.optim._groups.native import parts_of
+from dragon.vm.torch.optim._groups.saved import misfit
+from dragon.vm.torch.optim._groups.states import CounterPlace, add_counters, begun_average, settled_entries
 from dragon.vm.torch.optim._groups.storage import storage_of
 from dragon.vm.torch.optim._plan.recipe import Recipe
 
@@ -44,13 +45,18 @@ def completed_states(
     signatures: list[Signature] = []
     # Equal ones are one object: what follows from it is computed once.
     distinct: dict[Signature, Signature] = {}
-    counted: list[tuple[State, float, torch.device]] = []
+    counted: list[tuple[State, float, CounterPlace]] = []
     for param, shard, grad, index in zip(params, shards, grads, group_index, strict=True):
         group, held = recipe.groups[index], recipe.state.get(param, {})
         # PyTorch's SGD takes None for a buffer that is still to begin.
         absent = {key for key in algorithm.optional_keys(group) if key in held and held[key] is None}
         held = {key: value for key, value in held.items() if key not in absent} if absent else held
         check_state(param, held, algorithm.all_state_keys(group), algorithm.counts_steps(group))
+        found = misfit(param, held, algorithm.state_keys(group)) if parts_of(held) else None
+        if found is not None:
+            raise ValueError(
+                f"the state of a parameter of shape {tuple(param.shape)} and {param.dtype} has {found}"
+            )
         storage = storage_of(param, group, algorithm.state_keys(group))
         signature = _signature(recipe, shard, grad, held, storage, group)
         signatures.append(distinct.setdefault(signature, signature))
@@ -63,11 +69,11 @@ def completed_states(
         has_begun = any(held_format(held, name) is not None for name in signature.state_keys)
         if signature.counts_steps and ("step" not in held or not (has_begun or algorithm.saves_steps)):
             count = (algorithm.uncounted_steps or 0.0) if has_begun else 0.0
-            counted.append((states[-1], count, step_device(param, signature.backend, group)))
+            counted.append((states[-1], count, counter_place(param, signature.backend, group)))
     add_counters(counted)
     keys_of = {id(signature): signature.tensor_keys for signature in distinct}
     for param, state, signature, index in zip(params, states, signatures, group_index, strict=True):
-        counter = step_device(param, signature.backend, recipe.groups[index]) if signature.counts_steps else None
+        counter = counter_place(param, signature.backend, recipe.groups[index]) if signature.counts_steps else None
         state.update(settled_entries(param, state, keys_of[id(signature)], counter))
     _give_streams(recipe, params, states, signatures)
     return states, signatures

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from dragon.vm.testing import DENSE_LAYOUTS, tensor_cases
 from dragon.vm.torch.optim._groups.layout import same_walk
-from dragon.vm.torch.optim._groups.states import _buffer_of, counter_buffer, step_counters, zeros_for
+from dragon.vm.torch.optim._groups.states import CounterPlace, _buffer_of, counter_buffer, step_counters, zeros_for
 
 CPU = torch.device("cpu")
+HOST = CounterPlace(CPU)
 
 
 @given(tensor_cases(layouts=DENSE_LAYOUTS), st.sampled_from([None, torch.bfloat16, torch.float64]))
@@ -31,7 +32,7 @@ def test_complex_parameters_keep_their_dtype_in_their_states():
 
 @given(st.integers(1, 9), st.integers(0, 8), st.integers(0, 8))
 def test_counters_that_lie_in_order_are_counted_as_one_tensor(n_counters, start, end):
-    counters = step_counters([float(i) for i in range(n_counters)], CPU)
+    counters = step_counters([float(i) for i in range(n_counters)], HOST)
     chosen = counters[start:end]
     if not chosen:
         return
@@ -42,7 +43,7 @@ def test_counters_that_lie_in_order_are_counted_as_one_tensor(n_counters, start,
 
 
 def test_each_counter_has_a_storage_of_its_own():
-    first, second = step_counters([0.0, 0.0], CPU)
+    first, second = step_counters([0.0, 0.0], HOST)
     for counter in (first, second):
         assert counter.storage_offset() == 0
         assert counter.untyped_storage().nbytes() == counter.nbytes
@@ -55,12 +56,12 @@ def test_counters_of_somebody_else_are_in_no_buffer():
 
 
 def test_a_buffer_ends_where_its_counters_end():
-    counters = step_counters([0.0, 0.0], CPU)
+    counters = step_counters([0.0, 0.0], HOST)
     assert counter_buffer([counters[1], torch.zeros(())]) is None
 
 
 def test_the_memory_of_counters_goes_with_the_last_of_them():
-    counters = step_counters([0.0] * 3, CPU)
+    counters = step_counters([0.0] * 3, HOST)
     buffer = weakref.ref(_buffer_of[counters[0]])
     last = counters.pop()
     counters.clear()
@@ -73,10 +74,15 @@ def test_the_memory_of_counters_goes_with_the_last_of_them():
     assert buffer() is None
 
 
-@pytest.mark.parametrize(("default", "dtype"), [(torch.float32, torch.float32), (torch.float64, torch.float64)])
-def test_counters_have_the_dtype_that_pytorchs_have(default, dtype):
+@pytest.mark.parametrize("for_kernels", [False, True])
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_counters_have_the_dtype_that_pytorchs_have_or_kernels_read(default, for_kernels):
+    counting = CounterPlace(CPU, for_kernels)
     torch.set_default_dtype(default)
     try:
-        assert step_counters([0.0], CPU)[0].dtype == dtype
+        (counter,) = step_counters([0.0], counting)
     finally:
         torch.set_default_dtype(torch.float32)
+    assert counter.dtype == (torch.float32 if for_kernels else default)
+    assert counting.takes(counter)
+    assert counting.takes(counter.double()) != for_kernels

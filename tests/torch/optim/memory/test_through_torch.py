@@ -1,0 +1,179 @@
+"""States that others handled: PyTorch's loader casts them, and some wrappers write them into `optimizer.state`."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dragon.vm.torch.optim import SGD, AdamW
+
+from ..judging import same_bits
+from .modes import BF16, FP32, MODES, bits, give_gradients, make, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded to nearest")
+
+
+def through_torch(saved: dict[str, Any], params: list[Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    """What PyTorch's AdamW saves of a dict that it has loaded."""
+    theirs = torch.optim.AdamW([torch.nn.Parameter(param.detach().to(dtype)) for param in params])
+    theirs.load_state_dict(copy.deepcopy(saved))
+    return theirs.state_dict()
+
+
+def resumed(mode: str, params: list[Tensor], saved: dict[str, Any], **options: Any) -> tuple[list[Tensor], AdamW]:
+    theirs, optimizer = make(mode, **options)
+    for mine, param in zip(theirs, params, strict=True):
+        mine.data.copy_(param)
+    optimizer.load_state_dict(saved)
+    return theirs, optimizer
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.float64])
+@pytest.mark.parametrize("mode", ["8bit", "8bit to nearest", "bf16 stochastic, 8bit"])
+def test_codes_that_were_cast_are_codes(mode: str, dtype: torch.dtype) -> None:
+    params, optimizer = make(mode, native_state_dict=True)
+    train(params, optimizer, 2)
+    saved = through_torch(optimizer.state_dict(), params, dtype)
+    assert saved["state"][0]["exp_avg_q8"].dtype == dtype
+    theirs, other = resumed(mode, params, saved)
+    train(params, optimizer, 2, 2)
+    train(theirs, other, 2, 2)
+    assert bits(theirs, other) == bits(params, optimizer)
+
+
+def test_codes_of_momentum_are_signed_whatever_their_dtype() -> None:
+    param = torch.nn.Parameter(torch.randn(64, 64))
+    optimizer = SGD([param], lr=0.1, momentum=0.9, state_dtype="8bit", native_state_dict=True)
+    param.grad = torch.randn(64, 64)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["momentum_buffer_q8"] = saved["state"][0]["momentum_buffer_q8"].float()
+    other = SGD([param], lr=0.1, momentum=0.9, state_dtype="8bit", native_state_dict=True)
+    other.load_state_dict(saved)
+    found, expected = other.state[param]["momentum_buffer_q8"], optimizer.state[param]["momentum_buffer_q8"]
+    assert found.dtype == torch.int8
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("master", ["split16", "split8"])
+def test_a_remainder_that_was_cast_is_exact(master: str) -> None:
+    params, optimizer = make("split16", master_weights=master, native_state_dict=True)
+    train(params, optimizer, 2)
+    saved = through_torch(optimizer.state_dict(), params, BF16)
+    assert saved["state"][0]["param_remainder"].dtype == BF16
+    _, other = resumed("split16", params, saved, master_weights=master)
+    for (_, found), (_, expected) in zip(other.master_weights(), optimizer.master_weights(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "dtype", "expected"),
+    [
+        ("8bit", "exp_avg_scale", BF16, FP32),
+        ("8bit", "exp_avg_sq_scale", torch.float16, FP32),
+        ("8bit", "exp_avg_q8", torch.uint8, torch.int8),
+        ("8bit", "exp_avg_sq_q8", "halved", torch.uint8),
+        ("split16", "param_remainder", FP32, torch.int16),
+    ],
+)
+def test_parts_that_a_cast_has_changed_are_refused(mode: str, key: str, dtype: Any, expected: torch.dtype) -> None:
+    params, optimizer = make(mode, native_state_dict=True)
+    train(params, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    state = saved["state"][1]
+    state[key] = state[key] / 2 if dtype == "halved" else state[key].to(dtype)
+    theirs, other = make(mode)
+    train(theirs, other, 1)
+    before = bits(theirs, other)
+    with pytest.raises(
+        ValueError, match=rf"{key} of shape .* and {state[key].dtype} instead of {expected} for par"
+    ):
+        other.load_state_dict(saved)
+    assert bits(theirs, other) == before
+
+
+def put(saved: dict[str, Any], params: list[Tensor], optimizer: AdamW) -> None:
+    """Write states as ZeroRedundancyOptimizer does, which calls no `load_state_dict`."""
+    for param, state in zip(params, copy.deepcopy(saved["state"]).values(), strict=True):
+        optimizer.state[param] = state
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("n_before", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_states_that_were_put_there_go_on_bit_by_bit(mode: str, n_before: int, native: bool) -> None:
+    params, optimizer = make(mode, native_state_dict=native)
+    train(params, optimizer, 2)
+    saved = optimizer.state_dict()
+    theirs, other = make(mode, native_state_dict=native)
+    train(theirs, other, n_before, 7)
+    with torch.no_grad():
+        for mine, param in zip(theirs, params, strict=True):
+            mine.copy_(param)
+    put(saved, theirs, other)
+    for (_, found), (_, expected) in zip(other.master_weights(), optimizer.master_weights(), strict=True):
+        assert torch.equal(found, expected)
+    assert same_bits(other.state_dict()["state"], saved["state"])
+    train(params, optimizer, 2, 2)
+    train(theirs, other, 2, 2)
+    assert bits(theirs, other) == bits(params, optimizer)
+    assert other.memory() == optimizer.memory()
+
+
+def test_codes_that_were_put_there_are_walked_as_they_were_saved() -> None:
+    param = torch.nn.Parameter(torch.randn(4, 8, 16, 16).to(memory_format=torch.channels_last))
+    optimizer = AdamW([param], state_dtype="8bit", native_state_dict=True)
+    give_gradients([param], 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())["state"][0]
+    assert saved["storage"] > 1
+    theirs = torch.nn.Parameter(param.detach().clone())
+    other = AdamW([theirs], state_dtype="8bit")
+    other.state[theirs] = {
+        key: value.contiguous() if torch.is_tensor(value) else value for key, value in saved.items()
+    }
+    train([param], optimizer, 1, 1)
+    train([theirs], other, 1, 1)
+    assert same_bits(other.state[theirs], optimizer.state[param])
+    assert torch.equal(theirs, param)
+
+
+@pytest.mark.parametrize("master", ["split16", "split8", FP32])
+def test_a_call_drops_a_master_that_was_put_there(master: Any) -> None:
+    params, optimizer = make("split16", master_weights=master)
+    train(params, optimizer, 2)
+    put(optimizer.state_dict(), params, optimizer)
+    assert optimizer.memory()["masters"] == 4 * sum(param.numel() for param in params)
+    optimizer.resync_master()
+    for _ in range(2):
+        for (_, value), param in zip(optimizer.master_weights(), params, strict=True):
+            assert torch.equal(value, param.float())
+        optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+        train(params, optimizer, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "found"),
+    [
+        ("8bit", "exp_avg_scale", None),
+        ("8bit", "exp_avg_scale", BF16),
+        ("8bit", "exp_avg_q8", torch.uint8),
+        ("split16", "param_remainder", FP32),
+        ("split16", "master_param", "1, 192"),
+    ],
+)
+def test_a_step_refuses_what_was_put_there_and_does_not_fit(mode: str, key: str, found: Any) -> None:
+    params, optimizer = make(mode, native_state_dict=key != "master_param")
+    train(params, optimizer, 1)
+    put(optimizer.state_dict(), params, optimizer)
+    state = optimizer.state[params[1]]
+    value = state.pop(key)
+    if found is not None:
+        state[key] = value.to(found) if isinstance(found, torch.dtype) else value[:1]
+    give_gradients(params, 2)
+    before = bits(params, optimizer)
+    with pytest.raises(ValueError, match=rf"the state of .* has {key} of .*{found}"):
+        optimizer.step()
+    assert bits(params, optimizer) == before
