@@ -15,9 +15,9 @@ from dragon.kernels.launch import Launcher, advance_launcher, norm_launcher, upd
 from dragon.kernels.spec import Spec
 from dragon.vm.torch.optim._backends.configs import config_for
 from dragon.vm.torch.optim._backends.context import DeviceContext
+from dragon.vm.torch.optim._backends.partials import PartialNorms
 from dragon.vm.torch.optim._backends.tensor_rows import (
     SPAN,
-    PartialNorms,
     dtype_name,
     format_name,
     real_numel,
@@ -97,7 +97,8 @@ def plan_launches(
     """Lay out the table of a device, whose rows are the entries of `flattened`, in order."""
     entries = list(chain.from_iterable(group.entries for group in flattened))
     numels = [real_numel(entry.param) for entry in entries]
-    specs = [_spec(algorithm, group.signature, zero_grad) for group in flattened]
+    signatures = [group.signature for group in flattened]
+    specs = [_spec(algorithm, signature, zero_grad) for signature in signatures]
     firsts = list(accumulate((len(group.entries) for group in flattened), initial=0))
     rows = list(starmap(range, pairwise(firsts)))
     lengths = [numels[chosen.start : chosen.stop] for chosen in rows]
@@ -117,7 +118,7 @@ def plan_launches(
         "sources": array("q", bytes(8 * n_groups * int(table.SOURCE_COLUMNS))),
         "grads": array("q", bytes(8 * len(entries))),
         "counts": array("q", [len(entries), n_partials]),
-        "tensors": tensor_rows(entries, numels, [group.signature for group in flattened], firsts, partials, seed),
+        "tensors": tensor_rows(entries, numels, signatures, firsts, partials.columns(), seed),
     }
     for index, pairs in enumerate(chunks):
         contents[f"chunks {index}"] = packed(array("i", [len(pairs) // 2, 0]) + pairs)

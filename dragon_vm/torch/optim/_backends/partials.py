@@ -4,15 +4,52 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dragon.kernels import norm, table
-from dragon.vm.torch.optim._backends.tensor_rows import PartialNorms
+from dragon.vm.torch.optim._backends.tensor_rows import SPAN
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
+from dragon.vm.torch.optim._table.chunks import n_chunks
 from dragon.vm.torch.optim._table.table import DeviceTable
+
+
+class PartialNorms(NamedTuple):
+    """Where the partial norms of the rows stand: in the order of the parameters, whatever else the table holds.
+
+    A norm's last bits depend on that order.
+
+    Attributes:
+        rows: those with a gradient, in this order.
+        counts: how many partial norms each of them has.
+        firsts: the first one of each row of the table; rows without a gradient stand behind all others.
+        ends: what comes after each row's last one.
+    """
+
+    rows: list[int]
+    counts: list[int]
+    firsts: array[int]
+    ends: array[int]
+
+    @classmethod
+    def of(cls, positions: Sequence[int], numels: Sequence[int], absent: Sequence[bool] = ()) -> PartialNorms:
+        """Those of rows at these positions among the parameters, with so many elements."""
+        order = sorted(range(len(positions)), key=positions.__getitem__)
+        if absent:
+            order.sort(key=absent.__getitem__)
+        counts = [n_chunks(numels[row], SPAN) for row in order]
+        firsts, ends = array("q", bytes(8 * len(order))), array("q", bytes(8 * len(order)))
+        for row, (first, end) in zip(order, pairwise(accumulate(counts, initial=0)), strict=True):
+            firsts[row], ends[row] = first, end
+        n_present = len(order) - sum(absent)
+        return cls(order[:n_present], counts[:n_present], firsts, ends)
+
+    def columns(self) -> dict[int, array[int]]:
+        """The columns of the tensor section that say it."""
+        return {int(table.FIRST_PARTIAL): self.firsts, int(table.END_PARTIAL): self.ends}
 
 
 class AdvanceTables(NamedTuple):

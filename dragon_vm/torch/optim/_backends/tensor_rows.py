@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from dragon.kernels import norm, table
 from dragon.vm.torch.optim._formats import Format, Plain
 from dragon.vm.torch.optim._groups.flattening import Entry, Signature
-from dragon.vm.torch.optim._table.chunks import n_chunks
 
 _STATE_COLUMNS = (table.STATE_0, table.STATE_1, table.STATE_2)
 # Elements of a span, which makes one partial norm.
@@ -35,57 +34,26 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
 
 
-class PartialNorms(NamedTuple):
-    """Where the partial norms of the rows stand: in the order of the parameters, whatever else the table holds.
-
-    A norm's last bits depend on that order.
-
-    Attributes:
-        rows: those with a gradient, in this order.
-        counts: how many partial norms each of them has.
-        firsts: the first one of each row of the table; rows without a gradient stand behind all others.
-        ends: what comes after each row's last one.
-    """
-
-    rows: list[int]
-    counts: list[int]
-    firsts: array[int]
-    ends: array[int]
-
-    @classmethod
-    def of(cls, positions: Sequence[int], numels: Sequence[int], absent: Sequence[bool] = ()) -> PartialNorms:
-        """Those of rows at these positions among the parameters, with so many elements."""
-        order = sorted(range(len(positions)), key=positions.__getitem__)
-        if absent:
-            order.sort(key=absent.__getitem__)
-        counts = [n_chunks(numels[row], SPAN) for row in order]
-        firsts, ends = array("q", bytes(8 * len(order))), array("q", bytes(8 * len(order)))
-        for row, (first, end) in zip(order, pairwise(accumulate(counts, initial=0)), strict=True):
-            firsts[row], ends[row] = first, end
-        n_present = len(order) - sum(absent)
-        return cls(order[:n_present], counts[:n_present], firsts, ends)
-
-    def columns(self) -> dict[int, array[int]]:
-        """The columns of the tensor section that say it."""
-        return {int(table.FIRST_PARTIAL): self.firsts, int(table.END_PARTIAL): self.ends}
-
-
 def tensor_rows(
     entries: Sequence[Entry],
     numels: Sequence[int],
     signatures: Sequence[Signature],
     firsts: Sequence[int],
-    partials: PartialNorms | None = None,
+    partials: Mapping[int, array[int]] | None = None,
     seed: int = 0,
 ) -> array[int]:
-    """The tensor section of the table; `firsts` are each flattened group's first row, then the number of rows."""
+    """The tensor section of the table.
+
+    `firsts` are each flattened group's first row, then the number of rows. `partials` are the columns of partial
+    norms, where norms may be measured.
+    """
     width = int(table.TENSOR_COLUMNS)
     words = array("q", bytes(8 * len(entries) * width))
     columns: dict[Any, Sequence[int]] = {
         table.PARAM: [entry.param.data_ptr() for entry in entries],
         table.NUMEL: numels,
         table.GROUP: [entry.group_index for entry in entries],
-        **(partials.columns() if partials else {}),
+        **(partials or {}),
     }
     for column, values in columns.items():
         words[int(column) :: width] = array("q", values)
