@@ -279,6 +279,8 @@ def test_a_graph_of_some_gradients_keeps_its_norm_after_steps_with_others(option
     give_some(runs[0], patterns[1], 3)
     kept = [param.grad for param in runs[0]]
     replay = RecordedGraph().capture(optimizers[0].step)
+    # Another one of the same gradients needs no step in between.
+    RecordedGraph().capture(optimizers[0].step)
     for number in range(4, 8):
         for params, optimizer in zip(runs, optimizers, strict=True):
             give_some(params, patterns[number % 3], number)

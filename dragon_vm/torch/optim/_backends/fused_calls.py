@@ -64,7 +64,7 @@ class FusedCall(NamedTuple):
             torch._foreach_mul_(copies, _number(self.factor, copies[0].dtype))
         if self.bound:
             bound = self.bound if self.options.numbers["grad_scale"] is None else self.bound / self.factor
-            # What the dtype cannot hold only an infinity exceeds.
+            # What the dtype cannot hold only an infinity exceeds: it becomes the largest number then.
             bound = min(bound, torch.finfo(copies[0].dtype).max)
             torch._foreach_clamp_max_(copies, bound)
             torch._foreach_clamp_min_(copies, -bound)

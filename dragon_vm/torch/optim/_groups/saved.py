@@ -39,7 +39,7 @@ def checked_state(
             walking_order(state[FORMAT_KEY], param.ndim)
     except ValueError as error:
         raise ValueError(f"loaded state dict has {FORMAT_KEY} for {label}: {error}") from None
-    state = _with_saved_remainder(state, saved_group)
+    state = with_saved_remainder(state, saved_group)
     found = misfit(param, state, algorithm.all_state_keys(group))
     if found is not None:
         raise ValueError(
@@ -56,7 +56,7 @@ def checked_state(
     return {**state, "step": count_of(step)}
 
 
-def _with_saved_remainder(state: State, saved_group: Mapping[str, Any]) -> State:
+def with_saved_remainder(state: State, saved_group: Mapping[str, Any]) -> State:
     """The state with an int8 remainder as such. PyTorch's loader has made it bf16, as which int16 is saved."""
     remainder = state.get("param_remainder")
     if saved_group.get("master_weights") != "split8" or not isinstance(remainder, Tensor):

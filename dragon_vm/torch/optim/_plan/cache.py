@@ -128,7 +128,12 @@ class PlanCache:
         self._captured.append(found)
         if found.plan.gatherer.takes_parts:
             # A step with other gradients would number the partial norms anew that the graph reads.
+            present = bytearray(recipe.n_params)
+            for position, grad in zip(found.plan.gatherer.positions, found.tensors.grads, strict=True):
+                present[position] = grad is not None
+            keys = {id(plan): key for (key, _), plan in self._latest.items()}
             self._latest = {key: plan for key, plan in self._latest.items() if plan is not found.plan}
+            self._latest[keys[id(found.plan)], bytes(present)] = found.plan
 
     def publish(self, live: dict[str, Any], group: dict[str, Any], settings: Settings) -> None:
         """Upload the hyperparameters of a live group to wherever kernels read them, in stream order.

@@ -15,7 +15,7 @@ from dragon.vm.torch.optim._groups.entries import decode_entry, held_format, kep
 from dragon.vm.torch.optim._groups.flattening import Signature, State
 from dragon.vm.torch.optim._groups.members import has_own_memory
 from dragon.vm.torch.optim._groups.native import parts_of
-from dragon.vm.torch.optim._groups.saved import misfit
+from dragon.vm.torch.optim._groups.saved import misfit, with_saved_remainder
 from dragon.vm.torch.optim._groups.states import CounterPlace, add_counters, begun_average, settled_entries
 from dragon.vm.torch.optim._groups.storage import storage_of
 from dragon.vm.torch.optim._plan.recipe import Recipe
@@ -52,7 +52,9 @@ def completed_states(
         absent = {key for key in algorithm.optional_keys(group) if key in held and held[key] is None}
         held = {key: value for key, value in held.items() if key not in absent} if absent else held
         check_state(param, held, algorithm.all_state_keys(group), algorithm.counts_steps(group))
-        found = misfit(param, held, algorithm.state_keys(group)) if parts_of(held) else None
+        has_parts = bool(parts_of(held))
+        held = with_saved_remainder(held, group) if has_parts else held
+        found = misfit(param, held, algorithm.state_keys(group)) if has_parts else None
         if found is not None:
             raise ValueError(
                 f"the state of a parameter of shape {tuple(param.shape)} and {param.dtype} has {found}"

@@ -177,3 +177,17 @@ def test_a_step_refuses_what_was_put_there_and_does_not_fit(mode: str, key: str,
     with pytest.raises(ValueError, match=rf"the state of .* has {key} of .*{found}"):
         optimizer.step()
     assert bits(params, optimizer) == before
+
+
+def test_a_remainder_of_8_bits_that_was_cast_in_its_place_is_read_as_such() -> None:
+    """As PyTorch's loader casts it where a wrapper calls that."""
+    runs = []
+    for is_cast in (False, True):
+        params, optimizer = make("split8, 8bit")
+        train(params, optimizer, 2)
+        for state in optimizer.state.values() if is_cast else ():
+            if "param_remainder" in state:
+                state["param_remainder"] = state["param_remainder"].to(BF16)
+        train(params, optimizer, 2, 2)
+        runs.append(bits(params, optimizer))
+    assert runs[0] == runs[1]
