@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from itertools import chain
 from typing import Any
@@ -16,6 +16,8 @@ from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_flat_dict_asked_for
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._formats import Plain
+from dragon.vm.torch.optim._gradients.zeroing import are_dragon
+from dragon.vm.torch.optim._groups.bounds import widen_bounds
 from dragon.vm.torch.optim._groups.entries import held_format, stored_entries
 from dragon.vm.torch.optim._groups.exchange import (
     pytorch_state,
@@ -75,10 +77,6 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 states[key] = found if self._algorithm.saves_steps else _uncounted(found)
         return {**packed, "state": with_own_steps(states)}
 
-    def _follows_dragon(self, group: Group) -> bool:
-        """Whether the parameters of a group are Dragon's own."""
-        raise NotImplementedError
-
     def _own_value(self, param: Tensor) -> Tensor:
         """A parameter as it is outside swap_ema(): remainders belong to it, not to the average."""
         original = self._originals.get(param)
@@ -99,18 +97,14 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
     def _keep_bounds(self) -> None:
         """Let groups keep the bound of the betas which their moments were made with, whatever is set now."""
-        self._widen_bounds([group for group in self.param_groups if any(map(self.state.get, group["params"]))])
-
-    def _widen_bounds(self, groups: Iterable[Group]) -> bool:
-        """Keep for each narrow group the betas of its moments, and the bound of all betas once they change."""
-        raise NotImplementedError
+        widen_bounds([group for group in self.param_groups if any(map(self.state.get, group["params"]))])
 
     def _drop_defaults(self, group: Group, kept: Collection[str] = ()) -> None:
         """Take own keys that mean what PyTorch does out of a group, but for those to keep."""
         for name, meaning in self._algorithm.own_defaults.items():
             # A default of the optimizer must not switch it on again, nor Dragon's formula for Dragon's parameters.
             keeps = name in kept or self.defaults.get(name) not in (None, meaning)
-            keeps |= name == "epsilon_hat" and self._follows_dragon(group)
+            keeps |= name == "epsilon_hat" and are_dragon(group["params"])
             if name in group and group[name] == meaning and not keeps:
                 del group[name]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
 from dragon.vm.torch.optim._distributed.shards import local
-from dragon.vm.torch.optim._formats import cannot_forget, moment_bound
+from dragon.vm.torch.optim._formats import cannot_forget
+from dragon.vm.torch.optim._groups.bounds import is_on_device
 from dragon.vm.torch.optim._groups.entries import decode_master, kept_format, unflat
 from dragon.vm.torch.optim._groups.masters import resync
 from dragon.vm.torch.optim._groups.native import MASTER, MASTER_PARTS
@@ -132,34 +132,12 @@ class StoringOptimizer(AccumulatingOptimizer):
         groups = [group for group in self.param_groups if group.get("master_weights") is not None]
         return list(chain.from_iterable(group["params"] for group in groups))
 
-    def _widen_bounds(self, groups: Iterable[dict[str, Any]]) -> bool:
-        """Note in groups what the betas so far allow their narrow moments; return whether any group changed."""
-        has_changed = False
-        for group in groups:
-            if group.get("state_dtype") is None or any(map(_is_on_device, group.get("betas", ()))):
-                continue
-            if "betas" not in group:
-                continue
-            now = float(group["betas"][0]), float(group["betas"][1])
-            if not 0 <= min(now) <= max(now) < 1:
-                continue  # the step refuses them
-            # Behind the betas of the last step, what they and all before allow, once they have changed.
-            beta1, beta2, bound = (*(group.get("bound_betas") or now), 0.0)[:3]
-            if (beta1, beta2) != now:
-                endless = moment_bound(beta1, beta2, math.inf), moment_bound(now[0], now[1], math.inf)
-                group["bound_betas"] = (*now, max(bound, *endless))
-                has_changed = True
-            elif group.get("bound_betas") is None:
-                group["bound_betas"] = now
-                has_changed = True
-        return has_changed
-
     def _warn_of_rounding(self, group: Group) -> None:
         """Warn once of second moments that were asked to be rounded such that they cannot decay."""
         if self._has_warned or options_of(group).state_dtype is None or "betas" not in group:
             return
         beta2 = group["betas"][1]
-        if _is_on_device(beta2):
+        if is_on_device(beta2):
             return
         names = self._algorithm.state_keys(group)
         for param in group["params"]:
@@ -175,10 +153,6 @@ class StoringOptimizer(AccumulatingOptimizer):
                     stacklevel=2,
                 )
                 return
-
-
-def _is_on_device(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 _KINDS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,9 +19,10 @@ from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._distributed.lanes import check_process_group
 from dragon.vm.torch.optim._distributed.owners import check_accumulated
 from dragon.vm.torch.optim._gradients.unscaling import unscale_left
-from dragon.vm.torch.optim._gradients.zeroing import is_dragon, zero_or_remove
+from dragon.vm.torch.optim._gradients.zeroing import are_dragon, zero_or_remove
 from dragon.vm.torch.optim._graphs.capture import check_capture, is_capturing
 from dragon.vm.torch.optim._graphs.live import make_live
+from dragon.vm.torch.optim._groups.bounds import widen_bounds
 from dragon.vm.torch.optim._groups.buffers import make_buffers
 from dragon.vm.torch.optim._groups.checks import check_differentiable, check_param, check_trained
 from dragon.vm.torch.optim._groups.eligibility import check_backend
@@ -131,7 +132,7 @@ class Optimizer(StoringOptimizer):
             group.pop(name, None)
         if group.get("epsilon_hat", False) is None:
             # Dragon's own parameters follow Dragon's formula, all others PyTorch's.
-            group["epsilon_hat"] = self._follows_dragon(group)
+            group["epsilon_hat"] = are_dragon(group["params"])
         check_common(group, self._settings)
         self._algorithm.check(group)
         for param in group["params"]:
@@ -143,14 +144,11 @@ class Optimizer(StoringOptimizer):
         self._warn_of_rounding(full)
         self._drop_defaults(group)
 
-    def _follows_dragon(self, group: Mapping[str, Any]) -> bool:
-        return bool(group["params"]) and all(map(is_dragon, group["params"]))
-
     def _publish(self, group: dict[str, Any]) -> None:
         """Upload a live group's hyperparameters to wherever steps, captured ones too, read them."""
         self._updater.publish(self.param_groups, group, self.defaults, self._settings)
         # What this changes is published in turn.
-        self._widen_bounds([group])
+        widen_bounds([group])
 
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
         """Update all parameter groups using gradients.
@@ -215,7 +213,7 @@ class Optimizer(StoringOptimizer):
         read = self.param_groups, self.defaults, self._settings
         groups = self._updater.read(*read)
         # Only now, since what is refused must have changed nothing.
-        return self._updater.read(*read) if self._widen_bounds(self.param_groups) else groups
+        return self._updater.read(*read) if widen_bounds(self.param_groups) else groups
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool | None = None) -> None:

@@ -42,6 +42,11 @@ def is_dragon(param: Tensor) -> bool:
     return DragonTensor in type(param).__mro__
 
 
+def are_dragon(params: Sequence[Tensor]) -> bool:
+    """Whether there are parameters, and all of them Dragon's own."""
+    return bool(params) and all(map(is_dragon, params))
+
+
 def zero_or_remove(params: Iterable[Tensor], set_to_none: bool | None) -> None:
     """Set the gradients of parameters to zero, or remove them.
 
