@@ -67,7 +67,7 @@ class Compiled(NamedTuple):
         """NVIDIA's machine code (SASS) as text with source lines, in the order of issue; empty for AMD."""
         if "cubin" not in self.asm:
             return ""
-        return _run_on_cubin(self.asm["cubin"], knobs.nvidia.nvdisasm.path, "-g", "-c")
+        return _run_on_cubin(self.asm["cubin"], knobs.nvidia.nvdisasm.path, "-g", "-c", "-ndf")
 
 
 def _target(arch: str) -> GPUTarget:
