@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dragon.vm.torch.optim import _storage
+from dragon.vm.torch.optim._groups import bounds
 from dragon.vm.torch.optim._options import by_value
 from dragon.vm.torch.optim._plan import hyperparameters
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
@@ -111,7 +111,7 @@ def test_a_steady_step_of_a_memory_mode_compares_values_as_they_are(mode, monkey
     optimizer.step()
     looked_into = []
     monkeypatch.setattr(hyperparameters, "by_value", lambda value: looked_into.append(value) or by_value(value))
-    monkeypatch.setattr(_storage, "moment_bound", looked_into.append)
+    monkeypatch.setattr(bounds, "moment_bound", looked_into.append)
     optimizer.param_groups[0]["lr"] = 0.01
     optimizer.step()
     assert bool(looked_into) == isinstance(optimizer.param_groups[0].get("state_dtype"), dict)
