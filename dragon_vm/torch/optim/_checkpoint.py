@@ -49,7 +49,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         AMSGrad that was switched on since the last step has its maximum, zero. What is stored in parts is there as
         fp32, one parameter after the other, or as it is if `native_state_dict` says so: see `pytorch_state`.
         """
-        self._complete_switched_on()
+        # The next step is to write it.
+        outside_inference_mode(self._complete_switched_on)
         return super().state_dict()
 
     def _convert_first(self) -> None:
