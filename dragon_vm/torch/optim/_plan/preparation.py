@@ -121,7 +121,7 @@ def _commit(
 ) -> None:
     """Give the optimizer the states, and take the buffers out whose parameters part."""
     for param, state in zip(params, states, strict=True):
-        if state:
+        if state or recipe.state.get(param):
             held = recipe.state[param]
             held.update(state)
             for key in held.keys() - state.keys():
