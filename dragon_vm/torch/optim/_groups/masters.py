@@ -102,7 +102,11 @@ def reconcile(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
 
 def _versions(params: Sequence[Tensor]) -> list[int]:
     """Each grows with each write: to a distributed parameter, which its shard does not count, and to the shard."""
-    versions = list(map(_version_of, params))
+    try:
+        versions = list(map(_version_of, params))
+    except RuntimeError:
+        # Tensors that inference mode made have no version. They are frozen.
+        versions = [0 if param.is_inference() else param._version for param in params]
     if not any(map(is_distributed_type, set(map(type, params)))):
         return versions
     # A plain parameter is its own shard, and has one version in any company.

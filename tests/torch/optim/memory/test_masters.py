@@ -140,6 +140,21 @@ def test_what_pytorch_does_not_count_needs_a_call(master: Any) -> None:
         assert torch.equal(value, param.float())
 
 
+@pytest.mark.parametrize("master", SPLITS)
+def test_a_frozen_parameter_of_inference_mode_is_no_obstacle(master: Any) -> None:
+    with torch.inference_mode():
+        frozen = torch.nn.Parameter(torch.randn(3, dtype=BF16), requires_grad=False)
+    param = torch.nn.Parameter(torch.randn(3).to(BF16))
+    optimizer = AdamW([frozen, param], master_weights=master)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert optimizer.state_dict()["state"].keys() == {1}
+    with torch.no_grad():
+        param.fill_(0.5)
+    assert [value.unique().tolist() for _, value in optimizer.master_weights()] == [[0.5]]
+
+
 def test_an_exchange_with_the_averages_leaves_masters_alone() -> None:
     params, optimizer = make("split16", ema_decay=0.5)
     train(params, optimizer, 2)
