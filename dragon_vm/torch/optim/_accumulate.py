@@ -57,7 +57,8 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         come between the backward pass inside and this call: the step would not reduce, and replicas would diverge.
 
         Raises:
-            RuntimeError: with `release_gradients`, and for gradients of DDP inside `no_sync` and inside `Join`.
+            RuntimeError: with `release_gradients`, for sparse gradients, and for gradients of DDP inside `no_sync`
+                and inside `Join`.
             ValueError: for gradients of FSDP1 inside `no_sync`.
         """
         if self._settings.release_gradients:
