@@ -53,14 +53,6 @@ class MasterVersions:
             reconcile(doubted, state)
             self._doubted.difference_update(map(id, doubted))
 
-    def meet(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
-        """Make those elements their own masters that do not round to the parameter, where `note` saw none yet.
-
-        Between a copy or a load and the next step somebody may have written the parameters.
-        """
-        if not self._seen.keys() >= set(map(id, params)):
-            reconcile([param for param in params if id(param) not in self._seen], state)
-
     def note(self, params: Sequence[Tensor]) -> None:
         """Take what is in the parameters now for this optimizer's own doing."""
         self._seen.update(zip(map(id, params), _versions(params), strict=True))
