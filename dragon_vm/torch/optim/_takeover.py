@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
 from dragon.vm.torch.optim._groups.restored import restored_states
-from dragon.vm.torch.optim._modes import outside_inference_mode
+from dragon.vm.torch.optim._modes import with_plain_tensors
 
 OptimizerT = TypeVar("OptimizerT", bound=CheckpointedOptimizer)
 
@@ -52,7 +52,7 @@ def take_over(
         group.pop("initial_lr", None)
     optimizer = make(groups, **{**original.defaults, **options})
     loaded = optimizer._algorithm, optimizer._settings, optimizer.param_groups
-    states = outside_inference_mode(lambda: restored_states(*loaded, original.param_groups, original.state))
+    states = with_plain_tensors(lambda: restored_states(*loaded, original.param_groups, original.state))
     others = {key: deepcopy(value) for key, value in original.state.items() if not isinstance(key, Tensor)}
     optimizer.state.update({**others, **states})
     if "betas" in options:
