@@ -57,12 +57,17 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         come between the backward pass inside and this call: the step would not reduce, and replicas would diverge.
 
         Raises:
-            RuntimeError: with `release_gradients`, for sparse gradients, and for gradients of DDP inside `no_sync`
-                and inside `Join`.
+            RuntimeError: with `release_gradients` or `differentiable`, for sparse gradients, and for gradients of
+                DDP inside `no_sync` and inside `Join`.
             ValueError: for gradients of FSDP1 inside `no_sync`.
         """
         if self._settings.release_gradients:
             raise RuntimeError("sum_grad() cannot sum gradients that release_gradients has used and freed")
+        if self.defaults["differentiable"]:
+            raise RuntimeError(
+                "sum_grad() with differentiable=True: autograd would not see the sum. "
+                "Let backward passes add to .grad"
+            )
         params, self._handed_over = self._all_params(), ()
         launch = self._settings.backend == "triton" or any(param.is_cuda for param in params)
         with_plain_tensors(lambda: self._sums.take(params, launch))

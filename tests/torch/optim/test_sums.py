@@ -233,6 +233,15 @@ def test_a_sparse_gradient_is_refused_before_anything_is_summed():
     assert (params[0] == -1).all()
 
 
+def test_sums_that_autograd_could_not_see_are_refused():
+    param = torch.nn.Parameter(torch.zeros(4))
+    optimizer = SGD([param], differentiable=True)
+    grad = param.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match="differentiable=True: autograd would not see the sum"):
+        optimizer.sum_grad()
+    assert param.grad is grad
+
+
 def test_sums_of_inference_mode_can_be_added_to():
     param = torch.nn.Parameter(torch.zeros(3))
     optimizer = SGD([param], lr=1.0)
