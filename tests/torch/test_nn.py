@@ -214,6 +214,13 @@ def test_pruning_and_functional_calls_work():
     assert module.bias.grad.tolist() == [2, 2, 2]
 
 
+def test_symbolic_tracing_goes_into_a_twin_and_computes_the_same():
+    network, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()), torch.randn(2, 3)
+    traced = real.fx.symbolic_trace(network)
+    assert "call_module" not in {node.op for node in traced.graph.nodes}
+    assert real.equal(traced(x), network(x))
+
+
 def test_parameter_containers_hold_dragon_parameters():
     listed = torch.nn.ParameterList([torch.ones(2), real.ones(2)])
     listed.append(real.ones(3))

@@ -17,7 +17,7 @@ from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._gradients.reporting import any_of, report, report_to_all, stand_in
 from dragon.vm.torch.optim._gradients.scaling import Scaling, handed_over
-from dragon.vm.torch.optim._modes import outside_inference_mode
+from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._sums import GradientSums
 
@@ -57,14 +57,20 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         come between the backward pass inside and this call: the step would not reduce, and replicas would diverge.
 
         Raises:
-            RuntimeError: with `release_gradients`, and for gradients of DDP inside `no_sync` and inside `Join`.
+            RuntimeError: with `release_gradients` or `differentiable`, for sparse gradients, and for gradients of
+                DDP inside `no_sync` and inside `Join`.
             ValueError: for gradients of FSDP1 inside `no_sync`.
         """
         if self._settings.release_gradients:
             raise RuntimeError("sum_grad() cannot sum gradients that release_gradients has used and freed")
+        if self.defaults["differentiable"]:
+            raise RuntimeError(
+                "sum_grad() with differentiable=True: autograd would not see the sum. "
+                "Let backward passes add to .grad"
+            )
         params, self._handed_over = self._all_params(), ()
         launch = self._settings.backend == "triton" or any(param.is_cuda for param in params)
-        outside_inference_mode(lambda: without_torch_function(self._sums.take, (), (params, launch), {}))
+        with_plain_tensors(lambda: self._sums.take(params, launch))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -151,7 +157,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         self._drop_stand_in()
         if self._handed_over:
             params, self._handed_over = self._handed_over, ()
-            outside_inference_mode(lambda: without_torch_function(self._sums.take, (), (params, False), {}))
+            with_plain_tensors(lambda: self._sums.take(params, False))
 
     def _all_params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -198,7 +204,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
             super().load_state_dict(state_dict)
             if self._restored_sums:
                 sums = self._restored_sums
-                outside_inference_mode(lambda: self._sums.restore(sums))
+                with_plain_tensors(lambda: self._sums.restore(sums))
         finally:
             handle.remove()
             self._restored_sums = None

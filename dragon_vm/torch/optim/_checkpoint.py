@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
@@ -26,7 +27,7 @@ from dragon.vm.torch.optim._groups.exchange import (
 from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._groups.states import State
 from dragon.vm.torch.optim._groups.storage import storage_of
-from dragon.vm.torch.optim._modes import outside_inference_mode
+from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 
 Group = dict[str, Any]
@@ -51,7 +52,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         AMSGrad that was switched on since the last step has its maximum, zero. What is stored in parts is there as
         fp32, one parameter after the other, or as it is if `native_state_dict` says so: see `pytorch_state`.
         """
-        self._complete_switched_on()
+        # The next step is to write it.
+        with_plain_tensors(self._complete_switched_on)
         return super().state_dict()
 
     def _convert_first(self) -> None:
@@ -73,7 +75,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         for key, entries in states.items():
             # Other keys are of others.
             if isinstance(key, int) and 0 <= key < len(params) and isinstance(entries, dict):
-                found = convert(self._own_value(params[key]), entries, key)
+                found = without_torch_function(convert, (), (self._own_value(params[key]), entries, key), {})
                 states[key] = found if self._algorithm.saves_steps else _uncounted(found)
         return {**packed, "state": with_own_steps(states)}
 
@@ -216,7 +218,7 @@ def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | 
     if [len(group["params"]) for group in saved_groups] != lengths:
         return None  # PyTorch refuses it, with its own words
     # What a later step is to write must not be of inference mode.
-    optimizer._restored = outside_inference_mode(
+    optimizer._restored = with_plain_tensors(
         lambda: restored_states(
             optimizer._algorithm, optimizer._settings, optimizer.param_groups, saved_groups, saved
         )

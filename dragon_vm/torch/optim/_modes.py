@@ -30,9 +30,12 @@ def undisturbed(update: Callable[..., None], *args: Any, with_grad: bool = False
         set_grad_enabled(enabled)
 
 
-def outside_inference_mode(run: Callable[[], Any]) -> Any:
-    """Call `run` such that tensors it makes can be written to later, whatever mode that is in."""
+def with_plain_tensors(run: Callable[[], Any]) -> Any:
+    """Call `run` such that tensors it makes can be written to later, whatever mode that is in.
+
+    They are PyTorch's own, also where it makes them of a subclass: who loads a checkpoint may not know that one.
+    """
     if not torch.is_inference_mode_enabled():
-        return run()
+        return without_torch_function(run, (), (), {})
     with torch.inference_mode(False), torch.no_grad():
-        return run()
+        return without_torch_function(run, (), (), {})

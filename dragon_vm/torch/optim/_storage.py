@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -44,7 +45,7 @@ class StoringOptimizer(AccumulatingOptimizer):
         return state_dict
 
     def state_formats(self) -> dict[str, dict[str, str]]:
-        """How each parameter and its states are stored, by its name, or its position if it has none.
+        """How each parameter and its states are stored, by its name, or its position if it has none of its own.
 
         A plain tensor's format is its dtype. Before the first step these are the formats that will be.
         """
@@ -114,12 +115,15 @@ class StoringOptimizer(AccumulatingOptimizer):
 
     def _named_params(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Yield name, parameter, and its group with all options."""
+        # Two models may have the same names.
+        counts = Counter(chain.from_iterable(group.get("param_names", ()) for group in self.param_groups))
         position = 0
         for group in self.param_groups:
             whole = complete(group, self._algorithm.own_defaults)
             names = group.get("param_names")
             for index, param in enumerate(group["params"]):
-                yield names[index] if names else str(position), param, whole
+                name = names[index] if names else None
+                yield name if name is not None and counts[name] == 1 else str(position), param, whole
                 position += 1
 
     def _settle_masters(self) -> None:

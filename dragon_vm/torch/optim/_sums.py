@@ -90,10 +90,11 @@ class GradientSums:
             launch: add by a kernel, in one launch for each signature, rather than by torch operations.
 
         Raises:
-            ValueError: for a gradient that is not of its parameter's shape. Nothing has changed then.
+            RuntimeError: for a sparse gradient. Nothing has changed then.
+            ValueError: for a gradient that is not of its parameter's shape, likewise.
         """
         for param in params:
-            _check_shape(param)
+            _check_grad(param)
         self.are_outside |= not is_capturing()
         others = self._take_unreduced(params)
         parts = list(map(_own_part, others))
@@ -202,9 +203,16 @@ def _as_sum(param: Tensor, grad: Tensor) -> Tensor:
     return in_layout_of(param, copy) if copy.layout == torch.strided and is_dense(param) else copy
 
 
-def _check_shape(param: Tensor) -> None:
+def _check_grad(param: Tensor) -> None:
     grad = param.grad
-    if grad is None or grad.shape == param.shape:
+    if grad is None:
+        return
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"sum_grad() does not support gradients of layout {grad.layout}, and no step would use their sum. "
+            "Give dense gradients: sparse=False for an embedding"
+        )
+    if grad.shape == param.shape:
         return
     if getattr(param, "_fsdp_flattened", False):
         raise ValueError(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
 from dragon.vm.torch.optim._groups.restored import restored_states
-from dragon.vm.torch.optim._modes import outside_inference_mode
+from dragon.vm.torch.optim._modes import with_plain_tensors
 
 OptimizerT = TypeVar("OptimizerT", bound=CheckpointedOptimizer)
 
@@ -50,8 +52,9 @@ def take_over(
         group.pop("initial_lr", None)
     optimizer = make(groups, **{**original.defaults, **options})
     loaded = optimizer._algorithm, optimizer._settings, optimizer.param_groups
-    states = outside_inference_mode(lambda: restored_states(*loaded, original.param_groups, original.state))
-    optimizer.state.update(states)
+    states = with_plain_tensors(lambda: restored_states(*loaded, original.param_groups, original.state))
+    others = {key: deepcopy(value) for key, value in original.state.items() if not isinstance(key, Tensor)}
+    optimizer.state.update({**others, **states})
     if "betas" in options:
         _note_betas(optimizer, original)
     optimizer._keep_bounds()

@@ -30,7 +30,7 @@ from dragon.vm.torch.optim._groups.members import MemberReader
 from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._groups.storage import check_storage
 from dragon.vm.torch.optim._hooks import hooked_step, recorded
-from dragon.vm.torch.optim._modes import undisturbed
+from dragon.vm.torch.optim._modes import undisturbed, with_plain_tensors
 from dragon.vm.torch.optim._options import Settings, check_common, check_keys, complete, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.updater import Updater
 from dragon.vm.torch.optim._release import GradientRelease, check_release
@@ -96,7 +96,7 @@ class Optimizer(StoringOptimizer):
 
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
         if self._settings.flatten:
-            self._updater.buffers += without_torch_function(make_buffers, (), (groups,), {})
+            self._updater.buffers += with_plain_tensors(lambda: make_buffers(groups))
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dragon.vm.torch import nn
 from dragon.vm.torch.optim import SGD, Adam, AdamW
 
 from .judging import judged_step, make_params, params_of, place, same_bits, set_grads
@@ -372,3 +373,27 @@ def test_step_counters_move_to_the_device_that_updates() -> None:
     for optimizer in (ours, back):
         set_grads(params_of(optimizer), 2)
         judged_step(optimizer)
+
+
+@pytest.mark.parametrize("is_dense", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"ema_decay": 0.9}, {"master_weights": "split16"}, {"state_dtype": "8bit"}], ids=str
+)
+def test_states_of_dragons_own_parameters_are_plain_tensors(options: dict[str, Any], is_dense: bool) -> None:
+    """Who loads them may not know Dragon's tensors."""
+    value = torch.randn(64, 128).to(torch.bfloat16)
+    param = nn.Parameter(value[:, :64].contiguous() if is_dense else value[:, ::2])
+    optimizer = Adam([param], **options)
+
+    def types(state: dict[str, Any]) -> set[type]:
+        return {type(entry) for entry in state.values() if isinstance(entry, torch.Tensor)}
+
+    for _ in range(2):
+        param.grad = torch.ones(64, 64).to(torch.bfloat16)
+        optimizer.step()
+        param.grad = torch.ones(64, 64).to(torch.bfloat16)
+        optimizer.sum_grad()
+        optimizer.param_groups[0]["amsgrad"] = True
+        saved = optimizer.state_dict()["state"][0]
+        assert types(saved) == types(optimizer.state[param]) == {torch.Tensor}
+        optimizer.load_state_dict(optimizer.state_dict())

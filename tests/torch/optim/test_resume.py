@@ -91,6 +91,19 @@ def test_states_that_inference_mode_loaded_can_be_written(options: dict[str, Any
     assert float(optimizer.state[param]["step"]) == 2
 
 
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "8bit"}], ids=str)
+def test_a_maximum_that_was_saved_first_in_inference_mode_can_be_written(options: dict[str, Any]) -> None:
+    param = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = Adam([param], backend="eager", **options)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        optimizer.param_groups[0]["amsgrad"] = True
+        with torch.inference_mode():
+            optimizer.state_dict()
+    assert optimizer.state[param]["max_exp_avg_sq"].any()
+
+
 def test_hooks_may_save_too() -> None:
     param = torch.nn.Parameter(torch.ones(64, 64))
     optimizer = Adam([param], state_dtype="8bit")

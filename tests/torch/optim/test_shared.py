@@ -166,6 +166,20 @@ def test_flat_steps_work_in_inference_mode(backend):
     assert float(params[0].detach()[0]) == pytest.approx(-3.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_flat_optimizer_may_be_made_in_inference_mode(backend):
+    params = [ones() for _ in range(4)]
+    with torch.inference_mode():
+        optimizer = Adam(params[:2], lr=1.0, flatten=True, backend=backend)
+        optimizer.add_param_group({"params": params[2:]})
+    for _ in range(3):
+        torch.stack(params).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not any(param.is_inference() for param in params)
+    assert all(float(param.detach()[0]) == pytest.approx(-3.0, abs=1e-5) for param in params)
+
+
 def test_averages_are_not_exchanged_twice():
     param = ones()
     optimizer = Adam([param], ema_decay=0.5)

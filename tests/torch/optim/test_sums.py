@@ -218,6 +218,30 @@ def test_who_only_looks_whether_a_step_unscales_loses_no_sum():
     assert optimizer._step_supports_amp_scaling is False
 
 
+def test_a_sparse_gradient_is_refused_before_anything_is_summed():
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0)
+    grads = [torch.ones(4), torch.ones(4).to_sparse()]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    with pytest.raises(RuntimeError, match=r"does not support gradients of layout torch.sparse_coo"):
+        optimizer.sum_grad()
+    assert [param.grad for param in params] == grads
+    params[1].grad = None
+    optimizer.sum_grad()
+    optimizer.step()
+    assert (params[0] == -1).all()
+
+
+def test_sums_that_autograd_could_not_see_are_refused():
+    param = torch.nn.Parameter(torch.zeros(4))
+    optimizer = SGD([param], differentiable=True)
+    grad = param.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match="differentiable=True: autograd would not see the sum"):
+        optimizer.sum_grad()
+    assert param.grad is grad
+
+
 def test_sums_of_inference_mode_can_be_added_to():
     param = torch.nn.Parameter(torch.zeros(3))
     optimizer = SGD([param], lr=1.0)

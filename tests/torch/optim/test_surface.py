@@ -96,6 +96,15 @@ def test_names_are_kept_and_saved() -> None:
     assert len(optimizer.param_groups) == 1
 
 
+def test_parameters_of_two_models_with_the_same_names_are_told_apart_by_position() -> None:
+    models = [torch.nn.Linear(2, 2, dtype=torch.bfloat16) for _ in range(2)]
+    models[1].register_parameter("scale", torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16)))
+    groups: list[Any] = [{"params": model.named_parameters()} for model in models]
+    optimizer = Adam(groups, master_weights=torch.float32)
+    expected = ["0", "1", "2", "3", "scale"]
+    assert list(optimizer.state_formats()) == [name for name, _ in optimizer.master_weights()] == expected
+
+
 @pytest.mark.parametrize("lr", [torch.tensor(0.1), torch.tensor([0.1]), torch.tensor(0.1, dtype=torch.float64)])
 @pytest.mark.parametrize("backend", [None, "eager", "triton"])
 def test_tensors_as_hyperparameters_are_read_at_each_step(

@@ -45,6 +45,16 @@ def test_an_option_takes_the_place_of_what_all_groups_have(option: dict[str, Any
         assert same_bits(left.detach(), right.detach())
 
 
+def test_entries_of_others_are_taken_over_as_copies() -> None:
+    original = torch.optim.Adam(make_params())
+    run(original, range(2))
+    original.state["tracker"] = {"losses": [1.0]}  # type: ignore[index]  # some libraries do so
+    ours = Adam.from_torch(original)
+    assert ours.state_dict()["state"]["tracker"] == {"losses": [1.0]}
+    original.state["tracker"]["losses"].append(2.0)  # type: ignore[index]  # see above
+    assert ours.state["tracker"] == {"losses": [1.0]}
+
+
 def test_an_option_of_the_original_can_be_taken_back() -> None:
     ours = Adam.from_torch(torch.optim.Adam(make_params(), fused=True), fused=False, foreach=True)
     assert (ours.param_groups[0]["fused"], ours._handles_scaling) == (False, False)

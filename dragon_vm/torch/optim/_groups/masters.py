@@ -53,14 +53,6 @@ class MasterVersions:
             reconcile(doubted, state)
             self._doubted.difference_update(map(id, doubted))
 
-    def meet(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
-        """Make those elements their own masters that do not round to the parameter, where `note` saw none yet.
-
-        Between a copy or a load and the next step somebody may have written the parameters.
-        """
-        if not self._seen.keys() >= set(map(id, params)):
-            reconcile([param for param in params if id(param) not in self._seen], state)
-
     def note(self, params: Sequence[Tensor]) -> None:
         """Take what is in the parameters now for this optimizer's own doing."""
         self._seen.update(zip(map(id, params), _versions(params), strict=True))
@@ -102,7 +94,11 @@ def reconcile(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
 
 def _versions(params: Sequence[Tensor]) -> list[int]:
     """Each grows with each write: to a distributed parameter, which its shard does not count, and to the shard."""
-    versions = list(map(_version_of, params))
+    try:
+        versions = list(map(_version_of, params))
+    except RuntimeError:
+        # Tensors that inference mode made have no version. They are frozen.
+        versions = [0 if param.is_inference() else param._version for param in params]
     if not any(map(is_distributed_type, set(map(type, params)))):
         return versions
     # A plain parameter is its own shard, and has one version in any company.

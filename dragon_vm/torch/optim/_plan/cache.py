@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._graphs.capture import check_live, is_capturing
 from dragon.vm.torch.optim._groups.members import Members
-from dragon.vm.torch.optim._modes import outside_inference_mode
+from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._plan.preparation import prepare
 from dragon.vm.torch.optim._plan.recipe import Recipe
@@ -82,7 +82,7 @@ class PlanCache:
                 "take one before the capture, as PyTorch's notes on CUDA graphs do"
             )
         more = self._widening.worth_adding(recipe, members, key, present, self._latest.get((key, None)))
-        found = outside_inference_mode(lambda: self._prepare(recipe, zero_grad, members, key, present, more))
+        found = with_plain_tensors(lambda: self._prepare(recipe, zero_grad, members, key, present, more))
         return self._keep((key, None if more else present), found)
 
     def _keep(self, key: tuple[Hashable, bytes | None], found: Found) -> Found:

@@ -12,6 +12,7 @@ from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, has_memory, labels
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, State, flatten_groups
 from dragon.vm.torch.optim._groups.layout import is_dense, lies_like
+from dragon.vm.torch.optim._groups.masters import reconcile
 from dragon.vm.torch.optim._groups.members import has_own_memory
 from dragon.vm.torch.optim._groups.storage import first_index
 from dragon.vm.torch.optim._plan.completion import completed_states
@@ -84,6 +85,8 @@ def prepare(
             "count their steps together. Give each a gradient, or leave flatten=False"
         )
     # Everything is checked: from here on things change.
+    # Since the last step somebody may have loaded the parameters, or given them other memory.
+    _reconcile_masters(recipe, params, states)
     _commit(recipe, params, states, joined, parted)
     entries, chosen_signatures = [], []
     for i in range(len(params)):
@@ -112,6 +115,16 @@ def prepare(
     )
 
 
+def _reconcile_masters(recipe: Recipe, params: Sequence[Tensor], states: Sequence[State]) -> None:
+    """Make elements their own masters that are not nearest to an fp32 master of an earlier step."""
+    held = {
+        param: state
+        for param, state in zip(params, states, strict=True)
+        if "param_master" in recipe.state.get(param, {})
+    }
+    reconcile(list(held), held)
+
+
 def _commit(
     recipe: Recipe,
     params: Sequence[Tensor],
@@ -121,7 +134,7 @@ def _commit(
 ) -> None:
     """Give the optimizer the states, and take the buffers out whose parameters part."""
     for param, state in zip(params, states, strict=True):
-        if state:
+        if state or recipe.state.get(param):
             held = recipe.state[param]
             held.update(state)
             for key in held.keys() - state.keys():

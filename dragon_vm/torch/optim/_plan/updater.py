@@ -117,7 +117,6 @@ class Updater:
         with_masters = _with_masters(members, values.groups)
         if with_masters and not is_capturing():
             self.masters.notice(with_masters, state)
-            self.masters.meet(with_masters, state)
         found = self.plans.find(recipe, members, key, zero_grad)
         if found is None:
             if reductions is None:

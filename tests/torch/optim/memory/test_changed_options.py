@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim import SGD, Adam
 
 from ..support import home
 
@@ -34,6 +34,24 @@ def test_states_follow_the_dtype_that_is_asked_for(backend: str) -> None:
     assert dtypes(None) == {FP32}
     param.data = param.data.to(BF16)
     assert dtypes(None) == {FP32}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("master", [FP32, "split16", "split8"])
+def test_a_master_that_is_given_up_leaves_nothing_behind(master: object, backend: str) -> None:
+    param = torch.nn.Parameter(torch.randn(64, 64).to(BF16))
+    optimizer = SGD([param], lr=1e-3, master_weights=master, backend=backend)
+
+    def step() -> Tensor:
+        param.grad = torch.randn(64, 64).to(BF16)
+        optimizer.step()
+        return dict(optimizer.master_weights()).get("0", param.detach().float())
+
+    assert not torch.equal(step(), param.float())
+    optimizer.param_groups[0]["master_weights"] = None
+    assert torch.equal(step(), param.float())
+    assert not optimizer.state[param]
+    assert not optimizer.state_dict()["state"][0]
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,48 @@ def test_what_pytorch_does_not_count_needs_a_call(master: Any) -> None:
         assert torch.equal(value, param.float())
 
 
+@pytest.mark.parametrize("master", SPLITS)
+def test_a_frozen_parameter_of_inference_mode_is_no_obstacle(master: Any) -> None:
+    with torch.inference_mode():
+        frozen = torch.nn.Parameter(torch.randn(3, dtype=BF16), requires_grad=False)
+    param = torch.nn.Parameter(torch.randn(3).to(BF16))
+    optimizer = AdamW([frozen, param], master_weights=master)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert optimizer.state_dict()["state"].keys() == {1}
+    with torch.no_grad():
+        param.fill_(0.5)
+    assert [value.unique().tolist() for _, value in optimizer.master_weights()] == [[0.5]]
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("master", SPLITS)
+def test_weights_that_are_assigned_to_data_stay(master: Any, backend: str) -> None:
+    params, optimizer = make("split16", master_weights=master, backend=backend)
+    train(params, optimizer, 2)
+    optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    assigned = [torch.randn_like(param) for param in params]
+    for param, value in zip(params, assigned, strict=True):
+        param.data = value.clone()
+    give_gradients(params, 9)
+    optimizer.step()
+    assert all(map(torch.equal, params, assigned))
+
+
+def test_the_same_weights_in_other_memory_leave_masters_alone() -> None:
+    params, optimizer = make("split16", master_weights=FP32)
+    train(params, optimizer, 2)
+    before = [value for _, value in optimizer.master_weights()]
+    assert not all(torch.equal(value, param.float()) for value, param in zip(before, params, strict=True))
+    for param in params:
+        param.data = param.data.clone()
+    optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    give_gradients(params, 9)
+    optimizer.step()
+    assert all(map(torch.equal, before, [value for _, value in optimizer.master_weights()]))
+
+
 def test_an_exchange_with_the_averages_leaves_masters_alone() -> None:
     params, optimizer = make("split16", ema_decay=0.5)
     train(params, optimizer, 2)
