@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -172,9 +173,17 @@ class StoringOptimizer(AccumulatingOptimizer):
                     "decay: learning rates stay too small for thousands of steps, and losses are worse. Leave "
                     'stochastic_rounding=None, or use state_dtype={"exp_avg_sq": torch.float32}',
                     UserWarning,
-                    stacklevel=2,
+                    stacklevel=_levels_to_user(),
                 )
                 return
+
+
+def _levels_to_user() -> int:
+    """How many calls above its caller the code stands that is neither PyTorch's nor this library's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in ("torch", "dragon"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _is_on_device(value: Any) -> bool:
