@@ -102,12 +102,12 @@ def gradient_factors(
     norm, norms = None, None
     if shared is not None:
         norms, total, skip = _shared_norms(grads, group_index, groups, settings, scaling, shared)
-    elif needs_norm(settings) and not skip:
+    elif needs_norm(settings):
         total = measure()
-    if needs_norm(settings) and not skip:
+    if needs_norm(settings):
         total *= common
         norm = torch.tensor(total, dtype=torch.float64, device="cpu")
-        skip = settings.skip_nonfinite and not math.isfinite(total)
+        skip |= settings.skip_nonfinite and not math.isfinite(total)
         common *= _clip_factor(total, settings.max_grad_norm, CLIP_EPS)
     each: list[float] = []
     if any(limits) and not skip:

@@ -90,6 +90,8 @@ class StepPlan:
             shared = self._host.shared(recipe, ready)
             for device in self._devices:
                 device.update(ready.grads, *values, settings, scaling, shared, kept_scale)
+            if needs_norm(settings):
+                outcome = Outcome(self._devices[0].norm)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(tensors.take(tensors.params))
@@ -137,11 +139,6 @@ class StepPlan:
             grads = apart_at(grads, [position for position, grad in enumerate(grads) if grad is not None])
         ready = tensors._replace(grads=grads, states=states)
         return with_buffers(self._joined, ready, are_own) if self._joined else ready
-
-    @property
-    def norm(self) -> torch.Tensor | None:
-        """Where kernels leave the norm that they measure, 0-dim float64; None if no kernel runs."""
-        return self._devices[0].norm if self._devices else None
 
     def publish(self, live: Any, group: dict[str, Any], settings: Settings) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""
