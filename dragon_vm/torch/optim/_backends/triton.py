@@ -126,6 +126,9 @@ class TritonDevice:
         context, launches = self._context, self._launches
         grads = self._place(addresses)
         counts, tensors, groups, sources, _ = launches.sections
+        for update in launches.updates:
+            # Who interrupts a compiler must not find steps counted that were not taken.
+            update.launch.compile(update.chunks, tensors, grads, launches.scalars, kept_scale)
         if kind is not None:
             # Without a norm there are none to read.
             partials = context.partials(launches.n_partials) if kind else context.status
