@@ -127,9 +127,12 @@ class Updater:
             if is_capturing():
                 self.plans.capture(recipe, found)
             step = recipe, found.tensors, values.version, scaling
-            outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
-            if with_masters:
-                self.masters.note(with_masters)
+            try:
+                outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
+            finally:
+                if with_masters:
+                    # An interrupted step has written some of them, and their masters.
+                    self.masters.note(with_masters)
         if begin_too_early:
             note_early(members.params, state)
         if outcome.grad_norm is not None:
