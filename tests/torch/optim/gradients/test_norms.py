@@ -51,6 +51,7 @@ def test_complex_gradients_count_both_parts():
     grads = [torch.full((5,), 3 + 4j, dtype=torch.complex64)]
     assert SquareSum(grads)(grads) == 125
     assert l2_norms(grads).item() == pytest.approx(math.sqrt(125))
+    assert inf_norms(grads).item() == 4
 
 
 def test_a_complex_tensor_is_seen_as_real_pairs():
