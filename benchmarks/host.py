@@ -54,6 +54,9 @@ class Counter:
         self.n_calls += 1
         return self
 
+    def warmup(self, *args: object, **kwargs: object) -> None:
+        """What is compiled before a first launch is no call."""
+
 
 @contextmanager
 def no_device() -> Iterator[Counter]:

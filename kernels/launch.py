@@ -89,6 +89,11 @@ class Launcher:
         self._values = tuple(constants.values())
         self._ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
+    def compile(self, *tables: Any) -> None:
+        """Compile what a first launch on these tables needs, in seconds, and launch nothing."""
+        if not self._ready:
+            self._kernel.warmup(*tables, grid=self._grid, **self._constants, **self._options)
+
     def __call__(self, *tables: Any) -> None:
         """Launch on the current stream.
 

@@ -10,13 +10,15 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from dragon.vm.torch.optim import AdamW
 from dragon.vm.torch.optim._distributed.hidden import hidden_sharding
 from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._options import Settings
 
-from .factories import make
-from .wrappers import WRAPPERS
+from .factories import make, whole
+from .wrappers import WRAPPERS, world_mesh
 
 KINDS = ("fsdp1", "fsdp1 original parameters", "fsdp1 whole", "fsdp2", "tp")
 NORMS: dict[str, dict[str, Any]] = {
@@ -128,3 +130,15 @@ def checked() -> dict[str, str]:
                 given = settings._replace(process_group=process_group)
                 found[f"{kind} {norm}{suffix}"] = outcome(partial(check_sharding, clipped, given))
     return found
+
+
+def clipped_by_host_and_kernels(strided: bool) -> str:
+    """What a step says to `clip_norm` where the host updates one parameter of two, or none."""
+    sharded = nn.Parameter(distribute_tensor(torch.zeros(4, 4), world_mesh(), [Shard(0)]))
+    plain = nn.Parameter(torch.zeros(4, 2)[:, 0] if strided else torch.zeros(4))
+    optimizer = AdamW([sharded, plain], clip_norm=1.0, backend="triton")
+    for param in (sharded, plain):
+        param.grad = torch.ones_like(param)
+    text = outcome(optimizer.step)
+    assert text == "accepted" or not (whole(sharded).any() or plain.any())
+    return text

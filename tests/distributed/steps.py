@@ -202,6 +202,20 @@ def without_gradients(name: str) -> list[float]:
     return [float(optimizer.grad_norm), param.tolist()[0]]
 
 
+def scaled_without_gradients(name: str, norm_type: float) -> list[int]:
+    """The first process has no gradients, and skips what the others skip for their scaler's sake."""
+    param = nn.Parameter(torch.zeros(4))
+    optimizer = make(name, [param], norm_type=norm_type, process_group=dist.group.WORLD)
+    skipped = []
+    for found_inf in (0.0, 1.0):
+        param.grad = torch.ones(4) if dist.get_rank() else None
+        optimizer.grad_scale = torch.full((1,), 2.0)
+        optimizer.found_inf = torch.full((1,), found_inf * (dist.get_rank() > 0))
+        optimizer.step()
+        skipped.append(optimizer.n_skipped_steps)
+    return skipped
+
+
 def other_gradients_each_step(name: str, **options: Any) -> int:
     """The number of parameters that most plans are for, of an optimizer that has the bits of one without plans.
 

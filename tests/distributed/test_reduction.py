@@ -2,8 +2,14 @@
 
 import math
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from dragon.vm.torch.optim._distributed.reduction import meeting_device
 
 from .cluster import Cluster
 from .wrappers import WRAPPERS
@@ -71,3 +77,23 @@ def test_groups_and_parameters_that_cannot_be_summed_are_refused(cluster: Cluste
     assert "placements are (Partial(sum),)" in texts["partial"]
     assert "got 'world'" in texts["no group"]
     assert "must contain this process" in texts["others"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "backends", "expected"),
+    [
+        (["cpu", "cuda:1"], "cpu:gloo,cuda:nccl", "cuda:1"),
+        (["cpu"], "cpu:gloo,cuda:nccl", "cpu"),
+        (["meta"], "cpu:gloo,cuda:nccl", "cpu"),
+        ([], "cpu:gloo,cuda:nccl", "cuda:2"),
+        ([], "cpu:gloo,cuda:gloo", "cpu"),
+    ],
+    ids=str,
+)
+def test_processes_meet_on_one_type_of_device(
+    monkeypatch: pytest.MonkeyPatch, devices: list[str], backends: str, expected: str
+) -> None:
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    tensors: list[Any] = [SimpleNamespace(device=torch.device(name)) for name in devices]
+    assert meeting_device(tensors, object()) == torch.device(expected)

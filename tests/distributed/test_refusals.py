@@ -65,3 +65,10 @@ def test_norms_are_checked_against_what_is_known(cluster: Cluster, n_processes: 
         needs_group = {f"{kind} {norm}" for kind in FSDP1 for norm in ("max_grad_norm", "clip_norm")}
         is_unknown = {"ddp clip_norm group", "tp clip_norm group"}
         assert set(refused) == (needs_group | is_unknown if n_processes > 1 else set())
+
+
+def test_clipping_each_tensor_by_kernels_beside_other_updates_is_refused(cluster: Cluster) -> None:
+    assert cluster.run(2, "refusals:clipped_by_host_and_kernels", strided=False) == ["accepted"] * 2
+    for text in cluster.run(2, "refusals:clipped_by_host_and_kernels", strided=True):
+        assert "clip_norm=1.0" in text
+        assert "backend='eager'" in text

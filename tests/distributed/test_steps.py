@@ -130,6 +130,13 @@ def test_a_process_without_gradients_takes_part(cluster: Cluster, name: str, n_p
     assert [norm for norm, _ in results] == [math.sqrt(36 * (n_processes - 1))] * n_processes
 
 
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_process_without_gradients_skips_as_the_others(cluster: Cluster, backend: str, norm_type: float) -> None:
+    found = cluster.run(2, "steps:scaled_without_gradients", name=backend, norm_type=norm_type)
+    assert found == [[0, 1]] * 2
+
+
 @pytest.mark.parametrize("options", [*NORMS, {"clip_norm": 1.0}], ids=str)
 @pytest.mark.parametrize("n_processes", [2, 3])
 def test_other_gradients_at_each_step_change_no_bit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -154,9 +155,17 @@ class StoringOptimizer(AccumulatingOptimizer):
                     "decay: learning rates stay too small for thousands of steps, and losses are worse. Leave "
                     'stochastic_rounding=None, or use state_dtype={"exp_avg_sq": torch.float32}',
                     UserWarning,
-                    stacklevel=2,
+                    stacklevel=_levels_to_user(),
                 )
                 return
+
+
+def _levels_to_user() -> int:
+    """How many calls above its caller the code stands that is neither PyTorch's nor this library's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "dragon"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 _KINDS = {

@@ -97,19 +97,18 @@ class GradientSums:
             _check_grad(param)
         self.are_outside |= not is_capturing()
         others = self._take_unreduced(params)
-        parts = list(map(_own_part, others))
-        totals, grads = [], []
-        for param, grad in zip(others, parts, strict=True):
-            if grad is None:
-                continue
-            if param not in self.totals:
-                self.totals[param] = _as_sum(local(param), grad)
-            else:
-                totals.append(self.totals[param])
-                grads.append(grad)
+        parts = zip(others, map(_own_part, others), strict=True)
+        grads = {param: grad for param, grad in parts if grad is not None}
+        begun = {param: _as_sum(local(param), grad) for param, grad in grads.items() if param not in self.totals}
+        added = [param for param in grads if param not in begun]
+        if added:
+            self._add([self.totals[param] for param in added], [grads[param] for param in added], launch)
+        self.totals |= begun
+        # Whatever fails above, no gradient is lost.
+        for param in grads:
             param.grad = None
-        if not totals:
-            return
+
+    def _add(self, totals: list[Tensor], grads: list[Tensor], launch: bool) -> None:
         if launch and not is_capturing():
             self._launch(totals, grads)
         else:

@@ -94,6 +94,23 @@ def test_a_step_with_something_infinite_is_skipped(
     assert optimizer.n_skipped_steps == 1
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton beside eager"])
+def test_a_skipped_step_has_the_norm_of_its_gradients(backend: str, device: torch.device) -> None:
+    name = backend.split()[0]
+    values = torch.zeros(2, 4, 2, device=place(name, device))
+    # One that is not dense goes the eager way.
+    second = values[1, :, 0] if backend == "triton beside eager" else torch.zeros_like(values[1, :, 0])
+    params = [torch.nn.Parameter(each) for each in (values[0, :2], second)]
+    optimizer = Adam(params, max_grad_norm=1.0, fused=True, backend=name)
+    for size, found_inf in ((1.0, 0.0), (3.0, 1.0)):
+        for param in params:
+            param.grad = torch.full_like(param, size)
+        set_amp(optimizer, 2.0, found_inf)
+        optimizer.step()
+        assert float(optimizer.grad_norm) == pytest.approx(size / 2.0 * 8**0.5)
+    assert optimizer.n_skipped_steps == 1
+
+
 def test_a_step_without_anything_infinite_is_taken_without_a_scale(backend: str, device: torch.device) -> None:
     optimizer = make(backend, device)
     set_amp(optimizer, None, 0.0)

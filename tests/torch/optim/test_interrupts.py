@@ -18,6 +18,7 @@ import torch
 from hypothesis import settings
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dragon.kernels import launch
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._backends import pieces
 
@@ -235,6 +236,21 @@ def test_an_interrupt_at_any_bytecode_leaves_what_a_later_step_can_build_on(
     for _ in range(n_interrupts):
         check_interrupted(situation, interrupted, backend, options)
     assert len(raised) >= 0.9 * n_interrupts
+
+
+def test_an_interrupt_while_a_kernel_is_compiled_counts_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **named: Any) -> None:
+        raise Interrupt
+
+    optimizer = first_step("triton")
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.update_kernel, "warmup", interrupted)
+        with pytest.raises(Interrupt):
+            optimizer.step()
+    assert contents(optimizer) == [
+        {"param": bits(param), **fresh}
+        for param, fresh in zip(params_of(optimizer), fresh_states(optimizer), strict=True)
+    ]
 
 
 def test_an_interrupt_while_memory_for_copies_is_laid_out_loses_none_of_it() -> None:

@@ -7,12 +7,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim import SGD, Adam, _sums
+from dragon.vm.torch.optim._backends import triton
 
 from .support import home
 
 BACKENDS = ["native", "triton", "eager"]
 SHAPES = [(3, 5), (1100,), (), (0,)]
+
+
+def raiser(error):
+    def fail(*args, **named):
+        raise error
+
+    return fail
 
 
 def parameters(dtype, device):
@@ -72,6 +80,40 @@ def test_memory_that_somebody_else_may_write_to_is_copied():
     optimizer.sum_grad()
     optimizer.step()
     assert (param == -6).all()
+
+
+def test_a_call_that_fails_loses_no_gradient(monkeypatch):
+    params = parameters(torch.float32, "cpu")
+    optimizer = SGD(params, lr=1.0)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.sum_grad()
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with monkeypatch.context() as patch:
+        patch.setattr(_sums, "in_layout_of", raiser(MemoryError))
+        with pytest.raises(MemoryError):
+            optimizer.sum_grad()
+    optimizer.sum_grad()
+    optimizer.step()
+    assert (params[0] == -2).all()
+    assert all((param == -1).all() for param in params[1:])
+
+
+def test_an_interrupted_first_launch_spoils_no_later_sum(monkeypatch):
+    param = torch.nn.Parameter(torch.zeros(5, device=home("triton")))
+    optimizer = SGD([param], lr=1.0, backend="triton")
+    for n in range(4):
+        param.grad = torch.ones_like(param)
+        with monkeypatch.context() as patch:
+            if n == 1:
+                # It compiles a kernel, for seconds.
+                patch.setattr(triton.DeviceContext, "launch", raiser(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.sum_grad()
+                continue
+        optimizer.sum_grad()
+    optimizer.step()
+    assert (param == -3).all()
 
 
 def test_zero_grad_leaves_the_sum_alone_and_a_copy_takes_it_along():

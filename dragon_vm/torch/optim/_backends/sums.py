@@ -21,10 +21,13 @@ class SumLaunch:
         """Add each gradient to its sum, which stands in the table as the parameter."""
         group = FlattenedGroup(self._signature, [Entry(total, {}, 0, i) for i, total in enumerate(totals)])
         numels = [total.numel() for total in totals]
-        if self._device is None or numels != self._numels:
+        device = self._device
+        if device is None or numels != self._numels:
             context = DeviceContext(self._signature.device)
-            self._device = TritonDevice(
+            device = TritonDevice(
                 [group], "accumulate", context, 1, len(totals), False, lambda group: {}, counts=False
             )
-            self._numels = numels
-        self._device.accumulate(group, [grad.data_ptr() for grad in grads])
+        # Whatever interrupts a first launch, its scalars do not pass for written.
+        self._device = None
+        device.accumulate(group, [grad.data_ptr() for grad in grads])
+        self._device, self._numels = device, numels

@@ -84,15 +84,14 @@ class TritonDevice:
         context = self._context
         self._groups.write(groups, version, settings)
         kind = NO_NORM
-        if needs_norm(settings) or self._groups.clips_each:
+        # All processes skip the step that one must skip.
+        decides = shared is not None and scaling.found_inf is not None
+        if decides or needs_norm(settings) or self._groups.clips_each:
             infinite = settings.norm_type == math.inf and not self._groups.clips_each
             kind = INF_NORM if infinite else L2_NORM
         if scaling.grad_scale is not None or scaling.found_inf is not None or kept_scale is not None:
             scaling, kept_scale = Scaling(*map(context.here, scaling)), context.here(kept_scale)
         own = _addresses_of(self._pick_own(grads))
-        if shared is not None and not kind and scaling.found_inf is not None:
-            # All processes skip the step that one must skip.
-            kind = L2_NORM
         if kind:
             self._partials.number([address == _ABSENT for address in own] if _ABSENT in own else [])
         context.launch(
@@ -126,6 +125,9 @@ class TritonDevice:
         context, launches = self._context, self._launches
         grads = self._place(addresses)
         counts, tensors, groups, sources, _ = launches.sections
+        for update in launches.updates:
+            # Who interrupts a compiler must not find steps counted that were not taken.
+            update.launch.compile(update.chunks, tensors, grads, launches.scalars, kept_scale)
         if kind is not None:
             # Without a norm there are none to read.
             partials = context.partials(launches.n_partials) if kind else context.status

@@ -13,7 +13,7 @@ Nothing here waits for the device. `TensorReduction` does the same for the norm 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.lanes import Lanes
+from dragon.vm.torch.optim._distributed.shards import local
 
 
 class _OnDevices:
@@ -150,6 +151,19 @@ class TensorReduction:
                 chosen = values[positions].mul_(weights)
                 _all_reduce_sum(chosen, lane.groups)
                 values[positions] = chosen
+
+
+def meeting_device(tensors: Iterable[Tensor], process_group: Any = None) -> torch.device:
+    """Where this process reduces numbers with others: a group may have one backend for each type of device.
+
+    Args:
+        tensors: parameters or gradients. One on an accelerator decides, wherever the others are.
+        process_group: decides for a process without tensors: the accelerator if it has NCCL.
+    """
+    devices = {local(tensor).device: None for tensor in tensors}
+    if not devices and process_group is not None and "nccl" in str(dist.get_backend_config(process_group)):
+        return torch.device("cuda", torch.cuda.current_device())
+    return next((device for device in devices if device.type not in ("cpu", "meta")), torch.device("cpu"))
 
 
 def all_reduce_flags(flags: Tensor, process_group: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.reduction import all_reduce_flags
+from dragon.vm.torch.optim._distributed.reduction import all_reduce_flags, meeting_device
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 
@@ -54,15 +54,6 @@ def _can_tell(tensor: Tensor) -> bool:
     return bool(is_number and tensor.numel() and tensor.layout == torch.strided)
 
 
-def _device(params: Sequence[Tensor], process_group: Any) -> torch.device:
-    """Where the processes of a group exchange flags, whether or not this one has parameters."""
-    if params:
-        device: torch.device = local(params[0]).device
-        return device
-    is_cuda = torch.distributed.get_backend(process_group) == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
-
-
 @torch.no_grad()
 def stand_in(params: Sequence[Tensor]) -> Tensor | None:
     """Give the smallest parameter a gradient of zeros, if none has a gradient.
@@ -95,7 +86,7 @@ def report_to_all(params: Sequence[Tensor], process_group: Any) -> Tensor | None
         RuntimeError: if no gradient of this process has an element to report it.
     """
     grads = [local(param.grad) for param in params if param.grad is not None]
-    device = _device(params, process_group)
+    device = meeting_device(params, process_group)
     flags = torch.cat([nonfinite(grads, device), torch.full((1,), float(bool(grads)), device=device)])
     all_reduce_flags(flags, process_group)
     param = stand_in(params) if not grads and float(flags[1]) else None
@@ -109,7 +100,7 @@ def report_to_all(params: Sequence[Tensor], process_group: Any) -> Tensor | None
 
 def any_of(flags: Sequence[bool], params: Sequence[Tensor], process_group: Any) -> list[bool]:
     """For each flag whether some process of a group has set it. It waits for the device."""
-    values = torch.tensor(flags, dtype=torch.float32, device=_device(params, process_group))
+    values = torch.tensor(flags, dtype=torch.float32, device=meeting_device(params, process_group))
     all_reduce_flags(values, process_group)
     return [value > 0 for value in values.tolist()]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.placement import placed_like
+from dragon.vm.torch.optim._distributed.reduction import meeting_device
 from dragon.vm.torch.optim._distributed.shards import is_distributed
 from dragon.vm.torch.optim._gradients.norms import SquareSum, inf_norms, l2_norms
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
@@ -102,12 +103,12 @@ def gradient_factors(
     norm, norms = None, None
     if shared is not None:
         norms, total, skip = _shared_norms(grads, group_index, groups, settings, scaling, shared)
-    elif needs_norm(settings) and not skip:
+    elif needs_norm(settings):
         total = measure()
-    if needs_norm(settings) and not skip:
+    if needs_norm(settings):
         total *= common
         norm = torch.tensor(total, dtype=torch.float64, device="cpu")
-        skip = settings.skip_nonfinite and not math.isfinite(total)
+        skip |= settings.skip_nonfinite and not math.isfinite(total)
         common *= _clip_factor(total, settings.max_grad_norm, CLIP_EPS)
     each: list[float] = []
     if any(limits) and not skip:
@@ -130,15 +131,16 @@ def _shared_norms(
 ) -> tuple[list[float] | None, float, bool]:
     """Norms over all processes, of each gradient if some group clips them so and of all, and whether to skip."""
     numbers = [abs(group_factor(groups[index])) for index in group_index]
-    factors = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    factors, device = torch.tensor(numbers, dtype=torch.float64, device="cpu"), meeting_device(grads)
     if any(group["clip_norm"] for group in groups):
-        squares = l2_norms(grads).square() if grads else factors
+        squares = l2_norms(grads).square().to(device)
         whole, flag = shared.each(squares, scaling.found_inf, skip_nonfinite=settings.skip_nonfinite)
-        norms = whole.sqrt()
+        norms = whole.sqrt().cpu()
         return norms.tolist(), float(torch.linalg.vector_norm(norms * factors)), float(flag) > 0
     largest = settings.norm_type == math.inf
-    measured = (inf_norms if largest else l2_norms)(grads) * factors if grads else factors
-    total, flag = shared.total(measured if largest else measured.square(), scaling.found_inf, largest=largest)
+    measured = (inf_norms if largest else l2_norms)(grads) * factors
+    squares = (measured if largest else measured.square()).to(device)
+    total, flag = shared.total(squares, scaling.found_inf, largest=largest)
     return None, float(total if largest else total.sqrt()), float(flag) > 0
 
 

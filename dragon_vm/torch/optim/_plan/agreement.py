@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._distributed.reduction import meeting_device
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm, make_reductions
 from dragon.vm.torch.optim._options import Settings, needs_norm
@@ -48,7 +48,7 @@ class Agreement:
         """Take part in the sums of a step for which this process has no gradient."""
         assert self._reductions is not None
         shared = SharedNorm(self._reductions, [], len(params))
-        device = local(params[0]).device if params else torch.device("cpu")
+        device = meeting_device(params, settings.process_group)
         none = torch.zeros(0, dtype=torch.float64, device=device)
         if any(group["clip_norm"] for group in groups):
             _, flag = shared.each(none, scaling.found_inf, skip_nonfinite=settings.skip_nonfinite)

@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
     """What a step decided on the host; what it decided on a device stays there until somebody asks.
 
     Attributes:
-        grad_norm: norm of all gradients together, float64 0-dim; None if it is a device's or nobody asked.
+        grad_norm: norm of all gradients together, float64 0-dim, or where kernels leave it; None if nobody asked.
         n_skipped: 1 for a skipped step, else 0; a tensor where other processes decided.
     """
 

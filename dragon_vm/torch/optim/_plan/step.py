@@ -47,6 +47,8 @@ class StepPlan:
         # The kernel zeroes the gradients it reads: not those that it reads copies of.
         self._kernel_zeroes = zero_grad and not self._strays and not self._host.groups
         self._devices = _on_devices(recipe, prepared.flattened, n_gathered, self._kernel_zeroes)
+        if self._devices and self._decides_on_host(recipe):
+            _check_shared_clipping(recipe)
         # The groups at the rows of the devices' tables, as long as somebody has them.
         self._rows = [weakref.ref(each) if isinstance(each, LiveGroup) else None for each in recipe.param_groups]
         # The last write makes the plan valid.
@@ -90,6 +92,8 @@ class StepPlan:
             shared = self._host.shared(recipe, ready)
             for device in self._devices:
                 device.update(ready.grads, *values, settings, scaling, shared, kept_scale)
+            if needs_norm(settings):
+                outcome = Outcome(self._devices[0].norm)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(tensors.take(tensors.params))
@@ -138,11 +142,6 @@ class StepPlan:
         ready = tensors._replace(grads=grads, states=states)
         return with_buffers(self._joined, ready, are_own) if self._joined else ready
 
-    @property
-    def norm(self) -> torch.Tensor | None:
-        """Where kernels leave the norm that they measure, 0-dim float64; None if no kernel runs."""
-        return self._devices[0].norm if self._devices else None
-
     def publish(self, live: Any, group: dict[str, Any], settings: Settings) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""
         for index, reference in enumerate(self._rows):
@@ -161,6 +160,21 @@ class StepPlan:
                 "a step cannot be captured that decides on the host: one with parameters or states that no kernel "
                 "updates, or with the norm of gradients on several devices"
             )
+
+
+def _check_shared_clipping(recipe: Recipe) -> None:
+    """Check that kernels clip by norms of whole tensors where the host decides.
+
+    Raises:
+        ValueError: if other processes hold parts of them: kernels would clip by the parts' norms.
+    """
+    if recipe.reductions is not None and recipe.reductions.each:
+        limits = sorted({float(group["clip_norm"]) for group in recipe.groups})
+        raise ValueError(
+            f"clip_norm={limits[-1]} over several processes needs parameters that kernels of one device update, "
+            "all or none of a process. Give backend='eager', or clip by torch.nn.utils.clip_grad_norm_ and leave "
+            "clip_norm out"
+        )
 
 
 def _on_devices(

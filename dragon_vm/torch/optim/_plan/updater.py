@@ -19,7 +19,7 @@ from dragon.vm.torch.optim._groups.early_averages import drop_early, note_early
 from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
 from dragon.vm.torch.optim._groups.storage import options_of
-from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, check_own, complete, needs_norm
+from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, check_own, complete
 from dragon.vm.torch.optim._plan.agreement import Agreement
 from dragon.vm.torch.optim._plan.cache import PlanCache
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
@@ -126,16 +126,16 @@ class Updater:
             if is_capturing():
                 self.plans.capture(recipe, found)
             step = recipe, found.tensors, values.version, scaling
-            outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
-            if with_masters:
-                self.masters.note(with_masters)
+            try:
+                outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
+            finally:
+                if with_masters:
+                    # An interrupted step has written some of them, and their masters.
+                    self.masters.note(with_masters)
         if begin_too_early:
             note_early(members.params, state)
-        norm = outcome.grad_norm
-        if norm is None and found is not None and needs_norm(settings):
-            norm = found.plan.norm
-        if norm is not None:
-            self._grad_norm = norm
+        if outcome.grad_norm is not None:
+            self._grad_norm = outcome.grad_norm
         self._n_skipped = self._n_skipped + outcome.n_skipped
 
     def _settle_averages(self, members: Members, groups: Sequence[Group], state: Mapping[Any, Any]) -> bool:

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dragon.vm.torch.optim._gradients import scaling
 from dragon.vm.torch.optim._gradients.norms import SquareSum, as_real, inf_norms, l2_norms
+from dragon.vm.torch.optim._options import Settings
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -51,9 +53,30 @@ def test_complex_gradients_count_both_parts():
     grads = [torch.full((5,), 3 + 4j, dtype=torch.complex64)]
     assert SquareSum(grads)(grads) == 125
     assert l2_norms(grads).item() == pytest.approx(math.sqrt(125))
+    assert inf_norms(grads).item() == 4
 
 
 def test_a_complex_tensor_is_seen_as_real_pairs():
     tensor = torch.tensor([1 + 2j])
     assert as_real(tensor).tolist() == [[1.0, 2.0]]
     assert as_real(tensor).data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_the_host_sums_with_others_where_its_gradients_are(clip_norm, monkeypatch):
+    met = []
+
+    class Shared:
+        def total(self, squares, found_inf, *, largest):
+            met.append(squares.device.type)
+            return torch.ones(1), torch.zeros(1)
+
+        def each(self, squares, found_inf, *, skip_nonfinite):
+            met.append(squares.device.type)
+            return torch.ones(1), torch.zeros(1)
+
+    monkeypatch.setattr(scaling, "meeting_device", lambda grads: torch.device("meta"))
+    group = {"clip_norm": clip_norm, "grad_scale": 1.0, "maximize": False}
+    settings = Settings(skip_nonfinite=True)
+    scaling.gradient_factors([torch.ones(3)], [0], [group], settings, scaling.NO_SCALING, float, Shared())
+    assert met == ["meta"]

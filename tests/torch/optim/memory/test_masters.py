@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, AdamW
+from dragon.vm.torch.optim._backends.host import HostGroup
+from dragon.vm.torch.optim._groups.entries import decode_master
 
 from .modes import BF16, FP32, give_gradients, make, train
 
@@ -72,6 +74,33 @@ def test_a_write_to_the_parameter_makes_it_its_own_master(master: Any) -> None:
     masters = dict(optimizer.master_weights())
     assert torch.equal(masters["0"], torch.full((64, 64), 0.5))
     assert not torch.equal(masters["1"], params[1].float())
+
+
+@pytest.mark.parametrize("master", SPLITS)
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_an_interrupted_step_leaves_masters_alone(
+    master: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [torch.nn.Parameter(torch.ones(64, dtype=BF16)) for _ in range(2)]
+    optimizer = AdamW(params, lr=1e-4, backend=backend, master_weights=master)
+    plain, updated = HostGroup._update_one, []
+
+    def update_one(self: HostGroup, *args: Any) -> None:
+        if updated:
+            raise KeyboardInterrupt
+        plain(self, *args)
+        updated.append(decode_master(params[0], optimizer.state[params[0]]).clone())
+
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(HostGroup, "_update_one", update_one)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert not torch.equal(updated[0], updated[0].to(BF16).float())
+    (_, found), _ = optimizer.master_weights()
+    assert torch.equal(found, updated[0])
 
 
 @pytest.mark.parametrize("master", SPLITS)
