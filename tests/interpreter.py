@@ -2,7 +2,7 @@
 
 A kernel's call replaces the functions of the language by interpreted ones, and puts them back at the end. Each
 helper that the kernel calls has them replaced once more: it finds nothing left to replace, in 0.2 ms a call.
-Each operation makes a table of all dtypes to look one up.
+Each operation makes a table of all dtypes to look one up, and the type of its result with a shape of its own.
 """
 
 from __future__ import annotations
@@ -47,9 +47,45 @@ def _dtype_lookup() -> Callable[[Any], Any]:
     return dtype_of
 
 
+@cache
+def _shape_of_type(sizes: tuple[int, ...]) -> tuple[Any, int]:
+    """The shape of a type as the language keeps it, and the number of elements."""
+    made = tl.block_type.__new__(tl.block_type)
+    _make_type(made, tl.float32, list(sizes))
+    return made.shape, made.numel
+
+
+@cache
+def _shape_of_tensor(sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    """The shape of a tensor, which has constants of the language, and the number of elements."""
+    made = tl.tensor.__new__(tl.tensor)
+    _make_tensor(made, None, tl.block_type(tl.float32, sizes) if sizes else tl.float32)
+    return made.shape, made.numel
+
+
+_make_type, _make_tensor = tl.block_type.__init__, tl.tensor.__init__
+
+
+def _share_shapes() -> None:
+    """Let types and tensors of one shape share it, and make the name of a type when it is asked for."""
+
+    def make_type(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+        self.element_ty = element_ty
+        self.shape, self.numel = _shape_of_type(sizes)
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = _shape_of_tensor(tuple(type.shape) if type.is_block() else ())
+
+    tl.block_type.__init__, tl.tensor.__init__ = make_type, make_tensor
+    tl.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>", lambda self, name: None)
+
+
 def speed_up() -> None:
-    """Let the functions of each module be replaced once in a kernel's call, and look each dtype up once."""
+    """Let the functions of each module be replaced once in a kernel's call, and make dtypes and shapes once."""
     interpreter._get_np_dtype = _dtype_lookup()
+    _share_shapes()
     replace: Callable[[Any], Any] = interpreter._patch_lang
     replaced: set[frozenset[str]] = set()
 

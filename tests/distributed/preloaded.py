@@ -1,5 +1,7 @@
 """All scenarios, and what PyTorch and triton import late: workers are forked from a process that has them."""
 
+from tests.interpreter import speed_up
+
 from . import (
     accumulation,
     averages,
@@ -31,3 +33,5 @@ __all__ = [
     "steps",
     "training",
 ]
+
+speed_up()
