@@ -34,6 +34,7 @@ def take_over(
         options: keyword arguments that go before what the original and each of its groups have.
 
     Raises:
+        RuntimeError: for an original of this library with sums of gradients that no step has used.
         TypeError: for an original of another class, and for a default that `make` does not know.
         ValueError: for a state that does not fit.
     """
@@ -41,6 +42,11 @@ def take_over(
         raise TypeError(
             f"from_torch takes a torch.optim.{expected.__name__}, but got {torch.typename(original)}: "
             "another algorithm's state means something else"
+        )
+    if getattr(original, "_sums", None) or getattr(original, "_handed_over", None):
+        raise RuntimeError(
+            "from_torch of an optimizer with sums of sum_grad() that no step has used: call its step() first, or "
+            "make a new optimizer and load its state_dict(), which has them"
         )
     # PyTorch's groups are complete: what was asked for would not reach them as a default.
     groups = [

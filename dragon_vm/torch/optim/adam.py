@@ -122,6 +122,7 @@ class Adam(Optimizer, torch.optim.Adam):
                 all of them.
 
         Raises:
+            RuntimeError: for an optimizer of this library with sums of `sum_grad` that no step has used.
             TypeError: for an optimizer of another algorithm.
             ValueError: for a state that does not fit, and for an `AdamW` of one whose decay is not decoupled.
         """

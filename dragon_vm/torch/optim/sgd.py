@@ -85,6 +85,7 @@ class SGD(Optimizer, torch.optim.SGD):
                 all of them.
 
         Raises:
+            RuntimeError: for an optimizer of this library with sums of `sum_grad` that no step has used.
             TypeError: for an optimizer of another algorithm.
             ValueError: for a state that does not fit.
         """

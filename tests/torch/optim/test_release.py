@@ -384,3 +384,13 @@ def test_a_scaler_is_not_told_by_a_frozen_integer(monkeypatch):
     assert scaler.get_scale() == 1024.0
     assert frozen.grad is None
     assert all(param.grad is None for param in params)
+
+
+def test_parameters_that_come_to_share_memory_are_named_in_any_bucket(monkeypatch):
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 8)
+    params = {name: nn.Parameter(torch.ones(4)) for name in "abcd"}
+    optimizer = SGD(params.items(), lr=0.1, release_gradients=True)
+    params["c"].data = params["d"].data
+    with pytest.raises(ValueError, match=r"parameter 2 \(c\) and parameter 3 \(d\)"):
+        sum(param.sum() for param in params.values()).backward()
+    assert optimizer.param_groups

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import SGD, Adam, _sums
 from dragon.vm.torch.optim._backends import triton
+from dragon.vm.torch.optim._distributed import unreduced
 
 from .support import home
 
@@ -97,6 +98,20 @@ def test_a_call_that_fails_loses_no_gradient(monkeypatch):
     optimizer.step()
     assert (params[0] == -2).all()
     assert all((param == -1).all() for param in params[1:])
+
+
+def test_sums_that_wait_for_other_processes_lose_no_gradient(monkeypatch):
+    params = parameters(torch.float32, "cpu")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    sums = unreduced.UnreducedSums(unreduced.BufferKey(None, torch.device("cpu"), torch.float32), params)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_add_", raiser(MemoryError))
+        with pytest.raises(MemoryError):
+            sums.take()
+    sums.take()
+    assert all(map(torch.equal, sums._views, map(torch.ones_like, params)))
+    assert all(param.grad is None for param in params)
 
 
 def test_an_interrupted_first_launch_spoils_no_later_sum(monkeypatch):

@@ -55,6 +55,20 @@ def test_entries_of_others_are_taken_over_as_copies() -> None:
     assert ours.state["tracker"] == {"losses": [1.0]}
 
 
+def test_sums_that_no_step_has_used_are_not_lost() -> None:
+    params = make_params()
+    original = AdamW(params)
+    set_grads(params, 0)
+    original.sum_grad()
+    with pytest.raises(RuntimeError, match=r"step\(\) first, or make a new optimizer"):
+        AdamW.from_torch(original)
+    other = AdamW(params)
+    other.load_state_dict(original.state_dict())
+    assert all(map(torch.equal, other._sums.totals.values(), original._sums.totals.values()))
+    original.step()
+    AdamW.from_torch(original)
+
+
 def test_an_option_of_the_original_can_be_taken_back() -> None:
     ours = Adam.from_torch(torch.optim.Adam(make_params(), fused=True), fused=False, foreach=True)
     assert (ours.param_groups[0]["fused"], ours._handles_scaling) == (False, False)

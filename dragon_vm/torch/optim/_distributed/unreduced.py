@@ -55,15 +55,13 @@ class UnreducedSums:
 
     def take(self) -> None:
         """Add the gradients that there are, and drop them."""
-        views, grads = [], []
-        for index, param in enumerate(self.params):
-            if param.grad is not None:
-                self._is_present[index] = True
-                views.append(self._views[index])
-                grads.append(param.grad if param.grad.layout == torch.strided else param.grad.to_dense())
-                param.grad = None
-        if views:
-            torch._foreach_add_(views, grads)
+        grads = {index: param.grad for index, param in enumerate(self.params) if param.grad is not None}
+        if grads:
+            torch._foreach_add_([self._views[index] for index in grads], list(grads.values()))
+        # Whatever fails above, no gradient is lost.
+        for index in grads:
+            self._is_present[index] = True
+            self.params[index].grad = None
 
     def reduced(self) -> dict[Tensor, Tensor]:
         """The mean over the processes, as DDP takes it, of each parameter that has a gradient on one of them."""

@@ -24,6 +24,13 @@ def labels(groups: Sequence[Group]) -> list[str]:
     return [f"parameter {index}" + (f" ({name})" if name else "") for index, name in enumerate(names)]
 
 
+def labels_of(params: Sequence[Tensor], groups: Sequence[Group]) -> list[str]:
+    """What to call some of the parameters of all groups."""
+    every = chain.from_iterable(group["params"] for group in groups)
+    names = dict(zip(map(id, every), labels(groups), strict=True))
+    return [names[id(param)] for param in params]
+
+
 def check_param(param: Tensor) -> None:
     """Check the dtype and layout of a parameter that trains.
 

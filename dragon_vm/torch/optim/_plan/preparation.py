@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local_state
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
-from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, has_memory, labels
+from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, has_memory, labels_of
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, State, flatten_groups
 from dragon.vm.torch.optim._groups.layout import is_dense, lies_like
 from dragon.vm.torch.optim._groups.masters import reconcile
@@ -72,10 +72,7 @@ def prepare(
     grads = [shard.detach() if grad is None else grad for shard, grad in zip(shards, grads, strict=True)]
     check_grads(shards, grads, recipe.owner)
     solid = [i for i, (shard, grad) in enumerate(zip(shards, grads, strict=True)) if _has_memory(shard, grad)]
-    check_memory(
-        [shards[i] for i in solid],
-        lambda: [labels(recipe.param_groups)[among_all[position]] for position in solid],
-    )
+    check_memory([shards[i] for i in solid], lambda: labels_of([params[i] for i in solid], recipe.param_groups))
     states, signatures = completed_states(recipe, params, shards, grads, group_index)
     joined, parted, inside = join(recipe, shards, grads, group_index, states, signatures)
     part_counters([state for i, state in enumerate(states) if i not in inside])
