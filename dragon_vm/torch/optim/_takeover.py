@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
 from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._modes import with_plain_tensors
@@ -43,7 +44,7 @@ def take_over(
             f"from_torch takes a torch.optim.{expected.__name__}, but got {torch.typename(original)}: "
             "another algorithm's state means something else"
         )
-    if getattr(original, "_sums", None) or getattr(original, "_handed_over", None):
+    if isinstance(original, AccumulatingOptimizer) and (original._sums or original._handed_over):
         raise RuntimeError(
             "from_torch of an optimizer with sums of sum_grad() that no step has used: call its step() first, or "
             "make a new optimizer and load its state_dict(), which has them"
