@@ -33,7 +33,7 @@ settings.register_profile("dev", max_examples=50, deadline=None)
 # Fewer than on a desk: the whole suite is to take less than a quarter of an hour on two cores.
 settings.register_profile(
     "ci",
-    max_examples=30,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     print_blob=True,

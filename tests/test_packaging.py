@@ -35,7 +35,7 @@ print(Adam.__module__.partition(".")[0], [round(value, 6) for value in parameter
 # Python 3.13 and newer cut the indentation of docstrings when they compile.
 CLEAN_DOCSTRINGS = """
 import ast, importlib.machinery, sys
-import torch, torch._dynamo, triton
+import torch, torch._dynamo, triton, hypothesis, numpy
 
 seen = []
 

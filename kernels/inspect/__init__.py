@@ -6,7 +6,7 @@ The constants and options are those of `dragon.kernels.launch`, so that what is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,38 +100,44 @@ def compile_update(spec: Spec, config: LaunchConfig, arch: str) -> Report:
         return _update(str(spec), spec, config, arch)[0]
 
 
-def _compile_all(archs: Sequence[str], pattern: str) -> Iterator[tuple[Report, Compiled]]:
+def _compile_all(archs: Sequence[str], is_wanted: Callable[[str], bool]) -> Iterator[tuple[Report, Compiled]]:
     for arch in archs:
         for name, spec in {**UPDATES, **MODES}.items():
-            if pattern in name:
+            if is_wanted(name):
                 yield _update(name, spec, default_config(arch, spec), arch)
         for name, spec in UNSCALES.items():
-            if pattern in name:
+            if is_wanted(name):
                 yield _update(name, spec, default_config(arch, spec), arch, unscales=True)
         for name, constants in NORMS.items():
-            if pattern in name:
+            if is_wanted(name):
                 yield _norm(name, constants, arch)
         for name, constants in ADVANCES.items():
-            if pattern in name:
+            if is_wanted(name):
                 compiled = compile_kernel(advance_kernel, constants, reduction_options(warp_size(arch)), arch)
                 yield _report(name, compiled), compiled
 
 
-def inspect_kernels(archs: Sequence[str] = ARCHS, pattern: str = "", dump: Path | None = None) -> list[Report]:
+def inspect_kernels(
+    archs: Sequence[str] = ARCHS, texts: Sequence[str] = (), dump: Path | None = None
+) -> list[Report]:
     """Compile every kernel in its default configuration, and report.
 
     Args:
         archs: architectures, as in "sm_90" or "gfx942".
-        pattern: only kernels with this in their name.
+        texts: only kernels with one of these in their name; by default all.
         dump: a folder for the assembly and machine code of each kernel.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET=1.
         ValueError: for an unknown architecture.
     """
+
+    def is_wanted(name: str) -> bool:
+        return not texts or any(text in name for text in texts)
+
     reports = []
     with scratch_cache():
-        for report, compiled in _compile_all(archs, pattern):
+        for report, compiled in _compile_all(archs, is_wanted):
             reports.append(report)
             if dump is not None:
                 _dump(dump, report, compiled)

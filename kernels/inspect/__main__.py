@@ -20,7 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; the command line is described by ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m dragon.kernels.inspect", description=SUMMARY)
     parser.add_argument("--arch", action="append", help=f"may be repeated; by default {', '.join(ARCHS)}")
-    parser.add_argument("--kernel", default="", metavar="TEXT", help="only kernels with TEXT in their name")
+    parser.add_argument(
+        "--kernel", action="append", metavar="TEXT", help="only kernels with TEXT in their name; may be repeated"
+    )
     parser.add_argument("--json", action="store_true", help="a list of reports instead of a table")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write IR, assembly and machine code to DIR")
     options = parser.parse_args(arguments)
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "dragon.kernels.inspect", *(arguments or sys.argv[1:])]
         return subprocess.run(command, env=environment).returncode
     try:
-        reports = inspect.inspect_kernels(options.arch or ARCHS, options.kernel, options.dump)
+        reports = inspect.inspect_kernels(options.arch or ARCHS, options.kernel or (), options.dump)
     except ValueError as error:
         parser.error(str(error))
     print(json.dumps([report.as_json() for report in reports]) if options.json else inspect.format_table(reports))

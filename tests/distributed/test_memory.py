@@ -21,10 +21,7 @@ MODES = [
 ]
 # Without random words, where columns are cut too.
 TO_NEAREST = ["split8, 8bit to nearest", "split16"]
-CASES = [
-    ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2 hsdp", 4), ("fsdp2 offload", 2), ("tp", 2), ("tp", 3),
-    ("fsdp2 and tp", 3), ("fsdp2 and tp", 4),
-]  # fmt: skip
+CASES = [("ddp", 2), ("fsdp2", 3), ("fsdp2 hsdp", 4), ("fsdp2 offload", 2), ("tp", 3), ("fsdp2 and tp", 4)]
 
 
 @pytest.mark.parametrize(("kind", "n_processes"), CASES)
@@ -46,7 +43,7 @@ def test_interpreted_kernels_have_the_bits_of_one_process(
 
 @pytest.mark.parametrize(("kind", "n_processes"), [("fsdp2", 1), ("fsdp2", 3), ("tp", 2), ("fsdp2 and tp", 4)])
 def test_released_gradients_leave_the_bits_of_one_process(cluster: Cluster, kind: str, n_processes: int) -> None:
-    arguments = {"modes": MODES, "kind": kind, "name": OPT, "release_gradients": True}
+    arguments = {"modes": MODES[2:], "kind": kind, "name": OPT, "release_gradients": True}
     for found in cluster.run(n_processes, "memory:all_trained_as_alone", **arguments):
         assert {mode: keys for mode, keys in found.items() if keys} == {}
 
@@ -79,7 +76,7 @@ def test_a_write_to_a_parameter_makes_it_its_own_master(cluster: Cluster, kind: 
 
 @pytest.mark.parametrize(
     ("kind", "modes", "loaders"),
-    [("fsdp2", [BOTH, "split16", "fp32 masters, 8bit"], (1, 2, 3)), ("fsdp2 and tp", TO_NEAREST, (1, 3, 4))],
+    [("fsdp2", [BOTH, "split16", "fp32 masters, 8bit"], (1, 3)), ("fsdp2 and tp", TO_NEAREST, (2, 4))],
 )
 def test_a_checkpoint_of_two_processes_goes_on_bit_by_bit_on_any_number(
     cluster: Cluster, tmp_path: Path, kind: str, modes: list[str], loaders: tuple[int, ...]

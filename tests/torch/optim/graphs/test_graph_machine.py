@@ -122,5 +122,5 @@ class Graphs(RuleBasedStateMachine):
 
 
 def test_a_replay_is_a_step_through_any_interleaving() -> None:
-    runs = max(settings().max_examples // 3, 1)
+    runs = max(settings().max_examples // 4, 1)
     run_state_machine_as_test(Graphs, settings=settings(max_examples=runs, stateful_step_count=20))
