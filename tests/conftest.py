@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import shutil
 import tempfile
 
 # Before torch starts its threads. The tests' tensors are small, and pytest-xdist already fills the cores.
@@ -47,6 +48,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
+
+
+def pytest_unconfigure() -> None:
+    """Leave no folder behind."""
+    shutil.rmtree(os.environ["DRAGON_VM_TUNING_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

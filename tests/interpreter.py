@@ -3,6 +3,7 @@
 A kernel's call replaces the functions of the language by interpreted ones, and puts them back at the end. Each
 helper that the kernel calls has them replaced once more: it finds nothing left to replace, in 0.2 ms a call.
 Each operation makes a table of all dtypes to look one up, and the type of its result with a shape of its own.
+It compares shapes dimension by dimension before it broadcasts nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -82,10 +84,28 @@ def _share_shapes() -> None:
     tl.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>", lambda self, name: None)
 
 
+def _skip_what_is_done() -> None:
+    """Neither broadcast tensors of one shape nor cast to the type that is there: the usual case, in many calls."""
+    broadcast, cast = TritonSemantic.broadcast_impl_value, TritonSemantic.cast
+
+    def broadcast_unless_alike(self: Any, lhs: Any, rhs: Any) -> Any:
+        left, right = lhs.type, rhs.type
+        # Shapes are shared.
+        if left.is_block() and right.is_block() and left.shape is right.shape:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    def cast_unless_alike(self: Any, input: Any, dst_ty: Any, fp_downcast_rounding: Any = None) -> Any:
+        return input if input.type.scalar is dst_ty.scalar else cast(self, input, dst_ty, fp_downcast_rounding)
+
+    TritonSemantic.broadcast_impl_value, TritonSemantic.cast = broadcast_unless_alike, cast_unless_alike
+
+
 def speed_up() -> None:
     """Let the functions of each module be replaced once in a kernel's call, and make dtypes and shapes once."""
     interpreter._get_np_dtype = _dtype_lookup()
     _share_shapes()
+    _skip_what_is_done()
     replace: Callable[[Any], Any] = interpreter._patch_lang
     replaced: set[frozenset[str]] = set()
 

@@ -28,7 +28,9 @@ from dragon.vm.torch.optim import SGD, Adam
 ALL_OPTIONS = (*ADAM_OPTIONS, "maximize", "decoupled_weight_decay")
 # What the fused CPU operations can do: they ignore strides.
 FUSED_CASES = {"layouts": DENSE_LAYOUTS, "gradient_layouts": ["same"]}
-few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(
+    max_examples=2 * settings().max_examples, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 def adam(**flags):
