@@ -12,6 +12,8 @@ from dragon.vm.torch.optim._distributed.owners import instances
 
 _REMEDY = "give process_group"
 
+_CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
+
 
 def hidden_sharding(params: Sequence[Tensor]) -> str | None:
     """Tell whether plain parameters are known to be parts of a model that other processes hold the rest of.
@@ -75,13 +77,22 @@ def is_state_asked_for() -> bool:
 
     They give zeros as gradients and as learning rates then.
     """
-    return _caller("torch.distributed.checkpoint.state_dict", "_init_optim_state") is not None
+    return _caller(_CHECKPOINTS, "_init_optim_state") is not None
 
 
 def is_flat_dict_asked_for() -> bool:
     """Whether PyTorch's checkpoint functions call `state_dict` on this thread to flatten what it returns."""
-    frame = _caller("torch.distributed.checkpoint.state_dict", "_get_optim_state_dict")
+    frame = _caller(_CHECKPOINTS, "_get_optim_state_dict")
     return bool(getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False)) if frame else False
+
+
+def is_dict_to_fill_asked_for() -> bool:
+    """Whether PyTorch's checkpoint functions call `state_dict` on this thread to write a whole saved dict over it.
+
+    They fail at what is saved in a group and not there to be overwritten.
+    """
+    callers = [_caller(_CHECKPOINTS, name) for name in ("_load_optim_state_dict", "_get_optim_state_dict")]
+    return None not in callers and not is_flat_dict_asked_for()
 
 
 def is_scaler_looking() -> bool:
