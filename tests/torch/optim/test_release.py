@@ -239,6 +239,17 @@ def test_an_unknown_scaler_is_noticed():
         scaler.step(optimizer)
 
 
+def test_another_scaler_than_the_named_one_is_noticed():
+    named = torch.amp.GradScaler("cpu")
+    model = net()
+    made = model, AdamW(model.parameters(), release_gradients=named), named
+    # The copy of the optimizer has the original scaler.
+    for model, optimizer, scaler in [(*made[:2], torch.amp.GradScaler("cpu", 8.0)), copy.deepcopy(made)]:
+        scaler.scale(loss_of(model, 0)).backward()
+        with pytest.raises(RuntimeError, match="scale of another GradScaler"):
+            scaler.step(optimizer)
+
+
 def test_a_disabled_scaler_changes_nothing():
     expected, _ = trained(AdamW)
     model = net()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 from torch import Tensor
 
@@ -95,9 +96,10 @@ def is_dict_to_fill_asked_for() -> bool:
     return None not in callers and not is_flat_dict_asked_for()
 
 
-def is_scaler_looking() -> bool:
-    """Whether the step of a `GradScaler` on this thread is about to look at gradients."""
-    return _caller("torch.amp.grad_scaler", "step") is not None
+def looking_scaler() -> Any:
+    """The `GradScaler` whose step on this thread is about to look at gradients; None if there is none."""
+    frame = _caller("torch.amp.grad_scaler", "step")
+    return None if frame is None else frame.f_locals["self"]
 
 
 def _caller(name: str, function: str) -> FrameType | None:
