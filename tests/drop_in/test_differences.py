@@ -155,3 +155,23 @@ def test_a_differentiable_momentum_has_the_derivatives_of_its_formula() -> None:
         values = [[after_three_steps(kind, each).detach() for each in pair] for pair in moved]
         expected = torch.stack([(up - down) / (2 * small) for up, down in values])
         assert torch.allclose(found, expected, rtol=1e-6) == is_right
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_half_precision_parameters_are_rounded_once_as_by_fused(backend: str, dtype: torch.dtype) -> None:
+    def after(kind: Any, **options: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        param = nn.Parameter(torch.randn(1000, generator=generator).to(dtype))
+        optimizer = kind([param], lr=0.01, **options)
+        for _ in range(3):
+            param.grad = torch.randn(1000, generator=generator).to(dtype)
+            param.grad[:10] = 0
+            optimizer.step()
+        return param.detach()
+
+    found, default = after(ours.AdamW, backend=backend), after(torch.optim.AdamW)
+    torch.testing.assert_close(found, after(torch.optim.AdamW, fused=True))
+    assert 0.05 < float((found != default).float().mean()) < 0.9
+    assert found.isfinite().all()
+    assert default[:10].isnan().all() == (dtype == torch.float16)

@@ -12,7 +12,7 @@ from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
-from dragon.vm.torch.optim._distributed.hidden import check_scaled_sums, is_scaler_looking
+from dragon.vm.torch.optim._distributed.hidden import check_scaled_sums, looking_scaler
 from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._gradients.reporting import any_of, report, report_to_all, stand_in
@@ -27,6 +27,9 @@ _SUM = "grad_sum"
 
 class Releasing(Protocol):
     """What is asked of gradient release."""
+
+    def check_scaler(self, scaler: Any) -> None:
+        """Check that a scaler is the one that was named."""
 
     def untold(self) -> list[Tensor]:
         """What was found in gradients that are gone, where none was left to tell a scaler."""
@@ -80,11 +83,15 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         other processes of `process_group` find, and what was found in gradients that are gone.
         """
         is_shared = has_others(self._settings.process_group)
+        is_asked = bool(self._sums) or is_shared or self._release is not None
+        scaler = looking_scaler() if is_asked else None
+        if self._release is not None and scaler is not None:
+            self._release.check_scaler(scaler)
         if self._sums:
-            if not is_shared and is_scaler_looking():
+            if not is_shared and scaler is not None:
                 check_scaled_sums(self._all_params())
             self._handed_over = without_torch_function(self._sums.hand_over, (), (self._all_params(),), {})
-        if (is_shared or self._release is not None) and is_scaler_looking():
+        if (is_shared or self._release is not None) and scaler is not None:
             without_torch_function(self._report, (), (is_shared,), {})
         return bool(self._handed_over) or self._handles_scaling or is_shared
 

@@ -14,11 +14,11 @@ from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._distributed.hidden import is_flat_dict_asked_for
+from dragon.vm.torch.optim._distributed.hidden import is_dict_to_fill_asked_for, is_flat_dict_asked_for
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._formats import Plain
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon
-from dragon.vm.torch.optim._groups.bounds import widen_bounds
+from dragon.vm.torch.optim._groups.bounds import add_places, drop_places, widen_bounds
 from dragon.vm.torch.optim._groups.entries import held_format, stored_entries
 from dragon.vm.torch.optim._groups.exchange import (
     pytorch_state,
@@ -69,6 +69,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 group.update((name, str(group[name])) for name in STORAGE_OPTIONS if name in group)
             else:
                 _drop_storage(group)
+        if is_dict_to_fill_asked_for():
+            add_places(packed["param_groups"])
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         convert = tagged_state if is_native else pytorch_state
         states = dict(packed["state"])
@@ -95,6 +97,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             for name in Settings._fields:
                 group.pop(name, None)
             self._drop_defaults(group, said)
+        drop_places(self.param_groups)
         self._keep_bounds()
 
     def _keep_bounds(self) -> None:

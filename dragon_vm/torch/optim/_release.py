@@ -188,6 +188,19 @@ class GradientRelease:
         """What was found in gradients that are gone, where none was left to tell a scaler."""
         return self._report.untold()
 
+    def check_scaler(self, scaler: Any) -> None:
+        """Check at the step of a `GradScaler` that it is the one whose scale the gradients were divided by.
+
+        Raises:
+            RuntimeError: if it is another.
+        """
+        if self._report.scaler is not None and scaler is not self._report.scaler:
+            raise RuntimeError(
+                "release_gradients=scaler has updated parameters by the scale of another GradScaler than the one "
+                "that steps. Give it the scaler that scales the loss. Copies of an optimizer have the original's: "
+                "construct one with the copied scaler, and load state_dict()"
+            )
+
     def check_scaling(self, scaling: Scaling) -> None:
         """Check at a step that the gradients were scaled as this object was told.
 

@@ -230,12 +230,15 @@ def test_a_scaler_that_unscaled_before_it_was_told_is_refused():
     assert all(param.grad is None for param in model.parameters())
 
 
-def test_an_unknown_scaler_is_noticed():
-    model = net()
-    scaler = torch.amp.GradScaler("cpu")
-    optimizer = AdamW(model.parameters(), release_gradients=True)
+@pytest.mark.parametrize("is_named", [False, True])
+def test_an_unknown_scaler_is_noticed(is_named):
+    scaler, model = torch.amp.GradScaler("cpu"), net()
+    optimizer = AdamW(model.parameters(), release_gradients=scaler if is_named else True)
+    if is_named:
+        # The copy of the optimizer has the original scaler.
+        model, optimizer, scaler = copy.deepcopy((model, optimizer, scaler))
     scaler.scale(loss_of(model, 0)).backward()
-    with pytest.raises(RuntimeError, match="release_gradients=scaler"):
+    with pytest.raises(RuntimeError, match="another GradScaler" if is_named else "give release_gradients=scaler"):
         scaler.step(optimizer)
 
 

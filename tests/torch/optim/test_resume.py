@@ -6,6 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from dragon.vm.torch.optim import SGD, Adam
 from dragon.vm.torch.optim._formats import moment_bound
@@ -185,3 +190,37 @@ def test_sums_of_a_step_that_failed_are_saved() -> None:
         scaler.step(optimizer)
     for saved in (optimizer.state_dict(), copy.deepcopy(optimizer).state_dict()):
         assert saved["state"][0]["grad_sum"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+@pytest.mark.parametrize("betas", [(0.8, 0.99), (0.5, 0.9)], ids=["constant", "changed"])
+def test_full_dicts_of_pytorchs_checkpoint_functions_keep_the_bound(
+    is_native: bool, betas: tuple[float, float]
+) -> None:
+    options = StateDictOptions(full_state_dict=True)
+
+    def make() -> tuple[torch.nn.Module, Adam]:
+        model = torch.nn.Linear(64, 64)
+        return model, Adam(model.parameters(), betas=(0.8, 0.99), state_dtype="8bit", native_state_dict=is_native)
+
+    model, optimizer = make()
+    model(torch.ones(64)).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["betas"] = betas
+    optimizer.step()
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    resumed_model, resumed = make()
+    set_optimizer_state_dict(resumed_model, resumed, saved, options=options)
+    optimizer.load_state_dict(optimizer.state_dict())
+    found, expected = (each.param_groups[0]["bound_betas"] for each in (resumed, optimizer))
+    assert (*found, 0.0)[:3] == (*expected, 0.0)[:3]
+    assert len(expected) == (2 if betas == (0.8, 0.99) else 3)
+
+
+def test_a_full_dict_without_a_bound_leaves_none() -> None:
+    options = StateDictOptions(full_state_dict=True)
+    model = torch.nn.Linear(2, 2)
+    theirs, ours = torch.optim.Adam(model.parameters()), Adam(model.parameters())
+    saved = get_optimizer_state_dict(model, theirs, options=options)
+    set_optimizer_state_dict(model, ours, saved, options=options)
+    assert "bound_betas" not in ours.param_groups[0]

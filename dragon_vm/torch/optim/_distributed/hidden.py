@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.owners import instances
 
 _REMEDY = "give process_group"
+
+_CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
 
 
 def hidden_sharding(params: Sequence[Tensor]) -> str | None:
@@ -75,18 +78,28 @@ def is_state_asked_for() -> bool:
 
     They give zeros as gradients and as learning rates then.
     """
-    return _caller("torch.distributed.checkpoint.state_dict", "_init_optim_state") is not None
+    return _caller(_CHECKPOINTS, "_init_optim_state") is not None
 
 
 def is_flat_dict_asked_for() -> bool:
     """Whether PyTorch's checkpoint functions call `state_dict` on this thread to flatten what it returns."""
-    frame = _caller("torch.distributed.checkpoint.state_dict", "_get_optim_state_dict")
+    frame = _caller(_CHECKPOINTS, "_get_optim_state_dict")
     return bool(getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False)) if frame else False
 
 
-def is_scaler_looking() -> bool:
-    """Whether the step of a `GradScaler` on this thread is about to look at gradients."""
-    return _caller("torch.amp.grad_scaler", "step") is not None
+def is_dict_to_fill_asked_for() -> bool:
+    """Whether PyTorch's checkpoint functions call `state_dict` on this thread to write a whole saved dict over it.
+
+    They fail at what is saved in a group and not there to be overwritten.
+    """
+    callers = [_caller(_CHECKPOINTS, name) for name in ("_load_optim_state_dict", "_get_optim_state_dict")]
+    return None not in callers and not is_flat_dict_asked_for()
+
+
+def looking_scaler() -> Any:
+    """The `GradScaler` whose step on this thread is about to look at gradients; None if there is none."""
+    frame = _caller("torch.amp.grad_scaler", "step")
+    return None if frame is None else frame.f_locals["self"]
 
 
 def _caller(name: str, function: str) -> FrameType | None:

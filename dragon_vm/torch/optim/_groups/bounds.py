@@ -13,6 +13,9 @@ from dragon.vm.torch.optim._formats import moment_bound
 # The betas of the last step, and behind them what they and all before allow, once they have changed.
 _KEY = "bound_betas"
 
+# What a saved bound is to be written over; by itself it is none.
+_PLACE = (0.0, 0.0, 0.0)
+
 
 def widen_bounds(groups: Iterable[dict[str, Any]]) -> bool:
     """Note in groups what the betas so far allow their narrow moments; return whether any group changed."""
@@ -36,6 +39,21 @@ def widen_bounds(groups: Iterable[dict[str, Any]]) -> bool:
             continue
         has_changed = True
     return has_changed
+
+
+def add_places(packed_groups: Iterable[dict[str, Any]]) -> None:
+    """Give groups that are to be overwritten by saved ones a place for the bound that those may have."""
+    for group in packed_groups:
+        if "betas" in group:
+            group[_KEY] = _PLACE
+
+
+def drop_places(groups: Iterable[dict[str, Any]]) -> None:
+    """Take out of loaded groups the places that nothing was written to."""
+    for group in groups:
+        # PyTorch makes lists of tuples on the way.
+        if tuple(group.get(_KEY) or ()) == _PLACE:
+            del group[_KEY]
 
 
 def is_on_device(value: Any) -> bool:
