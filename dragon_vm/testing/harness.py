@@ -14,8 +14,8 @@ from .budget import DEFAULT_BUDGET, Budget
 from .cases import OptimizerCase, StepCase
 from .fence import Fenced, FenceError
 from .judge import ParityError, assert_within_budget
-from .records import AdamOptions, SGDOptions
-from .rules import AdamRule, OptionsT, Rule, SGDRule, StateT
+from .records import AdamOptions, SGDOptions, StateT
+from .rules import AdamRule, OptionsT, Rule, SGDRule
 from .wide import real_view
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
