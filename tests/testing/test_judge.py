@@ -29,7 +29,7 @@ from dragon.vm.testing import (
     fused_adam_step,
     sgd_errors,
 )
-from dragon.vm.testing.measure import measure
+from dragon.vm.testing.measure import main, measure
 
 EPS = 2.0**-23
 inf, nan = math.inf, math.nan
@@ -254,3 +254,10 @@ def test_the_measurement_stays_within_the_default_budget():
         # float16 arithmetic has no 1e-8: that torch's for-loop divides by zero there is its own defect.
         if dtype != "float16":
             assert excess <= getattr(Budget(), field)
+
+
+def test_a_measurement_of_no_steps_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["measure", "--steps", "0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--steps: expected at least 1, got 0" in capsys.readouterr().err
