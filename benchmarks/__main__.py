@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import environment, host, records, tables
+from benchmarks.arguments import device, positive
 from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS
 from benchmarks.runner import Run, measure
@@ -56,13 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--contender", action="append", default=[], metavar="TEXT", help=named)
     run.add_argument("--dtype", action="append", default=[], metavar="TEXT", help=named)
     run.add_argument("--set", choices=SETS, default="quick", help="cases and contenders that are not named")
-    run.add_argument("--device", type=torch.device, default=best, help="by default a GPU if there is one")
-    run.add_argument("--threads", type=int, help="threads of torch on the CPU")
-    run.add_argument("--rounds", type=int, default=25, help="turns of each contender, at most (25)")
+    run.add_argument("--device", type=device, default=best, help="by default a GPU if there is one")
+    run.add_argument("--threads", type=positive, help="threads of torch on the CPU")
+    run.add_argument("--rounds", type=positive, default=25, help="turns of each contender, at most (25)")
     run.add_argument("--turns", type=float, default=2.0, metavar="S", help="seconds of each contender a case (2)")
     run.add_argument("--budget", type=float, metavar="S", help="begin no case after this many seconds")
     host_work = commands.add_parser("host", help="measure host work alone, with launches replaced by no-ops")
-    host_work.add_argument("--rounds", type=int, default=host.N_ROUNDS, help="steps of each contender")
+    host_work.add_argument("--rounds", type=positive, default=host.N_ROUNDS, help="steps of each contender")
     for command in (run, host_work):
         command.add_argument("--out", type=Path, metavar="FILE", help="by default build/benchmarks/<date>.jsonl")
         command.add_argument("--note", help="what a reader must know about this run")

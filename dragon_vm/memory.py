@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import StorageOptions, nbytes, resolve
+from dragon.vm.torch.optim._formats import StorageOptions
+from dragon.vm.torch.optim._groups.storage import storage_of
 
 STATES = ("exp_avg", "exp_avg_sq")
 GIB = 2**30
@@ -57,7 +58,8 @@ def make_on_meta(path: str) -> torch.nn.Module:
 
     Raises:
         ModelError: for a path without ":" or with a relative module, for a module or a factory that does not
-            exist, and for a factory that needs arguments, returns no module, or one with lazy parameters.
+            exist, and for a factory that needs arguments, returns no module, or one whose parameters are lazy or
+            complex.
     """
     module, colon, name = path.partition(":")
     if not colon or not module or not name:
@@ -72,6 +74,10 @@ def make_on_meta(path: str) -> torch.nn.Module:
     lazy = [name for name, param in model.named_parameters() if torch.nn.parameter.is_lazy(param)]
     if lazy:
         raise ModelError(f"--model: {path} has lazy parameters, which have no shape yet: {', '.join(lazy)}")
+    # Their states have their own dtype, which no mode changes.
+    odd = [name for name, param in model.named_parameters() if param.is_complex()]
+    if odd:
+        raise ModelError(f"--model: {path} has complex parameters, for which there are no modes: {', '.join(odd)}")
     return model
 
 
@@ -99,12 +105,13 @@ def _find(module: str, name: str) -> Callable[[], Any]:
 
 
 def rows(params: Sequence[Tensor]) -> list[Row]:
-    """The table of parameters of these shapes, for each mode."""
+    """The table of parameters that lie in memory as these do, for each mode."""
     found = []
     for dtype, options in MODES:
-        storages = [(resolve(options, dtype, param.shape, STATES), param.numel()) for param in params]
-        kept = sum(storage.nbytes(numel) for storage, numel in storages)
-        gradients = sum(nbytes(resolve(StorageOptions(), dtype, p.shape, ()).param, p.numel()) for p in params)
+        group = {**options._asdict(), "differentiable": False}
+        stored = [torch.empty_like(param, dtype=dtype, device="meta") for param in params]
+        kept = sum(storage_of(param, group, STATES).nbytes(param.numel()) for param in stored)
+        gradients = sum(param.nbytes for param in stored)
         found.append(Row(dtype, _arguments(options), kept, gradients))
     return found
 

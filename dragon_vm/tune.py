@@ -95,7 +95,11 @@ def _tune(options: argparse.Namespace) -> int:
     from dragon.vm.tuning import store
 
     if options.imported is not None:
-        print(f"{len(store.import_results(options.imported))} results of {options.imported} are stored")
+        try:
+            stored = store.import_results(options.imported)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--import {options.imported}: {error}") from None
+        print(f"{len(stored)} results of {options.imported} are stored")
         return 0
     if options.show or options.export is not None:
         return _show(options.export)
@@ -117,7 +121,10 @@ def _show(export: Path | None) -> int:
             print(f"{result['device']}: {summary(result)}")
     print(f"{len(results)} results are in {tuning_dir()}")
     if export is not None and results:
-        store.export_results(export, results)
+        try:
+            store.export_results(export, results)
+        except OSError as error:
+            raise ValueError(f"--export {export}: {error}") from None
         print(f"{len(results)} results are written to {export}")
     return 0 if results or export is None else 1
 

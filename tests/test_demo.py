@@ -94,3 +94,13 @@ def test_the_table_measures_from_the_reference(digits: Digits) -> None:
         console.print(report.table({"near": near, "far": far}, "near", "title"))
     assert re.search(r"near +│ +50\.00% │ +1\.000000 │ +- │ +0\.250", capture.get())
     assert re.search(r"far +│ +100\.00% │ +1\.500000 │ +4\.0e\+00 │ +2\.000", capture.get())
+
+
+def test_a_wrong_argument_is_named_with_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        (["--epochs", "0"], "argument --epochs: expected a whole number of at least 1, got '0'"),
+        (["--device", "gpu"], "argument --device: no such device here: 'gpu'"),
+    ):
+        with pytest.raises(SystemExit):
+            demo.main(arguments)
+        assert said in capsys.readouterr().err

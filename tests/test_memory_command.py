@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from dragon.vm import tune
+from dragon.vm import memory, tune
+from dragon.vm.torch.optim import Adam
 
 MODEL = """
 import torch
@@ -19,6 +21,11 @@ def wide(width):
 
 def lazy():
     return torch.nn.LazyLinear(8)
+
+def odd():
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    return module
 
 def wrong():
     raise ValueError("an error of the model's own")
@@ -61,6 +68,10 @@ def test_a_model_of_the_present_folder_is_found(folder: Path) -> None:
             "my_package.model:lazy",
             "my_package.model:lazy has lazy parameters, which have no shape yet: weight",
         ),
+        (
+            "my_package.model:odd",
+            "my_package.model:odd has complex parameters, for which there are no modes: weight",
+        ),
         (".model:make", "the module must be absolute, got '.model:make'"),
         ("builtins:dict", "builtins:dict must return a torch.nn.Module, got dict"),
         ("argparse:Namespace", "argparse:Namespace must return a torch.nn.Module, got Namespace"),
@@ -72,6 +83,22 @@ def test_a_wrong_model_is_named(path: str, message: str, capsys: pytest.CaptureF
         tune.console(["memory", "--model", path])
     assert stopped.value.code == 2
     assert f"--model: {message}" in capsys.readouterr().err
+
+
+def test_every_row_is_what_an_optimizer_allocates_for_parameters_of_each_layout() -> None:
+    shapes = ((64, 64), (3, 5), (64, 2, 8, 8), ())
+    params = [torch.randn(shape) for shape in shapes]
+    # What is not row by row in memory keeps fp32 states.
+    params += [torch.randn(64, 128).t(), torch.randn(64, 64, 4, 4).to(memory_format=torch.channels_last)]
+    for row, (dtype, options) in zip(memory.rows(params), memory.MODES, strict=True):
+        trained = [torch.nn.Parameter(param.to(dtype)) for param in params]
+        for param in trained:
+            param.grad = torch.zeros_like(param)
+        optimizer = Adam(trained, **options._asdict())
+        optimizer.step()
+        found = optimizer.memory()
+        assert row.gradients == found["gradients"], row
+        assert row.kept == found["parameters"] + found["states"] + found["masters"], row
 
 
 @pytest.mark.usefixtures("folder")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import positive
 from benchmarks.environment import describe
 from benchmarks.memory.measure import measurements
 from benchmarks.memory.modes import MODES
@@ -25,7 +26,7 @@ def main() -> None:
     """Write the lines; the command line is described by ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=positive, default=5)
     parser.add_argument("--mode", action="append", choices=MODES, help="may be repeated; by default all")
     parser.add_argument("--page", action="store_true", help="only bring tables and pictures up to date")
     options = parser.parse_args()

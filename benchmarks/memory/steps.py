@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import positive
 from benchmarks.environment import describe
 from benchmarks.memory.modes import BF16, FP32, MODES, OURS, Mode
 from dragon.vm.measuring.shapes import Shapes, gpt2
@@ -69,10 +70,12 @@ def measure(modes: list[str], shapes: Shapes, n_rounds: int) -> list[dict[str, A
 def main() -> None:
     """Print a line a mode; the command line is described by ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory.steps", description=__doc__)
-    parser.add_argument("--layers", type=int, default=12, help="of GPT-2; 12 are the model of 124M parameters")
-    parser.add_argument("--vocabulary", type=int, default=50257)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--layers", type=positive, default=12, help="of GPT-2; 12 are the model of 124M parameters"
+    )
+    parser.add_argument("--vocabulary", type=positive, default=50257)
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--mode", action="append", choices=TIMED, help="may be repeated; by default all")
     parser.add_argument("--output", type=Path, help="a file to write one JSON line a mode to")
     options = parser.parse_args()

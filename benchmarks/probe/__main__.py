@@ -27,7 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if unknown := set(options.part) - set(PARTS):
         parser.error(f"--part {sorted(unknown)[0]!r} is unknown; there are {', '.join(PARTS)}")
-    with Probe(options.out, options.dry) as probe:
+    try:
+        made = Probe(options.out, options.dry)
+    except RuntimeError as error:
+        parser.error(str(error))
+    with made as probe:
         for name, part in PARTS.items():
             if not options.part or name in options.part:
                 probe.run(name, part)

@@ -24,6 +24,10 @@ class Budget:
     float16 is infinitely wrong there because eps = 1e-8 is zero in it. The slack allows other orders of the same
     operations, each rounded once: at worst 4.5 units of exp_avg and 6.5 of exp_avg_sq. `1 - beta` in float32 is
     off by 100 and more.
+
+    Where a tensor is stored more coarsely than the arithmetic computes, a unit of slack is two units of the
+    arithmetic: the storage itself must round to nearest, and bits that are cut off are an error. 2**16 units of
+    slack allow two eps of bfloat16 beside float32 arithmetic, 2**13 two of float16.
     """
 
     param: float = 3.0

@@ -14,8 +14,8 @@ from .budget import DEFAULT_BUDGET, Budget
 from .cases import OptimizerCase, StepCase
 from .fence import Fenced, FenceError
 from .judge import ParityError, assert_within_budget
-from .records import AdamOptions, SGDOptions
-from .rules import AdamRule, OptionsT, Rule, SGDRule, StateT
+from .records import AdamOptions, SGDOptions, StateT
+from .rules import AdamRule, OptionsT, Rule, SGDRule
 from .wide import real_view
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
@@ -30,7 +30,9 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _same_bits(a: Any, b: Any) -> bool:
-    """Tell whether two tensors or numbers are equal bit by bit; NaN equals itself."""
+    """Tell whether two tensors or numbers are equal bit by bit; NaN equals itself, None nothing else."""
+    if a is None or b is None:
+        return a is b
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return bool(a == b)
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -68,7 +70,11 @@ class _Run(Generic[StateT, OptionsT]):
         self.options: list[OptionsT] = [
             replace(self.defaults, **{**arguments, **group.options}) for group in self.case.groups
         ]
+        given = [_bits(param) for param in self.params]
         self.optimizer = self.build_optimizer()
+        for i, (param, bits) in enumerate(zip(self.params, given, strict=True)):
+            if not torch.equal(_bits(param), bits):
+                raise ParityError(f"parameter {i} was changed by the constructor")
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Call the factory with fresh group dicts of the same parameters."""
@@ -129,10 +135,10 @@ class _Run(Generic[StateT, OptionsT]):
         for i, fence in enumerate(gradients):
             self.judge(i, before[i], given[i], after[i])
             self.check_memory(self.params[i], self.fences[i], f"parameter {i}")
-            if fence is not None and given[i] is not None:
-                grad = self.params[i].grad
-                if grad is None or not _same_bits(given[i], grad):
-                    raise ParityError(f"parameter {i}: step() changed its gradient")
+            grad = self.params[i].grad
+            if not _same_bits(given[i], grad):
+                raise ParityError(f"parameter {i}: step() changed its gradient")
+            if fence is not None and grad is not None:
                 self.check_memory(grad, fence, f"gradient of parameter {i}")
 
     def check_memory(self, tensor: Tensor, fence: Fenced, name: str) -> None:

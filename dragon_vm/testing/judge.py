@@ -6,7 +6,7 @@ first.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .budget import DEFAULT_BUDGET, Budget
 from .fused import fused_adam_step, fused_sgd_step
-from .records import AdamOptions, AdamState, SGDOptions, SGDState
+from .records import AdamOptions, AdamState, SGDOptions, SGDState, StateT
 from .reference import adam_reference, sgd_reference
 from .units import adam_units, sgd_units
 from .wide import WideArray, wide
@@ -29,6 +29,7 @@ class FieldErrors(NamedTuple):
     unit: WideArray  # one unit of error, in the tensor's own numbers
     error: WideArray  # |got - expected| in units; inf where a finite value is non-finite or the reverse
     fused_error: WideArray  # the same of torch's fused step from the same start
+    slack_unit: WideArray  # what one unit of slack allows, in units; see `Budget`
 
     def worst(self) -> float:
         """Return the largest error in units, 0 for an empty tensor."""
@@ -66,10 +67,26 @@ def errors_in_units(got: Tensor, expected: WideArray, unit: WideArray) -> WideAr
     return np.asarray(np.where(np.isinf(unit), 0, error), np.longdouble)
 
 
+def _before_storage(state: StateT, compute_dtype: torch.dtype) -> StateT:
+    """Return the same numbers in dtypes as fine as the arithmetic's: their units have no rounding of storage."""
+    values: list[Any] = list(state)
+    tensors: dict[str, Any] = {
+        name: value.to(torch.promote_types(value.dtype, compute_dtype))
+        for name, value in zip(state._fields, values, strict=True)
+        if isinstance(value, Tensor)
+    }
+    return state._replace(**tensors)
+
+
 def _field_errors(
-    field: str, got: Tensor | None, expected: WideArray | None, unit: WideArray | None, fused: Tensor | None
+    field: str,
+    got: Tensor | None,
+    expected: WideArray | None,
+    unit: WideArray | None,
+    arithmetic: WideArray | None,
+    fused: Tensor | None,
 ) -> list[FieldErrors]:
-    if got is None or expected is None or unit is None or fused is None:
+    if got is None or expected is None or unit is None or arithmetic is None or fused is None:
         if expected is not None and got is None:
             raise ParityError(f"{field} is missing: the optimizer keeps no such state after the step")
         return []
@@ -82,7 +99,24 @@ def _field_errors(
     # finite value there gets nothing from torch's being infinitely wrong.
     lost = ~np.isfinite(fused_error)
     excused = lost & ~np.isfinite(wide(got))
-    return [FieldErrors(field, got, expected, unit, np.where(excused, 0, error), np.where(lost, 0, fused_error))]
+    # Twice: beside a tie of the storage torch's error and ours add up.
+    with np.errstate(invalid="ignore"):
+        is_coarse = ~lost & (2 * arithmetic < unit)
+        slack_unit = np.where(is_coarse, 2 * arithmetic / unit, 1)
+    error, fused_error = np.where(excused, 0, error), np.where(lost, 0, fused_error)
+    return [FieldErrors(field, got, expected, unit, error, fused_error, slack_unit)]
+
+
+def _all_errors(
+    after: StateT, expected: NamedTuple, units: NamedTuple, arithmetic: NamedTuple, fused: StateT
+) -> list[FieldErrors]:
+    return [
+        errors
+        for name in units._fields
+        for errors in _field_errors(
+            name, *(getattr(each, name) for each in (after, expected, units, arithmetic, fused))
+        )
+    ]
 
 
 def adam_errors(
@@ -108,15 +142,12 @@ def adam_errors(
         raise ParityError(f"step went from {start.step:g} to {after.step:g}, expected {start.step + 1:g}")
     compute_dtype = compute_dtype or default_compute_dtype(start.param.dtype)
     expected = adam_reference(start, grad, options)
-    units = adam_units(start, grad, expected, options, compute_dtype)
+    units, arithmetic = (
+        adam_units(each, grad, expected, options, compute_dtype)
+        for each in (start, _before_storage(start, compute_dtype))
+    )
     fused = fused_adam_step(start, grad, options, compute_dtype)
-    return [
-        errors
-        for name in units._fields
-        for errors in _field_errors(
-            name, getattr(after, name), getattr(expected, name), getattr(units, name), getattr(fused, name)
-        )
-    ]
+    return _all_errors(after, expected, units, arithmetic, fused)
 
 
 def sgd_errors(
@@ -130,17 +161,14 @@ def sgd_errors(
     compute_dtype = compute_dtype or default_compute_dtype(start.param.dtype)
     expected = sgd_reference(start, grad, options)
     state_dtype = start.param.dtype if after.momentum_buffer is None else after.momentum_buffer.dtype
+    fine_dtype = torch.promote_types(state_dtype, compute_dtype)
     units = sgd_units(start, grad, expected, options, state_dtype, compute_dtype)
+    fine_start = _before_storage(start, compute_dtype)
+    arithmetic = sgd_units(fine_start, grad, expected, options, fine_dtype, compute_dtype)
     fused = fused_sgd_step(start, grad, options, compute_dtype)
     if fused.momentum_buffer is not None:
         fused = fused._replace(momentum_buffer=fused.momentum_buffer.to(state_dtype))
-    return [
-        errors
-        for name in units._fields
-        for errors in _field_errors(
-            name, getattr(after, name), getattr(expected, name), getattr(units, name), getattr(fused, name)
-        )
-    ]
+    return _all_errors(after, expected, units, arithmetic, fused)
 
 
 def assert_within_budget(
@@ -153,7 +181,7 @@ def assert_within_budget(
             budget.
     """
     for errors in fields:
-        slack = getattr(budget, errors.field)
+        slack = getattr(budget, errors.field) * errors.slack_unit
         allowed = errors.fused_error + slack
         # Written as "not <=" so that a NaN is no pass.
         bad = ~(errors.error <= allowed)
@@ -166,7 +194,7 @@ def assert_within_budget(
             f"{errors.got[index].item()!r}, expected {float(errors.expected[index])!r}: off by "
             f"{float(errors.error[index]):.4g} eps of its largest addend "
             f"(one is {float(errors.unit[index]):.4g}), allowed {float(allowed[index]):.4g} "
-            f"(torch fused {float(errors.fused_error[index]):.4g} + slack {slack:g}); "
+            f"(torch fused {float(errors.fused_error[index]):.4g} + slack {float(slack[index]):.4g}); "
             f"{int(bad.sum())} of {bad.size} elements are out of budget"
         )
 

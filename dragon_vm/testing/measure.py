@@ -121,6 +121,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Errors of torch.optim.Adam in units of the operand's eps.")
     parser.add_argument("--steps", type=int, default=3000, help="random steps for each dtype")
     steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"--steps: expected at least 1, got {steps}")
     print(f"torch {torch.__version__}, {steps} steps of 64 elements for each dtype")
     print(f"{'dtype':9} {'torch.optim.Adam':17} {'field':15} {'error':>9} {'over fused':>11}")
     for (dtype, name, field), (error, excess) in measure(steps).items():

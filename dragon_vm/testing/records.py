@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -58,3 +58,6 @@ class SGDState(NamedTuple):
 
     param: Tensor  # the parameter's dtype
     momentum_buffer: Tensor | None  # state dtype; None before the first step, and without momentum
+
+
+StateT = TypeVar("StateT", AdamState, SGDState)

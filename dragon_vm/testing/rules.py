@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from .judge import FieldErrors, ParityError, adam_errors, sgd_errors
-from .records import AdamOptions, AdamState, SGDOptions, SGDState
+from .records import AdamOptions, AdamState, SGDOptions, SGDState, StateT
 from .wide import real_view
 
-StateT = TypeVar("StateT", AdamState, SGDState)
 OptionsT = TypeVar("OptionsT", AdamOptions, SGDOptions)
 
 

@@ -113,27 +113,39 @@ def run(
     end = tools.clock() + budget
     for index, job in enumerate(jobs):
         start = tools.clock()
-        limit = start + (end - start) / (len(jobs) - index)
-        try:
-            bench = tools.bench(job)
-        except torch.OutOfMemoryError:
-            say(f"{job.name}, {job.size}: its tensors do not fit the device")
-            continue
+        seconds = (end - start) / (len(jobs) - index)
         if job.spec not in pruned:
-            seconds = COMPILE_SHARE * (limit - start)
-            pruned[job.spec] = tools.prune(job.spec, shapes(machine.warp_size), seconds)
-        decision = _search(bench, pruned[job.spec], default_config(machine.arch, job.spec), tools, limit)
-        wrong = [text for text in decision.outcomes.values() if text.startswith("wrong")]
-        if wrong:
-            say(f"{job.name}, {job.size}: {len(wrong)} configurations are wrong, the first: {wrong[0]}")
-        if decision.config is None or not decision.repetitions:
-            say(f"{job.name}, {job.size}: nothing is stored: {decision.reason}")
-            continue
-        result = _result(job, bench, decision, machine)
-        save(result)
-        results.append(result)
-        say(summary(result))
+            pruned[job.spec] = tools.prune(job.spec, shapes(machine.warp_size), COMPILE_SHARE * seconds)
+        result = _run_job(job, pruned[job.spec], machine, tools, start + seconds, say)
+        if result is not None:
+            save(result)
+            results.append(result)
+            say(summary(result))
     return results
+
+
+def _run_job(
+    job: Job,
+    pruned: dict[LaunchConfig, str | None],
+    machine: Machine,
+    tools: Tools,
+    limit: float,
+    say: Callable[[str], object],
+) -> Result | None:
+    """The result of one job, whose tensors are then freed; None if there is nothing to store."""
+    try:
+        bench = tools.bench(job)
+    except torch.OutOfMemoryError:
+        say(f"{job.name}, {job.size}: its tensors do not fit the device")
+        return None
+    decision = _search(bench, pruned, default_config(machine.arch, job.spec), tools, limit)
+    wrong = [text for text in decision.outcomes.values() if text.startswith("wrong")]
+    if wrong:
+        say(f"{job.name}, {job.size}: {len(wrong)} configurations are wrong, the first: {wrong[0]}")
+    if decision.config is None or not decision.repetitions:
+        say(f"{job.name}, {job.size}: nothing is stored: {decision.reason}")
+        return None
+    return _result(job, bench, decision, machine)
 
 
 def _search(

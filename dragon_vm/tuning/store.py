@@ -88,9 +88,12 @@ def import_results(path: Path) -> list[Path]:
 
     Raises:
         OSError: if a file cannot be read or written.
-        ValueError: if one of the results cannot be used here; none is stored then.
+        ValueError: if it is no exported file, or one of the results cannot be used here; none is stored then.
     """
-    data = read_json(path)
+    try:
+        data = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
     results = data.get("results") if isinstance(data, dict) else None
     if not isinstance(results, list):
         raise ValueError("it holds no list of results")

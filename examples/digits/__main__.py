@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks.arguments import device, positive
 from dragon.vm.torch.optim import Adam
 from examples.digits import report
 from examples.digits.training import BuildOptimizer, Run, load, n_steps, train
@@ -39,8 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.digits", description=__doc__)
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    parser.add_argument("--device", type=torch.device, default=best, help="default: a GPU if there is one")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--device", type=device, default=best, help="default: a GPU if there is one")
+    parser.add_argument("--epochs", type=positive, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the picture")
     return parser.parse_args(arguments)

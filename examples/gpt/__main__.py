@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks.arguments import device, positive
 from examples.gpt import report
 from examples.gpt.modes import MODES, why_not
 from examples.gpt.training import Run, train
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.gpt", description=__doc__)
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    parser.add_argument("--steps", type=_positive, default=300, help="of each mode; default: 300")
+    parser.add_argument("--steps", type=positive, default=300, help="of each mode; default: 300")
     parser.add_argument(
         "--modes",
         nargs="+",
@@ -48,17 +49,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         metavar="MODE",
         help=f"default: all, {', '.join(MODES)}",
     )
-    parser.add_argument("--device", type=torch.device, default=best, help="default: a GPU if there is one")
+    parser.add_argument("--device", type=device, default=best, help="default: a GPU if there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/gpt"), help="folder for the picture")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, but got {number}")
-    return number
 
 
 def _run_all(options: argparse.Namespace, names: list[str], console: Console) -> dict[str, Run]:

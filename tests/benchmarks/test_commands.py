@@ -54,6 +54,25 @@ def test_a_run_in_which_one_of_ours_fails_says_so_by_its_status(
     assert "failed: 10 x 16, ours native: ModuleNotFoundError: No module named" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--rounds", "0"], "argument --rounds: expected a whole number of at least 1, got '0'"),
+        (["host", "--rounds", "many"], "argument --rounds: expected a whole number of at least 1, got 'many'"),
+        (["run", "--threads", "-2"], "argument --threads: expected a whole number of at least 1, got '-2'"),
+        (["run", "--device", "gpu"], "argument --device: no such device here: 'gpu'"),
+        (["run", "--device", "vulkan"], "argument --device: no such device here: 'vulkan'"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_its_value(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        benchmarks.main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_run_out_of_time_says_what_it_left_out(tmp_path: Path) -> None:
     out = tmp_path / "lines.jsonl"
     assert benchmarks.main(["--case", "10 x 16", "--budget", "-1", "--out", str(out), *QUICK]) == 0

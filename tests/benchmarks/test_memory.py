@@ -13,6 +13,7 @@ from benchmarks.memory.modes import BETAS, MODES, OURS, trained
 from benchmarks.memory.page import kept_bytes, read
 from benchmarks.memory.peers import Dynamic, Float8, LinearRoot, Moments, PeerAdam, Softsign, _dynamic_table
 from benchmarks.memory.training import train_digits, train_text
+from dragon.vm.measuring.shapes import gpt2
 from dragon.vm.torch.optim._formats import Format, Plain
 
 STEPS = Path(__file__).parents[2] / "benchmarks" / "results" / "memory" / "steps.jsonl"
@@ -130,10 +131,15 @@ def test_the_measured_losses_of_ours_are_those_of_fp32() -> None:
 
 
 def test_the_page_tells_the_measured_times() -> None:
-    ratios = {line["mode"]: line["ratio"] for line in map(json.loads, STEPS.read_text().splitlines())}
+    lines = [json.loads(line) for line in STEPS.read_text().splitlines()]
+    ratios = {line["mode"]: line["ratio"] for line in lines}
     page = (STEPS.parents[3] / "docs" / "memory.md").read_text()
-    (sentence,) = re.findall(r"On one thread and GPT-2's shapes .*?\.memory\.steps`", page, re.DOTALL)
+    (sentence,) = re.findall(r"One thread was measured .*?\.memory\.steps .*?`", page, re.DOTALL)
     told = ["fp32 masters", "split16", "bf16 states", "8bit", "split8, 8bit"]
     assert [int(number) for number in re.findall(r"(\d+) times", sentence)] == [
         round(ratios[mode]) for mode in told
     ]
+    (shown,) = re.findall(r"steps --layers (\d+) --vocabulary (\d+) --threads (\d+)`", sentence)
+    n_layers, vocabulary, n_threads = map(int, shown)
+    numel = sum(map(math.prod, gpt2(n_layers, 768, vocabulary)))
+    assert {(line["numel"], line["threads"]) for line in lines} == {(numel, n_threads)}

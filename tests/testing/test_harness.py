@@ -145,6 +145,34 @@ class MovesParametersAtFirst(torch.optim.Adam):
             param.data = param.data.clone()
 
 
+class ChangesParametersAtFirst(torch.optim.Adam):
+    def __init__(self, groups, **options):
+        super().__init__(groups, **options)
+        self.param_groups[0]["params"][1].detach()[-1] = 0
+
+
+class MakesGradients(torch.optim.Adam):
+    def step(self):
+        super().step()
+        for param in self.param_groups[0]["params"]:
+            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (ChangesParametersAtFirst, "^parameter 1 was changed by the constructor"),
+        (MakesGradients, r"^step 1 of 1: parameter 1: step\(\) changed its gradient"),
+    ],
+)
+def test_what_an_optimizer_does_beside_its_updates_is_caught(make, message):
+    group = GroupCase((TensorCase(seed=1, binade=0, numel=5),) * 2, {})
+    case = OptimizerCase({}, (group,), (StepCase((GradientCase(seed=2, binade=0), None), {}),))
+    check_adam(torch.optim.Adam, case)
+    with pytest.raises(ParityError, match=message):
+        check_adam(make, case)
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [

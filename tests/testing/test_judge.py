@@ -10,16 +10,26 @@ from dragon.vm.testing import (
     AdamOptions,
     AdamState,
     Budget,
+    GradientCase,
+    GroupCase,
+    OptimizerCase,
     ParityError,
+    SGDOptions,
+    SGDState,
+    StepCase,
+    TensorCase,
     adam_errors,
     adam_reference,
     adam_units,
     assert_adam_step,
+    assert_within_budget,
+    check_adam,
     default_compute_dtype,
     errors_in_units,
     fused_adam_step,
+    sgd_errors,
 )
-from dragon.vm.testing.measure import measure
+from dragon.vm.testing.measure import main, measure
 
 EPS = 2.0**-23
 inf, nan = math.inf, math.nan
@@ -146,6 +156,50 @@ def test_sixteen_bit_parameters_have_units_of_their_storage():
     assert float(found.exp_avg[0]) == pytest.approx(2.0**-7 * 0.1, rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("field", ["param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+def test_storage_of_sixteen_bits_must_round_to_nearest(field, dtype):
+    generator = torch.Generator().manual_seed(0)
+    param, grad, m, v = (torch.randn(64, generator=generator).to(dtype) for _ in range(4))
+    start, options = AdamState(param, 9.0, m, v.square(), v.square() / 2), AdamOptions(amsgrad=True, lr=0.1)
+    after = fused_adam_step(start, grad, options, torch.float32)
+    assert_adam_step(start, grad, after, options)
+    exact = torch.from_numpy(getattr(adam_reference(start, grad, options), field).astype("float64"))
+    nearest = getattr(after, field)
+    toward_zero = torch.where(
+        nearest.double().abs() > exact.abs(), (nearest.view(torch.int16) - 1).view(dtype), nearest
+    )
+    cut = after._replace(**{field: toward_zero})
+    with pytest.raises(ParityError, match=rf"^parameter: {field}\["):
+        assert_adam_step(start, grad, cut, options)
+    two_eps = Budget(**{field: 2.0**16 if dtype == torch.bfloat16 else 2.0**13})
+    assert_adam_step(start, grad, cut, options, budget=two_eps)
+
+
+def test_float32_arithmetic_may_fall_on_either_side_of_a_tie_of_the_storage():
+    options = SGDOptions(lr=1.0)
+    # 1 + 2**-8 is a tie of bfloat16; the error of one rounding of the arithmetic decides.
+    start, grad = SGDState(torch.ones(1, dtype=torch.bfloat16), None), torch.tensor([-(2.0**-8) * (1 + 2.0**-16)])
+    for got in (1.0, 1.0 + 2.0**-7):
+        after = SGDState(torch.tensor([got], dtype=torch.bfloat16), None)
+        assert_within_budget(sgd_errors(start, grad, after, options))
+
+
+def test_arithmetic_of_sixteen_bits_is_not_taken_for_float32():
+    case = OptimizerCase(
+        {"lr": 0.1, "weight_decay": 0.5},
+        (GroupCase((TensorCase(seed=1, binade=0, numel=64, dtype=torch.bfloat16),), {}),),
+        (StepCase((GradientCase(seed=2, binade=0),), {}),),
+    )
+
+    def for_loop(groups, **options):
+        return torch.optim.Adam(groups, foreach=False, **options)
+
+    check_adam(for_loop, case, compute_dtype=torch.bfloat16)
+    with pytest.raises(ParityError):
+        check_adam(for_loop, case)
+
+
 def test_the_message_names_tensor_field_index_values_error_and_budget():
     start = AdamState(torch.ones(2, 3), 4.0, torch.zeros(2, 3), torch.zeros(2, 3), None)
     grad, options = torch.ones(2, 3), AdamOptions()
@@ -200,3 +254,10 @@ def test_the_measurement_stays_within_the_default_budget():
         # float16 arithmetic has no 1e-8: that torch's for-loop divides by zero there is its own defect.
         if dtype != "float16":
             assert excess <= getattr(Budget(), field)
+
+
+def test_a_measurement_of_no_steps_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["measure", "--steps", "0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--steps: expected at least 1, got 0" in capsys.readouterr().err

@@ -116,7 +116,8 @@ def test_results_move_between_machines(
         (("--kernel", "lion"), "adam fp32"),
         (("--kernel", "norm"), "is not tuned"),
         (("--time-budget", "soon"), "90s"),
-        (("--import", "/nowhere/at/all"), "No such file"),
+        (("--import", "/nowhere/at/all"), "--import /nowhere/at/all: "),
+        (("--import", __file__), f"--import {__file__}: it is not JSON: "),
     ],
 )
 def test_a_wrong_argument_is_refused_with_what_is_right(

@@ -1,6 +1,7 @@
 """A whole run: prune, check, search and store, with a clock and a timer of the test's own."""
 
 import importlib
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,20 @@ def test_tensors_that_do_not_fit_are_skipped() -> None:
     results, lines = tune(overflow, JOBS[:2])
     assert len(results) == 1
     assert lines[0].endswith("its tensors do not fit the device")
+
+
+def test_the_tensors_of_a_job_are_freed_before_the_next_one_allocates() -> None:
+    made: list[weakref.ref[PlantedBench]] = []
+    alive: list[int] = []
+
+    def bench(job: Job) -> PlantedBench:
+        alive.append(sum(reference() is not None for reference in made))
+        new = PlantedBench(bowl)
+        made.append(weakref.ref(new))
+        return new
+
+    tune(bench, JOBS[:3])
+    assert alive == [0, 0, 0]
 
 
 def test_jobs_are_chosen_by_name() -> None:

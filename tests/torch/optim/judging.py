@@ -78,7 +78,11 @@ def snapshots(optimizer: torch.optim.Optimizer) -> list[AdamState]:
     ]
 
 
-def judged_step(optimizer: torch.optim.Optimizer, step: Callable[[], Any] | None = None) -> None:
+def judged_step(
+    optimizer: torch.optim.Optimizer,
+    step: Callable[[], Any] | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> None:
     """Take a step and assert that it is as good as PyTorch's from the same start would be.
 
     A parameter without a gradient must keep its bits.
@@ -93,7 +97,7 @@ def judged_step(optimizer: torch.optim.Optimizer, step: Callable[[], Any] | None
         if grad is None:
             assert same_bits(before[index], after[index]), f"parameter {index} changed without a gradient"
         else:
-            errors = adam_errors(before[index], grad, after[index], options[index])
+            errors = adam_errors(before[index], grad, after[index], options[index], compute_dtype)
             assert_within_budget(errors, where=f"parameter {index}, {options[index]}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import warnings
@@ -160,7 +161,27 @@ def check_result(data: Any, path: Path | None = None) -> LaunchConfig:
         raise ValueError("foreign: it is the result of something else than its name and folder say")
     if not is_launchable(config, warp_size(arch)):
         raise ValueError(f"no kernel can be launched with {data['config']!r:.200}")
+    _check_report(data)
     return config
+
+
+def _check_report(result: dict[str, Any]) -> None:
+    """Check the times and texts that people are shown.
+
+    Raises:
+        ValueError: one is missing, or not what it should be.
+    """
+    try:
+        times = result["best_ms"]["median"], result["default_ms"]["median"], result["copy_ms"]
+        texts = result["kernel"], result["reason"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"incomplete: {type(error).__name__}: {error}") from None
+    for value in times:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"incomplete: {value!r:.40} is no time")
+    for value in texts:
+        if not isinstance(value, str):
+            raise ValueError(f"incomplete: {value!r:.40} is no text")
 
 
 def is_launchable(config: LaunchConfig, n_lanes: int) -> bool:
