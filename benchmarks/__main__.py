@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 
 from benchmarks import environment, host, records, tables
-from benchmarks.arguments import device, positive
 from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS
 from benchmarks.runner import Run, measure
 from benchmarks.selection import SETS, choose_cases, choose_contenders
+from dragon.vm.measuring.arguments import device, positive
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive
 from benchmarks.environment import describe
 from benchmarks.memory.measure import measurements
 from benchmarks.memory.modes import MODES
 from benchmarks.memory.page import RESULTS, write_page
+from dragon.vm.measuring.arguments import positive
 
 
 def main() -> None:

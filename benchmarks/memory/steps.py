@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import positive
 from benchmarks.environment import describe
 from benchmarks.memory.modes import BF16, FP32, MODES, OURS, Mode
+from dragon.vm.measuring.arguments import positive
 from dragon.vm.measuring.shapes import Shapes, gpt2
 from dragon.vm.torch.optim import AdamW
 

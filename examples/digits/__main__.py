@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.arguments import device, positive
+from dragon.vm.measuring.arguments import device, positive
 from dragon.vm.torch.optim import Adam
 from examples.digits import report
 from examples.digits.training import BuildOptimizer, Run, load, n_steps, train

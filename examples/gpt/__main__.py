@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.arguments import device, positive
+from dragon.vm.measuring.arguments import device, positive
 from examples.gpt import report
 from examples.gpt.modes import MODES, why_not
 from examples.gpt.training import Run, train
