@@ -139,7 +139,14 @@ def _report(options: argparse.Namespace) -> int:
     from benchmarks.probe.report import read
     from benchmarks.report import write
 
-    write(records.read(options.results), options.page, read(options.results / "probe"))
+    found = records.read(options.results)
+    if not found:
+        print(
+            f"--results {options.results}: there are no results, and {options.page} is left as it is",
+            file=sys.stderr,
+        )
+        return 1
+    write(found, options.page, read(options.results / "probe"))
     print(f"{options.page} is what {options.results} gives")
     return 0
 

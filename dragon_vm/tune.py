@@ -41,10 +41,13 @@ def make_parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--time-budget", type=seconds, default=BUDGET, metavar="TIME", help="as in 90s or 10m; by default 9m"
     )
-    tune.add_argument("--dry-run", action="store_true", help="list the searches")
-    tune.add_argument("--show", action="store_true", help="print stored results and ignored files")
-    tune.add_argument("--export", type=Path, metavar="FILE", help="write stored results to a file")
-    tune.add_argument(
+    instead = tune.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="list the searches")
+    instead.add_argument("--show", action="store_true", help="print stored results and ignored files")
+    instead.add_argument(
+        "--export", type=Path, metavar="FILE", help="print stored results, and write them to a file"
+    )
+    instead.add_argument(
         "--import", type=Path, metavar="FILE", dest="imported", help="store an exported file's results"
     )
     add("doctor", "print versions, devices, backends and tuning files, and test each backend")

@@ -73,6 +73,14 @@ def test_a_wrong_argument_is_named_with_its_value(
     assert said in capsys.readouterr().err
 
 
+def test_a_page_stays_where_there_are_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("kept")
+    assert benchmarks.main(["report", "--results", str(tmp_path), "--page", str(page)]) == 1
+    assert f"--results {tmp_path}: there are no results" in capsys.readouterr().err
+    assert page.read_text() == "kept"
+
+
 def test_a_run_out_of_time_says_what_it_left_out(tmp_path: Path) -> None:
     out = tmp_path / "lines.jsonl"
     assert benchmarks.main(["--case", "10 x 16", "--budget", "-1", "--out", str(out), *QUICK]) == 0

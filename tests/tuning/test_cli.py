@@ -116,6 +116,7 @@ def test_results_move_between_machines(
         (("--kernel", "lion"), "adam fp32"),
         (("--kernel", "norm"), "is not tuned"),
         (("--time-budget", "soon"), "90s"),
+        (("--import", "here.json", "--export", "there.json"), "not allowed with argument --import"),
         (("--import", "/nowhere/at/all"), "--import /nowhere/at/all: "),
         (("--import", __file__), f"--import {__file__}: it is not JSON: "),
     ],
