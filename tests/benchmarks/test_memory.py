@@ -10,7 +10,7 @@ import torch
 from benchmarks.memory import steps
 from benchmarks.memory.histories import HISTORIES, largest_update
 from benchmarks.memory.modes import BETAS, MODES, OURS, trained
-from benchmarks.memory.page import kept_bytes, read
+from benchmarks.memory.page import PAGE, kept_bytes, read, section
 from benchmarks.memory.peers import Dynamic, Float8, LinearRoot, Moments, PeerAdam, Softsign, _dynamic_table
 from benchmarks.memory.training import train_digits, train_text
 from dragon.vm.measuring.shapes import gpt2
@@ -128,6 +128,10 @@ def test_the_measured_losses_of_ours_are_those_of_fp32() -> None:
     assert {name for name in kept if abs(difference(name, "text")) > 0.0005} == set()
     assert {name for name in kept if abs(difference(name, "digits")) > 0.0005} == set()
     assert difference("bf16 to nearest", "text") > 0.005, "nothing would be seen"
+
+
+def test_the_page_has_the_table_that_the_lines_give() -> None:
+    assert section(read()) in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_page_tells_the_measured_times() -> None:
