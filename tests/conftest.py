@@ -21,7 +21,7 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Nobody's tuning results reach the tests.
-os.environ["DRAGON_VM_TUNING_DIR"] = tempfile.mkdtemp(prefix="dragon-vm-tuning-")
+TUNING_DIR = os.environ["DRAGON_VM_TUNING_DIR"] = tempfile.mkdtemp(prefix="dragon-vm-tuning-")
 
 IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 if IS_INTERPRETING:
@@ -52,7 +52,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 def pytest_unconfigure() -> None:
     """Leave no folder behind."""
-    shutil.rmtree(os.environ["DRAGON_VM_TUNING_DIR"], ignore_errors=True)
+    shutil.rmtree(TUNING_DIR, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
