@@ -19,7 +19,7 @@ from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS
 from benchmarks.runner import Run, measure
 from benchmarks.selection import SETS, choose_cases, choose_contenders
-from dragon.vm.measuring.arguments import device, positive
+from dragon.vm.measuring.arguments import device, positive, positive_seconds
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", type=device, default=best, help="by default a GPU if there is one")
     run.add_argument("--threads", type=positive, help="threads of torch on the CPU")
     run.add_argument("--rounds", type=positive, default=25, help="turns of each contender, at most (25)")
-    run.add_argument("--turns", type=float, default=2.0, metavar="S", help="seconds of each contender a case (2)")
+    run.add_argument(
+        "--turns", type=positive_seconds, default=2.0, metavar="S", help="seconds of each contender a case (2)"
+    )
     run.add_argument("--budget", type=float, metavar="S", help="begin no case after this many seconds")
     host_work = commands.add_parser("host", help="measure host work alone, with launches replaced by no-ops")
     host_work.add_argument("--rounds", type=positive, default=host.N_ROUNDS, help="steps of each contender")

@@ -93,13 +93,16 @@ def from_line(line: str) -> Record:
     """Read what `Record.as_line` wrote.
 
     Raises:
-        TypeError: for a line with other fields.
+        ValueError: for a line that is no JSON, or has other fields.
     """
     fields = json.loads(line)
-    for name in SPREADS:
-        if fields.get(name) is not None:
-            fields[name] = Spread(**fields[name])
-    return Record(**fields)
+    try:
+        for name in SPREADS:
+            if fields.get(name) is not None:
+                fields[name] = Spread(**fields[name])
+        return Record(**fields)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(str(error).removeprefix("Record.__init__() ")) from None
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
@@ -114,14 +117,21 @@ def read(folder: Path) -> list[Record]:
     """All records of a folder's ``*.jsonl``, or of one such file; a contender's last line in a run counts.
 
     A case writes what it has after its first rounds, for the event that it is killed, and again at its end.
+
+    Raises:
+        OSError: if a file cannot be read.
+        ValueError: for a line that is no record.
     """
     paths = sorted(folder.glob("*.jsonl")) if folder.is_dir() else [folder]
     found: dict[tuple[str, ...], Record] = {}
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             # The last line of a killed process may be cut off.
             if line.endswith("}"):
-                record = from_line(line)
+                try:
+                    record = from_line(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from None
                 key = (record.environment["run"], record.case, record.precision, record.contender)
                 found[key] = record
     return list(found.values())

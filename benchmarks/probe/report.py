@@ -30,14 +30,25 @@ STORED = {
 
 
 def read(folder: Path = RESULTS) -> dict[str, list[Line]]:
-    """The lines of each device, in the order of its runs."""
+    """The lines of each device, in the order of its runs, but for what has failed.
+
+    Raises:
+        ValueError: for a line that is none of a probe's.
+    """
     found: dict[str, list[Line]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         device = ""
-        for text in path.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            device = line["name"] if line["part"] == "device" else device
-            found.setdefault(device, []).append(line)
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            # The last line of a killed process may be cut off.
+            if not text.endswith("}"):
+                continue
+            try:
+                line = json.loads(text)
+                device = line["name"] if line["part"] == "device" else device
+            except (KeyError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: {type(error).__name__}: {error}") from None
+            if not line.get("failed"):
+                found.setdefault(device, []).append(line)
     return found
 
 
@@ -88,7 +99,9 @@ def kernel_rows(lines: Sequence[Line]) -> list[Row]:
     rows: list[Row] = []
     for line in _last((line for line in lines if line["part"] == "norm"), "kind", "dtype", "tensors"):
         what = f"{line['kind']} norm, {line['dtype']}, {line['tensors']:,} tensors"
-        rows.append((what, f"{1000 * line['ms']:.1f}", f"{line['of_copy']:.1%}"))
+        # Without a part that measured the copy there is no share of it.
+        share = "" if line["of_copy"] is None else f"{line['of_copy']:.1%}"
+        rows.append((what, f"{1000 * line['ms']:.1f}", share))
     for line in _last((line for line in lines if line["part"] == "advance"), "tensors", "partials"):
         norm = f", {line['partials']:,} partial norms" if line["partials"] else ""
         rows.append((f"counters and scalars of {line['tensors']:,} tensors{norm}", f"{line['us']:.1f}", ""))

@@ -156,11 +156,13 @@ class StepCase:
         gradients: One entry for each parameter of the case in order; None is a parameter without gradient.
         lr: New learning rate by group index, set before the step as a scheduler would.
         reload: Go on, before the step, with a fresh optimizer that has loaded the old one's `state_dict()`.
+        count: What step counters are set to before the step, as in a long run, after a reload; None to leave them.
     """
 
     gradients: tuple[GradientCase | None, ...]
     lr: dict[int, float]
     reload: bool = False
+    count: int | None = None
 
 
 @dataclass(frozen=True)

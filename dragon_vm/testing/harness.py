@@ -106,6 +106,15 @@ class _Run(Generic[StateT, OptionsT]):
             if changed := _changed_fields(old, new):
                 raise ParityError(f"parameter {i}: {', '.join(changed)} changed by a save and load")
 
+    def set_counts(self, count: int) -> None:
+        """Set the step counters that there are."""
+        for param in self.params:
+            state = self.optimizer.state.get(param, {})
+            if isinstance(state.get("step"), Tensor):
+                state["step"].fill_(count)
+            elif "step" in state:
+                state["step"] = count
+
     def set_gradients(self, step: StepCase) -> list[Fenced | None]:
         """Give every parameter the gradient of this step, or none."""
         fences: list[Fenced | None] = []
@@ -123,6 +132,8 @@ class _Run(Generic[StateT, OptionsT]):
         """Take one step and judge it."""
         if step.reload:
             self.reload()
+        if step.count is not None:
+            self.set_counts(step.count)
         for i, lr in step.lr.items():
             self.optimizer.param_groups[i]["lr"] = lr
             changed: dict[str, Any] = {"lr": lr}

@@ -44,6 +44,8 @@ _OPTION_VALUES: dict[str, SearchStrategy[Any]] = {
 # By what a square may reach in the dtype of the arithmetic; a float16 state must hold the square itself.
 _GRADIENT_BINADES = st.sampled_from([0, -7, 3, -20, -40, -70, 20, 50])
 _FLOAT16_BINADES = st.sampled_from([0, -3, 4, -7, -14])
+# Of a long run: a counter of 8 or 11 bits of mantissa, or of 16 bits, no longer counts there.
+_COUNTS = st.sampled_from([None, None, None, 300, 3000, 70000])
 
 
 def _check_dtypes(name: str, dtypes: Sequence[Any]) -> None:
@@ -131,14 +133,15 @@ def step_cases(
     gradient_layouts: Sequence[str] = GRADIENT_LAYOUTS,
     gradient_dtypes: Sequence[torch.dtype | None] = (None,),
 ) -> StepCase:
-    """Draw one step: gradients or none; now and then another lr, or a save and load, before it."""
+    """Draw one step: gradients or none; now and then another lr, a save and load, or another count before it."""
     gradients = tuple(
         None if draw(st.integers(0, 3)) == 3 else draw(gradient_cases(tensor, gradient_layouts, gradient_dtypes))
         for group in groups
         for tensor in group.tensors
     )
     lr = {i: draw(_LRS) for i in range(len(groups)) if draw(st.integers(0, 3)) == 3}
-    return StepCase(gradients, lr, reload=draw(st.integers(0, 3)) == 3)
+    reload = draw(st.integers(0, 3)) == 3
+    return StepCase(gradients, lr, reload, count=draw(_COUNTS))
 
 
 @st.composite

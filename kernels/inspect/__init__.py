@@ -129,8 +129,12 @@ def inspect_kernels(
 
     Raises:
         RuntimeError: under TRITON_INTERPRET=1.
-        ValueError: for an unknown architecture.
+        ValueError: for an unknown architecture, or a text that no kernel has in its name.
     """
+    names = [*UPDATES, *MODES, *UNSCALES, *NORMS, *ADVANCES]
+    for text in texts:
+        if not any(text in name for name in names):
+            raise ValueError(f"no kernel has {text!r} in its name; there are {', '.join(names)}")
 
     def is_wanted(name: str) -> bool:
         return not texts or any(text in name for text in texts)

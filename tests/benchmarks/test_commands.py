@@ -58,6 +58,8 @@ def test_a_run_in_which_one_of_ours_fails_says_so_by_its_status(
     ("arguments", "said"),
     [
         (["run", "--rounds", "0"], "argument --rounds: expected a whole number of at least 1, got '0'"),
+        (["run", "--turns", "-1"], "argument --turns: expected a number of seconds above 0, got '-1'"),
+        (["run", "--turns", "nan"], "argument --turns: expected a number of seconds above 0, got 'nan'"),
         (["host", "--rounds", "many"], "argument --rounds: expected a whole number of at least 1, got 'many'"),
         (["run", "--threads", "-2"], "argument --threads: expected a whole number of at least 1, got '-2'"),
         (["run", "--device", "gpu"], "argument --device: no such device here: 'gpu'"),
@@ -71,6 +73,27 @@ def test_a_wrong_argument_is_named_with_its_value(
         benchmarks.main(arguments)
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"case": "x", "other": 1}', "'other'"),
+        ('{"case": x}', "Expecting value"),
+        ('{"cold_ms": {"a": 1}}', "'a'"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(
+    line: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, page = tmp_path / "lines.jsonl", tmp_path / "page.md"
+    results.write_text(f"\n{line}\n")
+    with pytest.raises(SystemExit):
+        benchmarks.main(["report", "--results", str(results), "--page", str(page)])
+    error = capsys.readouterr().err
+    assert f"{results}, line 2: " in error
+    assert said in error
+    assert not page.exists()
 
 
 def test_a_page_stays_where_there_are_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

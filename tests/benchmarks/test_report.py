@@ -217,6 +217,19 @@ def test_figures_have_three_digits(value: float | None, text: str) -> None:
     assert figure(value) == text
 
 
+def test_a_probe_that_was_killed_or_failed_in_part_has_tables_of_the_rest(tmp_path: Path) -> None:
+    lines = [
+        {"part": "device", "name": "A CPU"},
+        {"part": "graph", "failed": True, "capture": "first", "tensors": 1, "numel": 2, "wrong": "no change"},
+        {"part": "norm", "kind": "L2", "dtype": "float32", "tensors": 3, "ms": 0.5, "of_copy": None},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"part": "la')
+    assert kernel_rows(read(tmp_path)["A CPU"]) == [("L2 norm, float32, 3 tensors", "500.0", "")]
+    (tmp_path / "a.jsonl").write_text('{"part": "device"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: KeyError: 'name'"):
+        read(tmp_path)
+
+
 def test_a_probes_lines_are_tables_of_its_device(tmp_path: Path) -> None:
     mode = {"part": "mode", "cold_us": 3.0, "host_us": 1.0, "tensors": 1}
     lines = [

@@ -187,10 +187,17 @@ def test_a_candidate_configuration_is_judged_without_a_gpu() -> None:
     assert done.stdout.splitlines() == ["True True False True", "4.0 28.0 {8: 4}"], done.stderr
 
 
-def test_an_unknown_architecture_is_refused_by_name() -> None:
-    done = run("--arch", "sm90")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--arch", "sm90"), 'expected a name like "sm_90" or "gfx942", got \'sm90\''),
+        (("--kernel", "sgd", "--kernel", "lion"), "no kernel has 'lion' in its name; there are adam fp32, "),
+    ],
+)
+def test_an_unknown_architecture_or_kernel_is_refused_by_name(arguments: tuple[str, ...], said: str) -> None:
+    done = run(*arguments)
     assert done.returncode == 2
-    assert 'expected a name like "sm_90" or "gfx942", got \'sm90\'' in done.stderr
+    assert said in done.stderr
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -88,6 +88,7 @@ def test_every_block_border_is_drawn(numel):
 HISTORIES = {
     "a parameter with and without gradient": lambda c: len({s.gradients[0] is None for s in c.steps}) == 2,
     "a save and load after the first step": lambda c: any(step.reload for step in c.steps[1:]),
+    "the count of a long run": lambda c: any(step.count is not None for step in c.steps[1:]),
     "a new lr after the first step": lambda c: any(step.lr for step in c.steps[1:]),
     "groups with options of their own": lambda c: len(c.groups) > 1 and c.groups[0].options != c.groups[1].options,
     "a tensor of no elements beside one of some": lambda c: len({t.numel > 0 for t in c.tensors}) == 2,

@@ -114,6 +114,20 @@ class BiasCorrectionOffByOne(PlainAdam):
         return state["step"].item() + 1
 
 
+class CounterInBfloat16(PlainAdam):
+    def ready_state(self, p, group):
+        state = super().ready_state(p, group)
+        state["step"] = state["step"].bfloat16()
+        return state
+
+
+class CounterInFloat16(PlainAdam):
+    def ready_state(self, p, group):
+        state = super().ready_state(p, group)
+        state["step"] = state["step"].half()
+        return state
+
+
 class BiasCorrectionInFloat32(PlainAdam):
     def denominator(self, second, correction2, eps):
         return second.sqrt() / (1 - (1 - torch.tensor(correction2))).sqrt() + eps
@@ -273,6 +287,8 @@ DEFECTS = {
     OneMinusBetaInFloat32: "exp_avg_sq",
     EpsilonInsideTheRoot: "param",
     BiasCorrectionOffByOne: "param",
+    CounterInBfloat16: "step went from",
+    CounterInFloat16: "step went from",
     BiasCorrectionInFloat32: "param",
     DecayDropped: "param|exp_avg",
     DecayAlwaysL2: "param|exp_avg",
