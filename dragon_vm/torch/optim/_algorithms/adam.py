@@ -19,7 +19,6 @@ from dragon.vm.torch.optim._algorithms.algorithm import (
     for_maths,
     host_number,
 )
-from dragon.vm.torch.optim._algorithms.scalars import one_minus_power
 from dragon.vm.torch.optim._formats import SLACK, clamp_moment, moment_bound
 
 _PLAIN_MATHS = Maths()
@@ -59,6 +58,11 @@ def _columns(group: Group) -> dict[str, float]:
         "EPSILON_HAT": float(group["epsilon_hat"]),
         "DECOUPLED": float(group["decoupled_weight_decay"]),
     }
+
+
+def one_minus_power(base: float, exponent: float) -> float:
+    """1 - base**exponent without cancellation, for 0 <= base < 1 and exponent >= 1."""
+    return -math.expm1(exponent * math.log(base)) if base > 0 else 1.0
 
 
 def _complement_power(beta: float | Tensor, step: Tensor) -> float | Tensor:
