@@ -55,7 +55,7 @@ class FusedCall(NamedTuple):
 
     def has_one_rate(self, groups: Sequence[Group]) -> bool:
         """Whether its parameter groups still have one learning rate."""
-        return len({groups[index]["lr"] for index in self.group_index}) == 1
+        return len(self.group_index) == 1 or len({groups[index]["lr"] for index in self.group_index}) == 1
 
     def limited(self, grads: list[Tensor], copies: list[Tensor]) -> list[Tensor]:
         """Copies of gradients, which the operation may write to, clipped, and scaled if it does not scale them."""
