@@ -6,6 +6,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -42,13 +43,6 @@ class Request(NamedTuple):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
-
-
-class _Formatter(argparse.HelpFormatter):
-    """As wide as the rest of the help, whatever the terminal."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=115)
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -104,7 +98,8 @@ def _is_switch(name: str) -> bool:
 def _option_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m dragon.vm.run",
-        formatter_class=_Formatter,
+        # As wide as the rest of the help, whatever the terminal.
+        formatter_class=partial(argparse.HelpFormatter, width=115),
         argument_default=argparse.SUPPRESS,
         add_help=False,
         allow_abbrev=False,
