@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from dragon.kernels.launch import advance_launcher, update_launcher
 from dragon.kernels.norm import NO_NORM
 from dragon.kernels.spec import Spec
 from dragon.vm.measuring.machine import Machine
+from dragon.vm.torch.optim._table.chunks import plan_chunks
 
 STATE_COLUMNS = (table.STATE_0, table.STATE_1, table.STATE_2)
 
@@ -73,11 +75,8 @@ def allocate(spec: Spec, numels: Sequence[int], device: torch.device) -> list[Ro
 
 def chunk_pairs(numels: Sequence[int], chunk: int) -> Tensor:
     """(row, chunk index) of every chunk, behind a first line of (number of chunks, 0), int32 [1 + n_chunks, 2]."""
-    counts = torch.tensor([-(-numel // chunk) for numel in numels])
-    rows = torch.repeat_interleave(torch.arange(len(numels)), counts)
-    firsts = torch.cumsum(counts, 0) - counts
-    pairs = torch.stack([rows, torch.arange(len(rows)) - firsts[rows]], dim=1)
-    return torch.cat([torch.tensor([[len(rows), 0]]), pairs]).int()
+    pairs = plan_chunks(numels, chunk)
+    return torch.frombuffer(array("i", [len(pairs) // 2, 0]) + pairs, dtype=torch.int32).view(-1, 2)
 
 
 def group_table(hyperparameters: Mapping[Any, float], device: torch.device) -> Tensor:
