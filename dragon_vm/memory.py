@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import StorageOptions
+from dragon.vm.torch.optim._formats.resolve import StorageOptions
 from dragon.vm.torch.optim._groups.storage import storage_of
 
 STATES = ("exp_avg", "exp_avg_sq")

@@ -19,7 +19,7 @@ from dragon.vm.torch.optim._algorithms.algorithm import (
     for_maths,
     host_number,
 )
-from dragon.vm.torch.optim._formats import SLACK, clamp_moment, moment_bound
+from dragon.vm.torch.optim._formats.bound import SLACK, clamp_moment, moment_bound
 
 _PLAIN_MATHS = Maths()
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, Maths
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
-from dragon.vm.torch.optim._formats import Rounding, random_words, square_root
+from dragon.vm.torch.optim._formats.bits import square_root
+from dragon.vm.torch.optim._formats.philox import Rounding, random_words
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
 from dragon.vm.torch.optim._gradients.unscaling import unscale_all

@@ -97,18 +97,6 @@ def plan_launches(
     """Lay out the table of a device, whose rows are the entries of `flattened`, in order."""
     entries = list(chain.from_iterable(group.entries for group in flattened))
     numels = [real_numel(entry.param) for entry in entries]
-    hardware, planned, first = context.hardware, [], 0
-    rows_by_dtype: dict[str, list[int]] = {}
-    for group in flattened:
-        rows = range(first, first + len(group.entries))
-        first = rows.stop
-        spec, own = _spec(algorithm, group.signature, zero_grad), numels[rows.start : rows.stop]
-        config = config_for(spec, hardware.arch, hardware.name, own)
-        planned.append((spec, config, plan_chunks(own, config.chunk, rows)))
-        rows_by_dtype.setdefault(spec.grad, []).extend(rows)
-    spans = {
-        dtype: plan_chunks([numels[row] for row in rows], SPAN, rows) for dtype, rows in rows_by_dtype.items()
-    }
     partials = PartialNorms.of([entry.position for entry in entries], numels)
     n_partials = sum(partials.counts)
     contents = {
@@ -119,17 +107,29 @@ def plan_launches(
         "counts": array("q", [len(entries), n_partials]),
         "tensors": tensor_rows(flattened, numels, partials.columns(), seed),
     }
-    for index, (_, _, pairs) in enumerate(planned):
+    hardware, planned, first = context.hardware, [], 0
+    rows_by_dtype: dict[str, list[int]] = {}
+    for index, group in enumerate(flattened):
+        rows = range(first, first + len(group.entries))
+        first = rows.stop
+        spec, own = _spec(algorithm, group.signature, zero_grad), numels[rows.start : rows.stop]
+        config = config_for(spec, hardware.arch, hardware.name, own)
+        pairs = plan_chunks(own, config.chunk, rows)
         contents[f"chunks {index}"] = packed(array("i", [len(pairs) // 2, 0]) + pairs)
+        planned.append((spec, config, len(pairs) // 2))
+        rows_by_dtype.setdefault(spec.grad, []).extend(rows)
+    spans = {
+        dtype: plan_chunks([numels[row] for row in rows], SPAN, rows) for dtype, rows in rows_by_dtype.items()
+    }
     contents |= {f"spans {dtype}": packed(pairs) for dtype, pairs in spans.items()}
     device_table = DeviceTable(contents, context.device)
     updates = [
         UpdateLaunch(
-            update_launcher(spec, config, len(pairs) // 2, hardware.n_processors, hardware.warp_size),
+            update_launcher(spec, config, n_chunks, hardware.n_processors, hardware.warp_size),
             device_table.section(f"chunks {index}", torch.int32),
         )
-        for index, (spec, config, pairs) in enumerate(planned)
-        if pairs
+        for index, (spec, config, n_chunks) in enumerate(planned)
+        if n_chunks
     ]
     norms = [
         NormLaunch(
@@ -144,8 +144,7 @@ def plan_launches(
         key: advance_launcher(algorithm, *key, len(entries), hardware.warp_size)
         for key in product((NO_NORM, *NORMS), (False, True))
     }
-    n_scalars = len(entries) * int(table.SCALAR_COLUMNS)
-    scalars = torch.empty(n_scalars, dtype=torch.float64, device=context.device)
+    scalars = torch.empty(len(entries) * int(table.SCALAR_COLUMNS), dtype=torch.float64, device=context.device)
     return Launches(device_table, Sections.of(device_table), scalars, advances, updates, norms, numels, n_partials)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dragon.kernels import norm, table
-from dragon.vm.torch.optim._formats import Format, Plain
+from dragon.vm.torch.optim._formats.format import Format
+from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup, Signature
 
 _STATE_COLUMNS = (table.STATE_0, table.STATE_1, table.STATE_2)
