@@ -121,21 +121,12 @@ class Tables:
         self._grads = torch.tensor([row.grad.data_ptr() for row in rows], device=self._device)
         self._scalars = self._zeros(len(rows) * int(table.SCALAR_COLUMNS))
         self._chunks: dict[int, Tensor] = {}
-        self.advance(group_table(hyperparameters, self._device))
-
-    def _zeros(self, length: int) -> Tensor:
-        return torch.zeros(length, dtype=torch.float64, device=self._device)
-
-    def advance(self, group: Tensor) -> None:
-        """Derive the scalars of each tensor, as a step does."""
-        launch = advance_launcher(
-            self._spec.algorithm, int(NO_NORM), False, len(self._numels), self._machine.warp_size
-        )
-        launch(
-            torch.tensor([len(self._numels), 0], device=self._device),
+        # Derive the scalars of each tensor, as a step does.
+        advance_launcher(spec.algorithm, int(NO_NORM), False, len(rows), machine.warp_size)(
+            torch.tensor([len(rows), 0], device=self._device),
             self._tensors,
             self._grads,
-            group,
+            group_table(hyperparameters, self._device),
             torch.zeros(int(table.SOURCE_COLUMNS), dtype=torch.int64, device=self._device),
             self._scalars,
             self._zeros(1),
@@ -144,12 +135,14 @@ class Tables:
             self._zeros(int(table.STATUS_COLUMNS)),
         )
 
+    def _zeros(self, length: int) -> Tensor:
+        return torch.zeros(length, dtype=torch.float64, device=self._device)
+
     def launch(self, config: LaunchConfig) -> Callable[[], None]:
         """A launch of a configuration, ready to go; the chunks of a size are made once."""
         if config.chunk not in self._chunks:
             self._chunks[config.chunk] = chunk_pairs(self._numels, config.chunk).to(self._device)
         chunks = self._chunks[config.chunk]
-
         launch = update_launcher(
             self._spec, config, len(chunks) - 1, self._machine.n_processors, self._machine.warp_size
         )

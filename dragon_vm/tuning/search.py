@@ -93,19 +93,14 @@ class Decision:
         reason: of the decision.
         outcomes: of each candidate, in words.
         repetitions: the times of every repetition, by configuration.
-        n_finals: how many of the last repetitions are of the final.
+        finals: the last of them, which are of the final.
     """
 
     config: LaunchConfig | None = None
     reason: str = ""
     outcomes: dict[LaunchConfig, str] = field(default_factory=dict)
     repetitions: list[dict[LaunchConfig, float]] = field(default_factory=list)
-    n_finals: int = 0
-
-    @property
-    def finals(self) -> list[dict[LaunchConfig, float]]:
-        """Repetitions of the final."""
-        return self.repetitions[len(self.repetitions) - self.n_finals :]
+    finals: list[dict[LaunchConfig, float]] = field(default_factory=list)
 
     def times(self, config: LaunchConfig) -> list[float]:
         """Times of a configuration: those of the final if it took part, else all."""
@@ -141,10 +136,11 @@ class Search:
         best = self._halve("shapes", shapes, N_REFINED, SHAPES_END)
         refined = dict.fromkeys(chain(best, *map(refinements, best or [self._default])))
         finalists = self._halve("refinements", list(refined), N_FINALISTS, REFINEMENTS_END)
+        n_earlier = len(decision.repetitions)
         for _ in range(FINAL_REPETITIONS if finalists else 0):
             if not self._repeat(finalists, self._limit):
                 break
-            decision.n_finals += 1
+        decision.finals = decision.repetitions[n_earlier:]
         self._decide(finalists)
         return decision
 
