@@ -33,7 +33,6 @@ class FusedCall(NamedTuple):
 
     Attributes:
         pick: selects the tensors among the group's.
-        first: position of the first of them in the group.
         group_index: their parameter groups.
         options: of the operation.
         factor: of the gradients, positive: the sign is `maximize`'s.
@@ -43,8 +42,7 @@ class FusedCall(NamedTuple):
         is_small: whether one thread is faster.
     """
 
-    pick: Callable[[Sequence[Tensor]], Sequence[Tensor]]
-    first: int
+    pick: Callable[[Sequence[Any]], Sequence[Any]]
     group_index: Sequence[int]
     options: FusedOptions
     factor: float
@@ -93,16 +91,16 @@ class _Rows:
         self.parts: dict[tuple[int, bool], list[int]] = {}
         for row in rows:
             self.parts.setdefault(classes[row], []).append(row)
-        self._picks: dict[tuple[tuple[int, bool], ...], tuple[int, Any]] = {}
+        self._picks: dict[tuple[tuple[int, bool], ...], Any] = {}
 
-    def pick(self, parts: tuple[tuple[int, bool], ...]) -> tuple[int, Any]:
-        """The first position of parts, and what selects their tensors in the order of the group."""
+    def pick(self, parts: tuple[tuple[int, bool], ...]) -> Any:
+        """What selects the tensors of parts in the order of the group."""
         if parts not in self._picks:
             # Parts that share a call change with the hyperparameters: what no plan asks for again must go.
             if len(self._picks) > 2 * len(self.parts):
                 self._picks.clear()
             positions = sorted(position for part in parts for position in self.parts[part])
-            self._picks[parts] = positions[0], picker(positions, self._n_all)
+            self._picks[parts] = picker(positions, self._n_all)
         return self._picks[parts]
 
 
@@ -156,12 +154,12 @@ class FusedPlanner:
                 single.setdefault((key, factor, count, is_small), []).append(position)
         calls = []
         for (_, factor, is_small), members in parts.items():
-            chosen, indices = self._chosen.pick(tuple(members)), [index for index, _ in members]
-            calls.append(self._call(chosen, indices, groups, factor, factors.kept_scale, is_small))
+            pick, indices = self._chosen.pick(tuple(members)), [index for index, _ in members]
+            calls.append(self._call(pick, indices, groups, factor, factors.kept_scale, is_small))
         for (_, factor, _, is_small), positions in single.items():
-            chosen = positions[0], picker(positions, len(self._positions))
+            pick = picker(positions, len(self._positions))
             indices = list({self._group_index[position] for position in positions})
-            calls.append(self._call(chosen, indices, groups, factor, factors.kept_scale, is_small))
+            calls.append(self._call(pick, indices, groups, factor, factors.kept_scale, is_small))
         return calls
 
     def pieces(self, call: FusedCall, columns: Sequence[list[Tensor]]) -> Iterable[Piece]:
@@ -175,14 +173,14 @@ class FusedPlanner:
 
     def _call(
         self,
-        chosen: tuple[int, Any],
+        pick: Callable[[Sequence[Any]], Sequence[Any]],
         group_index: Sequence[int],
         groups: Sequence[Group],
         factor: float,
         kept_scale: float | None,
         is_small: bool,
     ) -> FusedCall:
-        (first, pick), group = chosen, groups[group_index[0]]
+        group = groups[group_index[0]]
         bound = clip_value(group)
         numbers: dict[str, Any] = {
             **self._algorithm.fused_numbers(group),
@@ -204,4 +202,4 @@ class FusedPlanner:
         divisor = 1.0 if kept_scale is None or (leaves_own and is_right) else kept_scale
         needs_copies = bool(bound) or (factor != 1 and not is_scaled) or (leaves_own and not is_right)
         options = FusedOptions(numbers, group)
-        return FusedCall(pick, first, group_index, options, factor, bound, divisor, needs_copies, is_small)
+        return FusedCall(pick, group_index, options, factor, bound, divisor, needs_copies, is_small)

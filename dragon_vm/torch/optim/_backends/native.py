@@ -109,7 +109,7 @@ class NativeGroup:
             chosen = list(map(list, picked(call.pick, columns)))
             if is_complex:
                 chosen = [list(map(as_real, column)) for column in chosen]
-            step = steps[call.first] if len(steps) > 1 else common_step
+            step = call.pick(steps)[0] if len(steps) > 1 else common_step
             chosen_counters = list(call.pick(counters)) if counters else []
             if not call.needs_copies and call.divisor == 1:
                 params, grads, _, *states = chosen
