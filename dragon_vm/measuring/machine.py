@@ -39,12 +39,10 @@ def present_gpu() -> Machine | None:
     if not torch.cuda.is_available():
         return None
     # Imports triton, which takes most of a second.
-    from dragon.kernels.archs import arch_name
     from dragon.vm.torch.optim._backends.context import describe
 
     device = torch.device("cuda", torch.cuda.current_device())
-    gpu = describe(device)
-    return Machine(device, gpu.name, arch_name(gpu.arch), gpu.n_processors, gpu.warp_size)
+    return Machine(device, *describe(device))
 
 
 def device_name(device: torch.device) -> str:
