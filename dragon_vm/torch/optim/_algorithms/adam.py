@@ -79,11 +79,6 @@ def _changed_bound(group: Group) -> float:
     return float(betas[2]) if len(betas) > 2 else 0.0
 
 
-def _bound(group: Group, step: float) -> float:
-    beta1, beta2 = group["betas"]
-    return _changed_bound(group) or moment_bound(float(beta1), float(beta2), step)
-
-
 def adam_update(
     param: Tensor,
     grad: Tensor,
@@ -117,7 +112,8 @@ def adam_update(
     root = maths.root(largest)
     if maths.is_bounded:
         own_root = maths.root(exp_avg_sq) if group["amsgrad"] else root
-        exp_avg = clamp_moment(exp_avg, own_root, _bound(group, float(step)))
+        bound = _changed_bound(group) or moment_bound(float(beta1), float(beta2), float(step))
+        exp_avg = clamp_moment(exp_avg, own_root, bound)
     param = param - step_size * (exp_avg / (root + denom_eps))
     return param, [exp_avg, exp_avg_sq, largest] if group["amsgrad"] else [exp_avg, exp_avg_sq]
 
@@ -163,7 +159,7 @@ ADAM = Algorithm(
     fused_numbers=_fused_numbers,
     fused_names=("betas", "eps", "weight_decay", "amsgrad", "epsilon_hat", "decoupled_weight_decay"),
     depends_on_step=lambda group: bool(group["epsilon_hat"] and group["eps"]),
-    # Betas that a narrow group had: what `_bound` must allow for.
+    # Betas that a narrow group had: what the bound must allow for.
     own_group_defaults={"bound_betas": None},
     # Nor has a saved group that knows nothing of AMSGrad its maximum.
     optional_keys=lambda saved_group: frozenset() if "amsgrad" in saved_group else frozenset({"max_exp_avg_sq"}),

@@ -111,12 +111,12 @@ class FusedPlanner:
         self._algorithm, self._param_dtype = algorithm, group.signature.param_dtype
         self._reads_copies = group.signature.grad_dtype != group.signature.param_dtype
         self._positions = [entry.position for entry in group.entries]
-        self._group_index = [entry.group_index for entry in group.entries]
         self._read_key = itemgetter(*algorithm.fused_names, *_COMMON_NAMES)
         self._keys: list[Any] = []
         params = [entry.param for entry in group.entries]
         are_small = [param.numel() < SINGLE_THREAD_NUMEL for param in params]
-        self._classes = list(zip(self._group_index, are_small, strict=True))
+        group_index = [entry.group_index for entry in group.entries]
+        self._classes = list(zip(group_index, are_small, strict=True))
         self._chosen = _Rows([], self._classes)
         self._scratch = Scratch(params, are_small)
 
@@ -158,7 +158,7 @@ class FusedPlanner:
             calls.append(self._call(pick, indices, groups, factor, factors.kept_scale, is_small))
         for (_, factor, _, is_small), positions in single.items():
             pick = picker(positions, len(self._positions))
-            indices = list({self._group_index[position] for position in positions})
+            indices = list({self._classes[position][0] for position in positions})
             calls.append(self._call(pick, indices, groups, factor, factors.kept_scale, is_small))
         return calls
 
