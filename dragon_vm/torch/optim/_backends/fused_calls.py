@@ -78,32 +78,6 @@ def _number(value: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
 
 
-class _Rows:
-    """The tensors of a flattened group that take part in a step, by parameter group and size class.
-
-    Args:
-        rows: positions of these tensors in the group.
-        classes: of each tensor of the group.
-    """
-
-    def __init__(self, rows: Sequence[int], classes: Sequence[tuple[int, bool]]) -> None:
-        self.rows, self._n_all = rows, len(classes)
-        self.parts: dict[tuple[int, bool], list[int]] = {}
-        for row in rows:
-            self.parts.setdefault(classes[row], []).append(row)
-        self._picks: dict[tuple[tuple[int, bool], ...], Any] = {}
-
-    def pick(self, parts: tuple[tuple[int, bool], ...]) -> Any:
-        """What selects the tensors of parts in the order of the group."""
-        if parts not in self._picks:
-            # Parts that share a call change with the hyperparameters: what no plan asks for again must go.
-            if len(self._picks) > 2 * len(self.parts):
-                self._picks.clear()
-            positions = sorted(position for part in parts for position in self.parts[part])
-            self._picks[parts] = picker(positions, self._n_all)
-        return self._picks[parts]
-
-
 class FusedPlanner:
     """Plans the fused calls of one flattened group."""
 
@@ -115,9 +89,10 @@ class FusedPlanner:
         self._keys: list[Any] = []
         params = [entry.param for entry in group.entries]
         are_small = [param.numel() < SINGLE_THREAD_NUMEL for param in params]
-        group_index = [entry.group_index for entry in group.entries]
-        self._classes = list(zip(group_index, are_small, strict=True))
-        self._chosen = _Rows([], self._classes)
+        self._group_index = [entry.group_index for entry in group.entries]
+        self._classes = list(zip(self._group_index, are_small, strict=True))
+        # Rows that take part, and these rows by parameter group and size class.
+        self._parts: tuple[Sequence[int], dict[tuple[int, bool], list[int]]] = [], {}
         self._scratch = Scratch(params, are_small)
 
     def read(self, groups: Sequence[Group]) -> bool:
@@ -137,28 +112,27 @@ class FusedPlanner:
         `rows` are the tensors of this group that take part. `steps` are the counts of all its tensors, one if they
         agree, or none if none are needed.
         """
-        if rows != self._chosen.rows:
-            self._chosen = _Rows(rows, self._classes)
-        parts: dict[tuple[Any, float, bool], list[tuple[int, bool]]] = {}
-        single: dict[tuple[Any, float, float, bool], list[int]] = {}
-        for part, positions in self._chosen.parts.items():
-            group, is_small = groups[part[0]], part[1]
-            key = float(group["lr"]), self._keys[part[0]]
+        if rows != self._parts[0]:
+            parts: dict[tuple[int, bool], list[int]] = {}
+            for row in rows:
+                parts.setdefault(self._classes[row], []).append(row)
+            self._parts = rows, parts
+        found: dict[tuple[Any, float, float, bool], list[int]] = {}
+        for (index, is_small), members in self._parts[1].items():
+            group = groups[index]
+            key = float(group["lr"]), self._keys[index]
             counts = steps if self._algorithm.depends_on_step(group) else []
             if len(counts) <= 1 and not factors.each:
-                parts.setdefault((key, abs(factors.of(0, group)), is_small), []).append(part)
+                found.setdefault((key, abs(factors.of(0, group)), 0.0, is_small), []).extend(members)
                 continue
-            for position in positions:
-                factor = abs(factors.of(self._positions[position], group))
-                count = counts[position] if len(counts) > 1 else 0.0
-                single.setdefault((key, factor, count, is_small), []).append(position)
+            for row in members:
+                factor = abs(factors.of(self._positions[row], group))
+                count = counts[row] if len(counts) > 1 else 0.0
+                found.setdefault((key, factor, count, is_small), []).append(row)
         calls = []
-        for (_, factor, is_small), members in parts.items():
-            pick, indices = self._chosen.pick(tuple(members)), [index for index, _ in members]
-            calls.append(self._call(pick, indices, groups, factor, factors.kept_scale, is_small))
-        for (_, factor, _, is_small), positions in single.items():
-            pick = picker(positions, len(self._positions))
-            indices = list({self._classes[position][0] for position in positions})
+        for (_, factor, _, is_small), chosen in found.items():
+            pick = picker(sorted(chosen), len(self._positions))
+            indices = list(set(pick(self._group_index)))
             calls.append(self._call(pick, indices, groups, factor, factors.kept_scale, is_small))
         return calls
 
