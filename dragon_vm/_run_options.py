@@ -6,6 +6,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from dragon.vm.torch.optim._hints import hint, option_of
 from dragon.vm.torch.optim._swap import own_options
 
 # Options whose values no command line can hold.
-_OBJECTS = ("process_group",)
+_OBJECTS = {"process_group"}
 # Of the launcher: neither "-m", "-mNAME" nor "--", which end the options, nor "-".
 _OPTION = re.compile(r"-(?!m|-?\Z)")
 _NUMBERS: dict[str, Callable[[str], Any]] = {"float": float, "int": int}
@@ -44,13 +45,6 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-class _Formatter(argparse.HelpFormatter):
-    """As wide as the rest of the help, whatever the terminal."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=115)
-
-
 def parse(arguments: Sequence[str]) -> Request:
     """Read a command line; what follows the script or the module is the program's.
 
@@ -62,14 +56,14 @@ def parse(arguments: Sequence[str]) -> Request:
     if unknown:
         option = unknown[0].partition("=")[0]
         name = option.lstrip("-").replace("-", "_")
-        raise UsageError(f"unknown option {option}{hint(name, _names(), of_command=True)}")
+        raise UsageError(f"unknown option {option}{hint(name, list(_kinds()), of_command=True)}")
     return Request(vars(found), program, as_module)
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str], bool]:
     """The options, the program with its arguments, and whether it is a module; divided as by `python`."""
     # By hand: argparse drops "--" from the program's arguments, and loses those of "-mNAME".
-    with_value = {option_of(name) for name in _names() if not _is_switch(name)}
+    with_value = {option_of(name) for name, kind in _kinds().items() if not _is_switch(kind)}
     end = 0
     while end < len(words) and _OPTION.match(words[end]):
         end += 2 if words[end] in with_value else 1
@@ -87,36 +81,35 @@ def options_help() -> str:
     return _option_parser().format_help().partition("\n\n")[2].rstrip()
 
 
-def _names() -> list[str]:
-    """The options in the order of the constructor."""
-    return [name for name in inspect.signature(Adam).parameters if name in own_options() and name not in _OBJECTS]
+def _kinds() -> dict[str, str]:
+    """The type of each option, in the order of the constructor."""
+    wanted = own_options() - _OBJECTS
+    arguments = inspect.signature(Adam).parameters
+    return {name: str(argument.annotation) for name, argument in arguments.items() if name in wanted}
 
 
-def _kind(name: str) -> str:
-    return str(inspect.signature(Adam).parameters[name].annotation)
-
-
-def _is_switch(name: str) -> bool:
-    """Whether an option takes no value."""
-    return _kind(name).startswith("bool")
+def _is_switch(kind: str) -> bool:
+    """Whether an option of a type takes no value."""
+    return kind.startswith("bool")
 
 
 def _option_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m dragon.vm.run",
-        formatter_class=_Formatter,
+        # As wide as the rest of the help, whatever the terminal.
+        formatter_class=partial(argparse.HelpFormatter, width=115),
         argument_default=argparse.SUPPRESS,
         add_help=False,
         allow_abbrev=False,
     )
     group = parser.add_argument_group("options of the optimizers, in front of the script")
     meanings = _meanings()
-    for name in _names():
+    for name, kind in _kinds().items():
         flag, meaning = option_of(name), meanings.get(name)
-        if _is_switch(name):
+        if _is_switch(kind):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
         else:
-            group.add_argument(flag, type=_NUMBERS.get(_kind(name), _value), help=meaning, metavar="VALUE")
+            group.add_argument(flag, type=_NUMBERS.get(kind, _value), help=meaning, metavar="VALUE")
     return parser
 
 

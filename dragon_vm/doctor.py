@@ -7,23 +7,19 @@ wrong, 2 if a test that is possible here was not run, else 0.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from dragon.vm.measuring import machine
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, why_not
-
-if TYPE_CHECKING:
-    from dragon.vm.testing import AdamState
 
 SUMMARY = (
     "Print versions, devices, the backend of each device and the tuning files in force. Test each backend for a "
@@ -65,12 +61,10 @@ class Finding(NamedTuple):
 def versions() -> Iterator[Finding]:
     """Versions of Python and of all packages that are used if they are there."""
     yield Finding("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    found = machine.versions(PACKAGES)
     for name in PACKAGES:
-        try:
-            yield Finding(name, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            is_needed = name in ("dragon-vm-torch", "torch")
-            yield Finding(name, "not installed", Verdict.WRONG if is_needed else Verdict.FINE)
+        is_missed = name not in found and name in ("dragon-vm-torch", "torch")
+        yield Finding(name, found.get(name, "not installed"), Verdict.WRONG if is_missed else Verdict.FINE)
 
 
 def present_devices() -> list[torch.device]:
@@ -125,13 +119,18 @@ def self_test(
     """Take Adam steps for a second, each judged from its own start by the reference."""
     topic = f"{backend} on {device}"
     try:
-        from dragon.vm.testing import AdamOptions, ParityError, assert_adam_step
+        from dragon.vm.testing import AdamOptions, AdamState, ParityError, assert_adam_step
+        from dragon.vm.testing.rules import AdamRule
     except ModuleNotFoundError as error:
         text = f'{error.name} is missing (pip install "dragon-vm-torch[testing]")'
         return Finding(topic, text, Verdict.UNTESTED)
     options = AdamOptions(lr=0.01, weight_decay=0.1, epsilon_hat=False)
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(numel, generator=generator).to(device)) for numel in NUMELS]
+
+    def states() -> list[AdamState]:
+        return [AdamRule().snapshot(param, adam.state.get(param, {}), options, param.dtype) for param in params]
+
     try:
         adam = optimizer(params, options.lr, weight_decay=options.weight_decay, epsilon_hat=False, backend=backend)
         # The first optimizer takes seconds to import what it needs.
@@ -139,33 +138,18 @@ def self_test(
         while not n_steps or clock() < end:
             for param in params:
                 param.grad = torch.randn(param.numel(), generator=generator).to(device)
-            starts = [_state(adam, param) for param in params]
+            starts = states()
             adam.step()
-            for param, start in zip(params, starts, strict=True):
-                assert param.grad is not None
-                assert_adam_step(
-                    start, param.grad.cpu(), _state(adam, param), options, where=f"step {n_steps + 1}"
-                )
             n_steps += 1
+            for param, start, after in zip(params, starts, states(), strict=True):
+                assert param.grad is not None
+                assert_adam_step(start, param.grad.cpu(), after, options, where=f"step {n_steps}")
     except ParityError as error:
         return Finding(topic, f"wrong: {error}", Verdict.WRONG)
     # Whatever stops a backend is what the user must know.
     except Exception as error:
         return Finding(topic, f"fails: {type(error).__name__}: {error}", Verdict.WRONG)
     return Finding(topic, f"{n_steps} steps agree with the reference", Verdict.PASSED)
-
-
-def _state(adam: Adam, param: Tensor) -> AdamState:
-    """A copy of one parameter and its state on the CPU; zeros before the first step."""
-    from dragon.vm.testing import AdamState
-
-    state = adam.state.get(param, {})
-    value = param.detach().to("cpu", copy=True)
-    exp_avg, exp_avg_sq = (
-        state[name].to("cpu", copy=True) if name in state else torch.zeros_like(value)
-        for name in ("exp_avg", "exp_avg_sq")
-    )
-    return AdamState(value, float(state.get("step", 0.0)), exp_avg, exp_avg_sq, None)
 
 
 def self_tests() -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import StorageOptions
+from dragon.vm.torch.optim._formats.resolve import StorageOptions
 from dragon.vm.torch.optim._groups.storage import storage_of
 
 STATES = ("exp_avg", "exp_avg_sq")
@@ -112,13 +112,9 @@ def rows(params: Sequence[Tensor]) -> list[Row]:
         stored = [torch.empty_like(param, dtype=dtype, device="meta") for param in params]
         kept = sum(storage_of(param, group, STATES).nbytes(param.numel()) for param in stored)
         gradients = sum(param.nbytes for param in stored)
-        found.append(Row(dtype, _arguments(options), kept, gradients))
+        arguments = [f"{name}={value!r}" for name, value in options._asdict().items() if value is not None]
+        found.append(Row(dtype, ", ".join(arguments), kept, gradients))
     return found
-
-
-def _arguments(options: StorageOptions) -> str:
-    named = {name: value for name, value in options._asdict().items() if value is not None}
-    return ", ".join(f"{name}={value!r}" for name, value in named.items())
 
 
 def main(path: str) -> int:

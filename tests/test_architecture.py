@@ -48,10 +48,7 @@ TRITON_SIDE = {
 }  # fmt: skip
 
 # What these modules must not reach, through any chain of imports.
-OUT_OF_REACH = {
-    f"{OPTIM}._table.chunks": {"torch", "triton", "numpy"},
-    f"{OPTIM}._algorithms.scalars": {"torch", "triton", "numpy"},
-}
+OUT_OF_REACH = {f"{OPTIM}._table.chunks": {"torch", "triton", "numpy"}}
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ATTRIBUTES, MAX_WAY_LINES = 300, 60, 10, 2000
 

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import Format, Part, Plain, is_blockwise
+from dragon.vm.torch.optim._formats.format import Format, Part
+from dragon.vm.torch.optim._formats.resolve import is_blockwise
+from dragon.vm.torch.optim._formats.rounding import Plain
 
 EPS = 1e-8
 

@@ -39,15 +39,10 @@ def present_gpu() -> Machine | None:
     if not torch.cuda.is_available():
         return None
     # Imports triton, which takes most of a second.
-    from dragon.kernels.archs import arch_name
+    from dragon.vm.torch.optim._backends.context import describe
 
-    index = torch.cuda.current_device()
-    properties = torch.cuda.get_device_properties(index)
-    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"{properties.major}{properties.minor}"
-    device = torch.device("cuda", index)
-    return Machine(
-        device, properties.name, arch_name(arch), properties.multi_processor_count, properties.warp_size
-    )
+    device = torch.device("cuda", torch.cuda.current_device())
+    return Machine(device, *describe(device))
 
 
 def device_name(device: torch.device) -> str:

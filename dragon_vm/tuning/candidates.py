@@ -11,11 +11,11 @@ from multiprocessing import get_context
 
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.spec import Spec
+from dragon.vm.torch.optim._backends.configs import EVICTIONS
 
 CHUNKS = (512, 1024, 2048, 4096, 8192)
 WARPS = (2, 4, 8, 16)
 STAGES = (1, 2)
-EVICTIONS = ("", "evict_first", "evict_last")
 PROGRAMS_PER_PROCESSOR = (0, 2, 4, 8)
 
 # Elements of a thread: fewer than 4 of fp32 are no 16-byte access, more than 32 do not fit the registers.

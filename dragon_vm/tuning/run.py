@@ -16,7 +16,7 @@ from dragon.kernels.spec import Spec
 from dragon.vm.measuring.machine import INTERPRETER, Machine, versions
 from dragon.vm.measuring.timer import Spread, Timer
 from dragon.vm.torch.optim._backends.configs import SCHEMA, kernel_hash, spec_fields
-from dragon.vm.tuning.candidates import compile_all, describe, refinements, shapes
+from dragon.vm.tuning.candidates import compile_all, describe, shapes
 from dragon.vm.tuning.check import HYPERPARAMETERS, STEPS_TAKEN, check_candidate
 from dragon.vm.tuning.jobs import Job
 from dragon.vm.tuning.scratch import Tables, allocate, nbytes_per_element
@@ -138,7 +138,9 @@ def _run_job(
     except torch.OutOfMemoryError:
         say(f"{job.name}, {job.size}: its tensors do not fit the device")
         return None
-    decision = _search(bench, pruned, default_config(machine.arch, job.spec), tools, limit)
+    search = Search(bench, default_config(machine.arch, job.spec), tools.clock, limit)
+    decision = search.run([config for config, reason in pruned.items() if reason is None])
+    decision.outcomes.update({config: reason for config, reason in pruned.items() if reason is not None})
     wrong = [text for text in decision.outcomes.values() if text.startswith("wrong")]
     if wrong:
         say(f"{job.name}, {job.size}: {len(wrong)} configurations are wrong, the first: {wrong[0]}")
@@ -146,18 +148,6 @@ def _run_job(
         say(f"{job.name}, {job.size}: nothing is stored: {decision.reason}")
         return None
     return _result(job, bench, decision, machine)
-
-
-def _search(
-    bench: KernelBench, pruned: dict[LaunchConfig, str | None], default: LaunchConfig, tools: Tools, limit: float
-) -> Decision:
-    search = Search(bench, default, tools.clock, limit)
-    decision = search.run(
-        [config for config, reason in pruned.items() if reason is None],
-        lambda best: [config for shape in best for config in refinements(shape)],
-    )
-    decision.outcomes.update({config: reason for config, reason in pruned.items() if reason is not None})
-    return decision
 
 
 def _result(job: Job, bench: KernelBench, decision: Decision, machine: Machine) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from dragon.kernels.launch import advance_launcher, update_launcher
 from dragon.kernels.norm import NO_NORM
 from dragon.kernels.spec import Spec
 from dragon.vm.measuring.machine import Machine
+from dragon.vm.torch.optim._table.chunks import plan_chunks
 
 STATE_COLUMNS = (table.STATE_0, table.STATE_1, table.STATE_2)
 
@@ -73,11 +75,8 @@ def allocate(spec: Spec, numels: Sequence[int], device: torch.device) -> list[Ro
 
 def chunk_pairs(numels: Sequence[int], chunk: int) -> Tensor:
     """(row, chunk index) of every chunk, behind a first line of (number of chunks, 0), int32 [1 + n_chunks, 2]."""
-    counts = torch.tensor([-(-numel // chunk) for numel in numels])
-    rows = torch.repeat_interleave(torch.arange(len(numels)), counts)
-    firsts = torch.cumsum(counts, 0) - counts
-    pairs = torch.stack([rows, torch.arange(len(rows)) - firsts[rows]], dim=1)
-    return torch.cat([torch.tensor([[len(rows), 0]]), pairs]).int()
+    pairs = plan_chunks(numels, chunk)
+    return torch.frombuffer(array("i", [len(pairs) // 2, 0]) + pairs, dtype=torch.int32).view(-1, 2)
 
 
 def group_table(hyperparameters: Mapping[Any, float], device: torch.device) -> Tensor:
@@ -122,21 +121,12 @@ class Tables:
         self._grads = torch.tensor([row.grad.data_ptr() for row in rows], device=self._device)
         self._scalars = self._zeros(len(rows) * int(table.SCALAR_COLUMNS))
         self._chunks: dict[int, Tensor] = {}
-        self.advance(group_table(hyperparameters, self._device))
-
-    def _zeros(self, length: int) -> Tensor:
-        return torch.zeros(length, dtype=torch.float64, device=self._device)
-
-    def advance(self, group: Tensor) -> None:
-        """Derive the scalars of each tensor, as a step does."""
-        launch = advance_launcher(
-            self._spec.algorithm, int(NO_NORM), False, len(self._numels), self._machine.warp_size
-        )
-        launch(
-            torch.tensor([len(self._numels), 0], device=self._device),
+        # Derive the scalars of each tensor, as a step does.
+        advance_launcher(spec.algorithm, int(NO_NORM), False, len(rows), machine.warp_size)(
+            torch.tensor([len(rows), 0], device=self._device),
             self._tensors,
             self._grads,
-            group,
+            group_table(hyperparameters, self._device),
             torch.zeros(int(table.SOURCE_COLUMNS), dtype=torch.int64, device=self._device),
             self._scalars,
             self._zeros(1),
@@ -145,12 +135,14 @@ class Tables:
             self._zeros(int(table.STATUS_COLUMNS)),
         )
 
+    def _zeros(self, length: int) -> Tensor:
+        return torch.zeros(length, dtype=torch.float64, device=self._device)
+
     def launch(self, config: LaunchConfig) -> Callable[[], None]:
         """A launch of a configuration, ready to go; the chunks of a size are made once."""
         if config.chunk not in self._chunks:
             self._chunks[config.chunk] = chunk_pairs(self._numels, config.chunk).to(self._device)
         chunks = self._chunks[config.chunk]
-
         launch = update_launcher(
             self._spec, config, len(chunks) - 1, self._machine.n_processors, self._machine.warp_size
         )

@@ -1,6 +1,6 @@
 """Find the fastest configuration in a given time: successive halving over interleaved repetitions.
 
-Knows neither torch nor a clock: both are passed in, so that the whole search runs in a test in no time.
+It calls neither torch nor a clock: both are passed in, so that the whole search runs in a test in no time.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from statistics import median, quantiles
 from typing import NamedTuple, Protocol
 
 from dragon.kernels.config import LaunchConfig
+from dragon.vm.tuning.candidates import refinements
 
 # Repetitions of the first round of halving; each round of half the candidates has twice as many.
 FIRST_REPETITIONS = 3
@@ -89,23 +91,16 @@ class Decision:
     Attributes:
         config: the decision; None if the default itself is wrong.
         reason: of the decision.
-        gain: of the best finalist over the default.
         outcomes: of each candidate, in words.
         repetitions: the times of every repetition, by configuration.
-        n_finals: how many of the last repetitions are of the final.
+        finals: the last of them, which are of the final.
     """
 
     config: LaunchConfig | None = None
     reason: str = ""
-    gain: Gain = field(default_factory=lambda: compare([]))
     outcomes: dict[LaunchConfig, str] = field(default_factory=dict)
     repetitions: list[dict[LaunchConfig, float]] = field(default_factory=list)
-    n_finals: int = 0
-
-    @property
-    def finals(self) -> list[dict[LaunchConfig, float]]:
-        """Repetitions of the final."""
-        return self.repetitions[len(self.repetitions) - self.n_finals :]
+    finals: list[dict[LaunchConfig, float]] = field(default_factory=list)
 
     def times(self, config: LaunchConfig) -> list[float]:
         """Times of a configuration: those of the final if it took part, else all."""
@@ -130,11 +125,7 @@ class Search:
         self._order = random.Random(0)
         self._decision = Decision()
 
-    def run(
-        self,
-        shapes: Sequence[LaunchConfig],
-        refine: Callable[[Sequence[LaunchConfig]], Iterable[LaunchConfig]],
-    ) -> Decision:
+    def run(self, shapes: Sequence[LaunchConfig]) -> Decision:
         """Search the shapes, then the refinements of the best of them, then compare with the default."""
         decision = self._decision
         if not self._is_right(self._default):
@@ -143,12 +134,13 @@ class Search:
         decision.config, decision.reason = self._default, "nothing else was measured"
         decision.outcomes[self._default] = "default"
         best = self._halve("shapes", shapes, N_REFINED, SHAPES_END)
-        refined = dict.fromkeys([*best, *refine(best or [self._default])])
+        refined = dict.fromkeys(chain(best, *map(refinements, best or [self._default])))
         finalists = self._halve("refinements", list(refined), N_FINALISTS, REFINEMENTS_END)
+        n_earlier = len(decision.repetitions)
         for _ in range(FINAL_REPETITIONS if finalists else 0):
             if not self._repeat(finalists, self._limit):
                 break
-            decision.n_finals += 1
+        decision.finals = decision.repetitions[n_earlier:]
         self._decide(finalists)
         return decision
 
@@ -218,7 +210,7 @@ class Search:
             return
         gains = {rival: compare([(times[self._default], times[rival]) for times in finals]) for rival in rivals}
         best = max(rivals, key=lambda rival: gains[rival].gain)
-        decision.gain = gain = gains[best]
+        gain = gains[best]
         against = f"{gain.gain:+.1%} against the default, noise {gain.noise:.1%}, {len(finals)} pairs"
         decision.reason = against if gain.is_real else f"the default stays: best rival {against}"
         if gain.is_real:

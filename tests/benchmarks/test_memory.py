@@ -14,7 +14,8 @@ from benchmarks.memory.page import PAGE, kept_bytes, read, section
 from benchmarks.memory.peers import Dynamic, Float8, LinearRoot, Moments, PeerAdam, Softsign, _dynamic_table
 from benchmarks.memory.training import train_digits, train_text
 from dragon.vm.measuring.shapes import gpt2
-from dragon.vm.torch.optim._formats import Format, Plain
+from dragon.vm.torch.optim._formats.format import Format
+from dragon.vm.torch.optim._formats.rounding import Plain
 
 STEPS = Path(__file__).parents[2] / "benchmarks" / "results" / "memory" / "steps.jsonl"
 

@@ -8,8 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dragon.kernels import blockwise, rounding
-from dragon.vm.torch.optim import _formats as formats
 from dragon.vm.torch.optim._formats.bits import square_root
+from dragon.vm.torch.optim._formats.blockwise import SignedQ8, SquareQ8
+from dragon.vm.torch.optim._formats.bound import clamp_moment, moment_bound, rounded_bound
+from dragon.vm.torch.optim._formats.philox import Rounding, random_words
+from dragon.vm.torch.optim._formats.rounding import StochasticBfloat16, UpwardBfloat16
+from dragon.vm.torch.optim._formats.split import Split8, Split16
 
 N = 1024
 
@@ -162,7 +166,7 @@ def random_patterns(seed: int) -> Tensor:
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_rounding_of_any_bits_is_that_of_the_host(device: torch.device, stochastic: bool) -> None:
-    split8 = formats.Split8(stochastic)
+    split8 = Split8(stochastic)
     for seed in range(64):
         value = random_patterns(seed)
         words = torch.randint(0, 65536, (N,), dtype=torch.int32)
@@ -177,10 +181,10 @@ def test_rounding_of_any_bits_is_that_of_the_host(device: torch.device, stochast
             )  # fmt: skip
         expected = [torch.empty(N, dtype=torch.bfloat16) for _ in range(5)]
         expected_remainders = [torch.empty(N, dtype=dtype) for dtype in (torch.int16, torch.int8)]
-        formats.StochasticBfloat16().encode(value, expected[:1], words)
-        formats.UpwardBfloat16().encode(value, expected[1:2])
+        StochasticBfloat16().encode(value, expected[:1], words)
+        UpwardBfloat16().encode(value, expected[1:2])
         expected[2] = value.bfloat16()
-        formats.Split16().encode(value, (expected[3], expected_remainders[0]))
+        Split16().encode(value, (expected[3], expected_remainders[0]))
         split8.encode(value, (expected[4], expected_remainders[1]), words)
         for name, got, wanted in zip(
             ("stochastic", "upward", "nearest", "half of 16", "half of 8", "remainder of 16", "remainder of 8"),
@@ -189,7 +193,7 @@ def test_rounding_of_any_bits_is_that_of_the_host(device: torch.device, stochast
             strict=True,
         ):
             assert torch.equal(bits(got), bits(wanted)), name
-        assert torch.equal(bits(masters[0]), bits(formats.Split16().decode((expected[3], expected_remainders[0]))))
+        assert torch.equal(bits(masters[0]), bits(Split16().decode((expected[3], expected_remainders[0]))))
         assert torch.equal(bits(masters[1]), bits(split8.decode((expected[4], expected_remainders[1]))))
         assert torch.equal(bits(masters[2]), bits(value.bfloat16().float()))
 
@@ -211,14 +215,14 @@ def check_moments(
     device: torch.device, exp_avg: Tensor, exp_avg_sq: Tensor, words: Tensor, stochastic: bool
 ) -> Tensor:
     """Compare codes, scales and decoded moments with the host's; the first moment clamped to half the root."""
-    forms = (formats.SignedQ8(), formats.SquareQ8(stochastic))
+    forms = (SignedQ8(), SquareQ8(stochastic))
     parts = [
         [torch.empty(part.numel(N), dtype=part.dtype, device=device) for part in form.parts] for form in forms
     ]
     decoded = torch.empty(3, N, device=device)
     blockwise_kernel[(1,)](
         exp_avg.to(device), exp_avg_sq.to(device), words.to(device), *parts[0], *parts[1], decoded, N, stochastic,
-        formats.rounded_bound(0.5), enable_fp_fusion=False,
+        rounded_bound(0.5), enable_fp_fusion=False,
     )  # fmt: skip
     for row, (form, value) in enumerate(zip(forms, (exp_avg, exp_avg_sq), strict=True)):
         expected = [torch.empty(part.numel(N), dtype=part.dtype) for part in form.parts]
@@ -235,7 +239,7 @@ def test_moments_in_8_bits_are_those_of_the_host(device: torch.device, stochasti
         exp_avg, exp_avg_sq = moments(seed)
         words = torch.randint(0, 65536, (N,), dtype=torch.int32)
         bounded = check_moments(device, exp_avg, exp_avg_sq, words, stochastic)
-        clamped = formats.clamp_moment(exp_avg, square_root(exp_avg_sq), 0.5)
+        clamped = clamp_moment(exp_avg, square_root(exp_avg_sq), 0.5)
         assert not torch.equal(bits(clamped), bits(exp_avg))
         assert torch.equal(bits(bounded), bits(clamped))
 
@@ -246,7 +250,7 @@ def test_the_extreme_words_round_as_on_the_host(device: torch.device, word: int)
     codes = torch.arange(N).remainder(256).to(torch.uint8)
     scale = torch.linspace(1, 2, N // 64)
     codes[63::64] = 255
-    exact = formats.SquareQ8(True).decode((codes, scale))
+    exact = SquareQ8(True).decode((codes, scale))
     words = torch.full((N,), word, dtype=torch.int32)
     for direction in (0.0, torch.inf):
         near = torch.nextafter(exact, torch.tensor(direction))
@@ -258,7 +262,7 @@ def test_words_are_those_of_the_host(device: torch.device, first: int) -> None:
     origin = torch.tensor([first, 0x7123456789ABCDEF, 77, 3], device=device)
     shared, each = (torch.empty(2, N, dtype=torch.int32, device=device) for _ in range(2))
     words_kernel[(1,)](origin, shared, each, N)
-    expected = torch.stack(formats.random_words(formats.Rounding(0x7123456789ABCDEF, 3, 77, first), N))
+    expected = torch.stack(random_words(Rounding(0x7123456789ABCDEF, 3, 77, first), N))
     assert torch.equal(shared.cpu(), expected)
     assert torch.equal(each.cpu(), expected)
 
@@ -267,7 +271,7 @@ def test_words_of_a_shard_that_starts_within_a_call(device: torch.device) -> Non
     origin = torch.tensor([8 * 5 + 3, -(2**63) + 5, 1, 2**31], device=device)
     each = torch.empty(2, N, dtype=torch.int32, device=device)
     words_each_kernel[(1,)](origin, each, N)
-    expected = formats.random_words(formats.Rounding(2**63 + 5, 2**31, 1, 8 * 5 + 3), N)
+    expected = random_words(Rounding(2**63 + 5, 2**31, 1, 8 * 5 + 3), N)
     assert torch.equal(each.cpu(), torch.stack(expected))
 
 
@@ -278,7 +282,7 @@ def test_the_bound_is_that_of_the_host(device: torch.device) -> None:
     inputs = torch.tensor(cases, dtype=torch.float64, device=device).T.contiguous()
     bound = torch.empty(len(cases), device=device)
     bound_kernel[(1,)](inputs, bound, len(cases))
-    expected = [formats.rounded_bound(formats.moment_bound(*case)) for case in cases]
+    expected = [rounded_bound(moment_bound(*case)) for case in cases]
     # One unit in the last place, where both round the same number but for its last bits in float64.
     assert torch.allclose(bound.cpu(), torch.tensor(expected), rtol=2**-23, atol=0)
     assert bound.isinf().any()

@@ -12,6 +12,6 @@ from dragon.vm.torch.optim._backends import configs
 def tuning_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "tuning"
     monkeypatch.setenv(configs.FOLDER_VARIABLE, str(folder))
-    configs.forget()
+    configs._find.cache_clear()
     yield folder
-    configs.forget()
+    configs._find.cache_clear()

@@ -43,7 +43,7 @@ def test_a_result_is_stored_and_in_force() -> None:
     (result,), (line,) = tune(lambda job: PlantedBench(bowl, 0.01))
     assert LaunchConfig(**result["config"]) == PLANTED
     assert "4096/8 evict_first 4 persistent" in line
-    assert configs.config_for(JOB.spec, "90", MACHINE.name, JOB.numels) == PLANTED
+    assert configs.config_for(JOB.spec, "sm_90", MACHINE.name, JOB.numels) == PLANTED
     assert result["best_ms"]["median"] < result["default_ms"]["median"]
     assert len(stored()) == 1
 
@@ -201,4 +201,4 @@ def test_the_whole_pipeline_runs_in_the_interpreter(monkeypatch: pytest.MonkeyPa
     assert LaunchConfig(**result["config"]) == PLANTED
     assert result["copy_ms"] == pytest.approx(0.5)
     assert result["nbytes"] == 28 * 133
-    assert configs.config_for(JOB.spec, "90", MACHINE.name, (133, 0)) == PLANTED
+    assert configs.config_for(JOB.spec, "sm_90", MACHINE.name, (133, 0)) == PLANTED

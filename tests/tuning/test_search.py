@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Sequence
 
 import pytest
 
@@ -28,12 +27,8 @@ def flat(config: LaunchConfig) -> float:
     return 1.0
 
 
-def refine(best: Sequence[LaunchConfig]) -> list[LaunchConfig]:
-    return [config for shape in best for config in refinements(shape)]
-
-
 def search(bench: PlantedBench, limit: float = 1e9) -> Decision:
-    return Search(bench, DEFAULT, bench.clock, limit).run(shapes(32), refine)
+    return Search(bench, DEFAULT, bench.clock, limit).run(shapes(32))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -43,7 +38,7 @@ def test_the_planted_optimum_is_found_under_noise(noise: float, seed: int) -> No
     assert result.config is not None
     assert bowl(result.config) <= 1.06 if noise == 0.05 else result.config == PLANTED
     assert result.outcomes[result.config] == "winner"
-    assert result.gain.is_real
+    assert result.reason.startswith("+")
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01, 0.1])

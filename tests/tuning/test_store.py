@@ -75,8 +75,8 @@ def start(code: str, data: dict[str, Any]) -> subprocess.Popen[str]:
     return process
 
 
-def config_of(device: str = "Planted GPU", arch: str = "90", numel: int = 100) -> LaunchConfig:
-    configs.forget()
+def config_of(device: str = "Planted GPU", arch: str = "sm_90", numel: int = 100) -> LaunchConfig:
+    configs._find.cache_clear()
     return configs.config_for(SPEC, arch, device, [numel])
 
 
@@ -89,17 +89,17 @@ def test_a_stored_result_is_in_force_for_its_kernel_device_and_size() -> None:
     path = store.save(result(NEW))
     assert config_of() == NEW
     assert list(store.scan()) == [(path, result(NEW))]
-    assert config_of(device="Another GPU") == config_of(arch="80") == config_of(numel=2**27) == DEFAULT
+    assert config_of(device="Another GPU") == config_of(arch="sm_80") == config_of(numel=2**27) == DEFAULT
     assert store.save(result(OLD)) == path
     assert config_of() == OLD
 
 
 def test_files_are_read_once_for_each_question(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
-    configs.forget()
+    configs._find.cache_clear()
     monkeypatch.setattr(configs, "read_json", lambda path: (reads.append(path), result())[1])
     for _ in range(3):
-        configs.config_for(SPEC, "90", "Planted GPU", [100])
+        configs.config_for(SPEC, "sm_90", "Planted GPU", [100])
     assert len(reads) == 1
 
 
@@ -208,7 +208,7 @@ def test_a_broken_file_is_ignored_with_one_warning_that_names_it(kind: str) -> N
     assert [str(path) in str(warning.message) for warning in caught] == [True]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert configs.config_for(SPEC, "90", "Planted GPU", [100]) == DEFAULT
+        assert configs.config_for(SPEC, "sm_90", "Planted GPU", [100]) == DEFAULT
     ((ignored, why),) = store.scan()
     assert ignored == path
     assert isinstance(why, str)

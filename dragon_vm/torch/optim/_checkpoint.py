@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_dict_to_fill_asked_for, is_flat_dict_asked_for
 from dragon.vm.torch.optim._distributed.shards import distributed_like
-from dragon.vm.torch.optim._formats import Plain
+from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon
 from dragon.vm.torch.optim._groups.bounds import add_places, drop_places, widen_bounds
 from dragon.vm.torch.optim._groups.entries import held_format, stored_entries

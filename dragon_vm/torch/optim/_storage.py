@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
 from dragon.vm.torch.optim._distributed.shards import local
-from dragon.vm.torch.optim._formats import cannot_forget
+from dragon.vm.torch.optim._formats.resolve import cannot_forget
 from dragon.vm.torch.optim._groups.bounds import is_on_device
 from dragon.vm.torch.optim._groups.entries import decode_master, kept_format, unflat
 from dragon.vm.torch.optim._groups.masters import resync

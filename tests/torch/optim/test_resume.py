@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dragon.vm.torch.optim import SGD, Adam
-from dragon.vm.torch.optim._formats import moment_bound
+from dragon.vm.torch.optim._formats.bound import moment_bound
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What is computed: one record an algorithm, and the average of parameters."""
+"""What is computed: one record an algorithm."""

@@ -19,8 +19,7 @@ from dragon.vm.torch.optim._algorithms.algorithm import (
     for_maths,
     host_number,
 )
-from dragon.vm.torch.optim._algorithms.scalars import one_minus_power
-from dragon.vm.torch.optim._formats import SLACK, clamp_moment, moment_bound
+from dragon.vm.torch.optim._formats.bound import SLACK, clamp_moment, moment_bound
 
 _PLAIN_MATHS = Maths()
 
@@ -61,6 +60,11 @@ def _columns(group: Group) -> dict[str, float]:
     }
 
 
+def one_minus_power(base: float, exponent: float) -> float:
+    """1 - base**exponent without cancellation, for 0 <= base < 1 and exponent >= 1."""
+    return -math.expm1(exponent * math.log(base)) if base > 0 else 1.0
+
+
 def _complement_power(beta: float | Tensor, step: Tensor) -> float | Tensor:
     """1 - beta**step; a tensor if autograd must see it."""
     if isinstance(beta, Tensor) and beta.requires_grad:
@@ -73,11 +77,6 @@ def _changed_bound(group: Group) -> float:
     """The bound of the first moment since the betas of a group have changed; 0 if they never did."""
     betas: Sequence[float] = group.get("bound_betas") or ()
     return float(betas[2]) if len(betas) > 2 else 0.0
-
-
-def _bound(group: Group, step: float) -> float:
-    beta1, beta2 = group["betas"]
-    return _changed_bound(group) or moment_bound(float(beta1), float(beta2), step)
 
 
 def adam_update(
@@ -113,7 +112,8 @@ def adam_update(
     root = maths.root(largest)
     if maths.is_bounded:
         own_root = maths.root(exp_avg_sq) if group["amsgrad"] else root
-        exp_avg = clamp_moment(exp_avg, own_root, _bound(group, float(step)))
+        bound = _changed_bound(group) or moment_bound(float(beta1), float(beta2), float(step))
+        exp_avg = clamp_moment(exp_avg, own_root, bound)
     param = param - step_size * (exp_avg / (root + denom_eps))
     return param, [exp_avg, exp_avg_sq, largest] if group["amsgrad"] else [exp_avg, exp_avg_sq]
 
@@ -159,7 +159,7 @@ ADAM = Algorithm(
     fused_numbers=_fused_numbers,
     fused_names=("betas", "eps", "weight_decay", "amsgrad", "epsilon_hat", "decoupled_weight_decay"),
     depends_on_step=lambda group: bool(group["epsilon_hat"] and group["eps"]),
-    # Betas that a narrow group had: what `_bound` must allow for.
+    # Betas that a narrow group had: what the bound must allow for.
     own_group_defaults={"bound_betas": None},
     # Nor has a saved group that knows nothing of AMSGrad its maximum.
     optional_keys=lambda saved_group: frozenset() if "amsgrad" in saved_group else frozenset({"max_exp_avg_sq"}),

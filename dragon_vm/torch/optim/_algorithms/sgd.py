@@ -37,11 +37,7 @@ def _check(group: Group) -> None:
 
 
 def _columns(group: Group) -> dict[str, float]:
-    return {
-        "MOMENTUM": float(group["momentum"]),
-        "DAMPENING": float(group["dampening"]),
-        "NESTEROV": float(group["nesterov"]),
-    }
+    return {name.upper(): float(group[name]) for name in ("momentum", "dampening", "nesterov")}
 
 
 def sgd_update(

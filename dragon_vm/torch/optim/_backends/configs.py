@@ -18,7 +18,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dragon.kernels.archs import arch_name, warp_size
+from dragon.kernels.archs import warp_size
 from dragon.kernels.config import LaunchConfig, default_config
 
 if TYPE_CHECKING:
@@ -50,16 +50,11 @@ def config_for(spec: Spec, arch: str, device_name: str, numels: Sequence[int]) -
 
     Args:
         spec: which kernel.
-        arch: as triton names it, "90" or "gfx942".
+        arch: as in "sm_90".
         device_name: the GPU's name.
         numels: elements of the tensors that share the launch.
     """
-    return _find(tuning_dir(), spec, arch_name(arch), device_name, size_class(numels))
-
-
-def forget() -> None:
-    """Read the files again at the next question."""
-    _find.cache_clear()
+    return _find(tuning_dir(), spec, arch, device_name, size_class(numels))
 
 
 @lru_cache(maxsize=4096)
@@ -155,33 +150,22 @@ def check_result(data: Any, path: Path | None = None) -> LaunchConfig:
         arch, device_name, size = data["arch"], data["device"], data["size"]
         expected = path_of(data["spec"], arch, device_name, size, path.parents[2] if path else None)
         config = LaunchConfig(**data["config"])
+        # What people are shown.
+        times = data["best_ms"]["median"], data["default_ms"]["median"], data["copy_ms"]
+        texts = data["kernel"], data["reason"]
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"incomplete: {type(error).__name__}: {error}") from None
     if path is not None and path != expected:
         raise ValueError("foreign: it is the result of something else than its name and folder say")
     if not is_launchable(config, warp_size(arch)):
         raise ValueError(f"no kernel can be launched with {data['config']!r:.200}")
-    _check_report(data)
-    return config
-
-
-def _check_report(result: dict[str, Any]) -> None:
-    """Check the times and texts that people are shown.
-
-    Raises:
-        ValueError: one is missing, or not what it should be.
-    """
-    try:
-        times = result["best_ms"]["median"], result["default_ms"]["median"], result["copy_ms"]
-        texts = result["kernel"], result["reason"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"incomplete: {type(error).__name__}: {error}") from None
     for value in times:
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"incomplete: {value!r:.40} is no time")
     for value in texts:
         if not isinstance(value, str):
             raise ValueError(f"incomplete: {value!r:.40} is no text")
+    return config
 
 
 def is_launchable(config: LaunchConfig, n_lanes: int) -> bool:

@@ -10,10 +10,11 @@ from torch import Tensor
 from triton.runtime import driver
 
 from dragon.kernels import table
+from dragon.kernels.archs import arch_name
 
 
 class Hardware(NamedTuple):
-    """What launches are for: name, architecture as triton names it, multiprocessors, threads of a warp."""
+    """What launches are for: name, architecture as in "sm_90", multiprocessors, threads of a warp."""
 
     name: str
     arch: str
@@ -118,4 +119,4 @@ def describe(device: torch.device) -> Hardware:
         return Hardware(device.type, device.type, 1, 32)
     properties = torch.cuda.get_device_properties(device)
     arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"{properties.major}{properties.minor}"
-    return Hardware(properties.name, arch, properties.multi_processor_count, properties.warp_size)
+    return Hardware(properties.name, arch_name(arch), properties.multi_processor_count, properties.warp_size)

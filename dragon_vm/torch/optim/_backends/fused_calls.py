@@ -33,7 +33,6 @@ class FusedCall(NamedTuple):
 
     Attributes:
         pick: selects the tensors among the group's.
-        first: position of the first of them in the group.
         group_index: their parameter groups.
         options: of the operation.
         factor: of the gradients, positive: the sign is `maximize`'s.
@@ -43,8 +42,7 @@ class FusedCall(NamedTuple):
         is_small: whether one thread is faster.
     """
 
-    pick: Callable[[Sequence[Tensor]], Sequence[Tensor]]
-    first: int
+    pick: Callable[[Sequence[Any]], Sequence[Any]]
     group_index: Sequence[int]
     options: FusedOptions
     factor: float
@@ -55,7 +53,7 @@ class FusedCall(NamedTuple):
 
     def has_one_rate(self, groups: Sequence[Group]) -> bool:
         """Whether its parameter groups still have one learning rate."""
-        return len({groups[index]["lr"] for index in self.group_index}) == 1
+        return len(self.group_index) == 1 or len({groups[index]["lr"] for index in self.group_index}) == 1
 
     def limited(self, grads: list[Tensor], copies: list[Tensor]) -> list[Tensor]:
         """Copies of gradients, which the operation may write to, clipped, and scaled if it does not scale them."""
@@ -80,32 +78,6 @@ def _number(value: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
 
 
-class _Rows:
-    """The tensors of a flattened group that take part in a step, by parameter group and size class.
-
-    Args:
-        rows: positions of these tensors in the group.
-        classes: of each tensor of the group.
-    """
-
-    def __init__(self, rows: Sequence[int], classes: Sequence[tuple[int, bool]]) -> None:
-        self.rows, self._n_all = rows, len(classes)
-        self.parts: dict[tuple[int, bool], list[int]] = {}
-        for row in rows:
-            self.parts.setdefault(classes[row], []).append(row)
-        self._picks: dict[tuple[tuple[int, bool], ...], tuple[int, Any]] = {}
-
-    def pick(self, parts: tuple[tuple[int, bool], ...]) -> tuple[int, Any]:
-        """The first position of parts, and what selects their tensors in the order of the group."""
-        if parts not in self._picks:
-            # Parts that share a call change with the hyperparameters: what no plan asks for again must go.
-            if len(self._picks) > 2 * len(self.parts):
-                self._picks.clear()
-            positions = sorted(position for part in parts for position in self.parts[part])
-            self._picks[parts] = positions[0], picker(positions, self._n_all)
-        return self._picks[parts]
-
-
 class FusedPlanner:
     """Plans the fused calls of one flattened group."""
 
@@ -113,13 +85,14 @@ class FusedPlanner:
         self._algorithm, self._param_dtype = algorithm, group.signature.param_dtype
         self._reads_copies = group.signature.grad_dtype != group.signature.param_dtype
         self._positions = [entry.position for entry in group.entries]
-        self._group_index = [entry.group_index for entry in group.entries]
         self._read_key = itemgetter(*algorithm.fused_names, *_COMMON_NAMES)
         self._keys: list[Any] = []
         params = [entry.param for entry in group.entries]
         are_small = [param.numel() < SINGLE_THREAD_NUMEL for param in params]
+        self._group_index = [entry.group_index for entry in group.entries]
         self._classes = list(zip(self._group_index, are_small, strict=True))
-        self._chosen = _Rows([], self._classes)
+        # Rows that take part, and these rows by parameter group and size class.
+        self._parts: tuple[Sequence[int], dict[tuple[int, bool], list[int]]] = [], {}
         self._scratch = Scratch(params, are_small)
 
     def read(self, groups: Sequence[Group]) -> bool:
@@ -139,29 +112,28 @@ class FusedPlanner:
         `rows` are the tensors of this group that take part. `steps` are the counts of all its tensors, one if they
         agree, or none if none are needed.
         """
-        if rows != self._chosen.rows:
-            self._chosen = _Rows(rows, self._classes)
-        parts: dict[tuple[Any, float, bool], list[tuple[int, bool]]] = {}
-        single: dict[tuple[Any, float, float, bool], list[int]] = {}
-        for part, positions in self._chosen.parts.items():
-            group, is_small = groups[part[0]], part[1]
-            key = float(group["lr"]), self._keys[part[0]]
+        if rows != self._parts[0]:
+            parts: dict[tuple[int, bool], list[int]] = {}
+            for row in rows:
+                parts.setdefault(self._classes[row], []).append(row)
+            self._parts = rows, parts
+        found: dict[tuple[Any, float, float, bool], list[int]] = {}
+        for (index, is_small), members in self._parts[1].items():
+            group = groups[index]
+            key = float(group["lr"]), self._keys[index]
             counts = steps if self._algorithm.depends_on_step(group) else []
             if len(counts) <= 1 and not factors.each:
-                parts.setdefault((key, abs(factors.of(0, group)), is_small), []).append(part)
+                found.setdefault((key, abs(factors.of(0, group)), 0.0, is_small), []).extend(members)
                 continue
-            for position in positions:
-                factor = abs(factors.of(self._positions[position], group))
-                count = counts[position] if len(counts) > 1 else 0.0
-                single.setdefault((key, factor, count, is_small), []).append(position)
+            for row in members:
+                factor = abs(factors.of(self._positions[row], group))
+                count = counts[row] if len(counts) > 1 else 0.0
+                found.setdefault((key, factor, count, is_small), []).append(row)
         calls = []
-        for (_, factor, is_small), members in parts.items():
-            chosen, indices = self._chosen.pick(tuple(members)), [index for index, _ in members]
-            calls.append(self._call(chosen, indices, groups, factor, factors.kept_scale, is_small))
-        for (_, factor, _, is_small), positions in single.items():
-            chosen = positions[0], picker(positions, len(self._positions))
-            indices = list({self._group_index[position] for position in positions})
-            calls.append(self._call(chosen, indices, groups, factor, factors.kept_scale, is_small))
+        for (_, factor, _, is_small), chosen in found.items():
+            pick = picker(sorted(chosen), len(self._positions))
+            indices = list(set(pick(self._group_index)))
+            calls.append(self._call(pick, indices, groups, factor, factors.kept_scale, is_small))
         return calls
 
     def pieces(self, call: FusedCall, columns: Sequence[list[Tensor]]) -> Iterable[Piece]:
@@ -175,14 +147,14 @@ class FusedPlanner:
 
     def _call(
         self,
-        chosen: tuple[int, Any],
+        pick: Callable[[Sequence[Any]], Sequence[Any]],
         group_index: Sequence[int],
         groups: Sequence[Group],
         factor: float,
         kept_scale: float | None,
         is_small: bool,
     ) -> FusedCall:
-        (first, pick), group = chosen, groups[group_index[0]]
+        group = groups[group_index[0]]
         bound = clip_value(group)
         numbers: dict[str, Any] = {
             **self._algorithm.fused_numbers(group),
@@ -204,4 +176,4 @@ class FusedPlanner:
         divisor = 1.0 if kept_scale is None or (leaves_own and is_right) else kept_scale
         needs_copies = bool(bound) or (factor != 1 and not is_scaled) or (leaves_own and not is_right)
         options = FusedOptions(numbers, group)
-        return FusedCall(pick, first, group_index, options, factor, bound, divisor, needs_copies, is_small)
+        return FusedCall(pick, group_index, options, factor, bound, divisor, needs_copies, is_small)

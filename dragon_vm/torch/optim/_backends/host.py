@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, Maths
-from dragon.vm.torch.optim._algorithms.average import average_update
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
-from dragon.vm.torch.optim._formats import Rounding, random_words, square_root
+from dragon.vm.torch.optim._formats.bits import square_root
+from dragon.vm.torch.optim._formats.philox import Rounding, random_words
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
 from dragon.vm.torch.optim._gradients.unscaling import unscale_all
@@ -133,8 +133,9 @@ class HostGroup:
         for index, (form, value, each) in enumerate(zip(formats, (param, *states), stored, strict=True)):
             form.encode(value, each, words[min(index, 1)] if form.stochastic else None)
         for average in averages:
-            value = self._wide(formats[0].decode(stored[0]))
-            average.copy_(average_update(self._wide(average), value, float(group["ema_decay"])))
+            # Of the parameter as it is stored.
+            value, ema = self._wide(formats[0].decode(stored[0])), self._wide(average)
+            average.copy_(ema + (1 - float(group["ema_decay"])) * (value - ema))
 
     def _wide(self, tensor: Tensor) -> Tensor:
         """A tensor in the dtype of the maths; a copy if autograd may keep it."""

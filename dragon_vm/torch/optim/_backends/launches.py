@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise, product, starmap
+from itertools import chain, product
 from typing import NamedTuple
 
 import torch
@@ -97,19 +97,6 @@ def plan_launches(
     """Lay out the table of a device, whose rows are the entries of `flattened`, in order."""
     entries = list(chain.from_iterable(group.entries for group in flattened))
     numels = [real_numel(entry.param) for entry in entries]
-    signatures = [group.signature for group in flattened]
-    specs = [_spec(algorithm, signature, zero_grad) for signature in signatures]
-    firsts = list(accumulate((len(group.entries) for group in flattened), initial=0))
-    rows = list(starmap(range, pairwise(firsts)))
-    lengths = [numels[chosen.start : chosen.stop] for chosen in rows]
-    hardware = context.hardware
-    configs = [
-        config_for(spec, hardware.arch, hardware.name, own) for spec, own in zip(specs, lengths, strict=True)
-    ]
-    chunks = [
-        plan_chunks(own, config.chunk, chosen) for config, own, chosen in zip(configs, lengths, rows, strict=True)
-    ]
-    spans = _spans([spec.grad for spec in specs], rows, numels)
     partials = PartialNorms.of([entry.position for entry in entries], numels)
     n_partials = sum(partials.counts)
     contents = {
@@ -118,23 +105,37 @@ def plan_launches(
         "sources": array("q", bytes(8 * n_groups * int(table.SOURCE_COLUMNS))),
         "grads": array("q", bytes(8 * len(entries))),
         "counts": array("q", [len(entries), n_partials]),
-        "tensors": tensor_rows(entries, numels, signatures, firsts, partials.columns(), seed),
+        "tensors": tensor_rows(flattened, numels, partials.columns(), seed),
     }
-    for index, pairs in enumerate(chunks):
+    hardware, planned, first = context.hardware, [], 0
+    rows_by_dtype: dict[str, list[int]] = {}
+    for index, group in enumerate(flattened):
+        rows = range(first, first + len(group.entries))
+        first = rows.stop
+        spec, own = _spec(algorithm, group.signature, zero_grad), numels[rows.start : rows.stop]
+        config = config_for(spec, hardware.arch, hardware.name, own)
+        pairs = plan_chunks(own, config.chunk, rows)
         contents[f"chunks {index}"] = packed(array("i", [len(pairs) // 2, 0]) + pairs)
+        planned.append((spec, config, len(pairs) // 2))
+        rows_by_dtype.setdefault(spec.grad, []).extend(rows)
+    spans = {
+        dtype: plan_chunks([numels[row] for row in rows], SPAN, rows) for dtype, rows in rows_by_dtype.items()
+    }
     contents |= {f"spans {dtype}": packed(pairs) for dtype, pairs in spans.items()}
     device_table = DeviceTable(contents, context.device)
     updates = [
         UpdateLaunch(
-            update_launcher(spec, config, len(pairs) // 2, hardware.n_processors, hardware.warp_size),
+            update_launcher(spec, config, n_chunks, hardware.n_processors, hardware.warp_size),
             device_table.section(f"chunks {index}", torch.int32),
         )
-        for index, (spec, config, pairs) in enumerate(zip(specs, configs, chunks, strict=True))
-        if pairs
+        for index, (spec, config, n_chunks) in enumerate(planned)
+        if n_chunks
     ]
     norms = [
-        _norm_launch(
-            dtype, device_table.section(f"spans {dtype}", torch.int32), len(pairs) // 2, hardware.warp_size
+        NormLaunch(
+            # The section may be longer than its spans.
+            {kind: norm_launcher(dtype, kind, len(pairs) // 2, hardware.warp_size) for kind in NORMS},
+            device_table.section(f"spans {dtype}", torch.int32),
         )
         for dtype, pairs in spans.items()
         if pairs
@@ -143,22 +144,8 @@ def plan_launches(
         key: advance_launcher(algorithm, *key, len(entries), hardware.warp_size)
         for key in product((NO_NORM, *NORMS), (False, True))
     }
-    n_scalars = len(entries) * int(table.SCALAR_COLUMNS)
-    scalars = torch.empty(n_scalars, dtype=torch.float64, device=context.device)
+    scalars = torch.empty(len(entries) * int(table.SCALAR_COLUMNS), dtype=torch.float64, device=context.device)
     return Launches(device_table, Sections.of(device_table), scalars, advances, updates, norms, numels, n_partials)
-
-
-def _spans(dtypes: Sequence[str], rows: Sequence[range], numels: Sequence[int]) -> dict[str, array[int]]:
-    """The spans of all gradients of a dtype, by its name."""
-    by_dtype: dict[str, list[int]] = {}
-    for dtype, chosen in zip(dtypes, rows, strict=True):
-        by_dtype.setdefault(dtype, []).extend(chosen)
-    return {dtype: plan_chunks([numels[i] for i in chosen], SPAN, chosen) for dtype, chosen in by_dtype.items()}
-
-
-def _norm_launch(dtype: str, spans: Tensor, n_spans: int, warp_size: int) -> NormLaunch:
-    # The section may be longer than its spans.
-    return NormLaunch({kind: norm_launcher(dtype, kind, n_spans, warp_size) for kind in NORMS}, spans)
 
 
 def _spec(algorithm: str, signature: Signature, zero_grad: bool) -> Spec:

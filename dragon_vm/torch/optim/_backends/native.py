@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,25 +23,6 @@ from dragon.vm.torch.optim._options import Version
 Group = dict[str, Any]
 
 
-class _Calls(NamedTuple):
-    """What was planned.
-
-    Attributes:
-        small, large: calls that are faster on one thread, and the others.
-        shared: those of several parameter groups.
-    """
-
-    small: list[FusedCall]
-    large: list[FusedCall]
-    shared: list[FusedCall]
-
-    @classmethod
-    def of(cls, calls: Sequence[FusedCall]) -> _Calls:
-        """Sort calls."""
-        small, large = ([call for call in calls if call.is_small is flag] for flag in (True, False))
-        return cls(small, large, [call for call in calls if len(call.group_index) > 1])
-
-
 class NativeGroup:
     """One flattened group on the CPU: parameters and states of one dtype, all in one layout."""
 
@@ -51,8 +33,8 @@ class NativeGroup:
         self._counters = _Counters(group) if group.signature.counts_steps else None
         self._planner = FusedPlanner(group, algorithm)
         self._needs_steps = False
-        self._calls = _Calls.of([])
-        # What the calls were planned for.
+        # Calls that are faster on one thread, and the others; and what they were planned for.
+        self._calls: tuple[list[FusedCall], list[FusedCall]] = [], []
         self._version: Version | None = None
         self._planned_for: object = None
 
@@ -86,16 +68,16 @@ class NativeGroup:
         if planned_for != self._planned_for:
             # Whatever interrupts this, no calls pass for those of another step.
             self._planned_for = None
-            self._calls = _Calls.of(self._planner.plan(groups, rows, steps, factors))
+            calls = self._planner.plan(groups, rows, steps, factors)
+            self._calls = [call for call in calls if call.is_small], [call for call in calls if not call.is_small]
             self._planned_for = planned_for
-        calls = self._calls
+        small, large = self._calls
         columns = [params, grads, own_grads, *states]
-        if calls.small:
-            on_one_thread(lambda: self._run(calls.small, columns, counters, steps))
-        if calls.large:
-            self._run(calls.large, columns, counters, steps)
+        if small:
+            on_one_thread(lambda: self._run(small, columns, counters, steps))
+        self._run(large, columns, counters, steps)
         if signature.grad_dtype not in DIVIDED_IN_PLACE:
-            for call in (*calls.small, *calls.large):
+            for call in (*small, *large):
                 if call.divisor != 1:
                     unscale_all(call.pick(own_grads), call.divisor)
         if signature.ema_dtype is not None:
@@ -110,7 +92,7 @@ class NativeGroup:
             self._needs_steps = self._planner.read(groups)
             self._planned_for = None
         # A list: an interrupt is lost in a generator that ends early.
-        elif [call for call in self._calls.shared if not call.has_one_rate(groups)]:
+        elif [call for call in chain(*self._calls) if not call.has_one_rate(groups)]:
             self._planned_for = None
         self._version = version
 
@@ -127,7 +109,7 @@ class NativeGroup:
             chosen = list(map(list, picked(call.pick, columns)))
             if is_complex:
                 chosen = [list(map(as_real, column)) for column in chosen]
-            step = steps[call.first] if len(steps) > 1 else common_step
+            step = call.pick(steps)[0] if len(steps) > 1 else common_step
             chosen_counters = list(call.pick(counters)) if counters else []
             if not call.needs_copies and call.divisor == 1:
                 params, grads, _, *states = chosen
@@ -158,7 +140,9 @@ class _Counters:
         """Count the step of some rows; return all counts if they are needed: one if all agree, or none."""
         buffer = self._buffer
         if buffer is None:
-            _count([counters[row] for row in rows])
+            # Joined parameters share a counter.
+            distinct = {id(counter): counter for counter in map(counters.__getitem__, rows)}
+            torch._foreach_add_(list(distinct.values()), self._one)
         elif len(rows) == len(counters):
             buffer.add_(self._one)
         else:
@@ -170,10 +154,3 @@ class _Counters:
             return []
         counts = list(map(float, counters)) if buffer is None else buffer.tolist()
         return counts[:1] if counts.count(counts[0]) == len(counts) else counts
-
-
-def _count(counters: Sequence[Tensor]) -> None:
-    # Joined parameters share a counter; a number would be wrapped once for each tensor.
-    torch._foreach_add_(
-        list({id(counter): counter for counter in counters}.values()), torch.ones((), device="cpu")
-    )

@@ -43,9 +43,9 @@ def picked(pick: Callable[[Sequence[Any]], Sequence[Any]], columns: Sequence[Seq
     return columns if pick is _all else [pick(column) for column in columns]
 
 
-def picker(positions: Sequence[int], n_all: int) -> Callable[[Sequence[T]], Sequence[T]]:
+def picker(positions: list[int], n_all: int) -> Callable[[Sequence[T]], Sequence[T]]:
     """What selects elements at positions of sequences of length `n_all`; all in order stay the sequence itself."""
     first = positions[0] if positions else 0
-    if list(positions) == list(range(first, first + len(positions))):
+    if positions == list(range(first, first + len(positions))):
         return _all if len(positions) == n_all else itemgetter(slice(first, first + len(positions)))
     return itemgetter(*positions)

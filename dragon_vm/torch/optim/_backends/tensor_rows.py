@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dragon.kernels import norm, table
-from dragon.vm.torch.optim._formats import Format, Plain
-from dragon.vm.torch.optim._groups.flattening import Entry, Signature
+from dragon.vm.torch.optim._formats.format import Format
+from dragon.vm.torch.optim._formats.rounding import Plain
+from dragon.vm.torch.optim._groups.flattening import FlattenedGroup, Signature
 
 _STATE_COLUMNS = (table.STATE_0, table.STATE_1, table.STATE_2)
 # Elements of a span, which makes one partial norm.
@@ -35,19 +35,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def tensor_rows(
-    entries: Sequence[Entry],
+    flattened: Sequence[FlattenedGroup],
     numels: Sequence[int],
-    signatures: Sequence[Signature],
-    firsts: Sequence[int],
     partials: Mapping[int, array[int]] | None = None,
     seed: int = 0,
 ) -> array[int]:
-    """The tensor section of the table.
+    """The tensor section of the table, whose rows are the entries of `flattened`, in order.
 
-    `firsts` are each flattened group's first row, then the number of rows. `partials` are the columns of partial
-    norms, where norms may be measured.
+    `numels` are the elements of each row. `partials` are the columns of partial norms, where norms may be taken.
     """
     width = int(table.TENSOR_COLUMNS)
+    entries = [entry for group in flattened for entry in group.entries]
     words = array("q", bytes(8 * len(entries) * width))
     columns: dict[Any, Sequence[int]] = {
         table.PARAM: [entry.param.data_ptr() for entry in entries],
@@ -57,10 +55,10 @@ def tensor_rows(
     }
     for column, values in columns.items():
         words[int(column) :: width] = array("q", values)
-    for signature, (first, end) in zip(signatures, pairwise(firsts), strict=True):
+    start = 0
+    for signature, members in flattened:
         names = _part_columns(signature)
-        for row in range(first, end):
-            entry, start = entries[row], row * width
+        for entry in members:
             for name, column in names.items():
                 words[start + int(column)] = entry.state[name].data_ptr()
             words[start + int(table.WIDE)] = int(dtype_name(signature.param_dtype) == "float64")
@@ -68,6 +66,7 @@ def tensor_rows(
                 words[start + int(table.INDEX_BASE)] = entry.first
                 words[start + int(table.STREAM)] = entry.stream
                 words[start + int(table.SEED)] = seed
+            start += width
     return words
 
 

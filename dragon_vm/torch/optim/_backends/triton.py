@@ -102,7 +102,7 @@ class TritonDevice:
     def accumulate(self, group: FlattenedGroup, addresses: list[int]) -> None:
         """Add gradients at these addresses to the sums of a group like that of the last call."""
         numels = [real_numel(entry.param) for entry in group.entries]
-        rows = tensor_rows(group.entries, numels, [group.signature], [0, len(numels)])
+        rows = tensor_rows([group], numels)
         self._launches.table.write("tensors", rows)
         kind = None
         if self._groups.is_empty:

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.owners import instances
 
-_REMEDY = "give process_group"
-
 _CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
 
 
@@ -31,12 +29,13 @@ def hidden_sharding(params: Sequence[Tensor]) -> str | None:
     if any(split_by_fsdp1(params)):
         return (
             "FullyShardedDataParallel splits the parameters, and this process sees its own part alone: "
-            f"{_REMEDY}=model.process_group, or use clip_grad_norm_ of the model"
+            "give process_group=model.process_group, or use clip_grad_norm_ of the model"
         )
-    if _is_built_by_zero():
+    frame = _caller("torch.distributed.optim.zero_redundancy_optimizer", "_init_local_optimizer")
+    if frame is not None and frame.f_locals["self"].process_group.size() > 1:
         return (
             "ZeroRedundancyOptimizer gives each process some of the parameters: "
-            f"{_REMEDY} by optimizer_class=functools.partial(AdamW, process_group=...), "
+            "give process_group by optimizer_class=functools.partial(AdamW, process_group=...), "
             "or use torch.nn.utils.clip_grad_norm_ before the step"
         )
     return None
@@ -52,7 +51,7 @@ def check_scaled_sums(params: Sequence[Tensor]) -> None:
     if any(split_by_fsdp1(params)):
         raise RuntimeError(
             "a GradScaler checks sums of sum_grad() by this process's part alone, for FullyShardedDataParallel "
-            f"splits the parameters: {_REMEDY}=model.process_group, or leave sum_grad() out"
+            "splits the parameters: give process_group=model.process_group, or leave sum_grad() out"
         )
 
 
@@ -111,9 +110,3 @@ def _caller(name: str, function: str) -> FrameType | None:
             return frame
         frame = frame.f_back
     return None
-
-
-def _is_built_by_zero() -> bool:
-    """Whether ZeroRedundancyOptimizer is constructing an optimizer on this thread."""
-    frame = _caller("torch.distributed.optim.zero_redundancy_optimizer", "_init_local_optimizer")
-    return frame is not None and bool(frame.f_locals["self"].process_group.size() > 1)

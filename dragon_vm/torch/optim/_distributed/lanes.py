@@ -92,7 +92,10 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
         lanes.append(Lane((process_group,), takes_all=not per_tensor))
         order.append(members)
     elif order and not per_tensor:
-        keys, weights = _joined(keys, weights, max(order, key=len))
+        # Plain parameters count within the largest mesh, so that all its processes agree.
+        largest = max(order, key=len)
+        weights = [weight if key else 1.0 / len(largest) for key, weight in zip(keys, weights, strict=True)]
+        keys = [key or largest for key in keys]
     index = {ranks: position for position, ranks in enumerate(order)}
     return Lanes(tuple(lanes), tuple(index.get(key, -1) for key in keys), tuple(weights))
 
@@ -118,14 +121,6 @@ def has_others(process_group: Any) -> bool:
         TypeError, ValueError: as `check_process_group`.
     """
     return bool(_ranks_of_group(process_group))
-
-
-def _joined(
-    keys: list[tuple[int, ...]], weights: list[float], largest: tuple[int, ...]
-) -> tuple[list[tuple[int, ...]], list[float]]:
-    """Count plain parameters within the largest mesh, so that all its processes agree."""
-    shared = [weight if key else 1.0 / len(largest) for key, weight in zip(keys, weights, strict=True)]
-    return [key or largest for key in keys], shared
 
 
 def _mesh_lane(param: Any, members: tuple[int, ...]) -> Lane:

@@ -13,7 +13,8 @@ Nothing here waits for the device. `TensorReduction` does the same for the norm 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,24 +25,22 @@ from dragon.vm.torch.optim._distributed.lanes import Lanes
 from dragon.vm.torch.optim._distributed.shards import local
 
 
-class _OnDevices:
-    """Positions and weights of each lane's numbers, copied to a device once."""
+def _on_devices(
+    members: list[tuple[list[int], list[float]]],
+) -> Callable[[torch.device], list[tuple[Tensor, Tensor]]]:
+    """What gives each lane's int64 positions and float64 weights on a device, copied there once."""
 
-    def __init__(self, members: list[tuple[list[int], list[float]]]) -> None:
-        self._members = members
-        self._copies: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    @cache
+    def on(device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (
+                torch.tensor(positions, dtype=torch.int64, device=device),
+                torch.tensor(weights, dtype=torch.float64, device=device),
+            )
+            for positions, weights in members
+        ]
 
-    def on(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """For each lane int64 positions and float64 weights."""
-        if device not in self._copies:
-            self._copies[device] = [
-                (
-                    torch.tensor(positions, dtype=torch.int64, device=device),
-                    torch.tensor(weights, dtype=torch.float64, device=device),
-                )
-                for positions, weights in self._members
-            ]
-        return self._copies[device]
+    return on
 
 
 class Reduction:
@@ -58,7 +57,7 @@ class Reduction:
         self._arranged, self._lanes = lanes, lanes.lanes
         # Without lanes there is one sum, this process's own.
         alone = list(range(len(lanes.weights))), list(lanes.weights)
-        self._tensors = _OnDevices(lanes.members() or [alone])
+        self._tensors_on = _on_devices(lanes.members() or [alone])
 
     def __bool__(self) -> bool:
         """Whether any other process takes part."""
@@ -79,7 +78,7 @@ class Reduction:
         Returns:
             float64 [1 + number of sums]: the flag, and a sum for each lane, or one if there are no lanes.
         """
-        tensors = self._tensors.on(squares.device)
+        tensors = self._tensors_on(squares.device)
         values = squares.new_zeros(1 + len(tensors))
         if flag is not None:
             values[0] = flag.reshape(())
@@ -130,7 +129,7 @@ class TensorReduction:
         self._lanes = lanes.lanes
         # The flag stands first, and is summed with every lane.
         members = [([0, *(1 + i for i in own)], [1.0, *weights]) for own, weights in lanes.members()]
-        self._tensors = _OnDevices(members)
+        self._tensors_on = _on_devices(members)
 
     def __bool__(self) -> bool:
         """Whether any other process takes part."""
@@ -144,7 +143,7 @@ class TensorReduction:
                 without a gradient. Afterwards element 0 is positive if any process's was, and the others are
                 the sums of squares of whole tensors.
         """
-        for lane, (positions, weights) in zip(self._lanes, self._tensors.on(values.device), strict=True):
+        for lane, (positions, weights) in zip(self._lanes, self._tensors_on(values.device), strict=True):
             if positions.numel() == values.numel():
                 _all_reduce_sum(values.mul_(weights), lane.groups)
             else:
@@ -175,12 +174,10 @@ def _all_reduce_sum(values: Tensor, groups: Sequence[Any], op: Any = None) -> No
     """Reduce a tensor in place over each group in turn."""
     for group in groups:
         types = [device.type for device in group._device_types]
-        if values.device.type in types:
-            dist.all_reduce(values, op=op or dist.ReduceOp.SUM, group=group)
-        else:
-            # Shards that FSDP2 offloads to the CPU, in a group whose backend has no CPU side.
-            moved = values.to(types[0])
-            dist.all_reduce(moved, op=op or dist.ReduceOp.SUM, group=group)
+        # FSDP2 offloads shards to the CPU, also in a group whose backend has no CPU side.
+        moved = values if values.device.type in types else values.to(types[0])
+        dist.all_reduce(moved, op=op or dist.ReduceOp.SUM, group=group)
+        if moved is not values:
             values.copy_(moved)
 
 

@@ -25,20 +25,16 @@ def magnitude_bits(value: Tensor) -> Tensor:
 
 
 @cache
-def _numpy() -> Any:
-    """NumPy, if it and PyTorch understand each other; None otherwise."""
+def numpy_of(device: torch.device) -> Any:
+    """NumPy, which does some operations faster, for tensors on the CPU; None on other devices and without it."""
     try:
         import numpy
 
+        # Fails where NumPy and PyTorch do not understand each other.
         torch.empty(0, device="cpu").numpy()
     except (ImportError, RuntimeError):
         return None
-    return numpy
-
-
-def numpy_of(device: torch.device) -> Any:
-    """NumPy, which does some operations faster, for tensors on the CPU; None on other devices and without it."""
-    return _numpy() if device.type == "cpu" else None
+    return numpy if device.type == "cpu" else None
 
 
 def square_root(value: Tensor) -> Tensor:

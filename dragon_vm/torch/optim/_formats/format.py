@@ -29,10 +29,6 @@ class Part(NamedTuple):
         """Stored elements for `numel` elements of the value."""
         return numel // self.elements
 
-    def nbytes(self, numel: int) -> int:
-        """Stored bytes for `numel` elements of the value."""
-        return self.numel(numel) * self.dtype.itemsize
-
     def shape(self, shape: Size) -> Size:
         """Shape of the part of a value of this shape: a scale has one column for a block of a row."""
         return shape if self.elements == 1 else Size((shape[0], shape[1:].numel() // self.elements))
@@ -72,7 +68,7 @@ class Format(Protocol):
 
 def nbytes(stored: Format, numel: int) -> int:
     """Bytes that the parts of a value of `numel` elements take."""
-    return sum(part.nbytes(numel) for part in stored.parts)
+    return sum(part.numel(numel) * part.dtype.itemsize for part in stored.parts)
 
 
 def required(words: Tensor | None, name: str) -> Tensor:

@@ -95,9 +95,6 @@ def random_words(rounding: Rounding, numel: int, device: torch.device | str = "c
     Returns:
         Two int32 tensors [numel] of numbers in [0, 65536).
     """
-    if numel == 0:
-        empty = torch.empty(0, dtype=torch.int32, device=device)
-        return empty, empty
     call, skipped = divmod(rounding.first, ELEMENTS_PER_CALL)
     words = _calls(call, (rounding.first + numel - 1) // ELEMENTS_PER_CALL, rounding, torch.device(device))
     part = slice(skipped, skipped + numel)

@@ -66,14 +66,6 @@ class Storage(NamedTuple):
         return nbytes(self.param, numel) + sum(nbytes(form, numel) for form in self.states.values())
 
 
-def _check_state_dtype(name: str, value: StateDtype) -> None:
-    is_dtype = isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1
-    if value is not None and value != EIGHT_BIT and not is_dtype:
-        raise ValueError(
-            f'{name}: expected a floating point dtype of 2 bytes or more, "8bit" or None, got {value!r}'
-        )
-
-
 def check_options(options: StorageOptions) -> None:
     """Check options for themselves, before any parameter is known.
 
@@ -84,7 +76,12 @@ def check_options(options: StorageOptions) -> None:
     for state, value in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
         if state and state not in MOMENTS:
             raise ValueError(f"state_dtype: expected states among {STATES}, got {state!r}")
-        _check_state_dtype(f"state_dtype[{state!r}]" if state else "state_dtype", value)
+        is_dtype = isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1
+        if value is not None and value != EIGHT_BIT and not is_dtype:
+            name = f"state_dtype[{state!r}]" if state else "state_dtype"
+            raise ValueError(
+                f'{name}: expected a floating point dtype of 2 bytes or more, "8bit" or None, got {value!r}'
+            )
     if isinstance(asked, Mapping) and asked.get("max_exp_avg_sq") == EIGHT_BIT:
         raise ValueError('state_dtype["max_exp_avg_sq"]: the maximum has no 8-bit form, use bfloat16 or float32')
     if options.asked("exp_avg_sq") == torch.float16:
@@ -193,18 +190,17 @@ def resolve(
             formats[state] = _state_format(state, usual if wanted is None else wanted, shape, stochastic)
     narrow = not isinstance(param, Plain) or any(wanted in _NARROW for wanted in asked)
     average = Plain(torch.float32) if narrow else next(iter(formats.values()), Plain(usual))
-    if differentiable and (EIGHT_BIT in asked or not _is_exact([param, *formats.values()], dtype)):
+    # Whether something is stored in less than the parameter's dtype.
+    is_rounded = any(
+        not isinstance(form, Plain) or form.dtype.itemsize < dtype.itemsize for form in (param, *formats.values())
+    )
+    if differentiable and (EIGHT_BIT in asked or is_rounded):
         given = {name: value for name, value in options._asdict().items() if value is not None}
         raise ValueError(f"differentiable=True: autograd cannot see through rounding, got {given}")
     named = frozenset(
         state for state, wanted in zip(states, asked, strict=True) if isinstance(wanted, torch.dtype)
     )
     return Storage(param, formats, average, named)
-
-
-def _is_exact(formats: Sequence[Format], dtype: torch.dtype) -> bool:
-    """Whether nothing is stored in less than a parameter's dtype."""
-    return all(isinstance(form, Plain) and form.dtype.itemsize >= dtype.itemsize for form in formats)
 
 
 def cannot_forget(storage: Storage, beta2: float) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import moment_bound
+from dragon.vm.torch.optim._formats.bound import moment_bound
 
 # The betas of the last step, and behind them what they and all before allow, once they have changed.
 _KEY = "bound_betas"

@@ -11,17 +11,11 @@ import torch
 from torch import Size, Tensor
 
 from dragon.vm.torch.optim._distributed.shards import distributed_like, is_distributed, local
-from dragon.vm.torch.optim._formats import (
-    Format,
-    Master,
-    Plain,
-    Split8,
-    Split16,
-    SquareQ8,
-    StochasticBfloat16,
-    Storage,
-    blockwise_format,
-)
+from dragon.vm.torch.optim._formats.blockwise import SquareQ8
+from dragon.vm.torch.optim._formats.format import Format
+from dragon.vm.torch.optim._formats.resolve import Storage, blockwise_format
+from dragon.vm.torch.optim._formats.rounding import Plain, StochasticBfloat16
+from dragon.vm.torch.optim._formats.split import Master, Split8, Split16
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense, same_walk
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of, walking_order

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
-from dragon.vm.torch.optim._formats import Format, Plain, Split16
+from dragon.vm.torch.optim._formats.format import Format
+from dragon.vm.torch.optim._formats.rounding import Plain
+from dragon.vm.torch.optim._formats.split import Split16
 from dragon.vm.torch.optim._groups.entries import (
     State,
     decode_entry,

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import Format, Plain
+from dragon.vm.torch.optim._formats.format import Format
+from dragon.vm.torch.optim._formats.rounding import Plain
 
 State = dict[str, Any]
 

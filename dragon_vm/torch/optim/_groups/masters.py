@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, is_distributed_type, local
-from dragon.vm.torch.optim._formats import Master
+from dragon.vm.torch.optim._formats.split import Master
 from dragon.vm.torch.optim._groups.native import MASTER, is_as_saved
 
 # The speed of C: a step reads the version of each parameter.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dragon.vm.torch.optim._distributed.shards import local
-from dragon.vm.torch.optim._formats import MOMENTS
+from dragon.vm.torch.optim._formats.resolve import MOMENTS
 
 # Entries of a state with what a parameter lacks of its master.
 MASTER_PARTS = ("param_remainder", "param_master")

@@ -12,7 +12,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
-from dragon.vm.torch.optim._formats import MOMENTS
+from dragon.vm.torch.optim._formats.resolve import MOMENTS
 from dragon.vm.torch.optim._groups.checks import labels
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, counter_place
 from dragon.vm.torch.optim._groups.exchange import restored_entries

@@ -10,7 +10,8 @@ from torch import Size, Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.shards import local
-from dragon.vm.torch.optim._formats import Plain, Split8, Split16
+from dragon.vm.torch.optim._formats.rounding import Plain
+from dragon.vm.torch.optim._formats.split import Split8, Split16
 from dragon.vm.torch.optim._groups.entries import held_format, held_master, part_keys
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of, walking_order
 from dragon.vm.torch.optim._groups.states import State, count_of

@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local
-from dragon.vm.torch.optim._formats import (
-    BLOCK,
-    Plain,
-    Storage,
-    StorageOptions,
-    check_options,
-    resolve,
-)
+from dragon.vm.torch.optim._formats.format import BLOCK
+from dragon.vm.torch.optim._formats.resolve import Storage, StorageOptions, check_options, resolve
+from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.layout import is_dense
 
 EIGHT_BIT = "8bit"

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import Plain, Storage
+from dragon.vm.torch.optim._formats.resolve import Storage
+from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.checks import check_state, has_memory
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, counter_place
 from dragon.vm.torch.optim._groups.entries import decode_entry, held_format, kept_format, stored_entries, unwalked

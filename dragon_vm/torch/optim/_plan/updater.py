@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
-from dragon.vm.torch.optim._formats import check_options
+from dragon.vm.torch.optim._formats.resolve import check_options
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._graphs.capture import is_capturing

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import BLOCK, SignedQ8, SquareQ8
+from dragon.vm.torch.optim._formats.blockwise import SignedQ8, SquareQ8
+from dragon.vm.torch.optim._formats.format import BLOCK
 
 SIGNED, SQUARE, STOCHASTIC = SignedQ8(), SquareQ8(False), SquareQ8(True)
 FORMS = pytest.mark.parametrize("form", [SIGNED, SQUARE, STOCHASTIC], ids=lambda form: form.name)

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from dragon.vm.torch.optim._formats import clamp_moment, moment_bound, rounded_bound, square_root
+from dragon.vm.torch.optim._formats.bits import square_root
+from dragon.vm.torch.optim._formats.bound import clamp_moment, moment_bound, rounded_bound
 
 BETAS = [(0.9, 0.999), (0.9, 0.95), (0.0, 0.999), (0.95, 0.9025), (0.9, 0.5), (0.99, 0.9), (0.5, 0.0), (0.9, 0.81)]
 

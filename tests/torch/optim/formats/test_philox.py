@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from dragon.vm.torch.optim._formats import Rounding, random_words
-from dragon.vm.torch.optim._formats.philox import N_ROUNDS, philox_4x32
+from dragon.vm.torch.optim._formats.philox import N_ROUNDS, Rounding, philox_4x32, random_words
 
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
 ONES = 0xFFFFFFFF

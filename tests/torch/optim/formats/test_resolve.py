@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Size
 
-from dragon.vm.torch.optim._formats import (
+from dragon.vm.torch.optim._formats.resolve import (
     Storage,
     StorageOptions,
     cannot_forget,

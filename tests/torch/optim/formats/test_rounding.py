@@ -2,16 +2,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import (
-    Plain,
-    Rounding,
-    StochasticBfloat16,
-    UpwardBfloat16,
-    bits,
-    philox,
-    random_words,
-    square_root,
-)
+from dragon.vm.torch.optim._formats import bits, philox
+from dragon.vm.torch.optim._formats.bits import square_root
+from dragon.vm.torch.optim._formats.philox import Rounding, random_words
+from dragon.vm.torch.optim._formats.rounding import Plain, StochasticBfloat16, UpwardBfloat16
 
 WORDS = torch.arange(65536, dtype=torch.int32)
 LARGEST = torch.finfo(torch.bfloat16).max

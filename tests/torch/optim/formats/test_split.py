@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import Master, Split8, Split16
+from dragon.vm.torch.optim._formats.split import Master, Split8, Split16
 
 CHUNK = 2**22
 IS_SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"

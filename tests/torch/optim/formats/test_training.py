@@ -6,18 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._formats import (
-    Format,
-    Plain,
-    Rounding,
-    SignedQ8,
-    SquareQ8,
-    StochasticBfloat16,
-    clamp_moment,
-    moment_bound,
-    random_words,
-    square_root,
-)
+from dragon.vm.torch.optim._formats.bits import square_root
+from dragon.vm.torch.optim._formats.blockwise import SignedQ8, SquareQ8
+from dragon.vm.torch.optim._formats.bound import clamp_moment, moment_bound
+from dragon.vm.torch.optim._formats.format import Format
+from dragon.vm.torch.optim._formats.philox import Rounding, random_words
+from dragon.vm.torch.optim._formats.rounding import Plain, StochasticBfloat16
 
 BETA1, BETA2 = 0.9, 0.999
 BF16 = Plain(torch.bfloat16)

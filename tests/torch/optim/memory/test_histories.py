@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim import Adam
-from dragon.vm.torch.optim._formats import moment_bound
+from dragon.vm.torch.optim._formats.bound import moment_bound
 
 from .modes import BF16
 

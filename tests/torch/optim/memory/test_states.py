@@ -12,7 +12,7 @@ import torch
 from dragon.vm.memory import rows
 from dragon.vm.torch.optim import Adam, AdamW, swap
 from dragon.vm.torch.optim._backends.host import PIECE
-from dragon.vm.torch.optim._formats import moment_bound
+from dragon.vm.torch.optim._formats.bound import moment_bound
 
 from .modes import BF16, FP32, MODES, SHAPES, give_gradients, make, train
 

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.testing import bias_correction
-from dragon.vm.torch.optim._algorithms.adam import adam_update
-from dragon.vm.torch.optim._algorithms.scalars import one_minus_power
+from dragon.vm.torch.optim._algorithms.adam import adam_update, one_minus_power
 
 betas = st.sampled_from([0.0, 0.5, 0.9, 0.999, 0.9999, 1 - 2.0**-53]) | st.floats(0, 1, exclude_max=True)
 steps = st.sampled_from([1, 2, 10, 1000, 2**24]) | st.integers(1, 10**6)
