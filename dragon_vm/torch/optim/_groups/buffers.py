@@ -81,10 +81,9 @@ class FlatBuffer:
 
     def hold(self, flats: dict[str, Tensor], states: Sequence[State], counts_steps: bool) -> list[State]:
         """Take over flat tensors and the first parameter's counter. Returns the counters to replace."""
-        self.state = {**flats, **({"step": states[0]["step"]} if counts_steps else {})}
-        if not counts_steps:
-            return [{} for _ in states]
-        return [{} if state["step"] is states[0]["step"] else {"step": states[0]["step"]} for state in states]
+        counter: State = {"step": states[0]["step"]} if counts_steps else {}
+        self.state = {**flats, **counter}
+        return [{} if state.get("step") is counter.get("step") else {**counter} for state in states]
 
     def flat_tensors(self) -> list[tuple[str, Tensor]]:
         """All flat tensors, with the names that their pieces have in states."""

@@ -94,10 +94,12 @@ def _copied(
             dtype = average if options_of(group).state_dtype else None
             dtype = dtype or torch.promote_types(state["ema"].dtype, average)
             copy["ema"] = distributed_like(param, zeros_for(local(param), dtype))
-        dtypes = {param.dtype, *(value.dtype for value in copy.values() if value.is_floating_point())}
         if algorithm.counts_steps(group):
-            place = _counter_place(settings.backend, param, group, dtypes, in_parts)
-            counted.append((copy, 0.0, place))
+            dtypes = {value.dtype for value in copy.values() if value.is_floating_point()} - {param.dtype}
+            # Should its gradient be of its own dtype.
+            wanted = local(param), param.dtype, dtypes or {param.dtype}, group["differentiable"]
+            backend = settings.backend or choose_backend(None, *wanted, in_parts=in_parts)
+            counted.append((copy, 0.0, counter_place(param, backend, group)))
         copies.append(copy)
     add_counters(counted)
     for (param, _, state), copy in zip(owners, copies, strict=True):
@@ -116,15 +118,3 @@ def _fill(copy: State, state: State, param: Tensor) -> None:
             copy[key] = value.detach().to(param.device, copy=True)
         else:
             copy[key] = deepcopy(value)
-
-
-def _counter_place(
-    backend: str | None, param: Tensor, group: Group, dtypes: set[torch.dtype], in_parts: bool
-) -> CounterPlace:
-    """Where the step counter of a parameter will be wanted, should its gradient be of its own dtype."""
-    if backend is None:
-        backend = choose_backend(
-            *(None, local(param), param.dtype, dtypes - {param.dtype} or dtypes, group["differentiable"]),
-            in_parts=in_parts,
-        )
-    return counter_place(param, backend, group)
