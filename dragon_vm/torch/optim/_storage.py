@@ -20,6 +20,7 @@ from dragon.vm.torch.optim._groups.entries import decode_master, kept_format, un
 from dragon.vm.torch.optim._groups.masters import resync
 from dragon.vm.torch.optim._groups.native import MASTER, MASTER_PARTS
 from dragon.vm.torch.optim._groups.storage import options_of, storage_of
+from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._options import complete
 from dragon.vm.torch.optim._plan.updater import Updater
 
@@ -33,13 +34,21 @@ class StoringOptimizer(AccumulatingOptimizer):
     _has_warned = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state in PyTorch's format, or as it is stored if `native_state_dict` says so.
+        """Return the state in PyTorch's format, with a "grad_sum" for each parameter whose sum no step has used.
+
+        Own keys of a group are there where they differ from what PyTorch does, or were set to what it does. An
+        AMSGrad that was switched on since the last step has its maximum, zero. What is stored in parts is there as
+        fp32, one parameter after the other, or as it is if `native_state_dict` says so: see `pytorch_state`.
 
         Raises:
-            RuntimeError: as for sums of gradients that others have parts of, and for flat dicts that PyTorch's
-                checkpoint functions could not load.
+            RuntimeError: for sums of gradients that other processes have parts of, and for flat dicts that
+                PyTorch's checkpoint functions could not load.
         """
         self._settle_masters()
+        self._take_back()
+        self._sums.check_reduced()
+        # The next step is to write it.
+        with_plain_tensors(self._complete_switched_on)
         state_dict = super().state_dict()
         # Checkpoints are loaded into what model and optimizer give away, and nobody may tell the optimizer.
         self._updater.masters.doubt(self._params_with_masters())
@@ -103,7 +112,7 @@ class StoringOptimizer(AccumulatingOptimizer):
             if not spans or not any(start <= tensor.data_ptr() < end for start, end in spans)
         )
         for key, tensor in (*flats, *apart):
-            nbytes[_kind_of(key)] += tensor.nbytes
+            nbytes[_KINDS.get(key, "states")] += tensor.nbytes
         return nbytes
 
     def _kept_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -173,7 +182,3 @@ _KINDS = {
     **{"step": "counters", "ema": "averages"},
     **dict.fromkeys((*MASTER_PARTS, MASTER), "masters"),
 }
-
-
-def _kind_of(key: str) -> str:
-    return _KINDS.get(key, "states")

@@ -257,6 +257,7 @@ class Optimizer(StoringOptimizer):
         if self._originals:
             raise RuntimeError("an optimizer was copied inside swap_ema(): its parameters would be the averages")
         self._settle_masters()
+        self._take_back()
         state = super().__getstate__()
         return {
             **state,
