@@ -109,7 +109,7 @@ class StoringOptimizer(AccumulatingOptimizer):
         apart = (
             (key, tensor)
             for key, tensor in others.values()
-            if not spans or not any(start <= tensor.data_ptr() < end for start, end in spans)
+            if not any(start <= tensor.data_ptr() < end for start, end in spans)
         )
         for key, tensor in (*flats, *apart):
             nbytes[_KINDS.get(key, "states")] += tensor.nbytes
@@ -150,23 +150,20 @@ class StoringOptimizer(AccumulatingOptimizer):
         """Warn once of second moments that were asked to be rounded such that they cannot decay."""
         if self._has_warned or options_of(group).state_dtype is None or "betas" not in group:
             return
-        beta2 = group["betas"][1]
+        beta2, names = group["betas"][1], self._algorithm.state_keys(group)
         if is_on_device(beta2):
             return
-        names = self._algorithm.state_keys(group)
-        for param in group["params"]:
-            if torch.nn.parameter.is_lazy(param) or not param.requires_grad:
-                continue
-            if cannot_forget(storage_of(param, group, names), float(beta2)):
-                self._has_warned = True
-                warnings.warn(
-                    f"exp_avg_sq is rounded to nearest in so few bits that with beta2={float(beta2)} it cannot "
-                    "decay: learning rates stay too small for thousands of steps, and losses are worse. Leave "
-                    'stochastic_rounding=None, or use state_dtype={"exp_avg_sq": torch.float32}',
-                    UserWarning,
-                    stacklevel=_levels_to_user(),
-                )
-                return
+        lazy = torch.nn.parameter.is_lazy
+        trained = [param for param in group["params"] if param.requires_grad and not lazy(param)]
+        if any(cannot_forget(storage_of(param, group, names), float(beta2)) for param in trained):
+            self._has_warned = True
+            warnings.warn(
+                f"exp_avg_sq is rounded to nearest in so few bits that with beta2={float(beta2)} it cannot decay: "
+                "learning rates stay too small for thousands of steps, and losses are worse. Leave "
+                'stochastic_rounding=None, or use state_dtype={"exp_avg_sq": torch.float32}',
+                UserWarning,
+                stacklevel=_levels_to_user(),
+            )
 
 
 def _levels_to_user() -> int:

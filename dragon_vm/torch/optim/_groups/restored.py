@@ -19,7 +19,7 @@ from dragon.vm.torch.optim._groups.exchange import restored_entries
 from dragon.vm.torch.optim._groups.native import parts_of
 from dragon.vm.torch.optim._groups.saved import checked_state
 from dragon.vm.torch.optim._groups.states import CounterPlace, State, add_counters, zeros_for
-from dragon.vm.torch.optim._groups.storage import options_of, storage_of
+from dragon.vm.torch.optim._groups.storage import storage_of
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 
 Group = dict[str, Any]
@@ -91,8 +91,7 @@ def _copied(
         copy, in_parts = restored_entries(param, group, state, algorithm.state_keys(group))
         if "ema" in algorithm.all_state_keys(group) and "ema" in state:
             average = storage_of(param, group, algorithm.state_keys(group)).average.parts[0].dtype
-            dtype = average if options_of(group).state_dtype else None
-            dtype = dtype or torch.promote_types(state["ema"].dtype, average)
+            dtype = average if group["state_dtype"] else torch.promote_types(state["ema"].dtype, average)
             copy["ema"] = distributed_like(param, zeros_for(local(param), dtype))
         if algorithm.counts_steps(group):
             dtypes = {value.dtype for value in copy.values() if value.is_floating_point()} - {param.dtype}
