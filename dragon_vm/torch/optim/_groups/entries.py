@@ -101,10 +101,7 @@ def decode_entry(param: Tensor, state: Mapping[str, Any], name: str, form: Forma
     they lie themselves: that of the parameter unless it has been laid out anew.
     """
     shard = local(param)
-    parts = [local(state[key]).to(shard.device) for key in named_parts(name, form)]
-    if isinstance(form, Split16) and parts[0].dtype == torch.bfloat16:
-        # An int16 remainder was saved as bf16.
-        parts = [parts[0].view(torch.int16)]
+    parts = [untagged(form, local(state[key]).to(shard.device)) for key in named_parts(name, form)]
     if has_blocks(form):
         codes, scale = parts
         if FORMAT_KEY in state:
@@ -116,6 +113,11 @@ def decode_entry(param: Tensor, state: Mapping[str, Any], name: str, form: Forma
         return walked(shard, value.as_strided(codes.shape, codes.stride()))
     own = [shard.detach()] if name == "param" else []
     return form.decode([walked(shard, part) for part in (*own, *parts)])
+
+
+def untagged(form: Format, part: Tensor) -> Tensor:
+    """A saved part as it is stored: an int16 remainder was saved as bf16."""
+    return part.view(torch.int16) if isinstance(form, Split16) and part.dtype == torch.bfloat16 else part
 
 
 def encode_entry(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
-from dragon.vm.torch.optim._formats import Format, Plain, Split16
+from dragon.vm.torch.optim._formats import Format, Plain
 from dragon.vm.torch.optim._groups.entries import (
     decode_entry,
     encode_entry,
@@ -20,6 +20,7 @@ from dragon.vm.torch.optim._groups.entries import (
     make_parts,
     named_parts,
     unflat,
+    untagged,
 )
 from dragon.vm.torch.optim._groups.native import CODES, FORMAT_KEY, MASTER, MASTER_PARTS, format_number, parts_of
 from dragon.vm.torch.optim._groups.states import State
@@ -111,12 +112,12 @@ def _restored_master(param: Tensor, form: Format, saved: Mapping[str, Any]) -> S
         encode_entry(value, param, made, "param", form)
         return made
     held = held_master(saved, param)
-    made = {} if held is None else make_parts(param, "param", held)
+    if held is None:
+        return {}
+    made = make_parts(param, "param", held)
     placed = _placed(param, saved, made)
     for key, entry in made.items():
-        # An int16 remainder was saved as bf16.
-        is_tagged = isinstance(held, Split16) and placed[key].dtype == torch.bfloat16
-        local(entry).copy_(placed[key].view(torch.int16) if is_tagged else placed[key])
+        local(entry).copy_(untagged(held, placed[key]))
     return made
 
 
