@@ -58,16 +58,14 @@ def mirror(real_name: str, namespace: dict[str, Any]) -> tuple[Callable[[str], A
 
 
 class _AliasLoader(Loader):
-    """Puts PyTorch's own module object under Dragon's name."""
+    """Puts PyTorch's own module object under Dragon's name.
+
+    It inherits `create_module`: the import system makes an empty module, which it throws away after `exec_module`.
+    To return PyTorch's there would let the import system write another `__spec__` into it.
+    """
 
     def __init__(self, real_name: str) -> None:
         self._real_name = real_name
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        """Leave the creation to the import system, which throws its empty module away after `exec_module`.
-
-        To return PyTorch's module here would let the import system write another `__spec__` into it.
-        """
 
     def exec_module(self, module: ModuleType) -> None:
         """Replace the empty module by PyTorch's: the import system takes what stands in `sys.modules`."""
