@@ -114,10 +114,11 @@ class ReleasingOptimizer(Protocol):
 class GradientRelease:
     """The buckets of one optimizer, and the hooks that update them on the backward pass's thread and stream."""
 
-    def __init__(self, optimizer: ReleasingOptimizer, updater: Updater, settings: Settings) -> None:
+    def __init__(self, optimizer: ReleasingOptimizer, updater: Updater) -> None:
         # The hooks must not keep the optimizer alive.
         self._optimizer, self._updater = weakref.ref(optimizer), updater
-        self._report = ScalerReport(None if settings.release_gradients is True else settings.release_gradients)
+        scaler = optimizer._settings.release_gradients
+        self._report = ScalerReport(None if scaler is True else scaler)
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
         self._handles: dict[int, Any] = {}
