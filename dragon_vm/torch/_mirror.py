@@ -11,9 +11,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-DRAGON_ROOT = "dragon.vm.torch"
-TORCH_ROOT = "torch"
-
 
 class Mirrored(type):
     """Metaclass of a Dragon class that stands in for one of PyTorch's.
@@ -61,16 +58,14 @@ def mirror(real_name: str, namespace: dict[str, Any]) -> tuple[Callable[[str], A
 
 
 class _AliasLoader(Loader):
-    """Puts PyTorch's own module object under Dragon's name."""
+    """Puts PyTorch's own module object under Dragon's name.
+
+    It inherits `create_module`: the import system makes an empty module, which it throws away after `exec_module`.
+    To return PyTorch's there would let the import system write another `__spec__` into it.
+    """
 
     def __init__(self, real_name: str) -> None:
         self._real_name = real_name
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        """Leave the creation to the import system, which throws its empty module away after `exec_module`.
-
-        To return PyTorch's module here would let the import system write another `__spec__` into it.
-        """
 
     def exec_module(self, module: ModuleType) -> None:
         """Replace the empty module by PyTorch's: the import system takes what stands in `sys.modules`."""
@@ -88,13 +83,13 @@ class MirrorFinder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return the spec of an alias, or None to leave the import to the other finders."""
-        if not fullname.startswith(DRAGON_ROOT + "."):
+        if not fullname.startswith("dragon.vm.torch."):
             return None
         parent_name = fullname.rpartition(".")[0]
         parent_is_own = sys.modules[parent_name].__name__ == parent_name
         if parent_is_own and PathFinder.find_spec(fullname, path) is not None:
             return None
-        real_name = TORCH_ROOT + fullname[len(DRAGON_ROOT) :]
+        real_name = fullname.removeprefix("dragon.vm.")
         if not _exists(real_name):
             return None
         return ModuleSpec(fullname, _AliasLoader(real_name))

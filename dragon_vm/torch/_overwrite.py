@@ -114,14 +114,11 @@ def _current_backward() -> _Backward:
     task_id = _current_task_id()
     known = _backwards.get(task_id)
     backward = known() if known is not None else None
-    return _start_backward(task_id) if backward is None else backward
-
-
-def _start_backward(task_id: int) -> _Backward:
-    around = _outermost.backward() if _outermost.backward is not None else None
-    backward = _Backward() if around is None else around
-    # The run itself holds it. A nested run holds that of the outer one, which outlives it anyway.
-    torch.autograd.Variable._execution_engine.queue_callback(backward)
-    backward.task_ids.append(task_id)
-    _backwards[task_id] = weakref.ref(backward)
+    if backward is None:
+        around = _outermost.backward() if _outermost.backward is not None else None
+        backward = _Backward() if around is None else around
+        # The run itself holds it. A nested run holds that of the outer one, which outlives it anyway.
+        torch.autograd.Variable._execution_engine.queue_callback(backward)
+        backward.task_ids.append(task_id)
+        _backwards[task_id] = weakref.ref(backward)
     return backward

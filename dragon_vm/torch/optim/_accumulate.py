@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
-from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
+from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer, take_states
 from dragon.vm.torch.optim._distributed.hidden import check_scaled_sums, looking_scaler
 from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.shards import distributed_like
@@ -166,24 +166,6 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
             params, self._handed_over = self._handed_over, ()
             with_plain_tensors(lambda: self._sums.take(params, False))
 
-    def _all_params(self) -> list[Tensor]:
-        return list(chain.from_iterable(group["params"] for group in self.param_groups))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state in PyTorch's format, with a "grad_sum" for each parameter whose sum no step has used.
-
-        Raises:
-            RuntimeError: for sums of which other processes have parts.
-        """
-        self._take_back()
-        self._sums.check_reduced()
-        return super().state_dict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What pickles and copies hold: sums are among it, and not what became of them."""
-        self._take_back()
-        return super().__getstate__()
-
     def _as_saved(self, packed: dict[str, Any]) -> dict[str, Any]:
         """With the sums."""
         saved = super()._as_saved(packed)
@@ -199,22 +181,24 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         """Load a state dict of this class or of PyTorch's counterpart, sharing no memory with it.
 
         Hyperparameters that it does not know keep their values; so does the count of skipped steps, and sums of
-        gradients if it has none. State tensors get the optimizer's `state_dtype`, or the wider of their and the
+        gradients if it has none. State tensors get the optimizer's formats, else the wider of their and the
         parameter's dtype.
 
         Raises:
             ValueError: as PyTorch, and for missing or misshapen states. Nothing has changed then.
         """
         self._take_back()
-        handle = self.register_load_state_dict_pre_hook(_take_sums)
+        # Behind the hooks of others, which may still change the dict.
+        handles = [self.register_load_state_dict_pre_hook(hook) for hook in (_take_sums, take_states)]
         try:
             super().load_state_dict(state_dict)
             if self._restored_sums:
                 sums = self._restored_sums
                 with_plain_tensors(lambda: self._sums.restore(sums))
         finally:
-            handle.remove()
-            self._restored_sums = None
+            for handle in handles:
+                handle.remove()
+            self._restored = self._restored_sums = None
 
 
 def _take_sums(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:

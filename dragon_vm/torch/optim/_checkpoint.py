@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
-from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_dict_to_fill_asked_for, is_flat_dict_asked_for
@@ -20,10 +19,7 @@ from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon
 from dragon.vm.torch.optim._groups.bounds import add_places, drop_places, widen_bounds
 from dragon.vm.torch.optim._groups.entries import held_format, stored_entries
-from dragon.vm.torch.optim._groups.exchange import (
-    pytorch_state,
-    tagged_state,
-)
+from dragon.vm.torch.optim._groups.exchange import pytorch_state, tagged_state
 from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._groups.states import State
 from dragon.vm.torch.optim._groups.storage import storage_of
@@ -31,8 +27,6 @@ from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 
 Group = dict[str, Any]
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class CheckpointedOptimizer(torch.optim.Optimizer):
@@ -44,17 +38,6 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     _originals: dict[Tensor, Tensor]
     # Between the check of a state dict and the end of its loading.
     _restored: dict[Tensor, State] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state in PyTorch's format.
-
-        Own keys of a group are there where they differ from what PyTorch does, or were set to what it does. An
-        AMSGrad that was switched on since the last step has its maximum, zero. What is stored in parts is there as
-        fp32, one parameter after the other, or as it is if `native_state_dict` says so: see `pytorch_state`.
-        """
-        # The next step is to write it.
-        with_plain_tensors(self._complete_switched_on)
-        return super().state_dict()
 
     def _convert_first(self) -> None:
         """Let hooks of others see what is saved, since they run behind the conversion."""
@@ -71,7 +54,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 _drop_storage(group)
         if is_dict_to_fill_asked_for():
             add_places(packed["param_groups"])
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        params = self._all_params()
         convert = tagged_state if is_native else pytorch_state
         states = dict(packed["state"])
         for key, entries in states.items():
@@ -80,6 +63,9 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 found = without_torch_function(convert, (), (self._own_value(params[key]), entries, key), {})
                 states[key] = found if self._algorithm.saves_steps else _uncounted(found)
         return {**packed, "state": with_own_steps(states)}
+
+    def _all_params(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _own_value(self, param: Tensor) -> Tensor:
         """A parameter as it is outside swap_ema(): remainders belong to it, not to the average."""
@@ -113,34 +99,17 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             if name in group and group[name] == meaning and not keeps:
                 del group[name]
 
-    @_disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of PyTorch's counterpart, sharing no memory with it.
-
-        Hyperparameters that it does not know keep their values; so do sums of gradients and the count of skipped
-        steps. State tensors get the optimizer's formats, else the wider of their and the parameter's dtype.
-
-        Raises:
-            ValueError: as PyTorch, and for missing or misshapen states. Nothing has changed then.
-        """
-        # Behind the hooks of others, which may still change the dict.
-        handle = self.register_load_state_dict_pre_hook(take_states)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self._restored = None
-
     @torch.no_grad()
     def _complete_switched_on(self) -> None:
         """Give parameters that have a state the maximum that AMSGrad wants since it was switched on, zero."""
         for group in self.param_groups:
-            if "max_exp_avg_sq" not in self._algorithm.state_keys(group):
+            names = self._algorithm.state_keys(group)
+            if "max_exp_avg_sq" not in names:
                 continue
             for param in group["params"]:
                 state = self.state.get(param)
                 if state and "max_exp_avg_sq" not in state:
-                    storage = storage_of(param, complete(group, self._algorithm.own_defaults), _MOMENTS)
+                    storage = storage_of(param, complete(group, self._algorithm.own_defaults), names)
                     square = held_format(state, "exp_avg_sq")
                     if isinstance(square, Plain) and isinstance(storage.states["max_exp_avg_sq"], Plain):
                         storage = storage._replace(states={"max_exp_avg_sq": square})
@@ -152,13 +121,7 @@ class _BehindConversion(OrderedDict[int, Callable[..., Any]]):
 
     def values(self) -> Any:
         """What PyTorch calls, in order."""
-        return [_converted, *super().values()]
-
-
-def _converted(optimizer: Any, packed: dict[str, Any]) -> dict[str, Any]:
-    """A hook behind PyTorch's packing."""
-    saved: dict[str, Any] = optimizer._as_saved(packed)
-    return saved
+        return [lambda optimizer, packed: optimizer._as_saved(packed), *super().values()]
 
 
 def with_own_steps(states: Any) -> Any:

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -72,13 +72,16 @@ class Bucket:
 
     Args:
         index: its number, from 1.
-        groups: for each parameter group, the parameters of the bucket.
+        chosen: the parameters, in reverse order, each behind the index of its group.
+        n_groups: number of parameter groups.
     """
 
-    def __init__(self, index: int, groups: list[list[Tensor]]) -> None:
+    def __init__(self, index: int, chosen: Sequence[tuple[int, Tensor]], n_groups: int) -> None:
         self.index = index
-        self._groups = [{"params": params} for params in groups]
-        self.ids = {id(param) for params in groups for param in params}
+        self._groups: list[dict[str, list[Tensor]]] = [{"params": []} for _ in range(n_groups)]
+        for group_index, param in reversed(chosen):
+            self._groups[group_index]["params"].append(param)
+        self.ids = {id(param) for _, param in chosen}
         self.waiting = set(self.ids)
         self.is_done = False
         self._reader = MemberReader()
@@ -97,23 +100,12 @@ class Bucket:
         self.waiting, self.is_done = set(self.ids), False
 
 
-class Pass(NamedTuple):
-    """A backward pass.
-
-    Attributes:
-        number: from 1; 0 before the first.
-        is_under_way: whether some gradient has arrived since the last step.
-    """
-
-    number: int
-    is_under_way: bool
-
-
 class ReleasingOptimizer(Protocol):
     """What release asks of an optimizer."""
 
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
+    _settings: Settings
 
     def _read_groups(self) -> list[dict[str, Any]]:
         """Read and check the hyperparameters of all groups."""
@@ -122,36 +114,36 @@ class ReleasingOptimizer(Protocol):
 class GradientRelease:
     """The buckets of one optimizer, and the hooks that update them on the backward pass's thread and stream."""
 
-    def __init__(self, optimizer: ReleasingOptimizer, updater: Updater, settings: Settings) -> None:
+    def __init__(self, optimizer: ReleasingOptimizer, updater: Updater) -> None:
         # The hooks must not keep the optimizer alive.
-        self._optimizer, self._updater, self._settings = weakref.ref(optimizer), updater, settings
-        self._report = ScalerReport(None if settings.release_gradients is True else settings.release_gradients)
+        self._optimizer, self._updater = weakref.ref(optimizer), updater
+        scaler = optimizer._settings.release_gradients
+        self._report = ScalerReport(None if scaler is True else scaler)
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
         self._handles: dict[int, Any] = {}
         weakref.finalize(self, _remove, self._handles).atexit = False
         # The ids of each group's parameters at the last pass.
         self._arranged: list[list[tuple[int, bool]]] = []
-        self._pass = Pass(0, False)
+        # Whether some gradient has arrived since the last step.
+        self._n_passes, self._is_under_way = 0, False
         # One thread a device runs backward passes.
         self._lock = threading.RLock()
 
     def watch(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Arrange the trained parameters of groups in buckets, in reverse order, and hook them."""
-        self._buckets = []
-        chosen: list[tuple[int, Tensor]] = []
+        chosen: list[list[tuple[int, Tensor]]] = []
         nbytes = 0.0
         ordered = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
         for index, param in reversed([each for each in ordered if each[1].requires_grad]):
             # Processes whose shards differ must arrange the same buckets.
             size = mean_shard_nbytes(param)
-            if chosen and (nbytes + size > BUCKET_BYTES or param.device != chosen[-1][1].device):
-                self._close(chosen, len(groups))
-                chosen, nbytes = [], 0.0
-            chosen.append((index, param))
+            if not chosen or nbytes + size > BUCKET_BYTES or param.device != chosen[-1][-1][1].device:
+                chosen.append([])
+                nbytes = 0.0
+            chosen[-1].append((index, param))
             nbytes += size
-        if chosen:
-            self._close(chosen, len(groups))
+        self._buckets = [Bucket(number, each, len(groups)) for number, each in enumerate(chosen, 1)]
         self._report.begin(self._buckets[-1].params if self._buckets else [])
         are_done = {key for key, bucket in self._bucket_of.items() if bucket.is_done}
         self._bucket_of = {key: bucket for bucket in self._buckets for key in bucket.ids}
@@ -171,15 +163,9 @@ class GradientRelease:
             if id(param) not in self._handles:
                 self._handles[id(param)] = param.register_post_accumulate_grad_hook(hook)
 
-    def _close(self, chosen: Sequence[tuple[int, Tensor]], n_groups: int) -> None:
-        groups: list[list[Tensor]] = [[] for _ in range(n_groups)]
-        for index, param in reversed(chosen):
-            groups[index].append(param)
-        self._buckets.append(Bucket(len(self._buckets) + 1, groups))
-
     def begin(self) -> None:
         """Wait for the gradients of the next backward pass."""
-        self._pass = Pass(self._pass.number, False)
+        self._is_under_way = False
         for bucket in self._buckets:
             bucket.begin()
         self._report.begin(self._report.kept)
@@ -218,8 +204,8 @@ class GradientRelease:
         if optimizer is None:
             return
         with self._lock:
-            if not self._pass.is_under_way:
-                number = self._pass.number + 1
+            if not self._is_under_way:
+                number = self._n_passes + 1
                 # Groups may have lost, gained, frozen or exchanged parameters since the last pass.
                 found = [[(id(each), each.requires_grad) for each in g["params"]] for g in optimizer.param_groups]
                 if found != self._arranged:
@@ -228,7 +214,7 @@ class GradientRelease:
                     # Now and then, for a model may be wrapped later.
                     self._check_owner()
                     self._arranged = found
-                self._pass = Pass(number, True)
+                self._n_passes, self._is_under_way = number, True
             bucket = self._bucket_of.get(id(param))
             if bucket is None:
                 return
@@ -261,7 +247,7 @@ class GradientRelease:
 
     def _update(self, optimizer: ReleasingOptimizer, bucket: Bucket) -> None:
         optimizer._read_groups()
-        members, settings = bucket.members(), self._settings
+        members, settings = bucket.members(), optimizer._settings
         found_inf = self._report.found_inf(members.grads, members.shards[0].device)
         if found_inf is not None and members.are_distributed:
             found_inf = self._updater.agreed(members, settings, found_inf, bucket.index)

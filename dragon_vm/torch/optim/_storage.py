@@ -20,6 +20,7 @@ from dragon.vm.torch.optim._groups.entries import decode_master, kept_format, un
 from dragon.vm.torch.optim._groups.masters import resync
 from dragon.vm.torch.optim._groups.native import MASTER, MASTER_PARTS
 from dragon.vm.torch.optim._groups.storage import options_of, storage_of
+from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._options import complete
 from dragon.vm.torch.optim._plan.updater import Updater
 
@@ -33,13 +34,21 @@ class StoringOptimizer(AccumulatingOptimizer):
     _has_warned = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state in PyTorch's format, or as it is stored if `native_state_dict` says so.
+        """Return the state in PyTorch's format, with a "grad_sum" for each parameter whose sum no step has used.
+
+        Own keys of a group are there where they differ from what PyTorch does, or were set to what it does. An
+        AMSGrad that was switched on since the last step has its maximum, zero. What is stored in parts is there as
+        fp32, one parameter after the other, or as it is if `native_state_dict` says so: see `pytorch_state`.
 
         Raises:
-            RuntimeError: as for sums of gradients that others have parts of, and for flat dicts that PyTorch's
-                checkpoint functions could not load.
+            RuntimeError: for sums of gradients that other processes have parts of, and for flat dicts that
+                PyTorch's checkpoint functions could not load.
         """
         self._settle_masters()
+        self._take_back()
+        self._sums.check_reduced()
+        # The next step is to write it.
+        with_plain_tensors(self._complete_switched_on)
         state_dict = super().state_dict()
         # Checkpoints are loaded into what model and optimizer give away, and nobody may tell the optimizer.
         self._updater.masters.doubt(self._params_with_masters())
@@ -100,10 +109,10 @@ class StoringOptimizer(AccumulatingOptimizer):
         apart = (
             (key, tensor)
             for key, tensor in others.values()
-            if not spans or not any(start <= tensor.data_ptr() < end for start, end in spans)
+            if not any(start <= tensor.data_ptr() < end for start, end in spans)
         )
         for key, tensor in (*flats, *apart):
-            nbytes[_kind_of(key)] += tensor.nbytes
+            nbytes[_KINDS.get(key, "states")] += tensor.nbytes
         return nbytes
 
     def _kept_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -141,23 +150,20 @@ class StoringOptimizer(AccumulatingOptimizer):
         """Warn once of second moments that were asked to be rounded such that they cannot decay."""
         if self._has_warned or options_of(group).state_dtype is None or "betas" not in group:
             return
-        beta2 = group["betas"][1]
+        beta2, names = group["betas"][1], self._algorithm.state_keys(group)
         if is_on_device(beta2):
             return
-        names = self._algorithm.state_keys(group)
-        for param in group["params"]:
-            if torch.nn.parameter.is_lazy(param) or not param.requires_grad:
-                continue
-            if cannot_forget(storage_of(param, group, names), float(beta2)):
-                self._has_warned = True
-                warnings.warn(
-                    f"exp_avg_sq is rounded to nearest in so few bits that with beta2={float(beta2)} it cannot "
-                    "decay: learning rates stay too small for thousands of steps, and losses are worse. Leave "
-                    'stochastic_rounding=None, or use state_dtype={"exp_avg_sq": torch.float32}',
-                    UserWarning,
-                    stacklevel=_levels_to_user(),
-                )
-                return
+        lazy = torch.nn.parameter.is_lazy
+        trained = [param for param in group["params"] if param.requires_grad and not lazy(param)]
+        if any(cannot_forget(storage_of(param, group, names), float(beta2)) for param in trained):
+            self._has_warned = True
+            warnings.warn(
+                f"exp_avg_sq is rounded to nearest in so few bits that with beta2={float(beta2)} it cannot decay: "
+                "learning rates stay too small for thousands of steps, and losses are worse. Leave "
+                'stochastic_rounding=None, or use state_dtype={"exp_avg_sq": torch.float32}',
+                UserWarning,
+                stacklevel=_levels_to_user(),
+            )
 
 
 def _levels_to_user() -> int:
@@ -173,7 +179,3 @@ _KINDS = {
     **{"step": "counters", "ema": "averages"},
     **dict.fromkeys((*MASTER_PARTS, MASTER), "masters"),
 }
-
-
-def _kind_of(key: str) -> str:
-    return _KINDS.get(key, "states")

@@ -102,17 +102,12 @@ class GradientSums:
         begun = {param: _as_sum(local(param), grad) for param, grad in grads.items() if param not in self.totals}
         added = [param for param in grads if param not in begun]
         if added:
-            self._add([self.totals[param] for param in added], [grads[param] for param in added], launch)
+            add = self._launch if launch and not is_capturing() else torch._foreach_add_
+            add([self.totals[param] for param in added], [grads[param] for param in added])
         self.totals |= begun
         # Whatever fails above, no gradient is lost.
         for param in grads:
             param.grad = None
-
-    def _add(self, totals: list[Tensor], grads: list[Tensor], launch: bool) -> None:
-        if launch and not is_capturing():
-            self._launch(totals, grads)
-        else:
-            torch._foreach_add_(totals, grads)
 
     def _take_unreduced(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """Take the gradients that DDP has not reduced, and return the other parameters."""

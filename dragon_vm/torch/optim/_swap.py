@@ -8,7 +8,6 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -110,9 +109,7 @@ class Swap:
     def __enter__(self) -> Swap:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
 
@@ -170,20 +167,15 @@ def _install() -> None:
         if original not in _installed:
             plain = original.__init__
             _installed[original] = (plain, _chooser(original, plain))
-            _set_init(original, _installed[original][1])
+            original.__init__ = _installed[original][1]  # type: ignore[method-assign]  # until `_uninstall`
 
 
 def _uninstall() -> None:
     for original, (plain, ours) in list(_installed.items()):
         # Who has wrapped it since keeps it: it calls ours, which calls PyTorch's.
         if original.__init__ is ours:
-            _set_init(original, plain)
+            original.__init__ = plain  # type: ignore[method-assign]  # as it was
             del _installed[original]
-
-
-def _set_init(original: type, init: Callable[..., None]) -> None:
-    # Assigned as text names it: mypy takes `__init__` for a method that nobody replaces.
-    setattr(original, "__init__", init)  # noqa: B010  # see above
 
 
 def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) -> Callable[..., None]:

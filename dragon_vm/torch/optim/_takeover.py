@@ -62,14 +62,10 @@ def take_over(
     states = with_plain_tensors(lambda: restored_states(*loaded, original.param_groups, original.state))
     others = {key: deepcopy(value) for key, value in original.state.items() if not isinstance(key, Tensor)}
     optimizer.state.update({**others, **states})
-    if "betas" in options:
-        _note_betas(optimizer, original)
-    optimizer._keep_bounds()
-    return optimizer
-
-
-def _note_betas(optimizer: CheckpointedOptimizer, original: torch.optim.Optimizer) -> None:
-    """Note the betas that narrow moments were made with, which are not those that are asked for."""
-    for group, old in zip(optimizer.param_groups, original.param_groups, strict=True):
+    pairs = zip(optimizer.param_groups, original.param_groups, strict=True)
+    for group, old in pairs if "betas" in options else ():
+        # Narrow moments were made with other betas than those that are asked for.
         if group.get("state_dtype") is not None and any(map(optimizer.state.get, group["params"])):
             group["bound_betas"] = old.get("bound_betas") or tuple(map(float, old["betas"]))
+    optimizer._keep_bounds()
+    return optimizer

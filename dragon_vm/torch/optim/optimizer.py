@@ -91,7 +91,7 @@ class Optimizer(StoringOptimizer):
         if self._release is None:
             # A scaler leaves unscaling to the step: it says so by what it hands over.
             self._handles_scaling = True
-            self._release = GradientRelease(self, self._updater, self._settings)
+            self._release = GradientRelease(self, self._updater)
         self._release.watch(self.param_groups)
 
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -257,6 +257,7 @@ class Optimizer(StoringOptimizer):
         if self._originals:
             raise RuntimeError("an optimizer was copied inside swap_ema(): its parameters would be the averages")
         self._settle_masters()
+        self._take_back()
         state = super().__getstate__()
         return {
             **state,

@@ -153,6 +153,15 @@ def test_parameters_may_not_share_memory(make):
     assert len(optimizer.param_groups) == 1
 
 
+def test_a_parameter_that_was_added_again_is_named_at_both_its_places():
+    first, again = param(), param()
+    optimizer = Adam([first, again])
+    optimizer.param_groups[0]["params"].append(again)
+    again.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="parameter 1 and parameter 2 do"):
+        optimizer.step()
+
+
 def test_interlaced_parameters_share_no_memory():
     whole = torch.zeros(10)
     Adam([torch.nn.Parameter(whole[0::2]), torch.nn.Parameter(whole[1::2]), torch.nn.Parameter(torch.zeros(0))])

@@ -81,10 +81,9 @@ class FlatBuffer:
 
     def hold(self, flats: dict[str, Tensor], states: Sequence[State], counts_steps: bool) -> list[State]:
         """Take over flat tensors and the first parameter's counter. Returns the counters to replace."""
-        self.state = {**flats, **({"step": states[0]["step"]} if counts_steps else {})}
-        if not counts_steps:
-            return [{} for _ in states]
-        return [{} if state["step"] is states[0]["step"] else {"step": states[0]["step"]} for state in states]
+        counter: State = {"step": states[0]["step"]} if counts_steps else {}
+        self.state = {**flats, **counter}
+        return [{} if state.get("step") is counter.get("step") else {**counter} for state in states]
 
     def flat_tensors(self) -> list[tuple[str, Tensor]]:
         """All flat tensors, with the names that their pieces have in states."""
@@ -123,16 +122,16 @@ def gather(
         others: parameters outside of them. A gradient that is in the way of another gets memory of its own.
     """
     moves = [(buffer.grads, *buffer.moves(params, grads)) for buffer, params, grads in members]
-    written = _Memory(flat for flat, moved, _, _ in moves if moved)
-    if not written:
+    moves = [move for move in moves if move[1]]
+    if not moves:
         return
+    written = _Memory(flat for flat, *_ in moves)
     read = [written.apart(sources) for _, _, sources, _ in moves]
     for param in others:
         if param.grad is not None:
             (param.grad,) = written.apart([param.grad])
     for (_, moved, _, views), sources in zip(moves, read, strict=True):
-        if moved:
-            torch._foreach_copy_(views, sources)
+        torch._foreach_copy_(views, sources)
         for param, view in zip(moved, views, strict=True):
             param.grad = view
 
@@ -178,9 +177,6 @@ class _Memory:
     def __init__(self, flats: Iterable[Tensor]) -> None:
         spans = sorted((flat.data_ptr(), flat.data_ptr() + flat.nbytes) for flat in flats)
         self._starts, self._ends = [start for start, _ in spans], [end for _, end in spans]
-
-    def __bool__(self) -> bool:
-        return bool(self._starts)
 
     def apart(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors, with copies of those that lie here, and might be overwritten before they are read."""

@@ -27,8 +27,11 @@ def labels(groups: Sequence[Group]) -> list[str]:
 def labels_of(params: Sequence[Tensor], groups: Sequence[Group]) -> list[str]:
     """What to call some of the parameters of all groups."""
     every = chain.from_iterable(group["params"] for group in groups)
-    names = dict(zip(map(id, every), labels(groups), strict=True))
-    return [names[id(param)] for param in params]
+    names: dict[int, list[str]] = {}
+    for param, label in zip(every, labels(groups), strict=True):
+        names.setdefault(id(param), []).append(label)
+    # One that stands twice among all stands twice here.
+    return [names[id(param)].pop(0) for param in params]
 
 
 def check_param(param: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any
 
@@ -17,14 +16,6 @@ _TRITON_DEVICES = ("cuda", "xpu")
 _KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
 
 
-@functools.cache
-def _interpreting() -> bool:
-    """Whether kernels run in triton's interpreter, on tensors of any device."""
-    from dragon.kernels import launch
-
-    return launch.INTERPRETED
-
-
 def why_not(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot update tensors of a device; None if it can."""
     if backend == "eager":
@@ -35,8 +26,13 @@ def why_not(backend: str, device: torch.device) -> str | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device.type in _TRITON_DEVICES or (device.type == "cpu" and _interpreting()):
+    if device.type in _TRITON_DEVICES:
         return None
+    if device.type == "cpu":
+        from dragon.kernels import launch
+
+        if launch.INTERPRETED:
+            return None
     return (
         f"it needs a CUDA, ROCm or XPU device, and a parameter is on {device}; "
         "for tests on the CPU, set TRITON_INTERPRET=1 before triton is imported"

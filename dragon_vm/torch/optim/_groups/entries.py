@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,16 +12,14 @@ from torch import Size, Tensor
 
 from dragon.vm.torch.optim._distributed.shards import distributed_like, is_distributed, local
 from dragon.vm.torch.optim._formats.blockwise import SquareQ8
-from dragon.vm.torch.optim._formats.format import Format
+from dragon.vm.torch.optim._formats.format import Format, Part
 from dragon.vm.torch.optim._formats.resolve import Storage, blockwise_format
 from dragon.vm.torch.optim._formats.rounding import Plain, StochasticBfloat16
 from dragon.vm.torch.optim._formats.split import Master, Split8, Split16
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense, same_walk
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of, walking_order
-from dragon.vm.torch.optim._groups.states import zeros_for
-
-State = dict[str, Any]
+from dragon.vm.torch.optim._groups.states import State, zeros_for
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -34,10 +32,10 @@ def walked(shard: Tensor, tensor: Tensor) -> Tensor:
     return flat(in_layout_of(shard, tensor)) if has_memory(shard) and is_dense(shard) else tensor
 
 
-def part_keys(name: str, form: Format) -> tuple[str, ...]:
-    """Names in a state of the tensors that hold a value; a parameter's own tensor has none."""
+def named_parts(name: str, form: Format) -> dict[str, Part]:
+    """The parts of a value by their names in a state; a parameter's own tensor has none."""
     parts = form.parts[1:] if name == "param" else form.parts
-    return tuple(name + part.suffix for part in parts)
+    return {name + part.suffix: part for part in parts}
 
 
 def nearest(form: Format) -> Format:
@@ -68,8 +66,7 @@ def make_parts(param: Any, name: str, form: Format) -> State:
     """Zeroed tensors for a value of a parameter, which are distributed as it is."""
     shard = local(param)
     made: State = {}
-    parts = form.parts[1:] if name == "param" else form.parts
-    for key, part in zip(part_keys(name, form), parts, strict=True):
+    for key, part in named_parts(name, form).items():
         if part.elements == 1:
             made[key] = distributed_like(param, zeros_for(shard, part.dtype))
         else:
@@ -97,10 +94,7 @@ def decode_entry(param: Tensor, state: Mapping[str, Any], name: str, form: Forma
     they lie themselves: that of the parameter unless it has been laid out anew.
     """
     shard = local(param)
-    parts = [local(state[key]).to(shard.device) for key in part_keys(name, form)]
-    if isinstance(form, Split16) and parts[0].dtype == torch.bfloat16:
-        # An int16 remainder was saved as bf16.
-        parts = [parts[0].view(torch.int16)]
+    parts = [untagged(form, local(state[key]).to(shard.device)) for key in named_parts(name, form)]
     if has_blocks(form):
         codes, scale = parts
         if FORMAT_KEY in state:
@@ -114,6 +108,11 @@ def decode_entry(param: Tensor, state: Mapping[str, Any], name: str, form: Forma
     return form.decode([walked(shard, part) for part in (*own, *parts)])
 
 
+def untagged(form: Format, part: Tensor) -> Tensor:
+    """A saved part as it is stored: an int16 remainder was saved as bf16."""
+    return part.view(torch.int16) if isinstance(form, Split16) and part.dtype == torch.bfloat16 else part
+
+
 def encode_entry(
     value: Tensor, param: Tensor, entries: Mapping[str, Any], name: str, form: Format, half: Tensor | None = None
 ) -> None:
@@ -123,7 +122,7 @@ def encode_entry(
     becomes it where that is not nearest; None if the weights that it belongs to may still be loaded.
     """
     shard = local(param)
-    parts = [local(entries[key]) for key in part_keys(name, form)]
+    parts = [local(entries[key]) for key in named_parts(name, form)]
     parts = [walked(shard, part) if part.shape == shard.shape else part for part in parts]
     if isinstance(form, (Split8, Split16, Master)):
         form.encode_rest(value.float(), half, *parts)
@@ -168,22 +167,22 @@ def stored_entries(
     replaced: set[str] = set()
     for name in names:
         form, held = kept_format(storage, state, name), held_format(state, name)
-        keys = part_keys(name, form)
-        if held is not None and part_keys(name, held) == keys and _are_stored(form, param, state, keys):
+        parts, held_parts = named_parts(name, form), named_parts(name, held) if held is not None else {}
+        if parts.keys() == held_parts.keys() and _are_stored(form, param, state, parts):
             continue
         entries = make_parts(param, name, form)
         if held is not None:
             encode_entry(decode_entry(param, state, name, held), param, entries, name, form)
-            replaced |= set(part_keys(name, held)) - set(keys)
+            replaced |= held_parts.keys() - parts.keys()
         added |= entries
-    keys = part_keys("param", storage.param)
-    if keys and (MASTER in state or not _are_stored(storage.param, param, state, keys, is_param=True)):
+    parts = named_parts("param", storage.param)
+    if parts and (MASTER in state or not _are_stored(storage.param, param, state, parts)):
         entries, master = make_parts(param, "param", storage.param), decode_master(param, state)
         half = walked(local(param), local(param).detach())
         master = half if master is None else master
         encode_entry(master, param, entries, "param", storage.param, half)
         added |= entries
-    replaced |= parts_of(state) & {*MASTER_PARTS, MASTER, FORMAT_KEY} - set(keys)
+    replaced |= parts_of(state) & {*MASTER_PARTS, MASTER, FORMAT_KEY} - parts.keys()
     return added, replaced
 
 
@@ -204,13 +203,11 @@ def held_master(state: Mapping[str, Any], param: Tensor) -> Format | None:
     return Master(param.dtype) if isinstance(state.get("param_master"), Tensor) else None
 
 
-def _are_stored(
-    form: Format, param: Tensor, state: Mapping[str, Any], keys: Sequence[str], is_param: bool = False
-) -> bool:
+def _are_stored(form: Format, param: Tensor, state: Mapping[str, Any], parts: Mapping[str, Part]) -> bool:
     """Whether the parts of a format are there, codes in the layout of the parameter."""
-    parts = form.parts[1:] if is_param else form.parts
-    for key, part in zip(keys, parts, strict=True):
+    for key, part in parts.items():
         entry = state.get(key)
         if not isinstance(entry, Tensor) or local(entry).dtype != part.dtype:
             return False
-    return not has_blocks(form) or (FORMAT_KEY not in state and same_walk(local(state[keys[0]]), local(param)))
+    codes = next(iter(parts))
+    return not has_blocks(form) or (FORMAT_KEY not in state and same_walk(local(state[codes]), local(param)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,27 +12,19 @@ from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._formats.format import Format
 from dragon.vm.torch.optim._formats.rounding import Plain
-from dragon.vm.torch.optim._formats.split import Split16
 from dragon.vm.torch.optim._groups.entries import (
-    State,
     decode_entry,
-    decode_master,
     encode_entry,
     held_format,
     held_master,
     kept_format,
     make_parts,
-    part_keys,
+    named_parts,
     unflat,
+    untagged,
 )
-from dragon.vm.torch.optim._groups.native import (
-    CODES,
-    FORMAT_KEY,
-    MASTER,
-    MASTER_PARTS,
-    format_number,
-    parts_of,
-)
+from dragon.vm.torch.optim._groups.native import CODES, FORMAT_KEY, MASTER, MASTER_PARTS, format_number, parts_of
+from dragon.vm.torch.optim._groups.states import State
 from dragon.vm.torch.optim._groups.storage import storage_of
 
 
@@ -104,7 +96,7 @@ def restored_entries(
         if isinstance(held, Plain) and isinstance(form, Plain):
             made[name].copy_(placed_like(made[name], saved[name]))
         else:
-            placed = _placed(param, saved, part_keys(name, held))
+            placed = _placed(param, saved, named_parts(name, held))
             encode_entry(decode_entry(param, placed, name, held), param, made, name, form)
         entries |= made
     entries |= _restored_master(param, storage.param, saved)
@@ -113,25 +105,24 @@ def restored_entries(
 
 def _restored_master(param: Tensor, form: Format, saved: Mapping[str, Any]) -> State:
     """The parts of a master beside the parameter; none if none is wanted or saved."""
-    held, is_whole = held_master(saved, param), isinstance(saved.get(MASTER), Tensor)
-    if not part_keys("param", form) or not (held or is_whole):
+    if not named_parts("param", form):
         return {}
-    if is_whole or held is None:
+    if isinstance(saved.get(MASTER), Tensor):
         made = make_parts(param, "param", form)
-        value = decode_master(param, _placed(param, saved, (MASTER,)))
-        assert value is not None
+        value = decode_entry(param, _placed(param, saved, (MASTER,)), MASTER, Plain(saved[MASTER].dtype))
         encode_entry(value, param, made, "param", form)
         return made
-    made, keys = make_parts(param, "param", held), part_keys("param", held)
-    placed = _placed(param, saved, keys)
-    for key in keys:
-        # An int16 remainder was saved as bf16.
-        is_tagged = isinstance(held, Split16) and placed[key].dtype == torch.bfloat16
-        local(made[key]).copy_(placed[key].view(torch.int16) if is_tagged else placed[key])
+    held = held_master(saved, param)
+    if held is None:
+        return {}
+    made = make_parts(param, "param", held)
+    placed = _placed(param, saved, made)
+    for key, entry in made.items():
+        local(entry).copy_(untagged(held, placed[key]))
     return made
 
 
-def _placed(param: Tensor, saved: Mapping[str, Any], keys: Sequence[str]) -> State:
+def _placed(param: Tensor, saved: Mapping[str, Any], keys: Iterable[str]) -> State:
     """The shards of saved entries that this process needs, and the number that says how they are to be read.
 
     PyTorch's flat dicts have lost the number: there codes are walked as they lie.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import chain, repeat
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
@@ -14,9 +15,6 @@ from dragon.vm.torch.optim._distributed.shards import is_distributed_type, local
 
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
-
-# By type, whether tensors of it have memory of their own that kernels may write to.
-_has_own_memory: dict[type, bool] = {}
 
 
 class Members(NamedTuple):
@@ -71,10 +69,7 @@ class MemberReader:
         return Members(params, list(map(len, lists)), shards, grads, self._are_distributed)
 
 
+@cache
 def has_own_memory(kind: type) -> bool:
     """Whether tensors of a type have memory of their own: not wrappers that dispatch to inner tensors."""
-    found = _has_own_memory.get(kind)
-    if found is None:
-        found = getattr(kind, "__torch_dispatch__", None) is Tensor.__torch_dispatch__
-        _has_own_memory[kind] = found
-    return found
+    return getattr(kind, "__torch_dispatch__", None) is Tensor.__torch_dispatch__

@@ -19,7 +19,7 @@ from dragon.vm.torch.optim._groups.exchange import restored_entries
 from dragon.vm.torch.optim._groups.native import parts_of
 from dragon.vm.torch.optim._groups.saved import checked_state
 from dragon.vm.torch.optim._groups.states import CounterPlace, State, add_counters, zeros_for
-from dragon.vm.torch.optim._groups.storage import options_of, storage_of
+from dragon.vm.torch.optim._groups.storage import storage_of
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 
 Group = dict[str, Any]
@@ -91,13 +91,14 @@ def _copied(
         copy, in_parts = restored_entries(param, group, state, algorithm.state_keys(group))
         if "ema" in algorithm.all_state_keys(group) and "ema" in state:
             average = storage_of(param, group, algorithm.state_keys(group)).average.parts[0].dtype
-            dtype = average if options_of(group).state_dtype else None
-            dtype = dtype or torch.promote_types(state["ema"].dtype, average)
+            dtype = average if group["state_dtype"] else torch.promote_types(state["ema"].dtype, average)
             copy["ema"] = distributed_like(param, zeros_for(local(param), dtype))
-        dtypes = {param.dtype, *(value.dtype for value in copy.values() if value.is_floating_point())}
         if algorithm.counts_steps(group):
-            place = _counter_place(settings.backend, param, group, dtypes, in_parts)
-            counted.append((copy, 0.0, place))
+            dtypes = {value.dtype for value in copy.values() if value.is_floating_point()} - {param.dtype}
+            # Should its gradient be of its own dtype.
+            wanted = local(param), param.dtype, dtypes or {param.dtype}, group["differentiable"]
+            backend = settings.backend or choose_backend(None, *wanted, in_parts=in_parts)
+            counted.append((copy, 0.0, counter_place(param, backend, group)))
         copies.append(copy)
     add_counters(counted)
     for (param, _, state), copy in zip(owners, copies, strict=True):
@@ -116,15 +117,3 @@ def _fill(copy: State, state: State, param: Tensor) -> None:
             copy[key] = value.detach().to(param.device, copy=True)
         else:
             copy[key] = deepcopy(value)
-
-
-def _counter_place(
-    backend: str | None, param: Tensor, group: Group, dtypes: set[torch.dtype], in_parts: bool
-) -> CounterPlace:
-    """Where the step counter of a parameter will be wanted, should its gradient be of its own dtype."""
-    if backend is None:
-        backend = choose_backend(
-            *(None, local(param), param.dtype, dtypes - {param.dtype} or dtypes, group["differentiable"]),
-            in_parts=in_parts,
-        )
-    return counter_place(param, backend, group)

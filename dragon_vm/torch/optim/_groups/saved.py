@@ -12,7 +12,7 @@ from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._formats.split import Split8, Split16
-from dragon.vm.torch.optim._groups.entries import held_format, held_master, part_keys
+from dragon.vm.torch.optim._groups.entries import held_format, held_master, named_parts
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of, walking_order
 from dragon.vm.torch.optim._groups.states import State, count_of
 
@@ -78,7 +78,7 @@ def misfit(param: Tensor, state: Mapping[str, Any], names: Iterable[str]) -> str
         expected["param_remainder"] = param.shape, master.parts[1].dtype
     for name in names:
         form = held_format(state, name)
-        for key, part in zip(part_keys(name, form), form.parts, strict=True) if form else ():
+        for key, part in named_parts(name, form).items() if form else ():
             dtype = None if isinstance(form, Plain) else part.dtype
             expected[key] = part.shape(param.shape), dtype
     for key, (shape, dtype) in expected.items():

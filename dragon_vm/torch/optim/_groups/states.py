@@ -20,14 +20,14 @@ State = dict[str, Any]
 _buffer_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def zeros_for(param: Tensor, dtype: torch.dtype | None) -> Tensor:
+def zeros_for(param: Tensor, dtype: torch.dtype) -> Tensor:
     """A zeroed state tensor, laid out as the parameter is, in a storage of its own.
 
     Args:
         param: a parameter, or this process's shard of one.
-        dtype: of the state; None for the parameter's own, which complex parameters always keep.
+        dtype: of the state, where the parameter is not complex: those have their parameter's.
     """
-    dtype = param.dtype if dtype is None or param.is_complex() else dtype
+    dtype = param.dtype if param.is_complex() else dtype
     if not has_memory(param) or not is_dense(param):
         return torch.zeros_like(param, dtype=dtype, requires_grad=False)
     return torch.empty_strided(param.shape, param.stride(), dtype=dtype, device=param.device).zero_()

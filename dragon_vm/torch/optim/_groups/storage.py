@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,16 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local
 from dragon.vm.torch.optim._formats.format import BLOCK
-from dragon.vm.torch.optim._formats.resolve import Storage, StorageOptions, check_options, resolve
+from dragon.vm.torch.optim._formats.resolve import (
+    EIGHT_BIT,
+    StateDtype,
+    Storage,
+    StorageOptions,
+    check_options,
+    resolve,
+)
 from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.layout import is_dense
-
-EIGHT_BIT = "8bit"
 
 
 def options_of(group: Mapping[str, Any]) -> StorageOptions:
@@ -48,28 +53,23 @@ def storage_of(param: Tensor, group: Mapping[str, Any], states: Sequence[str]) -
     options = options_of(group)
     asked = options.state_dtype
     if param.is_complex():
-        options = options._replace(state_dtype=_without_dtypes(asked))
+        # Their states have their dtype; 8 bits are refused.
+        options = _changed(options, lambda value: value if value == EIGHT_BIT else None)
     storage = resolve(options, param.dtype, param.shape, states, differentiable=group["differentiable"])
     if not states and isinstance(asked, torch.dtype) and not param.is_complex():
         storage = storage._replace(average=Plain(asked))
     if any(len(form.parts) > 1 for form in storage.states.values()) and not _has_whole_blocks(param):
-        storage = resolve(_without_blocks(options), param.dtype, param.shape, states)
+        options = _changed(options, lambda value: torch.float32 if value == EIGHT_BIT else value)
+        storage = resolve(options, param.dtype, param.shape, states)
     return storage
 
 
-def _without_dtypes(asked: Any) -> Any:
-    """What is left of `state_dtype` for complex parameters, whose states have their dtype; 8 bits are refused."""
-    if isinstance(asked, Mapping):
-        return {name: value for name, value in asked.items() if value == EIGHT_BIT}
-    return asked if asked == EIGHT_BIT else None
-
-
-def _without_blocks(options: StorageOptions) -> StorageOptions:
+def _changed(options: StorageOptions, change: Callable[[StateDtype], StateDtype]) -> StorageOptions:
+    """The options with another `state_dtype` for all states, or for each that it names."""
     asked = options.state_dtype
     if isinstance(asked, Mapping):
-        kept = {name: torch.float32 if value == EIGHT_BIT else value for name, value in asked.items()}
-        return options._replace(state_dtype=kept)
-    return options._replace(state_dtype=torch.float32)
+        return options._replace(state_dtype={name: change(value) for name, value in asked.items()})
+    return options._replace(state_dtype=change(asked))
 
 
 def _has_whole_blocks(param: Any) -> bool:
