@@ -78,9 +78,9 @@ def prepared_sets(monkeypatch):
     sizes = []
     prepare = cache.prepare
 
-    def counted(recipe, params, *others):
-        sizes.append(len(params))
-        return prepare(recipe, params, *others)
+    def counted(recipe, chosen):
+        sizes.append(len(chosen.params))
+        return prepare(recipe, chosen)
 
     monkeypatch.setattr(cache, "prepare", counted)
     return sizes

@@ -27,19 +27,17 @@ class HostStep:
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, n_gathered: int) -> None:
+        chosen, joined = prepared.chosen, prepared.joined
         hosts = [group for group in prepared.flattened if group.signature.backend != "triton"]
         self.groups = [_on_host(recipe, group, n_gathered) for group in hosts]
         # Positions of the entries of all flattened groups: a buffer is one gradient, not its parameters.
-        kernels = [group for group in prepared.flattened if group.signature.backend == "triton"]
         # In the order of the parameters: a norm's last bits depend on it, and on nothing else of the plan.
-        self._walked = sorted(entry.position for group in (*hosts, *kernels) for entry in group.entries)
-        self._group_index = [*prepared.group_index, *(joined.group_index for joined in prepared.joined)]
+        self._walked = sorted(entry.position for group in prepared.flattened for entry in group.entries)
+        self._group_index = [*chosen.group_index, *(each.group_index for each in joined)]
         # The norm of the gradients that the last step had, and their positions.
         self._total_norm: tuple[list[int], TotalNorm] = [], TotalNorm([], [])
-        # What the groups ask for, and the version of which they were asked.
-        self._clips_each = self._scales = False
-        self._read_for = 0
-        self._first_of = [*prepared.among_all, *(prepared.among_all[j.positions[0]] for j in prepared.joined)]
+        self._clips_each = any(group["clip_norm"] for group in recipe.groups)
+        self._first_of = [*chosen.positions, *(chosen.positions[each.positions[0]] for each in joined)]
         self._shared: tuple[Reductions, list[int], SharedNorm] | None = None
 
     def run(
@@ -51,18 +49,15 @@ class HostStep:
             The outcome, and the decision as the scaling of kernels.
         """
         groups, settings = recipe.groups, recipe.settings
-        if version[0] != self._read_for:
-            self._clips_each = any(group["clip_norm"] for group in groups)
-            self._scales = any(group["grad_scale"] != 1 for group in groups)
-            self._read_for = version[0]
         asked = scaling.grad_scale is not None or scaling.found_inf is not None or needs_norm(settings)
         factors = Factors(kept_scale=kept_scale)
-        if asked or self._clips_each:
+        decides_each = asked or self._clips_each
+        if decides_each:
             factors = self._factors(recipe, tensors, scaling)._replace(kept_scale=kept_scale)
         if factors.skip:
             return Outcome(factors.norm, 1), Scaling()
         grads = tensors.grads
-        if asked or self._scales or self._clips_each:
+        if decides_each or any(group["grad_scale"] != 1 for group in groups):
             # A gradient may be written to after it was read: no two may be the same memory.
             grads = apart_at(grads, self._present(tensors))
         for member in self.groups:

@@ -123,8 +123,6 @@ class Updater:
                 return
             outcome = self._agreements[part].take_part(members.params, values.groups, settings, scaling)
         else:
-            if is_capturing():
-                self.plans.capture(recipe, found)
             step = recipe, found.tensors, values.version, scaling
             try:
                 outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
