@@ -22,8 +22,6 @@ from dragon.vm.torch.optim._options import Settings, needs_norm
 # `torch.nn.utils.clip_grad_norm_` divides by the norm plus this.
 CLIP_EPS = 1e-6
 
-_PLAIN = torch.zeros((), device="cpu")
-
 
 class Scaling(NamedTuple):
     """What a `GradScaler` hands to an optimizer.
@@ -37,18 +35,15 @@ class Scaling(NamedTuple):
     found_inf: Tensor | None = None
 
 
-NO_SCALING = Scaling()
-
-
 def handed_over(optimizer: object) -> Scaling:
     """What a `GradScaler` has set on an optimizer for this step; a finding is one for all processes."""
     scale, found_inf = map(vars(optimizer).get, ("grad_scale", "found_inf"))
-    if scale is None and found_inf is None:
-        return NO_SCALING
     if not isinstance(found_inf, Tensor):
-        # The 0 that stands for no gradient.
-        return Scaling(scale, None)
-    return Scaling(scale, placed_like(_PLAIN, found_inf) if is_distributed(found_inf) else found_inf)
+        # None, or the 0 that stands for no gradient.
+        return Scaling(scale)
+    if is_distributed(found_inf):
+        found_inf = placed_like(torch.zeros((), device="cpu"), found_inf)
+    return Scaling(scale, found_inf)
 
 
 class Factors(NamedTuple):
@@ -88,7 +83,7 @@ def gradient_factors(
     settings: Settings,
     scaling: Scaling,
     measure: Callable[[], float],
-    shared: SharedNorm | None = None,
+    shared: SharedNorm | None,
 ) -> Factors:
     """Decide by what each gradient is multiplied, and whether the step is skipped.
 

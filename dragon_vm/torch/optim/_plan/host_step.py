@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from dragon.vm.torch.optim._backends.host import HostGroup
 from dragon.vm.torch.optim._backends.native import NativeGroup
 from dragon.vm.torch.optim._backends.selection import Gathered
-from dragon.vm.torch.optim._gradients.scaling import NO_SCALING, Factors, Scaling, TotalNorm, gradient_factors
+from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, TotalNorm, gradient_factors
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
-from dragon.vm.torch.optim._gradients.zeroing import apart_at
+from dragon.vm.torch.optim._gradients.zeroing import apart
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._options import Version, needs_norm
 from dragon.vm.torch.optim._plan.preparation import Prepared
@@ -37,6 +36,8 @@ class HostStep:
         # The norm of the gradients that the last step had, and their positions.
         self._total_norm: tuple[list[int], TotalNorm] = [], TotalNorm([], [])
         self._clips_each = any(group["clip_norm"] for group in recipe.groups)
+        # Whether some group scales its gradients, and the version of which that was asked.
+        self._scales, self._read_for = False, 0
         self._first_of = [*chosen.positions, *(chosen.positions[each.positions[0]] for each in joined)]
         self._shared: tuple[Reductions, list[int], SharedNorm] | None = None
 
@@ -48,21 +49,26 @@ class HostStep:
         Returns:
             The outcome, and the decision as the scaling of kernels.
         """
-        groups, settings = recipe.groups, recipe.settings
-        asked = scaling.grad_scale is not None or scaling.found_inf is not None or needs_norm(settings)
-        factors = Factors(kept_scale=kept_scale)
-        decides_each = asked or self._clips_each
-        if decides_each:
-            factors = self._factors(recipe, tensors, scaling)._replace(kept_scale=kept_scale)
+        groups = recipe.groups
+        is_scaled = scaling.grad_scale is not None or scaling.found_inf is not None
+        decides = is_scaled or self._clips_each or needs_norm(recipe.settings)
+        factors = self._factors(recipe, tensors, scaling) if decides else Factors()
+        factors = factors._replace(kept_scale=kept_scale)
         if factors.skip:
             return Outcome(factors.norm, 1), Scaling()
         grads = tensors.grads
-        if decides_each or any(group["grad_scale"] != 1 for group in groups):
+        if version[0] != self._read_for:
+            self._scales, self._read_for = any(group["grad_scale"] != 1 for group in groups), version[0]
+        if decides or self._scales:
             # A gradient may be written to after it was read: no two may be the same memory.
-            grads = apart_at(grads, self._present(tensors))
+            grads = apart(grads, self._present(tensors))
         for member in self.groups:
             member.update(tensors, member.pick(grads), groups, version, factors)
-        return Outcome(factors.norm), NO_SCALING if factors.common == 1 else Scaling(_divisor(factors.common))
+        if factors.common == 1:
+            return Outcome(factors.norm), Scaling()
+        # Kernels divide by a loss scale; a norm of infinity leaves a factor of 0.
+        divisor = 1 / factors.common if factors.common else math.inf
+        return Outcome(factors.norm), Scaling(torch.tensor([divisor], dtype=torch.float32, device="cpu"))
 
     def shared(self, recipe: Recipe, tensors: Gathered) -> SharedNorm | None:
         """Sums over the processes that share the gradients of a step; None if there are no others."""
@@ -98,11 +104,6 @@ class HostStep:
         for position, factor in zip(positions, factors.each, strict=True):
             each[position] = factor
         return factors._replace(each=each)
-
-
-def _divisor(factor: float) -> Tensor:
-    """A factor as a loss scale, by which gradients are divided; a norm of infinity leaves a factor of 0."""
-    return torch.tensor([1 / factor if factor else math.inf], dtype=torch.float32, device="cpu")
 
 
 def _on_host(recipe: Recipe, group: FlattenedGroup, n_gathered: int) -> NativeGroup | HostGroup:

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.unscaling import assign
-from dragon.vm.torch.optim._gradients.zeroing import apart_at, detach_all, zero_all
+from dragon.vm.torch.optim._gradients.zeroing import apart, detach_all, zero_all
 from dragon.vm.torch.optim._graphs.live import LiveGroup
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
@@ -135,7 +135,7 @@ class StepPlan:
                 if grads[position] is not None:
                     grads[position] = in_layout_of(tensors.shards[position], grads[position])
         if writes:
-            grads = apart_at(grads, [position for position, grad in enumerate(grads) if grad is not None])
+            grads = apart(grads, [position for position, grad in enumerate(grads) if grad is not None])
         ready = tensors._replace(grads=grads, states=states)
         return with_buffers(self._joined, ready, are_own) if self._joined else ready
 
