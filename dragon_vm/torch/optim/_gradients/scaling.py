@@ -16,7 +16,7 @@ from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.reduction import meeting_device
 from dragon.vm.torch.optim._distributed.shards import is_distributed
 from dragon.vm.torch.optim._gradients.norms import SquareSum, inf_norms, l2_norms
-from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
+from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._options import Settings, needs_norm
 
 # `torch.nn.utils.clip_grad_norm_` divides by the norm plus this.
@@ -137,6 +137,33 @@ def _shared_norms(
     squares = (measured if largest else measured.square()).to(device)
     total, flag = shared.total(squares, scaling.found_inf, largest=largest)
     return None, float(total if largest else total.sqrt()), float(flag) > 0
+
+
+def take_part(
+    reductions: Reductions,
+    params: Sequence[Tensor],
+    groups: Sequence[dict[str, Any]],
+    settings: Settings,
+    scaling: Scaling,
+) -> tuple[Tensor | None, Tensor]:
+    """Take part in the sums of a step for which this process has no gradient, without waiting for a device.
+
+    Returns:
+        The norm of all gradients, float64 0-dim; None if nothing asked for it.
+        1 for a skipped step, else 0; int64 0-dim.
+    """
+    shared = SharedNorm(reductions, [], len(params))
+    device = meeting_device(params, settings.process_group)
+    none = torch.zeros(0, dtype=torch.float64, device=device)
+    if any(group["clip_norm"] for group in groups):
+        _, flag = shared.each(none, scaling.found_inf, skip_nonfinite=settings.skip_nonfinite)
+        return None, (flag > 0).long().reshape(())
+    largest = settings.norm_type == math.inf
+    total, flag = shared.total(none, scaling.found_inf, largest=largest)
+    scale = 1.0 if scaling.grad_scale is None else scaling.grad_scale.double().to(device).reshape(())
+    norm = (total if largest else total.sqrt()).reshape(()) / scale
+    skipped = (flag > 0).reshape(()) | (torch.isfinite(norm).logical_not() & settings.skip_nonfinite)
+    return norm if needs_norm(settings) else None, skipped.long()
 
 
 class TotalNorm:

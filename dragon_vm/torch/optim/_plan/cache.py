@@ -42,9 +42,6 @@ class PlanCache:
         # Their tables are read by graphs: they stay, whatever becomes of the latest.
         self._captured: list[Found] = []
 
-    def __len__(self) -> int:
-        return len(self._latest)
-
     def latest(self) -> list[StepPlan]:
         """The kept plans, the last one used at the end."""
         return list(self._latest.values())

@@ -36,16 +36,15 @@ def completed_states(recipe: Recipe, chosen: Chosen) -> tuple[list[State], list[
     for _, param, shard, grad, index in zip(*chosen, strict=True):
         group, held = recipe.groups[index], recipe.state.get(param, {})
         # PyTorch's SGD takes None for a buffer that is still to begin.
-        absent = {key for key in algorithm.optional_keys(group) if key in held and held[key] is None}
-        held = {key: value for key, value in held.items() if key not in absent} if absent else held
+        optional = algorithm.optional_keys(group)
+        held = {key: value for key, value in held.items() if value is not None or key not in optional}
         check_state(param, held, algorithm.all_state_keys(group), algorithm.counts_steps(group))
-        has_parts = bool(parts_of(held))
-        held = with_saved_remainder(held, group) if has_parts else held
-        found = misfit(param, held, algorithm.state_keys(group)) if has_parts else None
-        if found is not None:
-            raise ValueError(
-                f"the state of a parameter of shape {tuple(param.shape)} and {param.dtype} has {found}"
-            )
+        if parts_of(held):
+            held = with_saved_remainder(held, group)
+            if found := misfit(param, held, algorithm.state_keys(group)):
+                raise ValueError(
+                    f"the state of a parameter of shape {tuple(param.shape)} and {param.dtype} has {found}"
+                )
         storage = storage_of(param, group, algorithm.state_keys(group))
         signature = _signature(recipe, shard, grad, held, storage, group)
         signatures.append(distinct.setdefault(signature, signature))

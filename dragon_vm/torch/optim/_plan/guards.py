@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._plan.layout_guards import PartLayouts, layout_guard
 
+# 0 for a tensor without elements.
 _data_ptr = Tensor.data_ptr
 
 
@@ -32,7 +33,7 @@ class Guard:
         self._layouts = layout_guard([*grads, *params])
         self._part_layouts = PartLayouts(grads, params) if takes_parts else None
         self._state_layouts = layout_guard(list(chain(*states.values())))
-        self._addresses = addresses_of(chain(params, *states.values()))
+        self._addresses = list(map(_data_ptr, chain(params, *states.values())))
 
     def check(
         self,
@@ -62,10 +63,5 @@ class Guard:
 
     def holds(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> bool:
         """Whether parameters and states, as many as then, are where they were."""
-        tensors = chain(params, *states.values())
-        return addresses_of(tensors) == self._addresses and self._state_layouts(*chain(*states.values()))
-
-
-def addresses_of(tensors: Iterable[Tensor]) -> list[int]:
-    """Addresses of tensors' memory; 0 for those without elements."""
-    return list(map(_data_ptr, tensors))
+        addresses = list(map(_data_ptr, chain(params, *states.values())))
+        return addresses == self._addresses and self._state_layouts(*chain(*states.values()))

@@ -69,8 +69,11 @@ def prepare(recipe: Recipe, chosen: Chosen) -> Prepared:
             "count their steps together. Give each a gradient, or leave flatten=False"
         )
     # Everything is checked: from here on things change.
-    # Since the last step somebody may have loaded the parameters, or given them other memory.
-    _reconcile_masters(recipe, params, states)
+    # Since the last step somebody may have loaded the parameters, or given them other memory. Elements that are
+    # not nearest to an fp32 master of an earlier step become their own masters.
+    pairs = zip(params, states, strict=True)
+    held = {param: state for param, state in pairs if "param_master" in recipe.state.get(param, {})}
+    reconcile(list(held), held)
     _commit(recipe, params, states, joined, parted)
     entries, chosen_signatures = [], []
     for i in range(len(params)):
@@ -92,16 +95,6 @@ def prepare(recipe: Recipe, chosen: Chosen) -> Prepared:
         any(map(is_distributed, params)),
         len(solid) < len(params),
     )
-
-
-def _reconcile_masters(recipe: Recipe, params: Sequence[Tensor], states: Sequence[State]) -> None:
-    """Make elements their own masters that are not nearest to an fp32 master of an earlier step."""
-    held = {
-        param: state
-        for param, state in zip(params, states, strict=True)
-        if "param_master" in recipe.state.get(param, {})
-    }
-    reconcile(list(held), held)
 
 
 def _commit(

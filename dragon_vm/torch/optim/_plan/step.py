@@ -103,7 +103,10 @@ class StepPlan:
                 pairs = zip(tensors.take(tensors.params), tensors.take(tensors.shards), strict=False)
                 increment_version([shard for param, shard in pairs if shard is not param])
             if kept_scale is not None:
-                self._put_back(tensors.grads, ready.grads)
+                for position in self._strays:
+                    if tensors.grads[position] is not None:
+                        # The update read a copy of it.
+                        assign(tensors.grads[position], ready.grads[position])
                 increment_version(grads)
         if are_zero:
             detach_all(grads)
@@ -111,12 +114,6 @@ class StepPlan:
         elif self._zero_grad:
             zero_all(grads)
         return outcome
-
-    def _put_back(self, grads: Sequence[Any], unscaled: Sequence[Any]) -> None:
-        """Take over what became of gradients where the update read copies of them."""
-        for position in self._strays:
-            if grads[position] is not None:
-                assign(grads[position], unscaled[position])
 
     def _ready(self, tensors: Gathered, are_own: bool, *, writes: bool) -> Gathered:
         """The tensors with gradients in their parameters' layouts, and with flat buffers behind the parameters.

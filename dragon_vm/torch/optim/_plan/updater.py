@@ -11,7 +11,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._formats import check_options
-from dragon.vm.torch.optim._gradients.scaling import Scaling
+from dragon.vm.torch.optim._gradients.scaling import Scaling, take_part
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm, make_reductions
 from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
@@ -20,10 +20,9 @@ from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
 from dragon.vm.torch.optim._groups.storage import options_of
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, check_own, complete, needs_norm
-from dragon.vm.torch.optim._plan.agreement import take_part
 from dragon.vm.torch.optim._plan.cache import PlanCache
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
-from dragon.vm.torch.optim._plan.recipe import Recipe
+from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 
 Group = dict[str, Any]
 
@@ -122,7 +121,7 @@ class Updater:
         if found is None:
             if reductions is None:
                 return
-            outcome = take_part(reductions, members.params, values.groups, settings, scaling)
+            outcome = Outcome(*take_part(reductions, members.params, values.groups, settings, scaling))
         else:
             step = recipe, found.tensors, values.version, scaling
             try:
