@@ -54,7 +54,7 @@ class PlanCache:
     def forget(self) -> None:
         """Prepare every step anew from here on."""
         self._latest.clear()
-        self._widening.forget()
+        self._widening.missed.clear()
 
     def find(self, recipe: Recipe, members: Members, key: tuple[Hashable, ...], zero_grad: bool) -> Found | None:
         """The plan of a step, prepared if need be; None if no parameter has a gradient. Plans differ by `key`.
@@ -113,10 +113,12 @@ class PlanCache:
             # Joined parameters count as one: those that have parted count each for itself in all plans.
             self._latest.clear()
         plan = StepPlan(recipe, prepared, zero_grad, takes_parts=bool(more))
-        if not more:
-            self._widening.note(recipe, key, plan)
-        found = Found(plan, plan.gatherer.gather_anew(recipe.state, prepared, members, present))
-        return self._keep((key, None if more else present), found)
+        if not (more or recipe.buffers):
+            # A buffer is updated as a whole.
+            self._widening.missed.append((key, plan.gatherer))
+        tensors = plan.gatherer.read(recipe.state, members, present)
+        assert tensors is not None
+        return self._keep((key, None if more else present), Found(plan, tensors))
 
     def publish(self, live: dict[str, Any], group: dict[str, Any], settings: Settings) -> None:
         """Upload the hyperparameters of a live group to wherever kernels read them, in stream order.

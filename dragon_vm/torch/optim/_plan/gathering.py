@@ -80,14 +80,11 @@ class StateReader:
 
     def by_position(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """The tensors by the position of their parameter; None for a parameter without that entry."""
-        spread = {}
+        spread = dict(columns)
         for key, column in columns.items():
             if len(column) < self._n_params:
-                tensors: list[Any] = [None] * self._n_params
-                for position, tensor in zip(self._positions[key], column, strict=True):
-                    tensors[position] = tensor
-                column = tensors
-            spread[key] = column
+                held = dict(zip(self._positions[key], column, strict=True))
+                spread[key] = list(map(held.get, range(self._n_params)))
         return spread
 
 
@@ -118,36 +115,38 @@ class Gatherer:
 
         `present` tells for each parameter of the optimizer whether it has a gradient.
         """
-        return None if any(self._pick_others(present)) else _if_there(self._gather, state, members, present)
-
-    def _gather(self, state: Mapping[Any, Any], members: Members, present: bytes) -> Gathered | None:
-        params = self._pick(members.params)
-        states = self.states.read(state, params)
-        if self._guard is None or states is None:
+        if self._guard is None or any(self._pick_others(present)):
             return None
+        return _if_there(self._guarded, self._guard, state, members, present)
+
+    def _guarded(
+        self, guard: Guard, state: Mapping[Any, Any], members: Members, present: bytes
+    ) -> Gathered | None:
+        tensors = self.read(state, members, present)
+        if tensors is None:
+            return None
+        _, shards, grads, states, take = tensors
+        return tensors if guard.check(take(grads), shards, states, bytes(self._pick(present))) else None
+
+    def read(self, state: Mapping[Any, Any], members: Members, present: bytes) -> Gathered | None:
+        """`gather` without a guard: the tensors are those that the plan was just made for."""
+        params, grads, present = self._pick(members.params), self._pick(members.grads), bytes(self._pick(present))
         shards = params if members.shards is members.params else self._pick(members.shards)
-        present = bytes(self._pick(present))
-        tensors = _gathered(params, shards, self._pick(members.grads), states, present)
-        return tensors if self._guard.check(tensors.take(tensors.grads), shards, states, present) else None
+        states = self.states.read(state, params)
+        if states is None:
+            return None
+        if all(present):
+            return Gathered(params, shards, grads, states)
+        take = picker(list(compress(range(len(grads)), present)), len(grads))
+        return Gathered(params, shards, grads, states, take)
 
     def holds(self, state: Mapping[Any, Any], members: Members) -> bool:
         """Whether parameters and states are what they were, with a gradient or not."""
-        return bool(_if_there(self._holds, state, members))
+        return self._guard is not None and bool(_if_there(self._holds, self._guard, state, members))
 
-    def _holds(self, state: Mapping[Any, Any], members: Members) -> bool:
+    def _holds(self, guard: Guard, state: Mapping[Any, Any], members: Members) -> bool:
         states = self.states.read(state, self._pick(members.params))
-        if self._guard is None or states is None:
-            return False
-        return self._guard.holds(self._pick(members.shards), states)
-
-    def gather_anew(
-        self, state: Mapping[Any, Any], prepared: Prepared, members: Members, present: bytes
-    ) -> Gathered:
-        """The tensors of the step that the plan was just made for."""
-        params, shards = prepared.chosen.params, prepared.chosen.shards
-        states = self.states.read(state, params)
-        assert states is not None
-        return _gathered(params, shards, self._pick(members.grads), states, bytes(self._pick(present)))
+        return states is not None and guard.holds(self._pick(members.shards), states)
 
 
 def _if_there(read: Callable[..., T], *arguments: object) -> T | None:
@@ -161,16 +160,3 @@ def _if_there(read: Callable[..., T], *arguments: object) -> T | None:
         except _MISSING:
             return None
         raise
-
-
-def _gathered(
-    params: Sequence[Tensor],
-    shards: Sequence[Tensor],
-    grads: Sequence[Any],
-    states: dict[str, list[Any]],
-    present: bytes,
-) -> Gathered:
-    if all(present):
-        return Gathered(params, shards, grads, states)
-    take = picker(list(compress(range(len(grads)), present)), len(grads))
-    return Gathered(params, shards, grads, states, take)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local_state
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, has_memory, labels_of
-from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, State, flatten_groups
+from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State
 from dragon.vm.torch.optim._groups.layout import is_dense, lies_like
 from dragon.vm.torch.optim._groups.masters import reconcile
 from dragon.vm.torch.optim._groups.members import has_own_memory
@@ -26,7 +26,8 @@ class Prepared(NamedTuple):
     Attributes:
         chosen: the parameters; where a gradient is None, a tensor stands for it that is laid out like it.
         keys: names of each one's state entries that the step reads or writes.
-        flattened: entries that share a launch; positions from ``len(keys)`` on are those of `joined`.
+        flattened: entries that share a launch, in order of first appearance; positions from ``len(keys)`` on are
+            those of `joined`.
         joined: flat buffers.
         inside: positions of their parameters.
         strays: positions of gradients that must be copied into their parameters' layout.
@@ -75,20 +76,20 @@ def prepare(recipe: Recipe, chosen: Chosen) -> Prepared:
     held = {param: state for param, state in pairs if "param_master" in recipe.state.get(param, {})}
     reconcile(list(held), held)
     _commit(recipe, params, states, joined, parted)
-    entries, chosen_signatures = [], []
-    for i in range(len(params)):
+    entries: dict[Signature, list[Entry]] = {}
+    for i, signature in enumerate(signatures):
         if i not in inside:
-            first = first_index(params[i]) if signatures[i].is_stochastic else 0
-            entries.append(Entry(shards[i], local_state(states[i]), chosen.group_index[i], i, first))
-            chosen_signatures.append(signatures[i])
-    for i, member in enumerate(joined):
-        entries.append(Entry(member.buffer.values, member.buffer.state, member.group_index, len(params) + i))
-        chosen_signatures.append(signatures[member.positions[0]])
+            first = first_index(params[i]) if signature.is_stochastic else 0
+            entry = Entry(shards[i], local_state(states[i]), chosen.group_index[i], i, first)
+            entries.setdefault(signature, []).append(entry)
+    for i, member in enumerate(joined, len(params)):
+        entry = Entry(member.buffer.values, member.buffer.state, member.group_index, i)
+        entries.setdefault(signatures[member.positions[0]], []).append(entry)
     keys_of = {signature: signature.all_keys for signature in set(signatures)}
     return Prepared(
         chosen,
         [keys_of[signature] for signature in signatures],
-        flatten_groups(entries, chosen_signatures),
+        [FlattenedGroup(*item) for item in entries.items()],
         joined,
         inside,
         [i for i in solid if i not in inside and _is_stray(shards[i], grads[i])],
