@@ -30,8 +30,6 @@ def completed_states(recipe: Recipe, chosen: Chosen) -> tuple[list[State], list[
     algorithm = recipe.algorithm
     states: list[State] = []
     signatures: list[Signature] = []
-    # Equal ones are one object: what follows from it is computed once.
-    distinct: dict[Signature, Signature] = {}
     counted: list[tuple[State, float, CounterPlace]] = []
     for _, param, shard, grad, index in zip(*chosen, strict=True):
         group, held = recipe.groups[index], recipe.state.get(param, {})
@@ -47,7 +45,7 @@ def completed_states(recipe: Recipe, chosen: Chosen) -> tuple[list[State], list[
                 )
         storage = storage_of(param, group, algorithm.state_keys(group))
         signature = _signature(recipe, shard, grad, held, storage, group)
-        signatures.append(distinct.setdefault(signature, signature))
+        signatures.append(signature)
         added, replaced = stored_entries(param, held, storage, algorithm.state_keys(group))
         states.append({**{key: value for key, value in held.items() if key not in replaced}, **added})
         if signature.ema_dtype is not None and "ema" not in held:
@@ -59,10 +57,10 @@ def completed_states(recipe: Recipe, chosen: Chosen) -> tuple[list[State], list[
             count = (algorithm.uncounted_steps or 0.0) if has_begun else 0.0
             counted.append((states[-1], count, counter_place(param, signature.backend, group)))
     add_counters(counted)
-    keys_of = {id(signature): signature.tensor_keys for signature in distinct}
+    keys_of = {signature: signature.tensor_keys for signature in set(signatures)}
     for param, index, state, signature in zip(chosen.params, chosen.group_index, states, signatures, strict=True):
         counter = counter_place(param, signature.backend, recipe.groups[index]) if signature.counts_steps else None
-        state.update(settled_entries(param, state, keys_of[id(signature)], counter))
+        state.update(settled_entries(param, state, keys_of[signature], counter))
     _give_streams(recipe, chosen.params, states, signatures)
     return states, signatures
 
