@@ -88,7 +88,7 @@ def gradient_factors(
     """Decide by what each gradient is multiplied, and whether the step is skipped.
 
     The scaling is read, which synchronises on an accelerator. `measure` returns the norm of all gradients
-    together, see `TotalNorm`. `shared` is None where no other process has parts of them.
+    together, see `total_norm`. `shared` is None where no other process has parts of them.
     """
     limits = [float(group["clip_norm"]) for group in groups]
     skip = scaling.found_inf is not None and float(scaling.found_inf) > 0
@@ -166,29 +166,27 @@ def take_part(
     return norm if needs_norm(settings) else None, skipped.long()
 
 
-class TotalNorm:
-    """The norm of gradients together, each times its group's factor.
+def total_norm(
+    grads: Sequence[Tensor],
+    group_index: Sequence[int],
+    groups: Sequence[dict[str, Any]],
+    norm_type: float,
+    square_sum: SquareSum,
+) -> float:
+    """The norm of gradients together, each times its group's factor, of type 2 or infinity.
 
-    Args:
-        grads: gradients like those to measure: in number, shapes, dtypes and devices.
-        group_index: index of each one's parameter group.
+    `square_sum` is that of gradients like these.
     """
-
-    def __init__(self, grads: Sequence[Tensor], group_index: Sequence[int]) -> None:
-        self._group_index, self._square_sum = group_index, SquareSum(grads)
-
-    def measure(self, grads: Sequence[Tensor], groups: Sequence[dict[str, Any]], norm_type: float) -> float:
-        """The norm, of type 2 or infinity."""
-        if norm_type == math.inf:
-            factors = [abs(group_factor(groups[index])) for index in self._group_index]
-            return float((inf_norms(grads) * torch.tensor(factors, dtype=torch.float64, device="cpu")).max())
-        squares = [group_factor(group) ** 2 for group in groups]
-        if len(set(squares)) == 1:
-            return math.sqrt(squares[0] * self._square_sum(grads))
-        members: dict[float, list[Tensor]] = {}
-        for grad, index in zip(grads, self._group_index, strict=True):
-            members.setdefault(squares[index], []).append(grad)
-        return math.sqrt(sum(square * SquareSum(chosen)(chosen) for square, chosen in members.items()))
+    if norm_type == math.inf:
+        factors = [abs(group_factor(groups[index])) for index in group_index]
+        return float((inf_norms(grads) * torch.tensor(factors, dtype=torch.float64, device="cpu")).max())
+    squares = [group_factor(group) ** 2 for group in groups]
+    if len(set(squares)) == 1:
+        return math.sqrt(squares[0] * square_sum(grads))
+    members: dict[float, list[Tensor]] = {}
+    for grad, index in zip(grads, group_index, strict=True):
+        members.setdefault(squares[index], []).append(grad)
+    return math.sqrt(sum(square * SquareSum(chosen)(chosen) for square, chosen in members.items()))
 
 
 def _clip_factor(norm: float, limit: float, eps: float) -> float:

@@ -9,7 +9,8 @@ import torch
 from dragon.vm.torch.optim._backends.host import HostGroup
 from dragon.vm.torch.optim._backends.native import NativeGroup
 from dragon.vm.torch.optim._backends.selection import Gathered
-from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, TotalNorm, gradient_factors
+from dragon.vm.torch.optim._gradients.norms import SquareSum
+from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, gradient_factors, total_norm
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._gradients.zeroing import apart
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
@@ -33,8 +34,8 @@ class HostStep:
         # In the order of the parameters: a norm's last bits depend on it, and on nothing else of the plan.
         self._walked = sorted(entry.position for group in prepared.flattened for entry in group.entries)
         self._group_index = [*chosen.group_index, *(each.group_index for each in joined)]
-        # The norm of the gradients that the last step had, and their positions.
-        self._total_norm: tuple[list[int], TotalNorm] = [], TotalNorm([], [])
+        # What sums the squares of the gradients that the last step had, and their positions.
+        self._square_sum: tuple[list[int], SquareSum] = [], SquareSum([])
         self._clips_each = any(group["clip_norm"] for group in recipe.groups)
         # Whether some group scales its gradients, and the version of which that was asked.
         self._scales, self._read_for = False, 0
@@ -86,24 +87,21 @@ class HostStep:
         return [position for position in self._walked if tensors.grads[position] is not None]
 
     def _factors(self, recipe: Recipe, tensors: Gathered, scaling: Scaling) -> Factors:
-        positions = self._present(tensors)
+        positions, settings = self._present(tensors), recipe.settings
         walked = [tensors.grads[position] for position in positions]
         indices = [self._group_index[position] for position in positions]
 
         def measure() -> float:
-            if self._total_norm[0] != positions:
-                self._total_norm = positions, TotalNorm(walked, indices)
-            return self._total_norm[1].measure(walked, recipe.groups, recipe.settings.norm_type)
+            if self._square_sum[0] != positions:
+                self._square_sum = positions, SquareSum(walked)
+            return total_norm(walked, indices, recipe.groups, settings.norm_type, self._square_sum[1])
 
-        settings = recipe.settings
         shared = self.shared(recipe, tensors)
         factors = gradient_factors(walked, indices, recipe.groups, settings, scaling, measure, shared)
         if not factors.each:
             return factors
-        each = [1.0] * len(self._group_index)
-        for position, factor in zip(positions, factors.each, strict=True):
-            each[position] = factor
-        return factors._replace(each=each)
+        each = dict(zip(positions, factors.each, strict=True))
+        return factors._replace(each=[each.get(position, 1.0) for position in range(len(self._group_index))])
 
 
 def _on_host(recipe: Recipe, group: FlattenedGroup, n_gathered: int) -> NativeGroup | HostGroup:

@@ -26,11 +26,7 @@ Columns = Callable[[Mapping[str, Any]], dict[str, float]]
 _COLUMNS = {name: int(value) for name, value in vars(table).items() if isinstance(value, tl.constexpr)}
 _LR = _COLUMNS["LR"]
 _N_COLUMNS, _N_SOURCES = _COLUMNS["GROUP_COLUMNS"], _COLUMNS["SOURCE_COLUMNS"]
-_SOURCES = (
-    (_COLUMNS["LR_SOURCE"], "lr", None),
-    (_COLUMNS["BETA1_SOURCE"], "betas", 0),
-    (_COLUMNS["BETA2_SOURCE"], "betas", 1),
-)
+_SOURCES = [_COLUMNS[name] for name in ("LR_SOURCE", "BETA1_SOURCE", "BETA2_SOURCE")]
 
 
 class GroupTable:
@@ -124,8 +120,8 @@ def _source_row(group: Group, device: torch.device) -> list[int]:
         ValueError: for a tensor of another device or dtype than the kernels can read.
     """
     row = [0] * _N_SOURCES
-    for column, key, index in _SOURCES:
-        value = group.get(key) if index is None else group.get(key, (None, None))[index]
+    values = [("lr", group["lr"]), *(("betas", beta) for beta in group.get("betas", ()))]
+    for column, (key, value) in zip(_SOURCES, values, strict=False):
         if not isinstance(value, Tensor) or value.device.type == "cpu":
             continue
         if value.device != device or value.dtype not in (torch.float32, torch.float64):
