@@ -117,28 +117,22 @@ class Gatherer:
         """
         if self._guard is None or any(self._pick_others(present)):
             return None
-        return _if_there(self._guarded, self._guard, state, members, present)
+        return _if_there(self.read, state, members, present, self._guard)
 
-    def _guarded(
-        self, guard: Guard, state: Mapping[Any, Any], members: Members, present: bytes
+    def read(
+        self, state: Mapping[Any, Any], members: Members, present: bytes, guard: Guard | None = None
     ) -> Gathered | None:
-        tensors = self.read(state, members, present)
-        if tensors is None:
-            return None
-        _, shards, grads, states, take = tensors
-        return tensors if guard.check(take(grads), shards, states, bytes(self._pick(present))) else None
-
-    def read(self, state: Mapping[Any, Any], members: Members, present: bytes) -> Gathered | None:
-        """`gather` without a guard: the tensors are those that the plan was just made for."""
+        """`gather` as far as a guard tells; without one the tensors are those that the plan was just made for."""
         params, grads, present = self._pick(members.params), self._pick(members.grads), bytes(self._pick(present))
         shards = params if members.shards is members.params else self._pick(members.shards)
         states = self.states.read(state, params)
         if states is None:
             return None
-        if all(present):
-            return Gathered(params, shards, grads, states)
-        take = picker(list(compress(range(len(grads)), present)), len(grads))
-        return Gathered(params, shards, grads, states, take)
+        tensors = Gathered(params, shards, grads, states)
+        if not all(present):
+            tensors = tensors._replace(take=picker(list(compress(range(len(grads)), present)), len(grads)))
+        are_same = guard is None or guard.check(tensors.take(grads), shards, states, present)
+        return tensors if are_same else None
 
     def holds(self, state: Mapping[Any, Any], members: Members) -> bool:
         """Whether parameters and states are what they were, with a gradient or not."""

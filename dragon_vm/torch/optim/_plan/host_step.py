@@ -53,8 +53,9 @@ class HostStep:
         groups = recipe.groups
         is_scaled = scaling.grad_scale is not None or scaling.found_inf is not None
         decides = is_scaled or self._clips_each or needs_norm(recipe.settings)
-        factors = self._factors(recipe, tensors, scaling) if decides else Factors()
-        factors = factors._replace(kept_scale=kept_scale)
+        factors = Factors(kept_scale=kept_scale)
+        if decides:
+            factors = self._factors(recipe, tensors, scaling)._replace(kept_scale=kept_scale)
         if factors.skip:
             return Outcome(factors.norm, 1), Scaling()
         grads = tensors.grads
