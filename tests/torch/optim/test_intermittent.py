@@ -69,7 +69,7 @@ def test_many_patterns_of_missing_gradients_keep_few_plans(backend):
         for i, param in enumerate(params):
             param.grad = torch.ones_like(param) if pattern >> i & 1 else None
         optimizer.step()
-    assert len(optimizer._plans) == 8
+    assert len(optimizer._plans.latest()) == 8
     assert [float(optimizer.state[param]["step"]) for param in params] == [16, 16, 16, 16, 16, 1]
 
 
@@ -78,9 +78,9 @@ def prepared_sets(monkeypatch):
     sizes = []
     prepare = cache.prepare
 
-    def counted(recipe, params, *others):
-        sizes.append(len(params))
-        return prepare(recipe, params, *others)
+    def counted(recipe, chosen):
+        sizes.append(len(chosen.params))
+        return prepare(recipe, chosen)
 
     monkeypatch.setattr(cache, "prepare", counted)
     return sizes

@@ -83,7 +83,7 @@ class Partials:
         self._absent = self._sums = None
         numbered = PartialNorms.of(self._positions, self._numels, absent)
         for column, words in numbered.columns().items():
-            self._table.write_column("tensors", column, int(table.TENSOR_COLUMNS), words)
+            self._table.write("tensors", words, column, int(table.TENSOR_COLUMNS))
         self._table.write("counts", array("q", [len(self._positions), sum(numbered.counts)]))
         self._absent = absent
 

@@ -22,8 +22,7 @@ from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
 from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._options import Settings, Version, needs_norm
-from dragon.vm.torch.optim._table.group_table import GroupTable
-from dragon.vm.torch.optim._table.rows import Columns
+from dragon.vm.torch.optim._table.group_table import Columns, GroupTable
 
 Group = dict[str, Any]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,7 +56,10 @@ class SquareSum:
                 self._large.append(index)
             else:
                 small.setdefault(grad.dtype, []).append(index)
-        self._joined = [(indices, _joiner([grads[i] for i in indices])) for indices in small.values()]
+        # The simpler operation is twice as fast.
+        are_flat = [all(grads[i].dim() == 1 for i in indices) for indices in small.values()]
+        joiners = [torch.cat if is_flat else torch._C._nn.flatten_dense_tensors for is_flat in are_flat]
+        self._joined = list(zip(small.values(), joiners, strict=True))
 
     def __call__(self, grads: Sequence[Tensor]) -> float:
         """The sum of the squares."""
@@ -66,11 +69,6 @@ class SquareSum:
         if self._others:
             total += float(l2_norms([grads[i] for i in self._others]).square().sum())
         return total
-
-
-def _joiner(grads: Sequence[Tensor]) -> Callable[[list[Tensor]], Tensor]:
-    """What makes one tensor of small ones like these; the simpler operation is twice as fast."""
-    return torch.cat if all(grad.dim() == 1 for grad in grads) else torch._C._nn.flatten_dense_tensors
 
 
 def _sum_by_rows(pieces: Sequence[Tensor]) -> float:

@@ -16,13 +16,11 @@ from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.reduction import meeting_device
 from dragon.vm.torch.optim._distributed.shards import is_distributed
 from dragon.vm.torch.optim._gradients.norms import SquareSum, inf_norms, l2_norms
-from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
+from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._options import Settings, needs_norm
 
 # `torch.nn.utils.clip_grad_norm_` divides by the norm plus this.
 CLIP_EPS = 1e-6
-
-_PLAIN = torch.zeros((), device="cpu")
 
 
 class Scaling(NamedTuple):
@@ -37,18 +35,15 @@ class Scaling(NamedTuple):
     found_inf: Tensor | None = None
 
 
-NO_SCALING = Scaling()
-
-
 def handed_over(optimizer: object) -> Scaling:
     """What a `GradScaler` has set on an optimizer for this step; a finding is one for all processes."""
     scale, found_inf = map(vars(optimizer).get, ("grad_scale", "found_inf"))
-    if scale is None and found_inf is None:
-        return NO_SCALING
     if not isinstance(found_inf, Tensor):
-        # The 0 that stands for no gradient.
-        return Scaling(scale, None)
-    return Scaling(scale, placed_like(_PLAIN, found_inf) if is_distributed(found_inf) else found_inf)
+        # None, or the 0 that stands for no gradient.
+        return Scaling(scale)
+    if is_distributed(found_inf):
+        found_inf = placed_like(torch.zeros((), device="cpu"), found_inf)
+    return Scaling(scale, found_inf)
 
 
 class Factors(NamedTuple):
@@ -88,12 +83,12 @@ def gradient_factors(
     settings: Settings,
     scaling: Scaling,
     measure: Callable[[], float],
-    shared: SharedNorm | None = None,
+    shared: SharedNorm | None,
 ) -> Factors:
     """Decide by what each gradient is multiplied, and whether the step is skipped.
 
     The scaling is read, which synchronises on an accelerator. `measure` returns the norm of all gradients
-    together, see `TotalNorm`. `shared` is None where no other process has parts of them.
+    together, see `total_norm`. `shared` is None where no other process has parts of them.
     """
     limits = [float(group["clip_norm"]) for group in groups]
     skip = scaling.found_inf is not None and float(scaling.found_inf) > 0
@@ -144,29 +139,54 @@ def _shared_norms(
     return None, float(total if largest else total.sqrt()), float(flag) > 0
 
 
-class TotalNorm:
-    """The norm of gradients together, each times its group's factor.
+def take_part(
+    reductions: Reductions,
+    params: Sequence[Tensor],
+    groups: Sequence[dict[str, Any]],
+    settings: Settings,
+    scaling: Scaling,
+) -> tuple[Tensor | None, Tensor]:
+    """Take part in the sums of a step for which this process has no gradient, without waiting for a device.
 
-    Args:
-        grads: gradients like those to measure: in number, shapes, dtypes and devices.
-        group_index: index of each one's parameter group.
+    Returns:
+        The norm of all gradients, float64 0-dim; None if nothing asked for it.
+        1 for a skipped step, else 0; int64 0-dim.
     """
+    shared = SharedNorm(reductions, [], len(params))
+    device = meeting_device(params, settings.process_group)
+    none = torch.zeros(0, dtype=torch.float64, device=device)
+    if any(group["clip_norm"] for group in groups):
+        _, flag = shared.each(none, scaling.found_inf, skip_nonfinite=settings.skip_nonfinite)
+        return None, (flag > 0).long().reshape(())
+    largest = settings.norm_type == math.inf
+    total, flag = shared.total(none, scaling.found_inf, largest=largest)
+    scale = 1.0 if scaling.grad_scale is None else scaling.grad_scale.double().to(device).reshape(())
+    norm = (total if largest else total.sqrt()).reshape(()) / scale
+    skipped = (flag > 0).reshape(()) | (torch.isfinite(norm).logical_not() & settings.skip_nonfinite)
+    return norm if needs_norm(settings) else None, skipped.long()
 
-    def __init__(self, grads: Sequence[Tensor], group_index: Sequence[int]) -> None:
-        self._group_index, self._square_sum = group_index, SquareSum(grads)
 
-    def measure(self, grads: Sequence[Tensor], groups: Sequence[dict[str, Any]], norm_type: float) -> float:
-        """The norm, of type 2 or infinity."""
-        if norm_type == math.inf:
-            factors = [abs(group_factor(groups[index])) for index in self._group_index]
-            return float((inf_norms(grads) * torch.tensor(factors, dtype=torch.float64, device="cpu")).max())
-        squares = [group_factor(group) ** 2 for group in groups]
-        if len(set(squares)) == 1:
-            return math.sqrt(squares[0] * self._square_sum(grads))
-        members: dict[float, list[Tensor]] = {}
-        for grad, index in zip(grads, self._group_index, strict=True):
-            members.setdefault(squares[index], []).append(grad)
-        return math.sqrt(sum(square * SquareSum(chosen)(chosen) for square, chosen in members.items()))
+def total_norm(
+    grads: Sequence[Tensor],
+    group_index: Sequence[int],
+    groups: Sequence[dict[str, Any]],
+    norm_type: float,
+    square_sum: SquareSum,
+) -> float:
+    """The norm of gradients together, each times its group's factor, of type 2 or infinity.
+
+    `square_sum` is that of gradients like these.
+    """
+    if norm_type == math.inf:
+        factors = [abs(group_factor(groups[index])) for index in group_index]
+        return float((inf_norms(grads) * torch.tensor(factors, dtype=torch.float64, device="cpu")).max())
+    squares = [group_factor(group) ** 2 for group in groups]
+    if len(set(squares)) == 1:
+        return math.sqrt(squares[0] * square_sum(grads))
+    members: dict[float, list[Tensor]] = {}
+    for grad, index in zip(grads, group_index, strict=True):
+        members.setdefault(squares[index], []).append(grad)
+    return math.sqrt(sum(square * SquareSum(chosen)(chosen) for square, chosen in members.items()))
 
 
 def _clip_factor(norm: float, limit: float, eps: float) -> float:

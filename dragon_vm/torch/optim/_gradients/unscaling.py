@@ -42,7 +42,7 @@ def unscale_left(params: Iterable[Tensor], scaling: Scaling) -> None:
         if scaling.found_inf is not None:
             found = scaling.found_inf.to(device).reshape(()) > 0
             scale = torch.where(found, torch.ones_like(scale), scale)
-        unscale_all(apart(grads), scale)
+        unscale_all(apart(grads, range(len(grads))), scale)
 
 
 def assign(tensor: Tensor, values: Tensor) -> None:

@@ -65,29 +65,18 @@ def zero_or_remove(params: Iterable[Tensor], set_to_none: bool | None) -> None:
     zero_all(zeroed)
 
 
-def apart(grads: list[Tensor]) -> list[Tensor]:
-    """Gradients of which no two are the same memory, so that one may be written after it was read.
+def apart(grads: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
+    """Gradients of which no two at these positions are the same memory; the very sequence if that holds.
 
-    Those without memory of their own have address 0.
+    So one may be written after it was read. Those without memory of their own have address 0.
     """
-    addresses = list(map(Tensor.data_ptr, grads))
+    addresses = list(map(Tensor.data_ptr, map(grads.__getitem__, positions)))
     if len(set(addresses)) == len(addresses):
         return grads
     seen: set[int] = set()
-    chosen = []
-    for grad, address in zip(grads, addresses, strict=True):
-        chosen.append(grad.clone() if address and address in seen and grad.numel() else grad)
-        seen.add(address)
-    return chosen
-
-
-def apart_at(grads: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
-    """Gradients of which no two at these positions are the same memory; the very sequence if that holds."""
-    chosen = [grads[i] for i in positions]
-    replaced = apart(chosen)
-    if replaced is chosen:
-        return grads
     grads = list(grads)
-    for position, grad in zip(positions, replaced, strict=True):
-        grads[position] = grad
+    for position, address in zip(positions, addresses, strict=True):
+        if address and address in seen and grads[position].numel():
+            grads[position] = grads[position].clone()
+        seen.add(address)
     return grads

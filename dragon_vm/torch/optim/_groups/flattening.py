@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -121,11 +120,3 @@ class FlattenedGroup(NamedTuple):
 
     signature: Signature
     entries: list[Entry]
-
-
-def flatten_groups(entries: Sequence[Entry], signatures: Sequence[Signature]) -> list[FlattenedGroup]:
-    """Collect entries of one signature, in order of first appearance."""
-    members: dict[Signature, list[Entry]] = {}
-    for entry, signature in zip(entries, signatures, strict=True):
-        members.setdefault(signature, []).append(entry)
-    return [FlattenedGroup(signature, chosen) for signature, chosen in members.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from itertools import compress, repeat
 from operator import is_not
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from dragon.vm.torch.optim._groups.members import Members
 from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._plan.preparation import prepare
-from dragon.vm.torch.optim._plan.recipe import Recipe
+from dragon.vm.torch.optim._plan.recipe import Chosen, Recipe
 from dragon.vm.torch.optim._plan.step import StepPlan
 from dragon.vm.torch.optim._plan.widening import Widening
 
@@ -42,9 +42,6 @@ class PlanCache:
         # Their tables are read by graphs: they stay, whatever becomes of the latest.
         self._captured: list[Found] = []
 
-    def __len__(self) -> int:
-        return len(self._latest)
-
     def latest(self) -> list[StepPlan]:
         """The kept plans, the last one used at the end."""
         return list(self._latest.values())
@@ -57,13 +54,16 @@ class PlanCache:
     def forget(self) -> None:
         """Prepare every step anew from here on."""
         self._latest.clear()
-        self._widening.forget()
+        self._widening.missed.clear()
 
     def find(self, recipe: Recipe, members: Members, key: tuple[Hashable, ...], zero_grad: bool) -> Found | None:
         """The plan of a step, prepared if need be; None if no parameter has a gradient. Plans differ by `key`.
 
+        Within a capture it is kept for the graph, with the tensors that the graph will read and write.
+
         Raises:
-            RuntimeError: if a plan would have to be prepared within a capture, and as `prepare`.
+            RuntimeError: if a plan would have to be prepared within a capture, as `StepPlan.check_capture`, and as
+                `prepare`.
             ValueError: as `prepare`.
         """
         present = bytes(map(is_not, members.grads, repeat(None)))
@@ -75,15 +75,20 @@ class PlanCache:
             tensors = plan.gatherer.gather(recipe.state, members, present) if plan else None
             if plan is not None and tensors is not None:
                 found = Found(plan, tensors)
-                return found if next(reversed(self._latest)) == wanted else self._keep(wanted, found)
+                if is_capturing():
+                    plan.check_capture()
+                    self._captured.append(found)
+                    # A step with other gradients would number the partial norms anew that the graph reads.
+                    del self._latest[wanted]
+                    wanted = key, present
+                return self._keep(wanted, found)
         if is_capturing():
             raise RuntimeError(
                 "a first step with these parameters, gradients, states and arguments cannot be captured: "
                 "take one before the capture, as PyTorch's notes on CUDA graphs do"
             )
-        more = self._widening.worth_adding(recipe, members, key, present, self._latest.get((key, None)))
-        found = with_plain_tensors(lambda: self._prepare(recipe, zero_grad, members, key, present, more))
-        return self._keep((key, None if more else present), found)
+        prepared: Found = with_plain_tensors(lambda: self._prepare(recipe, members, key, present, zero_grad))
+        return prepared
 
     def _keep(self, key: tuple[Hashable, bytes | None], found: Found) -> Found:
         """Keep a plan as the last one used, which stands at the end."""
@@ -96,44 +101,24 @@ class PlanCache:
         return found
 
     def _prepare(
-        self,
-        recipe: Recipe,
-        zero_grad: bool,
-        members: Members,
-        key: Hashable,
-        present: bytes,
-        more: Sequence[int],
+        self, recipe: Recipe, members: Members, key: tuple[Hashable, ...], present: bytes, zero_grad: bool
     ) -> Found:
-        """Prepare a plan for the parameters with a gradient, and some more."""
+        """Prepare a plan for the parameters with a gradient, and some more if that is worth it."""
         n_buffers = len(recipe.buffers)
+        more = self._widening.worth_adding(recipe, members, key, present, self._latest.get((key, None)))
         positions = sorted({*compress(range(len(present)), present), *more})
-        pick, group_index = picker(positions, len(present)), members.group_index()
-        params, shards, grads = (list(pick(each)) for each in (members.params, members.shards, members.grads))
-        prepared = prepare(recipe, params, shards, grads, list(pick(group_index)), positions)
+        lists: tuple[list[Any], ...] = members.params, members.shards, members.grads, members.group_index()
+        prepared = prepare(recipe, Chosen(positions, *map(list, map(picker(positions, len(present)), lists))))
         if len(recipe.buffers) < n_buffers:
             # Joined parameters count as one: those that have parted count each for itself in all plans.
             self._latest.clear()
         plan = StepPlan(recipe, prepared, zero_grad, takes_parts=bool(more))
-        if not more:
-            self._widening.note(recipe, key, plan)
-        return Found(plan, plan.gatherer.gather_anew(recipe.state, prepared, members, present))
-
-    def capture(self, recipe: Recipe, found: Found) -> None:
-        """Keep a plan, and the tensors that the graph will read and write, for a graph that is being captured.
-
-        Raises:
-            RuntimeError: as `StepPlan.check_capture`.
-        """
-        found.plan.check_capture(recipe)
-        self._captured.append(found)
-        if found.plan.gatherer.takes_parts:
-            # A step with other gradients would number the partial norms anew that the graph reads.
-            present = bytearray(recipe.n_params)
-            for position, grad in zip(found.plan.gatherer.positions, found.tensors.grads, strict=True):
-                present[position] = grad is not None
-            keys = {id(plan): key for (key, _), plan in self._latest.items()}
-            self._latest = {key: plan for key, plan in self._latest.items() if plan is not found.plan}
-            self._latest[keys[id(found.plan)], bytes(present)] = found.plan
+        if not (more or recipe.buffers):
+            # A buffer is updated as a whole.
+            self._widening.missed.append((key, plan.gatherer))
+        tensors = plan.gatherer.read(recipe.state, members, present)
+        assert tensors is not None
+        return self._keep((key, None if more else present), Found(plan, tensors))
 
     def publish(self, live: dict[str, Any], group: dict[str, Any], settings: Settings) -> None:
         """Upload the hyperparameters of a live group to wherever kernels read them, in stream order.

@@ -19,24 +19,11 @@ from dragon.vm.torch.optim._groups.native import parts_of
 from dragon.vm.torch.optim._groups.saved import misfit, with_saved_remainder
 from dragon.vm.torch.optim._groups.states import CounterPlace, add_counters, begun_average, settled_entries
 from dragon.vm.torch.optim._groups.storage import storage_of
-from dragon.vm.torch.optim._plan.recipe import Recipe
+from dragon.vm.torch.optim._plan.recipe import Chosen, Recipe
 
 
-def completed_states(
-    recipe: Recipe,
-    params: Sequence[Tensor],
-    shards: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    group_index: Sequence[int],
-) -> tuple[list[State], list[Signature]]:
+def completed_states(recipe: Recipe, chosen: Chosen) -> tuple[list[State], list[Signature]]:
     """For each parameter its state, complete and settled, and what it must have in common with others.
-
-    Args:
-        recipe: what the optimizer is.
-        params: parameters.
-        shards: for each the tensor that this process updates.
-        grads: their gradients, likewise.
-        group_index: index of each one's parameter group.
 
     Raises:
         ValueError: for a state that does not fit its parameter, and for one that no backend can update.
@@ -44,25 +31,22 @@ def completed_states(
     algorithm = recipe.algorithm
     states: list[State] = []
     signatures: list[Signature] = []
-    # Equal ones are one object: what follows from it is computed once.
-    distinct: dict[Signature, Signature] = {}
     counted: list[tuple[State, float, CounterPlace]] = []
-    for param, shard, grad, index in zip(params, shards, grads, group_index, strict=True):
+    for _, param, shard, grad, index in zip(*chosen, strict=True):
         group, held = recipe.groups[index], recipe.state.get(param, {})
         # PyTorch's SGD takes None for a buffer that is still to begin.
-        absent = {key for key in algorithm.optional_keys(group) if key in held and held[key] is None}
-        held = {key: value for key, value in held.items() if key not in absent} if absent else held
+        optional = algorithm.optional_keys(group)
+        held = {key: value for key, value in held.items() if value is not None or key not in optional}
         check_state(param, held, algorithm.all_state_keys(group), algorithm.counts_steps(group))
-        has_parts = bool(parts_of(held))
-        held = with_saved_remainder(held, group) if has_parts else held
-        found = misfit(param, held, algorithm.state_keys(group)) if has_parts else None
-        if found is not None:
-            raise ValueError(
-                f"the state of a parameter of shape {tuple(param.shape)} and {param.dtype} has {found}"
-            )
+        if parts_of(held):
+            held = with_saved_remainder(held, group)
+            if found := misfit(param, held, algorithm.state_keys(group)):
+                raise ValueError(
+                    f"the state of a parameter of shape {tuple(param.shape)} and {param.dtype} has {found}"
+                )
         storage = storage_of(param, group, algorithm.state_keys(group))
         signature = _signature(recipe, shard, grad, held, storage, group)
-        signatures.append(distinct.setdefault(signature, signature))
+        signatures.append(signature)
         added, replaced = stored_entries(param, held, storage, algorithm.state_keys(group))
         states.append({**{key: value for key, value in held.items() if key not in replaced}, **added})
         if signature.ema_dtype is not None and "ema" not in held:
@@ -74,11 +58,11 @@ def completed_states(
             count = (algorithm.uncounted_steps or 0.0) if has_begun else 0.0
             counted.append((states[-1], count, counter_place(param, signature.backend, group)))
     add_counters(counted)
-    keys_of = {id(signature): signature.tensor_keys for signature in distinct}
-    for param, state, signature, index in zip(params, states, signatures, group_index, strict=True):
+    keys_of = {signature: signature.tensor_keys for signature in set(signatures)}
+    for param, index, state, signature in zip(chosen.params, chosen.group_index, states, signatures, strict=True):
         counter = counter_place(param, signature.backend, recipe.groups[index]) if signature.counts_steps else None
-        state.update(settled_entries(param, state, keys_of[id(signature)], counter))
-    _give_streams(recipe, params, states, signatures)
+        state.update(settled_entries(param, state, keys_of[signature], counter))
+    _give_streams(recipe, chosen.params, states, signatures)
     return states, signatures
 
 

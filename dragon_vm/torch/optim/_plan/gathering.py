@@ -28,13 +28,14 @@ class StateReader:
     """Reads the state tensors of a plan's parameters from `Optimizer.state`, column by column.
 
     Attributes:
+        are_distributed: whether some parameter is distributed.
         are_complete: whether every parameter has each state tensor that some parameter has.
     """
 
     def __init__(self, state: Mapping[Any, Any], prepared: Prepared) -> None:
         order = {id(key): index for index, key in enumerate(state)}
-        self._n_params = len(prepared.params)
-        self._are_distributed = prepared.are_distributed
+        params, self._n_params = prepared.chosen.params, len(prepared.keys)
+        self.are_distributed = prepared.are_distributed
         # Positions of the parameters that have a state, and where their states stand among all states.
         holders = [i for i, keys in enumerate(prepared.keys) if keys]
         # Joined parameters share a counter: it is compared by identity, once for each of them.
@@ -45,7 +46,7 @@ class StateReader:
             if "step" in joined.buffer.state
         ]
         self._pick_params = picker(holders, self._n_params)
-        self._pick_states = picker([order[id(prepared.params[i])] for i in holders], len(state))
+        self._pick_states = picker([order[id(params[i])] for i in holders], len(state))
         self._positions: dict[str, list[int]] = {}
         self._columns: list[tuple[str, Any, Any]] = []
         for key in dict.fromkeys(chain.from_iterable(prepared.keys)):
@@ -75,18 +76,15 @@ class StateReader:
             if not all(map(is_, map(_step_of, pick(entries)), repeat(buffer.state["step"]))):
                 return None
         columns = {key: list(map(read, pick(entries))) for key, read, pick in self._columns}
-        return {key: locals_of(column) for key, column in columns.items()} if self._are_distributed else columns
+        return {key: locals_of(column) for key, column in columns.items()} if self.are_distributed else columns
 
     def by_position(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """The tensors by the position of their parameter; None for a parameter without that entry."""
-        spread = {}
+        spread = dict(columns)
         for key, column in columns.items():
             if len(column) < self._n_params:
-                tensors: list[Any] = [None] * self._n_params
-                for position, tensor in zip(self._positions[key], column, strict=True):
-                    tensors[position] = tensor
-                column = tensors
-            spread[key] = column
+                held = dict(zip(self._positions[key], column, strict=True))
+                spread[key] = list(map(held.get, range(self._n_params)))
         return spread
 
 
@@ -100,52 +98,49 @@ class Gatherer:
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, *, takes_parts: bool) -> None:
-        self.positions, n_all = prepared.among_all, recipe.n_params
+        self.positions, n_all = prepared.chosen.positions, recipe.n_params
         self.takes_parts = takes_parts
         self._pick = picker(self.positions, n_all)
         self._pick_others = picker(sorted({*range(n_all)}.difference(self.positions)), n_all)
         self.states = StateReader(recipe.state, prepared)
         self._guard: Guard | None = None
         if not prepared.are_opaque:
-            states = self.states.read(recipe.state, prepared.params)
+            _, params, shards, grads, _ = prepared.chosen
+            states = self.states.read(recipe.state, params)
             assert states is not None
-            self._guard = Guard(prepared.grads, prepared.shards, states, takes_parts=takes_parts)
+            self._guard = Guard(grads, shards, states, takes_parts=takes_parts)
 
     def gather(self, state: Mapping[Any, Any], members: Members, present: bytes) -> Gathered | None:
         """The tensors of a step; None if they are not what they were.
 
         `present` tells for each parameter of the optimizer whether it has a gradient.
         """
-        return None if any(self._pick_others(present)) else _if_there(self._gather, state, members, present)
-
-    def _gather(self, state: Mapping[Any, Any], members: Members, present: bytes) -> Gathered | None:
-        params = self._pick(members.params)
-        states = self.states.read(state, params)
-        if self._guard is None or states is None:
+        if self._guard is None or any(self._pick_others(present)):
             return None
+        return _if_there(self.read, state, members, present, self._guard)
+
+    def read(
+        self, state: Mapping[Any, Any], members: Members, present: bytes, guard: Guard | None = None
+    ) -> Gathered | None:
+        """`gather` as far as a guard tells; without one the tensors are those that the plan was just made for."""
+        params, grads, present = self._pick(members.params), self._pick(members.grads), bytes(self._pick(present))
         shards = params if members.shards is members.params else self._pick(members.shards)
-        present = bytes(self._pick(present))
-        tensors = _gathered(params, shards, self._pick(members.grads), states, present)
-        return tensors if self._guard.check(tensors.take(tensors.grads), shards, states, present) else None
+        states = self.states.read(state, params)
+        if states is None:
+            return None
+        tensors = Gathered(params, shards, grads, states)
+        if not all(present):
+            tensors = tensors._replace(take=picker(list(compress(range(len(grads)), present)), len(grads)))
+        are_same = guard is None or guard.check(tensors.take(grads), shards, states, present)
+        return tensors if are_same else None
 
     def holds(self, state: Mapping[Any, Any], members: Members) -> bool:
         """Whether parameters and states are what they were, with a gradient or not."""
-        return bool(_if_there(self._holds, state, members))
+        return self._guard is not None and bool(_if_there(self._holds, self._guard, state, members))
 
-    def _holds(self, state: Mapping[Any, Any], members: Members) -> bool:
+    def _holds(self, guard: Guard, state: Mapping[Any, Any], members: Members) -> bool:
         states = self.states.read(state, self._pick(members.params))
-        if self._guard is None or states is None:
-            return False
-        return self._guard.holds(self._pick(members.shards), states)
-
-    def gather_anew(
-        self, state: Mapping[Any, Any], prepared: Prepared, members: Members, present: bytes
-    ) -> Gathered:
-        """The tensors of the step that the plan was just made for."""
-        states = self.states.read(state, prepared.params)
-        assert states is not None
-        grads, present = self._pick(members.grads), bytes(self._pick(present))
-        return _gathered(prepared.params, prepared.shards, grads, states, present)
+        return states is not None and guard.holds(self._pick(members.shards), states)
 
 
 def _if_there(read: Callable[..., T], *arguments: object) -> T | None:
@@ -159,16 +154,3 @@ def _if_there(read: Callable[..., T], *arguments: object) -> T | None:
         except _MISSING:
             return None
         raise
-
-
-def _gathered(
-    params: Sequence[Tensor],
-    shards: Sequence[Tensor],
-    grads: Sequence[Any],
-    states: dict[str, list[Any]],
-    present: bytes,
-) -> Gathered:
-    if all(present):
-        return Gathered(params, shards, grads, states)
-    take = picker(list(compress(range(len(grads)), present)), len(grads))
-    return Gathered(params, shards, grads, states, take)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from dragon.vm.torch.optim._backends.host import HostGroup
 from dragon.vm.torch.optim._backends.native import NativeGroup
 from dragon.vm.torch.optim._backends.selection import Gathered
-from dragon.vm.torch.optim._gradients.scaling import NO_SCALING, Factors, Scaling, TotalNorm, gradient_factors
+from dragon.vm.torch.optim._gradients.norms import SquareSum
+from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, gradient_factors, total_norm
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
-from dragon.vm.torch.optim._gradients.zeroing import apart_at
+from dragon.vm.torch.optim._gradients.zeroing import apart
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._options import Version, needs_norm
 from dragon.vm.torch.optim._plan.preparation import Prepared
@@ -27,19 +27,19 @@ class HostStep:
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, n_gathered: int) -> None:
+        chosen, joined = prepared.chosen, prepared.joined
         hosts = [group for group in prepared.flattened if group.signature.backend != "triton"]
         self.groups = [_on_host(recipe, group, n_gathered) for group in hosts]
         # Positions of the entries of all flattened groups: a buffer is one gradient, not its parameters.
-        kernels = [group for group in prepared.flattened if group.signature.backend == "triton"]
         # In the order of the parameters: a norm's last bits depend on it, and on nothing else of the plan.
-        self._walked = sorted(entry.position for group in (*hosts, *kernels) for entry in group.entries)
-        self._group_index = [*prepared.group_index, *(joined.group_index for joined in prepared.joined)]
-        # The norm of the gradients that the last step had, and their positions.
-        self._total_norm: tuple[list[int], TotalNorm] = [], TotalNorm([], [])
-        # What the groups ask for, and the version of which they were asked.
-        self._clips_each = self._scales = False
-        self._read_for = 0
-        self._first_of = [*prepared.among_all, *(prepared.among_all[j.positions[0]] for j in prepared.joined)]
+        self._walked = sorted(entry.position for group in prepared.flattened for entry in group.entries)
+        self._group_index = [*chosen.group_index, *(each.group_index for each in joined)]
+        # What sums the squares of the gradients that the last step had, and their positions.
+        self._square_sum: tuple[list[int], SquareSum] = [], SquareSum([])
+        self._clips_each = any(group["clip_norm"] for group in recipe.groups)
+        # Whether some group scales its gradients, and the version of which that was asked.
+        self._scales, self._read_for = False, 0
+        self._first_of = [*chosen.positions, *(chosen.positions[each.positions[0]] for each in joined)]
         self._shared: tuple[Reductions, list[int], SharedNorm] | None = None
 
     def run(
@@ -50,24 +50,27 @@ class HostStep:
         Returns:
             The outcome, and the decision as the scaling of kernels.
         """
-        groups, settings = recipe.groups, recipe.settings
-        if version[0] != self._read_for:
-            self._clips_each = any(group["clip_norm"] for group in groups)
-            self._scales = any(group["grad_scale"] != 1 for group in groups)
-            self._read_for = version[0]
-        asked = scaling.grad_scale is not None or scaling.found_inf is not None or needs_norm(settings)
+        groups = recipe.groups
+        is_scaled = scaling.grad_scale is not None or scaling.found_inf is not None
+        decides = is_scaled or self._clips_each or needs_norm(recipe.settings)
         factors = Factors(kept_scale=kept_scale)
-        if asked or self._clips_each:
+        if decides:
             factors = self._factors(recipe, tensors, scaling)._replace(kept_scale=kept_scale)
         if factors.skip:
             return Outcome(factors.norm, 1), Scaling()
         grads = tensors.grads
-        if asked or self._scales or self._clips_each:
+        if version[0] != self._read_for:
+            self._scales, self._read_for = any(group["grad_scale"] != 1 for group in groups), version[0]
+        if decides or self._scales:
             # A gradient may be written to after it was read: no two may be the same memory.
-            grads = apart_at(grads, self._present(tensors))
+            grads = apart(grads, self._present(tensors))
         for member in self.groups:
             member.update(tensors, member.pick(grads), groups, version, factors)
-        return Outcome(factors.norm), NO_SCALING if factors.common == 1 else Scaling(_divisor(factors.common))
+        if factors.common == 1:
+            return Outcome(factors.norm), Scaling()
+        # Kernels divide by a loss scale; a norm of infinity leaves a factor of 0.
+        divisor = 1 / factors.common if factors.common else math.inf
+        return Outcome(factors.norm), Scaling(torch.tensor([divisor], dtype=torch.float32, device="cpu"))
 
     def shared(self, recipe: Recipe, tensors: Gathered) -> SharedNorm | None:
         """Sums over the processes that share the gradients of a step; None if there are no others."""
@@ -85,29 +88,21 @@ class HostStep:
         return [position for position in self._walked if tensors.grads[position] is not None]
 
     def _factors(self, recipe: Recipe, tensors: Gathered, scaling: Scaling) -> Factors:
-        positions = self._present(tensors)
+        positions, settings = self._present(tensors), recipe.settings
         walked = [tensors.grads[position] for position in positions]
         indices = [self._group_index[position] for position in positions]
 
         def measure() -> float:
-            if self._total_norm[0] != positions:
-                self._total_norm = positions, TotalNorm(walked, indices)
-            return self._total_norm[1].measure(walked, recipe.groups, recipe.settings.norm_type)
+            if self._square_sum[0] != positions:
+                self._square_sum = positions, SquareSum(walked)
+            return total_norm(walked, indices, recipe.groups, settings.norm_type, self._square_sum[1])
 
-        settings = recipe.settings
         shared = self.shared(recipe, tensors)
         factors = gradient_factors(walked, indices, recipe.groups, settings, scaling, measure, shared)
         if not factors.each:
             return factors
-        each = [1.0] * len(self._group_index)
-        for position, factor in zip(positions, factors.each, strict=True):
-            each[position] = factor
-        return factors._replace(each=each)
-
-
-def _divisor(factor: float) -> Tensor:
-    """A factor as a loss scale, by which gradients are divided; a norm of infinity leaves a factor of 0."""
-    return torch.tensor([1 / factor if factor else math.inf], dtype=torch.float32, device="cpu")
+        each = dict(zip(positions, factors.each, strict=True))
+        return factors._replace(each=[each.get(position, 1.0) for position in range(len(self._group_index))])
 
 
 def _on_host(recipe: Recipe, group: FlattenedGroup, n_gathered: int) -> NativeGroup | HostGroup:

@@ -103,9 +103,7 @@ class Hyperparameters:
 
     def _options_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group with all options, without its parameters: what is taken out of it must not stay here."""
-        options = complete(group, self._own)
-        options.pop("params", None)
-        return options
+        return {name: value for name, value in complete(group, self._own).items() if name != "params"}
 
     def _take(self, groups: Sequence[Mapping[str, Any]], rows: Sequence[Any]) -> None:
         complete_groups = list(map(self._options_of, groups))

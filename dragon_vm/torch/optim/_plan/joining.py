@@ -11,7 +11,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer, gather, take_states
 from dragon.vm.torch.optim._groups.flattening import Signature, State
-from dragon.vm.torch.optim._plan.recipe import Recipe
+from dragon.vm.torch.optim._plan.recipe import Chosen, Recipe
 
 
 class Joined(NamedTuple):
@@ -31,27 +31,22 @@ class Joined(NamedTuple):
 
 
 def join(
-    recipe: Recipe,
-    shards: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    group_index: Sequence[int],
-    states: Sequence[State],
-    signatures: Sequence[Signature],
+    recipe: Recipe, chosen: Chosen, states: Sequence[State], signatures: Sequence[Signature]
 ) -> tuple[list[Joined], list[FlatBuffer], set[int]]:
     """Buffers whose parameters step together, buffers that part for good, and the positions of the former's."""
     joined: list[Joined] = []
     parted: list[FlatBuffer] = []
     members = []
     for buffer in recipe.buffers:
-        positions = buffer.positions(shards)
-        if positions is not None and _step_together(recipe, positions, grads, group_index, signatures):
+        positions = buffer.positions(chosen.shards)
+        if positions is not None and _step_together(recipe, chosen, positions, signatures):
             signature = signatures[positions[0]]
             keys = [key for key in signature.all_keys if key != "step"]
             own = [states[i] for i in positions]
             if buffer.fits(own, keys, signature.counts_steps):
                 members.append((buffer, own, keys, signature.counts_steps))
-                pick = picker(positions, len(shards))
-                joined.append(Joined(buffer, positions, pick, group_index[positions[0]]))
+                pick = picker(positions, len(states))
+                joined.append(Joined(buffer, positions, pick, chosen.group_index[positions[0]]))
                 continue
         parted.append(buffer)
     # All at once: a state may be the place of a parameter of another buffer.
@@ -64,23 +59,19 @@ def join(
 
 
 def _step_together(
-    recipe: Recipe,
-    positions: Sequence[int],
-    grads: Sequence[Tensor],
-    group_index: Sequence[int],
-    signatures: Sequence[Signature],
+    recipe: Recipe, chosen: Chosen, positions: Sequence[int], signatures: Sequence[Signature]
 ) -> bool:
-    chosen = [grads[i] for i in positions]
+    signature, group_index = signatures[positions[0]], chosen.group_index[positions[0]]
     return (
-        len({group_index[i] for i in positions}) == 1
-        and len({signatures[i] for i in positions}) == 1
-        and signatures[positions[0]].backend != "eager"
+        all(chosen.group_index[i] == group_index for i in positions)
+        and all(signatures[i] == signature for i in positions)
+        and signature.backend != "eager"
         # Random words and blocks belong to one parameter.
-        and signatures[positions[0]].is_plain
-        and signatures[positions[0]].grad_dtype == signatures[positions[0]].param_dtype
+        and signature.is_plain
+        and signature.grad_dtype == signature.param_dtype
         # Each gradient is clipped on its own.
-        and not recipe.groups[group_index[positions[0]]]["clip_norm"]
-        and not any(grad.requires_grad for grad in chosen)
+        and not recipe.groups[group_index]["clip_norm"]
+        and not any(chosen.grads[i].requires_grad for i in positions)
     )
 
 

@@ -3,64 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local_state
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, has_memory, labels_of
-from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, State, flatten_groups
+from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State
 from dragon.vm.torch.optim._groups.layout import is_dense, lies_like
 from dragon.vm.torch.optim._groups.masters import reconcile
 from dragon.vm.torch.optim._groups.members import has_own_memory
 from dragon.vm.torch.optim._groups.storage import first_index
 from dragon.vm.torch.optim._plan.completion import completed_states
 from dragon.vm.torch.optim._plan.joining import Joined, join, part_counters
-from dragon.vm.torch.optim._plan.recipe import Recipe
+from dragon.vm.torch.optim._plan.recipe import Chosen, Recipe
 
 
 class Prepared(NamedTuple):
     """The tensors of a step. Lists have one element a parameter.
 
     Attributes:
-        params: parameters.
-        shards: for each the tensor that this process updates.
-        grads: their gradients, likewise, or what those will be laid out like.
-        group_index: index of each one's parameter group.
+        chosen: the parameters; where a gradient is None, a tensor stands for it that is laid out like it.
         keys: names of each one's state entries that the step reads or writes.
-        flattened: entries that share a launch; positions from ``len(params)`` on are those of `joined`.
+        flattened: entries that share a launch, in order of first appearance; positions from ``len(keys)`` on are
+            those of `joined`.
         joined: flat buffers.
         inside: positions of their parameters.
         strays: positions of gradients that must be copied into their parameters' layout.
-        among_all: positions of the parameters among all of the optimizer.
         are_distributed: whether some parameter is distributed.
         are_opaque: whether some tensor has no memory of its own, so that nothing can be guarded.
     """
 
-    params: list[Tensor]
-    shards: list[Tensor]
-    grads: list[Tensor]
-    group_index: list[int]
+    chosen: Chosen
     keys: list[tuple[str, ...]]
     flattened: list[FlattenedGroup]
     joined: list[Joined]
     inside: set[int]
     strays: list[int]
-    among_all: list[int]
     are_distributed: bool
     are_opaque: bool
 
 
-def prepare(
-    recipe: Recipe,
-    params: list[Tensor],
-    shards: list[Tensor],
-    grads: list[Any],
-    group_index: list[int],
-    among_all: list[int],
-) -> Prepared:
-    """Prepare a step of parameters; the lists are those of `Prepared`.
+def prepare(recipe: Recipe, chosen: Chosen) -> Prepared:
+    """Prepare a step of parameters.
 
     Missing states are added to the recipe's, and buffers whose parameters part are taken out. A gradient is None
     for a parameter of an earlier step that takes no part in this one.
@@ -68,13 +54,17 @@ def prepare(
     Raises:
         RuntimeError, ValueError: for gradients or parameters that cannot be updated. Nothing has changed then.
     """
+    params, shards = chosen.params, chosen.shards
     # The gradient of a parameter is laid out like it, until another is seen.
-    grads = [shard.detach() if grad is None else grad for shard, grad in zip(shards, grads, strict=True)]
+    grads: list[Tensor] = [
+        shard.detach() if grad is None else grad for shard, grad in zip(shards, chosen.grads, strict=True)
+    ]
+    chosen = chosen._replace(grads=grads)
     check_grads(shards, grads, recipe.owner)
-    solid = [i for i, (shard, grad) in enumerate(zip(shards, grads, strict=True)) if _has_memory(shard, grad)]
+    solid = [i for i, shard in enumerate(shards) if has_memory(shard) and has_own_memory(type(grads[i]))]
     check_memory([shards[i] for i in solid], lambda: labels_of([params[i] for i in solid], recipe.param_groups))
-    states, signatures = completed_states(recipe, params, shards, grads, group_index)
-    joined, parted, inside = join(recipe, shards, grads, group_index, states, signatures)
+    states, signatures = completed_states(recipe, chosen)
+    joined, parted, inside = join(recipe, chosen, states, signatures)
     part_counters([state for i, state in enumerate(states) if i not in inside])
     if parted and recipe.are_captured:
         raise RuntimeError(
@@ -82,44 +72,32 @@ def prepare(
             "count their steps together. Give each a gradient, or leave flatten=False"
         )
     # Everything is checked: from here on things change.
-    # Since the last step somebody may have loaded the parameters, or given them other memory.
-    _reconcile_masters(recipe, params, states)
+    # Since the last step somebody may have loaded the parameters, or given them other memory. Elements that are
+    # not nearest to an fp32 master of an earlier step become their own masters.
+    pairs = zip(params, states, strict=True)
+    held = {param: state for param, state in pairs if "param_master" in recipe.state.get(param, {})}
+    reconcile(list(held), held)
     _commit(recipe, params, states, joined, parted)
-    entries, chosen_signatures = [], []
-    for i in range(len(params)):
+    entries: dict[Signature, list[Entry]] = {}
+    for i, signature in enumerate(signatures):
         if i not in inside:
-            first = first_index(params[i]) if signatures[i].is_stochastic else 0
-            entries.append(Entry(shards[i], local_state(states[i]), group_index[i], i, first))
-            chosen_signatures.append(signatures[i])
-    for i, member in enumerate(joined):
-        entries.append(Entry(member.buffer.values, member.buffer.state, member.group_index, len(params) + i))
-        chosen_signatures.append(signatures[member.positions[0]])
+            first = first_index(params[i]) if signature.is_stochastic else 0
+            entry = Entry(shards[i], local_state(states[i]), chosen.group_index[i], i, first)
+            entries.setdefault(signature, []).append(entry)
+    for i, member in enumerate(joined, len(params)):
+        entry = Entry(member.buffer.values, member.buffer.state, member.group_index, i)
+        entries.setdefault(signatures[member.positions[0]], []).append(entry)
     keys_of = {signature: signature.all_keys for signature in set(signatures)}
-    strays = [i for i in solid if i not in inside and _is_stray(shards[i], grads[i])]
     return Prepared(
-        params,
-        shards,
-        grads,
-        group_index,
+        chosen,
         [keys_of[signature] for signature in signatures],
-        flatten_groups(entries, chosen_signatures),
+        [FlattenedGroup(*item) for item in entries.items()],
         joined,
         inside,
-        strays,
-        among_all,
+        [i for i in solid if i not in inside and _is_stray(shards[i], grads[i])],
         any(map(is_distributed, params)),
         len(solid) < len(params),
     )
-
-
-def _reconcile_masters(recipe: Recipe, params: Sequence[Tensor], states: Sequence[State]) -> None:
-    """Make elements their own masters that are not nearest to an fp32 master of an earlier step."""
-    held = {
-        param: state
-        for param, state in zip(params, states, strict=True)
-        if "param_master" in recipe.state.get(param, {})
-    }
-    reconcile(list(held), held)
 
 
 def _commit(
@@ -145,10 +123,6 @@ def _commit(
                 state.update(recipe.state[param])
     for buffer in parted:
         recipe.buffers.remove(buffer)
-
-
-def _has_memory(shard: Tensor, grad: Tensor) -> bool:
-    return has_memory(shard) and has_own_memory(type(grad))
 
 
 def _is_stray(param: Tensor, grad: Tensor) -> bool:

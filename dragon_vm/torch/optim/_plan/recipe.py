@@ -39,9 +39,27 @@ class Recipe(NamedTuple):
     state: MutableMapping[Any, Any]
     buffers: list[FlatBuffer]
     devices: dict[torch.device, Any]
-    reductions: Reductions | None = None
-    n_params: int = 0
-    are_captured: bool = False
+    reductions: Reductions | None
+    n_params: int
+    are_captured: bool
+
+
+class Chosen(NamedTuple):
+    """The parameters that a plan is for. Lists have one element a parameter.
+
+    Attributes:
+        positions: theirs among all parameters of the optimizer.
+        params: parameters.
+        shards: for each the tensor that this process updates.
+        grads: their gradients, likewise; None, or a tensor laid out like the parameter, for one that has none.
+        group_index: index of each one's parameter group.
+    """
+
+    positions: list[int]
+    params: list[Tensor]
+    shards: list[Tensor]
+    grads: list[Any]
+    group_index: list[int]
 
 
 class Outcome(NamedTuple):

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.unscaling import assign
-from dragon.vm.torch.optim._gradients.zeroing import apart_at, detach_all, zero_all
+from dragon.vm.torch.optim._gradients.zeroing import apart, detach_all, zero_all
 from dragon.vm.torch.optim._graphs.live import LiveGroup
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
@@ -37,17 +37,19 @@ class StepPlan:
         gatherer: gathers the tensors of a step.
     """
 
-    def __init__(self, recipe: Recipe, prepared: Prepared, zero_grad: bool, *, takes_parts: bool = False) -> None:
+    def __init__(self, recipe: Recipe, prepared: Prepared, zero_grad: bool, *, takes_parts: bool) -> None:
         self._joined, self._strays = prepared.joined, prepared.strays
-        self._are_distributed = prepared.are_distributed
-        self._outside = [i for i in range(len(prepared.params)) if i not in prepared.inside]
-        n_gathered = len(prepared.group_index) + len(prepared.joined)
+        self._outside = [i for i in range(len(prepared.keys)) if i not in prepared.inside]
+        n_gathered = len(prepared.keys) + len(prepared.joined)
         self._host = HostStep(recipe, prepared, n_gathered)
         self._zero_grad = zero_grad
         # The kernel zeroes the gradients it reads: not those that it reads copies of.
         self._kernel_zeroes = zero_grad and not self._strays and not self._host.groups
         self._devices = _on_devices(recipe, prepared.flattened, n_gathered, self._kernel_zeroes)
-        if self._devices and self._decides_on_host(recipe):
+        # Host groups, or several devices, need to know what is found in all gradients.
+        asks_all = needs_norm(recipe.settings) or recipe.reductions is not None
+        self._decides_on_host = bool(self._host.groups) or (len(self._devices) > 1 and asks_all)
+        if self._devices and self._decides_on_host:
             _check_shared_clipping(recipe)
         # The groups at the rows of the devices' tables, as long as somebody has them.
         self._rows = [weakref.ref(each) if isinstance(each, LiveGroup) else None for each in recipe.param_groups]
@@ -62,7 +64,7 @@ class StepPlan:
         scaling: Scaling,
         *,
         are_own: bool,
-        are_last: bool = False,
+        are_last: bool,
     ) -> Outcome:
         """Update the parameters from their gradients.
 
@@ -80,7 +82,7 @@ class StepPlan:
         ready = self._ready(tensors, are_own, writes=writes)
         outcome, are_zero = Outcome(), self._kernel_zeroes
         values = recipe.groups, version
-        if self._decides_on_host(recipe):
+        if self._decides_on_host:
             kept = (1.0 if kept_scale is None else float(kept_scale)) if are_left else None
             outcome, decided = self._host.run(recipe, ready, version, scaling, kept)
             are_zero &= not outcome.n_skipped
@@ -97,11 +99,14 @@ class StepPlan:
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(tensors.take(tensors.params))
-            if self._are_distributed:
+            if self.gatherer.states.are_distributed:
                 pairs = zip(tensors.take(tensors.params), tensors.take(tensors.shards), strict=False)
                 increment_version([shard for param, shard in pairs if shard is not param])
             if kept_scale is not None:
-                self._put_back(tensors.grads, ready.grads)
+                for position in self._strays:
+                    if tensors.grads[position] is not None:
+                        # The update read a copy of it.
+                        assign(tensors.grads[position], ready.grads[position])
                 increment_version(grads)
         if are_zero:
             detach_all(grads)
@@ -109,17 +114,6 @@ class StepPlan:
         elif self._zero_grad:
             zero_all(grads)
         return outcome
-
-    def _decides_on_host(self, recipe: Recipe) -> bool:
-        """Whether host groups, or several devices, need to know what is found in all gradients."""
-        asks_all = needs_norm(recipe.settings) or recipe.reductions is not None
-        return bool(self._host.groups) or (len(self._devices) > 1 and asks_all)
-
-    def _put_back(self, grads: Sequence[Any], unscaled: Sequence[Any]) -> None:
-        """Take over what became of gradients where the update read copies of them."""
-        for position in self._strays:
-            if grads[position] is not None:
-                assign(grads[position], unscaled[position])
 
     def _ready(self, tensors: Gathered, are_own: bool, *, writes: bool) -> Gathered:
         """The tensors with gradients in their parameters' layouts, and with flat buffers behind the parameters.
@@ -138,7 +132,7 @@ class StepPlan:
                 if grads[position] is not None:
                     grads[position] = in_layout_of(tensors.shards[position], grads[position])
         if writes:
-            grads = apart_at(grads, [position for position, grad in enumerate(grads) if grad is not None])
+            grads = apart(grads, [position for position, grad in enumerate(grads) if grad is not None])
         ready = tensors._replace(grads=grads, states=states)
         return with_buffers(self._joined, ready, are_own) if self._joined else ready
 
@@ -149,13 +143,13 @@ class StepPlan:
                 for device in self._devices:
                     device.publish(index, group, settings)
 
-    def check_capture(self, recipe: Recipe) -> None:
+    def check_capture(self) -> None:
         """Check that a graph of this step repeats all of it.
 
         Raises:
             RuntimeError: for a step that decides something on the host.
         """
-        if self._decides_on_host(recipe):
+        if self._decides_on_host:
             raise RuntimeError(
                 "a step cannot be captured that decides on the host: one with parameters or states that no kernel "
                 "updates, or with the norm of gradients on several devices"

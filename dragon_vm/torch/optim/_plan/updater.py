@@ -11,19 +11,18 @@ from torch import Tensor
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._formats.resolve import check_options
-from dragon.vm.torch.optim._gradients.scaling import Scaling
-from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
+from dragon.vm.torch.optim._gradients.scaling import Scaling, take_part
+from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm, make_reductions
 from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.early_averages import drop_early, note_early
 from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
 from dragon.vm.torch.optim._groups.storage import options_of
-from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, check_own, complete
-from dragon.vm.torch.optim._plan.agreement import Agreement
+from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, check_own, complete, needs_norm
 from dragon.vm.torch.optim._plan.cache import PlanCache
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
-from dragon.vm.torch.optim._plan.recipe import Recipe
+from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 
 Group = dict[str, Any]
 
@@ -43,7 +42,8 @@ class Updater:
         self.buffers: list[FlatBuffer] = []
         self.masters = MasterVersions()
         self._devices: dict[torch.device, Any] = {}
-        self._agreements: dict[int, Agreement] = {}
+        # The sums over processes of each part, and what they were made for.
+        self._reductions: dict[int, tuple[object, Reductions | None]] = {}
         self._hyperparameters: Hyperparameters | None = None
         self._n_skipped: int | Tensor = 0
         self._grad_norm: Tensor | None = None
@@ -98,7 +98,7 @@ class Updater:
         zero_grad = zero_grad and are_own
         # What is found in a part has been agreed on.
         decides = scaling.found_inf is not None and not part
-        reductions = self._reductions(members, settings, part, decides=decides)
+        reductions = self._find_reductions(members, settings, part, decides=decides)
         begin_too_early = self._settle_averages(members, values.groups, state)
         recipe = Recipe(
             self._owner,
@@ -121,10 +121,8 @@ class Updater:
         if found is None:
             if reductions is None:
                 return
-            outcome = self._agreements[part].take_part(members.params, values.groups, settings, scaling)
+            outcome = Outcome(*take_part(reductions, members.params, values.groups, settings, scaling))
         else:
-            if is_capturing():
-                self.plans.capture(recipe, found)
             step = recipe, found.tensors, values.version, scaling
             try:
                 outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
@@ -150,18 +148,31 @@ class Updater:
 
     def agreed(self, members: Members, settings: Settings, found_inf: Tensor, part: int) -> Tensor:
         """A finding about the gradients of a part, positive if it is on any process that shares the parameters."""
-        reductions = self._reductions(members, settings, part, decides=True)
+        reductions = self._find_reductions(members, settings, part, decides=True)
         if reductions is None:
             return found_inf
         none = torch.zeros(0, dtype=torch.float64, device=found_inf.device)
         return SharedNorm(reductions._replace(each=None), [], 0).total(none, found_inf, largest=False)[1]
 
-    def _reductions(self, members: Members, settings: Settings, part: int, *, decides: bool) -> Reductions | None:
+    def _find_reductions(
+        self, members: Members, settings: Settings, part: int, *, decides: bool
+    ) -> Reductions | None:
+        """The sums that a step needs; None if it needs none, or no other process takes part.
+
+        With `decides` a finding of some process decides for all.
+        """
         if not members.are_distributed and settings.process_group is None:
             return None
         assert self._hyperparameters is not None
-        agreement = self._agreements.setdefault(part, Agreement())
-        found = agreement.find(members.params, self._hyperparameters.groups, settings, decides=decides)
+        clips_each = any(group["clip_norm"] for group in self._hyperparameters.groups)
+        if not (decides or clips_each or needs_norm(settings)):
+            return None
+        # All parameters, with a gradient or not, by id: process groups outlive them, tensors must not be kept.
+        made_for = list(map(id, members.params)), clips_each, settings.process_group
+        if part not in self._reductions or self._reductions[part][0] != made_for:
+            made = make_reductions(members.params, settings.process_group, clips_each)
+            self._reductions[part] = made_for, made
+        found = self._reductions[part][1]
         # PyTorch makes states where a process has none: other processes may take no such step.
         return None if found is not None and is_state_asked_for() else found
 

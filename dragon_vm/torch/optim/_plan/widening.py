@@ -17,22 +17,16 @@ N_MISSED = 8
 
 
 class Widening:
-    """Remembers what was prepared for one set of gradients each, until it has cost as much as a plan for all."""
+    """Remembers what was prepared for one set of gradients each, until it has cost as much as a plan for all.
+
+    Attributes:
+        missed: since the last plan for more, what gathers the tensors of each other plan, with the plan's key.
+    """
 
     def __init__(self) -> None:
-        # Since the last plan for more, and how many parameters that one has.
-        self._missed: list[tuple[Hashable, Gatherer]] = []
+        self.missed: list[tuple[Hashable, Gatherer]] = []
+        # How many parameters the last plan for more has.
         self._n_wide = 0
-
-    def forget(self) -> None:
-        """Expect nothing."""
-        self._missed.clear()
-
-    def note(self, recipe: Recipe, key: Hashable, plan: StepPlan) -> None:
-        """Note a plan that was prepared for one set of gradients."""
-        # A buffer is updated as a whole.
-        if not recipe.buffers:
-            self._missed.append((key, plan.gatherer))
 
     def worth_adding(
         self, recipe: Recipe, members: Members, key: Hashable, present: bytes, wide: StepPlan | None
@@ -41,14 +35,14 @@ class Widening:
 
         `present` tells for each parameter whether it has a gradient; `wide` is the last plan for more parameters.
         """
-        n_prepared = sum(len(gatherer.positions) for _, gatherer in self._missed)
-        if len(self._missed) < N_MISSED or n_prepared < self._n_wide:
+        n_prepared = sum(len(gatherer.positions) for _, gatherer in self.missed)
+        if len(self.missed) < N_MISSED or n_prepared < self._n_wide:
             return []
-        earlier = [gatherer for own, gatherer in self._missed if own == key] + ([wide.gatherer] if wide else [])
+        earlier = [gatherer for own, gatherer in self.missed if own == key] + ([wide.gatherer] if wide else [])
         known = [gatherer.positions for gatherer in earlier if gatherer.holds(recipe.state, members)]
         added = {*chain.from_iterable(known)}.difference(compress(range(len(present)), present))
         self._n_wide = sum(present) + len(added)
-        self._missed.clear()
+        self.missed.clear()
         together = [shard for i, shard in enumerate(members.shards) if present[i] or i in added]
         # Those that never step together may share memory.
         return sorted(added) if overlapping_pair(list(filter(has_memory, together))) is None else []

@@ -28,7 +28,12 @@ class StagingRing:
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy int64 `source` on the CPU to `target` of the same length on a CUDA device, in stream order."""
-        staging, event = self._free_slot(len(source))
+        slots = self._slots.setdefault(len(source), deque())
+        if slots and slots[0][1].query():
+            slots.rotate(-1)
+        else:
+            slots.append((_new_buffer(len(source)), torch.cuda.Event()))
+        staging, event = slots[-1]
         _copy_to_device(staging.copy_(source), target)
         event.record()
 
@@ -41,14 +46,6 @@ class StagingRing:
         """`copy` within a capture: each replay copies what `source` holds now."""
         _captured.append(self._reserve.pop() if self._reserve else _new_buffer(len(source)))
         _copy_to_device(_captured[-1].copy_(source), target)
-
-    def _free_slot(self, length: int) -> tuple[Tensor, torch.cuda.Event]:
-        slots = self._slots.setdefault(length, deque())
-        if slots and slots[0][1].query():
-            slots.rotate(-1)
-        else:
-            slots.append((_new_buffer(length), torch.cuda.Event()))
-        return slots[-1]
 
 
 def _new_buffer(length: int) -> Tensor:

@@ -45,23 +45,13 @@ class DeviceTable:
         start, end = self._bounds[name]
         return self.buffer[start:end].view(dtype)
 
-    def write(self, name: str, words: array[int]) -> None:
-        """Change the first words of a section on the host."""
-        low = self._bounds[name][0]
-        self._widen(low, low + len(words))
-        self._host[low : low + len(words)] = words
-
-    def write_column(self, name: str, column: int, n_columns: int, words: array[int]) -> None:
-        """Change a column of a section on the host that is a table, from its first row on."""
+    def write(self, name: str, words: array[int], column: int = 0, n_columns: int = 1) -> None:
+        """Change the first words of a section on the host, or of a column if the section is a table."""
         low = self._bounds[name][0]
         high = low + len(words) * n_columns
-        self._widen(low, high)
-        self._host[low + column : high : n_columns] = words
-
-    def _widen(self, low: int, high: int) -> None:
-        """Note that words from `low` to `high` change."""
         first, end = self._changed
         self._changed = (min(first, low), max(end, high)) if first < end else (low, high)
+        self._host[low + column : high : n_columns] = words
 
     def upload(self) -> None:
         """Copy what changed since the last upload, in one copy, in stream order, without waiting."""

@@ -78,5 +78,5 @@ def test_the_host_sums_with_others_where_its_gradients_are(clip_norm, monkeypatc
     monkeypatch.setattr(scaling, "meeting_device", lambda grads: torch.device("meta"))
     group = {"clip_norm": clip_norm, "grad_scale": 1.0, "maximize": False}
     settings = Settings(skip_nonfinite=True)
-    scaling.gradient_factors([torch.ones(3)], [0], [group], settings, scaling.NO_SCALING, float, Shared())
+    scaling.gradient_factors([torch.ones(3)], [0], [group], settings, scaling.Scaling(), float, Shared())
     assert met == ["meta"]

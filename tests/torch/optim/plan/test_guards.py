@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam
-from dragon.vm.torch.optim._plan import layout_guards
+from dragon.vm.torch.optim._plan import guards
 
 from ..support import BACKENDS, everything, give_gradients, home, like, parameters, twin
 
@@ -316,7 +316,7 @@ class NoTensorGuards:
 
 @pytest.mark.parametrize(("algorithm", "change"), CASES, ids=lambda value: value.__name__)
 def test_public_calls_notice_what_pytorchs_guards_notice(algorithm, change, monkeypatch):
-    monkeypatch.setattr(layout_guards, "TensorGuards", NoTensorGuards)
+    monkeypatch.setattr(guards, "TensorGuards", NoTensorGuards)
     check_change(algorithm, change, "native")
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam
-from dragon.vm.torch.optim._plan import layout_guards
-from dragon.vm.torch.optim._plan.layout_guards import layout_guard
+from dragon.vm.torch.optim._plan import guards
+from dragon.vm.torch.optim._plan.guards import layout_guard
 
 from ..support import BACKENDS, everything, give_gradients, home, like, parameters, twin
 from .test_guards import NoTensorGuards, attempt, outcome, warm
@@ -35,7 +35,7 @@ OTHERS = {
 @pytest.mark.parametrize("with_torch", [True, False], ids=["PyTorch's guards", "public calls"])
 def test_a_layout_guard_holds_for_tensors_laid_out_alike_only(what, with_torch, monkeypatch):
     if not with_torch:
-        monkeypatch.setattr(layout_guards, "TensorGuards", NoTensorGuards)
+        monkeypatch.setattr(guards, "TensorGuards", NoTensorGuards)
     tensors = [alike(), alike()]
     guard = layout_guard(tensors)
     assert guard(alike(), tensors[0])
@@ -145,7 +145,7 @@ def test_equal_copies_of_groups_and_states_are_followed():
 @pytest.mark.parametrize("n_plain", [0, 1, 2, 3])
 def test_a_gradient_with_a_graph_keeps_it_beside_flat_buffers(with_torch, n_plain, monkeypatch):
     if not with_torch:
-        monkeypatch.setattr(layout_guards, "TensorGuards", NoTensorGuards)
+        monkeypatch.setattr(guards, "TensorGuards", NoTensorGuards)
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     optimizer = Adam(params, backend="native", flatten=True)
     for number in range(n_plain + 1):
