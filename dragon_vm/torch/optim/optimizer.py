@@ -26,6 +26,7 @@ from dragon.vm.torch.optim._groups.bounds import widen_bounds
 from dragon.vm.torch.optim._groups.buffers import make_buffers
 from dragon.vm.torch.optim._groups.checks import check_differentiable, check_param, check_trained
 from dragon.vm.torch.optim._groups.eligibility import check_backend
+from dragon.vm.torch.optim._groups.masters import with_masters
 from dragon.vm.torch.optim._groups.members import MemberReader
 from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._groups.storage import check_storage
@@ -148,7 +149,7 @@ class Optimizer(StoringOptimizer):
         """Upload a live group's hyperparameters to wherever steps, captured ones too, read them."""
         self._updater.publish(self.param_groups, group, self.defaults, self._settings)
         # What this changes is published in turn.
-        widen_bounds([group])
+        widen_bounds([group], self.state)
 
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
         """Update all parameter groups using gradients.
@@ -213,7 +214,7 @@ class Optimizer(StoringOptimizer):
         read = self.param_groups, self.defaults, self._settings
         groups = self._updater.read(*read)
         # Only now, since what is refused must have changed nothing.
-        return self._updater.read(*read) if widen_bounds(self.param_groups) else groups
+        return self._updater.read(*read) if widen_bounds(self.param_groups, self.state) else groups
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -239,7 +240,7 @@ class Optimizer(StoringOptimizer):
             RuntimeError: if no parameter has an average: `ema_decay` is 0, or no step has been taken; if FSDP1
                 splits parameters; from `step`, copies and pickles of the optimizer inside the block.
         """
-        exchange, params = exchanged(self.state, self._originals), self._params_with_masters()
+        exchange, params = exchanged(self.state, self._originals), with_masters(self.state)
         return self._updater.masters.undisturbed(params, self.state, exchange) if params else exchange
 
     @property
@@ -249,7 +250,7 @@ class Optimizer(StoringOptimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of all gradients at the last step that needed it, 0-dim float64; None before the first."""
+        """Norm of all gradients, 0 without one, at the last step that needed it; 0-dim float64, or None before."""
         return self._updater.grad_norm
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, is_distributed_type, local
 from dragon.vm.torch.optim._formats import Master
-from dragon.vm.torch.optim._groups.native import MASTER, is_as_saved
+from dragon.vm.torch.optim._groups.native import MASTER, MASTER_PARTS, is_as_saved
 
 # The speed of C: a step reads the version of each parameter.
 _version_of = attrgetter("_version")
@@ -68,6 +68,15 @@ class MasterVersions:
                 yield
         finally:
             self.note([param for param in params if id(param) in self._seen])
+
+
+def with_masters(state: Mapping[Any, Any]) -> list[Tensor]:
+    """The parameters whose state has a master, also those of groups that were removed."""
+    return [
+        param
+        for param, entries in state.items()
+        if isinstance(entries, Mapping) and not entries.keys().isdisjoint(MASTER_PARTS)
+    ]
 
 
 @torch.no_grad()

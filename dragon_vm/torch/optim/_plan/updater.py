@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
+from dragon.vm.torch.optim._distributed.reduction import meeting_device
 from dragon.vm.torch.optim._formats import check_options
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
@@ -19,7 +20,7 @@ from dragon.vm.torch.optim._groups.early_averages import drop_early, note_early
 from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
 from dragon.vm.torch.optim._groups.storage import options_of
-from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, check_own, complete
+from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, check_own, complete, needs_norm
 from dragon.vm.torch.optim._plan.agreement import Agreement
 from dragon.vm.torch.optim._plan.cache import PlanCache
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
@@ -120,6 +121,9 @@ class Updater:
         found = self.plans.find(recipe, members, key, zero_grad)
         if found is None:
             if reductions is None:
+                if needs_norm(settings):
+                    device = meeting_device(members.params)
+                    self._grad_norm = torch.zeros((), dtype=torch.float64, device=device)
                 return
             outcome = self._agreements[part].take_part(members.params, values.groups, settings, scaling)
         else:
