@@ -26,7 +26,6 @@ from dragon.vm.torch.optim._groups.bounds import widen_bounds
 from dragon.vm.torch.optim._groups.buffers import make_buffers
 from dragon.vm.torch.optim._groups.checks import check_differentiable, check_param, check_trained
 from dragon.vm.torch.optim._groups.eligibility import check_backend
-from dragon.vm.torch.optim._groups.masters import with_masters
 from dragon.vm.torch.optim._groups.members import MemberReader
 from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._groups.storage import check_storage
@@ -240,8 +239,7 @@ class Optimizer(StoringOptimizer):
             RuntimeError: if no parameter has an average: `ema_decay` is 0, or no step has been taken; if FSDP1
                 splits parameters; from `step`, copies and pickles of the optimizer inside the block.
         """
-        exchange, params = exchanged(self.state, self._originals), with_masters(self.state)
-        return self._updater.masters.undisturbed(params, self.state, exchange) if params else exchange
+        return self._updater.masters.undisturbed(self.state, exchanged(self.state, self._originals))
 
     @property
     def n_skipped_steps(self) -> int:

@@ -58,10 +58,9 @@ class MasterVersions:
         self._seen.update(zip(map(id, params), _versions(params), strict=True))
 
     @contextmanager
-    def undisturbed(
-        self, params: Sequence[Tensor], state: Mapping[Any, Any], context: AbstractContextManager[None]
-    ) -> Iterator[None]:
+    def undisturbed(self, state: Mapping[Any, Any], context: AbstractContextManager[None]) -> Iterator[None]:
         """A context that leaves the parameters as it found them, whatever their versions say."""
+        params = _with_masters(state)
         self.notice(params, state)
         try:
             with context:
@@ -70,7 +69,7 @@ class MasterVersions:
             self.note([param for param in params if id(param) in self._seen])
 
 
-def with_masters(state: Mapping[Any, Any]) -> list[Tensor]:
+def _with_masters(state: Mapping[Any, Any]) -> list[Tensor]:
     """The parameters whose state has a master, also those of groups that were removed."""
     return [
         param
