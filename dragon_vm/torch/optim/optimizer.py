@@ -239,7 +239,8 @@ class Optimizer(StoringOptimizer):
             RuntimeError: if no parameter has an average: `ema_decay` is 0, or no step has been taken; if FSDP1
                 splits parameters; from `step`, copies and pickles of the optimizer inside the block.
         """
-        return self._updater.masters.undisturbed(self.state, exchanged(self.state, self._originals))
+        exchange = exchanged(self.state, self._originals)
+        return self._updater.masters.undisturbed(self.state, self._originals, exchange)
 
     @property
     def n_skipped_steps(self) -> int:

@@ -58,10 +58,14 @@ class MasterVersions:
         self._seen.update(zip(map(id, params), _versions(params), strict=True))
 
     @contextmanager
-    def undisturbed(self, state: Mapping[Any, Any], context: AbstractContextManager[None]) -> Iterator[None]:
+    def undisturbed(
+        self, state: Mapping[Any, Any], originals: Mapping[Tensor, Tensor], context: AbstractContextManager[None]
+    ) -> Iterator[None]:
         """A context that leaves the parameters as it found them, whatever their versions say."""
         params = _with_masters(state)
-        self.notice(params, state)
+        # Inside another one, which `context` refuses, the averages are in the parameters.
+        if not originals:
+            self.notice(params, state)
         try:
             with context:
                 yield

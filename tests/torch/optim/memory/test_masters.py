@@ -275,3 +275,16 @@ def test_averages_of_a_removed_group_leave_its_masters_alone(master: Any) -> Non
     optimizer.param_groups.append(removed)
     assert all(map(torch.equal, before, dict(optimizer.master_weights()).values()))
     assert not torch.equal(before[1], params[1].float())
+
+
+@pytest.mark.parametrize("master", SPLITS)
+def test_an_exchange_within_an_exchange_leaves_masters_alone(master: Any) -> None:
+    param = torch.nn.Parameter(torch.ones(64, dtype=BF16))
+    optimizer = AdamW([param], lr=1e-4, ema_decay=0.5, master_weights=master)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    ((_, before),) = optimizer.master_weights()
+    with optimizer.swap_ema(), pytest.raises(RuntimeError, match="exchanged already"), optimizer.swap_ema():
+        pass
+    ((_, after),) = optimizer.master_weights()
+    assert torch.equal(before, after)
