@@ -125,6 +125,8 @@ FOREIGN = {
     "weight_q8": torch.zeros(3, dtype=torch.int8),
     "storage": "disk",
     0: [1, 2],
+    "nothing": None,
+    "empty": {},
 }
 
 

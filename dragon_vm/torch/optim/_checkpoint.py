@@ -88,7 +88,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
     def _keep_bounds(self) -> None:
         """Let groups keep the bound of the betas which their moments were made with, whatever is set now."""
-        widen_bounds([group for group in self.param_groups if any(map(self.state.get, group["params"]))])
+        begun = [group for group in self.param_groups if any(map(self.state.get, group["params"]))]
+        widen_bounds(begun, self.state)
 
     def _drop_defaults(self, group: Group, kept: Collection[str] = ()) -> None:
         """Take own keys that mean what PyTorch does out of a group, but for those to keep."""

@@ -126,7 +126,8 @@ class Adam(Optimizer, torch.optim.Adam):
             TypeError: for an optimizer of another algorithm.
             ValueError: for a state that does not fit, and for an `AdamW` of one whose decay is not decoupled.
         """
-        options.setdefault("epsilon_hat", False)
+        if not isinstance(optimizer, Optimizer):
+            options.setdefault("epsilon_hat", False)
         return take_over(cls, optimizer, torch.optim.Adam, options)
 
 

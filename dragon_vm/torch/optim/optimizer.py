@@ -148,7 +148,7 @@ class Optimizer(StoringOptimizer):
         """Upload a live group's hyperparameters to wherever steps, captured ones too, read them."""
         self._updater.publish(self.param_groups, group, self.defaults, self._settings)
         # What this changes is published in turn.
-        widen_bounds([group])
+        widen_bounds([group], self.state)
 
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
         """Update all parameter groups using gradients.
@@ -213,7 +213,7 @@ class Optimizer(StoringOptimizer):
         read = self.param_groups, self.defaults, self._settings
         groups = self._updater.read(*read)
         # Only now, since what is refused must have changed nothing.
-        return self._updater.read(*read) if widen_bounds(self.param_groups) else groups
+        return self._updater.read(*read) if widen_bounds(self.param_groups, self.state) else groups
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -239,8 +239,8 @@ class Optimizer(StoringOptimizer):
             RuntimeError: if no parameter has an average: `ema_decay` is 0, or no step has been taken; if FSDP1
                 splits parameters; from `step`, copies and pickles of the optimizer inside the block.
         """
-        exchange, params = exchanged(self.state, self._originals), self._params_with_masters()
-        return self._updater.masters.undisturbed(params, self.state, exchange) if params else exchange
+        exchange = exchanged(self.state, self._originals)
+        return self._updater.masters.undisturbed(self.state, self._originals, exchange)
 
     @property
     def n_skipped_steps(self) -> int:
@@ -249,7 +249,7 @@ class Optimizer(StoringOptimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of all gradients at the last step that needed it, 0-dim float64; None before the first."""
+        """Norm of all gradients, 0 without one, at the last step that needed it; 0-dim float64, or None before."""
         return self._updater.grad_norm
 
     def __getstate__(self) -> dict[str, Any]:

@@ -158,6 +158,38 @@ def test_a_bound_is_that_of_the_betas_which_the_moments_were_made_with() -> None
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("is_idle", [False, True])
+def test_betas_that_changed_before_the_first_moment_bound_nothing(is_idle: bool) -> None:
+    param = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = Adam([param], betas=(0.95, 0.9), state_dtype="8bit")
+    if is_idle:
+        optimizer.step()
+    optimizer.param_groups[0]["betas"] = (0.5, 0.5)
+    param.grad = torch.ones(64, 64)
+    optimizer.step()
+    assert optimizer.param_groups[0]["bound_betas"] == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+def test_groups_that_go_after_loading_leave_the_random_bits_of_others(is_native: bool) -> None:
+    options = {"lr": 0.1, "state_dtype": torch.bfloat16, "native_state_dict": is_native}
+    found = []
+    for is_resumed in (False, True):
+        params = [torch.nn.Parameter(torch.zeros(64)) for _ in range(2)]
+        optimizer = Adam([{"params": [param]} for param in params], **options)
+        for step in range(3):
+            if step == 2:
+                if is_resumed:
+                    saved, optimizer = optimizer.state_dict(), Adam(optimizer.param_groups, **options)
+                    optimizer.load_state_dict(saved)
+                del optimizer.param_groups[0]
+            for param in params:
+                param.grad = torch.randn(64, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        found.append(optimizer.state[params[1]]["exp_avg_sq"])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
 def test_a_copy_before_the_first_step_has_no_bound(copied: Any) -> None:
     param = torch.nn.Parameter(torch.zeros(64, 64))

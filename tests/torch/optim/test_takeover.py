@@ -96,3 +96,10 @@ def test_a_scheduler_of_the_new_optimizer_begins_with_the_rate_that_was_asked_fo
     ours = Adam.from_torch(theirs, lr=0.1)
     torch.optim.lr_scheduler.LambdaLR(ours, lambda step: 0.5)
     assert ours.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("asked", [{}, {"epsilon_hat": False}])
+def test_the_epsilon_of_an_optimizer_of_this_library_is_taken_over(asked: dict[str, Any]) -> None:
+    original = Adam(make_params(), epsilon_hat=True)
+    ours = Adam.from_torch(original, **asked)
+    assert ours.param_groups[0].get("epsilon_hat", False) is (not asked)

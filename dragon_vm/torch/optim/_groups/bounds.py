@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,8 +17,11 @@ _KEY = "bound_betas"
 _PLACE = (0.0, 0.0, 0.0)
 
 
-def widen_bounds(groups: Iterable[dict[str, Any]]) -> bool:
-    """Note in groups what the betas so far allow their narrow moments; return whether any group changed."""
+def widen_bounds(groups: Iterable[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
+    """Note in groups what the betas so far allow their narrow moments; return whether any group changed.
+
+    Betas that changed before a group had a state, in the optimizer's `state`, made no moment.
+    """
     has_changed = False
     for group in groups:
         if group.get("state_dtype") is None:
@@ -32,7 +35,8 @@ def widen_bounds(groups: Iterable[dict[str, Any]]) -> bool:
         before = group.get(_KEY)
         beta1, beta2, bound = (*(before or now), 0.0)[:3]
         if (beta1, beta2) != now:
-            group[_KEY] = (*now, max(bound, moment_bound(beta1, beta2, math.inf), moment_bound(*now, math.inf)))
+            bound = max(bound, moment_bound(beta1, beta2, math.inf), moment_bound(*now, math.inf))
+            group[_KEY] = (*now, bound) if any(map(state.get, group["params"])) else now
         elif before is None:
             group[_KEY] = now
         else:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, is_distributed_type, local
 from dragon.vm.torch.optim._formats.split import Master
-from dragon.vm.torch.optim._groups.native import MASTER, is_as_saved
+from dragon.vm.torch.optim._groups.native import MASTER, MASTER_PARTS, is_as_saved
 
 # The speed of C: a step reads the version of each parameter.
 _version_of = attrgetter("_version")
@@ -59,15 +59,27 @@ class MasterVersions:
 
     @contextmanager
     def undisturbed(
-        self, params: Sequence[Tensor], state: Mapping[Any, Any], context: AbstractContextManager[None]
+        self, state: Mapping[Any, Any], originals: Mapping[Tensor, Tensor], context: AbstractContextManager[None]
     ) -> Iterator[None]:
         """A context that leaves the parameters as it found them, whatever their versions say."""
-        self.notice(params, state)
+        params = _with_masters(state)
+        # Inside another one, which `context` refuses, the averages are in the parameters.
+        if not originals:
+            self.notice(params, state)
         try:
             with context:
                 yield
         finally:
             self.note([param for param in params if id(param) in self._seen])
+
+
+def _with_masters(state: Mapping[Any, Any]) -> list[Tensor]:
+    """The parameters whose state has a master, also those of groups that were removed."""
+    return [
+        param
+        for param, entries in state.items()
+        if isinstance(entries, Mapping) and not entries.keys().isdisjoint(MASTER_PARTS)
+    ]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dragon.vm.torch.optim._formats.resolve import MOMENTS
 from dragon.vm.torch.optim._groups.checks import labels
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, counter_place
 from dragon.vm.torch.optim._groups.exchange import restored_entries
-from dragon.vm.torch.optim._groups.native import parts_of
+from dragon.vm.torch.optim._groups.native import FORMAT_KEY, parts_of
 from dragon.vm.torch.optim._groups.saved import checked_state
 from dragon.vm.torch.optim._groups.states import CounterPlace, State, add_counters, zeros_for
 from dragon.vm.torch.optim._groups.storage import storage_of
@@ -53,16 +54,21 @@ def restored_states(
     owners: list[tuple[Tensor, Group, State]] = []
     others: dict[Tensor, State] = {}
     names = iter(labels([{**saved, **own} for own, saved in zip(groups, saved_groups, strict=True)]))
+    streams = {state["stream"] for state in saved.values() if isinstance(state, dict) and "stream" in state}
+    positions = count()
     for group, saved_group in zip(groups, saved_groups, strict=True):
         own = {name: group.get(name) for name in STORAGE_OPTIONS}
         merged = complete({**group, **saved_group, **own}, algorithm.own_defaults)
         for param, key in zip(group["params"], saved_group["params"], strict=True):
-            label = next(names)
-            state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(value)}
+            label, position = next(names), next(positions)
+            state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(name, value)}
             if state and _is_of_others(state):
                 others[param] = state
             elif state:
                 checked = checked_state(algorithm, param, merged, saved_group, state, label)
+                # PyTorch's form leaves it out: groups may come and go before the first step.
+                if position not in streams and _is_stochastic(param, merged, algorithm):
+                    checked.setdefault("stream", position)
                 owners.append((param, merged, checked))
     copies = _copied(algorithm, settings, owners)
     for param, state in others.items():
@@ -70,14 +76,21 @@ def restored_states(
     return copies
 
 
-def _is_missing(value: Any) -> bool:
-    """Whether a saved entry is none. PyTorch's flat dicts have an empty dict for one that is not in the file."""
-    return value is None or (isinstance(value, dict) and not value)
+def _is_missing(name: str, value: Any) -> bool:
+    """Whether an entry of ours is none. PyTorch's flat dicts have an empty dict where the file has nothing."""
+    is_none = value is None or (isinstance(value, dict) and not value)
+    return is_none and (name == FORMAT_KEY or not _is_of_others({name: value}))
 
 
 def _is_of_others(state: State) -> bool:
     """Whether a state has nothing that a step would have written."""
     return not parts_of(state) and state.keys().isdisjoint((*MOMENTS, "step", "ema", "stream"))
+
+
+def _is_stochastic(param: Tensor, group: Group, algorithm: Algorithm) -> bool:
+    """Whether a step of a parameter takes random words."""
+    storage = storage_of(param, group, algorithm.state_keys(group))
+    return any(form.stochastic for form in (storage.param, *storage.states.values()))
 
 
 @torch.no_grad()

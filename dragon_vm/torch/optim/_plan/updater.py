@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
+from dragon.vm.torch.optim._distributed.reduction import meeting_device
 from dragon.vm.torch.optim._formats.resolve import check_options
 from dragon.vm.torch.optim._gradients.scaling import Scaling, take_part
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm, make_reductions
@@ -66,15 +68,8 @@ class Updater:
     def _new_hyperparameters(self, defaults: Mapping[str, Any], settings: Settings) -> Hyperparameters:
         own = self._algorithm.own_defaults
         names = [name for name in defaults if name not in own and name not in Settings._fields]
-        return Hyperparameters(names, own, lambda group: self._checked_structure(group, settings))
-
-    def _checked_structure(self, group: Mapping[str, Any], settings: Settings) -> tuple[Any, ...]:
-        """The options of a group that decide which tensors and kernels take part; ours are as at construction."""
-        check_own(group, settings)
-        check_options(options_of(group))
-        flags = (bool(group[name]) for name in ("differentiable", "clip_norm", "capturable"))
-        storage = tuple(by_value(group[name]) for name in STORAGE_OPTIONS)
-        return self._algorithm.all_state_keys(group), self._algorithm.counts_steps(group), *flags, storage
+        # A reference to this object would keep flat buffers until the garbage collector runs.
+        return Hyperparameters(names, own, partial(_checked_structure, self._algorithm, settings))
 
     def update(
         self,
@@ -120,6 +115,9 @@ class Updater:
         found = self.plans.find(recipe, members, key, zero_grad)
         if found is None:
             if reductions is None:
+                if needs_norm(settings):
+                    device = meeting_device(members.params)
+                    self._grad_norm = torch.zeros((), dtype=torch.float64, device=device)
                 return
             outcome = Outcome(*take_part(reductions, members.params, values.groups, settings, scaling))
         else:
@@ -189,6 +187,15 @@ class Updater:
     def grad_norm(self) -> Tensor | None:
         """Norm of all gradients at the last update that needed it, 0-dim float64; None before the first."""
         return None if self._grad_norm is None else self._grad_norm.clone()
+
+
+def _checked_structure(algorithm: Algorithm, settings: Settings, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The options of a group that decide which tensors and kernels take part; ours are as at construction."""
+    check_own(group, settings)
+    check_options(options_of(group))
+    flags = (bool(group[name]) for name in ("differentiable", "clip_norm", "capturable"))
+    storage = tuple(by_value(group[name]) for name in STORAGE_OPTIONS)
+    return algorithm.all_state_keys(group), algorithm.counts_steps(group), *flags, storage
 
 
 def _with_masters(members: Members, groups: Sequence[Group]) -> list[Tensor]:

@@ -61,3 +61,17 @@ def test_a_bound_costs_no_gradient_that_a_scale_made_tiny(backend, dtype, bound)
 def test_a_bound_of_each_norm_is_of_its_l2_norm():
     with pytest.raises(ValueError, match=r"clip_norm bounds L2 norms: got clip_norm=1.0 and norm_type=inf"):
         Adam(parameters([(2,)]), clip_norm=1.0, norm_type=math.inf)
+
+
+@each_backend
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True, "norm_type": math.inf}])
+def test_a_step_without_gradients_has_a_norm_of_zero(backend, options):
+    (param,) = parameters([(3,)], device=home(backend))
+    optimizer = SGD([param], lr=0.5, backend=backend, **options)
+    norms = []
+    for grad in (None, torch.ones_like(param), None):
+        param.grad = grad
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+    assert norms[0].dtype == torch.float64
+    assert [bool(norm > 0) for norm in norms] == [False, True, False]

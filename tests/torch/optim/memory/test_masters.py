@@ -258,3 +258,33 @@ def test_sgd_has_masters_too(master: Any) -> None:
     ((_, value),) = optimizer.master_weights()
     assert value.tolist() == pytest.approx([1 - 5.61e-4] * 64, abs=2e-5)
     assert optimizer.state[param]["momentum_buffer"].dtype == FP32
+
+
+@pytest.mark.parametrize("master", SPLITS)
+def test_averages_of_a_removed_group_leave_its_masters_alone(master: Any) -> None:
+    params = [torch.nn.Parameter(torch.ones(64, dtype=BF16)) for _ in range(2)]
+    groups = [{"params": [param]} for param in params]
+    optimizer = AdamW(groups, lr=1e-4, ema_decay=0.5, master_weights=master)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = list(dict(optimizer.master_weights()).values())
+    removed = optimizer.param_groups.pop()
+    with optimizer.swap_ema():
+        pass
+    optimizer.param_groups.append(removed)
+    assert all(map(torch.equal, before, dict(optimizer.master_weights()).values()))
+    assert not torch.equal(before[1], params[1].float())
+
+
+@pytest.mark.parametrize("master", SPLITS)
+def test_an_exchange_within_an_exchange_leaves_masters_alone(master: Any) -> None:
+    param = torch.nn.Parameter(torch.ones(64, dtype=BF16))
+    optimizer = AdamW([param], lr=1e-4, ema_decay=0.5, master_weights=master)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    ((_, before),) = optimizer.master_weights()
+    with optimizer.swap_ema(), pytest.raises(RuntimeError, match="exchanged already"), optimizer.swap_ema():
+        pass
+    ((_, after),) = optimizer.master_weights()
+    assert torch.equal(before, after)

@@ -1,5 +1,8 @@
 """What a guard tells apart, and what a plan lives through."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -157,3 +160,19 @@ def test_a_gradient_with_a_graph_keeps_it_beside_flat_buffers(with_torch, n_plai
     for param, grad in zip(params, grads, strict=True):
         assert param.grad is grad
         assert grad.grad_fn is not None
+
+
+@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"capturable": True}, {"ema_decay": 0.5}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_optimizer_that_goes_leaves_nothing_to_the_garbage_collector(backend, options):
+    params = parameters(SHAPES, device=home(backend))
+    optimizer = Adam(params, backend=backend, **options)
+    give_gradients(params, 0)
+    optimizer.step()
+    left = [weakref.ref(each) for each in (optimizer, optimizer._updater, *optimizer._updater.plans.latest())]
+    gc.disable()
+    try:
+        del optimizer
+        assert [reference() for reference in left] == [None] * len(left)
+    finally:
+        gc.enable()
