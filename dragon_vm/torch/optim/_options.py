@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from operator import is_not
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -178,8 +179,11 @@ def own_tensors(group: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> N
         return value.clone() if shared else value
 
     group["lr"] = own(group["lr"])
-    if "betas" in group:
-        group["betas"] = tuple(map(own, group["betas"]))
+    betas = group.get("betas", ())
+    owned = list(map(own, betas))
+    # A list that holds none stays the user's, who may write into it.
+    if any(map(is_not, owned, betas)):
+        group["betas"] = type(betas)(owned)
 
 
 def by_value(value: Any) -> Any:

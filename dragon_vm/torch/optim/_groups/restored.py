@@ -97,6 +97,7 @@ def _copied(
         dtypes = {param.dtype, *(value.dtype for value in copy.values() if value.is_floating_point())}
         if algorithm.counts_steps(group):
             place = _counter_place(settings.backend, param, group, dtypes, in_parts)
+            copy = {"step": None, **copy}
             counted.append((copy, 0.0, place))
         copies.append(copy)
     add_counters(counted)

@@ -71,6 +71,8 @@ def completed_states(
         has_begun = any(held_format(held, name) is not None for name in signature.state_keys)
         if signature.counts_steps and ("step" not in held or not (has_begun or algorithm.saves_steps)):
             count = (algorithm.uncounted_steps or 0.0) if has_begun else 0.0
+            # In front, where PyTorch's stands.
+            states[-1] = {"step": None, **states[-1]}
             counted.append((states[-1], count, counter_place(param, signature.backend, group)))
     add_counters(counted)
     keys_of = {id(signature): signature.tensor_keys for signature in distinct}
