@@ -125,6 +125,7 @@ FOREIGN = {
     "weight_q8": torch.zeros(3, dtype=torch.int8),
     "storage": "disk",
     0: [1, 2],
+    "not_yet_known": None,
 }
 
 

@@ -24,6 +24,9 @@ from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 
 Group = dict[str, Any]
 
+# Names of entries that a step writes. Under any other name None is a value of others.
+_OWN = frozenset((*MOMENTS, "step", "ema", "stream"))
+
 
 def restored_states(
     algorithm: Algorithm,
@@ -58,7 +61,7 @@ def restored_states(
         merged = complete({**group, **saved_group, **own}, algorithm.own_defaults)
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             label = next(names)
-            state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(value)}
+            state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(name, value)}
             if state and _is_of_others(state):
                 others[param] = state
             elif state:
@@ -70,14 +73,14 @@ def restored_states(
     return copies
 
 
-def _is_missing(value: Any) -> bool:
+def _is_missing(name: str, value: Any) -> bool:
     """Whether a saved entry is none. PyTorch's flat dicts have an empty dict for one that is not in the file."""
-    return value is None or (isinstance(value, dict) and not value)
+    return (value is None and name in _OWN) or (isinstance(value, dict) and not value)
 
 
 def _is_of_others(state: State) -> bool:
     """Whether a state has nothing that a step would have written."""
-    return not parts_of(state) and state.keys().isdisjoint((*MOMENTS, "step", "ema", "stream"))
+    return not parts_of(state) and state.keys().isdisjoint(_OWN)
 
 
 @torch.no_grad()
