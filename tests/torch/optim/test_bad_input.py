@@ -324,10 +324,9 @@ def step_that_is_no_number(optimizer, last):
 SPOILS = [
     sparse_grad, overlapping_params, expanded_param, lost_option, misshapen_state, broadcastable_state,
     complex_state, state_that_is_no_tensor, misshapen_step, step_that_is_no_number, option("lr", None),
-    option("lr", "fast"),
-    option("lr", torch.ones(2)), option("betas", (0.9,)), option("betas", None), option("eps", None),
-    option("weight_decay", "some"), option("clip_value", "little"), option("clip_norm", None),
-    option("grad_scale", None), option("ema_decay", "slow"),
+    option("lr", "fast"), option("lr", torch.ones(2)), option("betas", (0.9,)), option("betas", None),
+    option("eps", None), option("weight_decay", "some"), option("clip_value", "little"),
+    option("clip_norm", None), option("grad_scale", None), option("ema_decay", "slow"),
 ]  # fmt: skip
 
 
