@@ -182,3 +182,27 @@ def test_a_parameter_listed_twice_is_refused_by_name_or_position(names: bool) ->
         with pytest.raises(ValueError, match="PyTorch") as caught:
             ours.Adam(params)
     assert all(word in str(caught.value) for word in (("first", "second") if names else ("1", "2")))
+
+
+@each_module
+def test_the_groups_own_list_of_betas_stays_a_list_that_may_be_written_to(module: ModuleType) -> None:
+    param = plain()
+    optimizer = module.Adam([{"params": [param], "betas": [0.5, 0.9]}, {"params": [plain()]}], betas=[0.9, 0.99])
+    assert [type(group["betas"]) for group in optimizer.param_groups] == [list, tuple]
+    assert optimizer.defaults["betas"] == (0.9, 0.99)
+    optimizer.param_groups[0]["betas"][0] = 0.0
+    param.grad = torch.ones(2)
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["exp_avg"], torch.ones(2))
+
+
+@each_module
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_states_have_their_entries_in_pytorchs_order(module: ModuleType, is_loaded: bool) -> None:
+    param = plain()
+    optimizer = module.Adam([param], amsgrad=True)
+    param.grad = torch.ones(2)
+    optimizer.step()
+    if is_loaded:
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert list(optimizer.state[param]) == ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from operator import is_not
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -179,7 +180,13 @@ def own_tensors(group: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> N
 
     group["lr"] = own(group["lr"])
     if "betas" in group:
-        group["betas"] = tuple(map(own, group["betas"]))
+        betas = list(group["betas"])
+        owned = list(map(own, betas))
+        # A list that holds none stays the user's, who may write into it.
+        if not isinstance(group["betas"], list):
+            group["betas"] = tuple(owned)
+        elif any(map(is_not, owned, betas)):
+            group["betas"] = owned
 
 
 def by_value(value: Any) -> Any:

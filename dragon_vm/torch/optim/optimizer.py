@@ -58,6 +58,9 @@ class Optimizer(StoringOptimizer):
         check_common(options, self._settings)
         check_storage(complete(options, self._algorithm.own_defaults))
         self._algorithm.check(options)
+        if "betas" in options:
+            # As PyTorch's: a group that gives its own keeps the list that it gave.
+            options["betas"] = tuple(options["betas"])
         self._reset()
         # By name: between this class and PyTorch's there is another of PyTorch's, for `isinstance`.
         torch.optim.Optimizer.__init__(self, params, options)

@@ -314,6 +314,10 @@ def broadcastable_state(optimizer, last):
     optimizer.state[last]["exp_avg"] = torch.zeros((), device=last.device)
 
 
+def complex_state(optimizer, last):
+    optimizer.state[last]["exp_avg"] = torch.zeros(4, dtype=torch.complex64, device=last.device)
+
+
 def state_that_is_no_tensor(optimizer, last):
     optimizer.state[last]["exp_avg"] = "zeros"
 
@@ -328,10 +332,10 @@ def step_that_is_no_number(optimizer, last):
 
 SPOILS = [
     sparse_grad, overlapping_params, expanded_param, lost_option, misshapen_state, broadcastable_state,
-    state_that_is_no_tensor, misshapen_step, step_that_is_no_number, option("lr", None), option("lr", "fast"),
-    option("lr", torch.ones(2)), option("betas", (0.9,)), option("betas", None), option("eps", None),
-    option("weight_decay", "some"), option("clip_value", "little"), option("clip_norm", None),
-    option("grad_scale", None), option("ema_decay", "slow"),
+    complex_state, state_that_is_no_tensor, misshapen_step, step_that_is_no_number, option("lr", None),
+    option("lr", "fast"), option("lr", torch.ones(2)), option("betas", (0.9,)), option("betas", None),
+    option("eps", None), option("weight_decay", "some"), option("clip_value", "little"),
+    option("clip_norm", None), option("grad_scale", None), option("ema_decay", "slow"),
 ]  # fmt: skip
 
 
@@ -359,6 +363,17 @@ def test_an_error_of_step_has_changed_nothing(spoil, warm, backend):
     assert everything(optimizer) == before
     for param_, gradient in zip(params[:-1], gradients[:-1], strict=True):
         assert torch.equal(param_.grad, gradient)
+
+
+@each_backend
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_a_complex_parameter_takes_no_real_state(warm, backend):
+    optimizer, params = spoilt(backend, warm, torch.complex64)
+    optimizer.state[params[-1]]["exp_avg"] = torch.zeros(4, dtype=torch.float64, device=params[-1].device)
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=r"a parameter is of torch.complex64, but its state 'exp_avg' of torch.f"):
+        optimizer.step()
+    assert everything(optimizer) == before
 
 
 @each_backend

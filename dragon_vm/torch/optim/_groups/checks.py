@@ -71,13 +71,15 @@ def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], co
     """Check the state that a parameter has already, complete or not, whoever put it there.
 
     Raises:
-        ValueError: for a state tensor of another shape, and for a step that is not one number.
+        ValueError: for a state tensor of another shape or kind of number, and for a step that is not one number.
     """
     for key in keys:
         value = state.get(key, param)
         if not isinstance(value, Tensor) or value.shape != param.shape:
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"a parameter has shape {tuple(param.shape)}, but its state {key!r} {found}")
+        if value.is_complex() != param.is_complex():
+            raise ValueError(f"a parameter is of {param.dtype}, but its state {key!r} of {value.dtype}")
     step = state.get("step") if counts_steps else None
     if step is not None and (step.numel() != 1 if isinstance(step, Tensor) else not hasattr(step, "__float__")):
         raise ValueError(f"the state 'step' of a parameter must be one number, but got {step!r}")

@@ -25,6 +25,9 @@ from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 
 Group = dict[str, Any]
 
+# Names of entries that a step writes. Under any other name None is a value of others.
+_OWN = frozenset((*MOMENTS, "step", "ema", "stream"))
+
 
 def restored_states(
     algorithm: Algorithm,
@@ -84,7 +87,7 @@ def _is_missing(name: str, value: Any) -> bool:
 
 def _is_of_others(state: State) -> bool:
     """Whether a state has nothing that a step would have written."""
-    return not parts_of(state) and state.keys().isdisjoint((*MOMENTS, "step", "ema", "stream"))
+    return not parts_of(state) and state.keys().isdisjoint(_OWN)
 
 
 def _is_stochastic(param: Tensor, group: Group, algorithm: Algorithm) -> bool:
@@ -111,6 +114,7 @@ def _copied(
             # Should its gradient be of its own dtype.
             wanted = local(param), param.dtype, dtypes or {param.dtype}, group["differentiable"]
             backend = settings.backend or choose_backend(None, *wanted, in_parts=in_parts)
+            copy = {"step": None, **copy}
             counted.append((copy, 0.0, counter_place(param, backend, group)))
         copies.append(copy)
     add_counters(counted)

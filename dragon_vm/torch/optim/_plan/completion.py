@@ -56,6 +56,8 @@ def completed_states(recipe: Recipe, chosen: Chosen) -> tuple[list[State], list[
         has_begun = any(held_format(held, name) is not None for name in signature.state_keys)
         if signature.counts_steps and ("step" not in held or not (has_begun or algorithm.saves_steps)):
             count = (algorithm.uncounted_steps or 0.0) if has_begun else 0.0
+            # In front, where PyTorch's stands.
+            states[-1] = {"step": None, **states[-1]}
             counted.append((states[-1], count, counter_place(param, signature.backend, group)))
     add_counters(counted)
     keys_of = {signature: signature.tensor_keys for signature in set(signatures)}
