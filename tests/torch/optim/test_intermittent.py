@@ -61,6 +61,21 @@ def test_a_step_without_any_gradient_does_nothing(backend, algorithm):
     assert not optimizer.state
 
 
+def test_a_replay_tells_its_norm_after_a_step_without_any_gradient(graphed):
+    where, capture = graphed
+    (param,) = parameters([(5,)], device=where)
+    optimizer = Adam([param], backend="triton", capturable=True, max_grad_norm=1.0)
+    give(param, 0, 0)
+    optimizer.step()
+    expected, replay = optimizer.grad_norm, capture(optimizer.step)
+    grad, param.grad = param.grad, None
+    optimizer.step()
+    assert optimizer.grad_norm == 0
+    param.grad = grad
+    replay()
+    assert torch.equal(optimizer.grad_norm, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_patterns_of_missing_gradients_keep_few_plans(backend):
     params = parameters([(3,)] * 6, device=home(backend))

@@ -190,6 +190,25 @@ def test_groups_that_go_after_loading_leave_the_random_bits_of_others(is_native:
     assert torch.equal(*found)
 
 
+@pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded to nearest")
+def test_a_flat_dict_without_random_words_is_loaded_where_they_are_wanted() -> None:
+    """PyTorch's loader gives an empty dict for what the file does not have."""
+    found = []
+    for is_rounded in (False, True):
+        model = torch.nn.Linear(64, 64)
+        optimizer = Adam(
+            model.parameters(), state_dtype=torch.bfloat16, stochastic_rounding=is_rounded, native_state_dict=True
+        )
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        found.append((model, optimizer))
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    saved = get_optimizer_state_dict(*found[0], options=flat)
+    set_optimizer_state_dict(*found[1], saved, options=flat)
+    assert [state["stream"] for state in found[1][1].state.values()] == [0, 1]
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
 def test_a_copy_before_the_first_step_has_no_bound(copied: Any) -> None:
     param = torch.nn.Parameter(torch.zeros(64, 64))

@@ -166,6 +166,14 @@ def take_part(
     return norm if needs_norm(settings) else None, skipped.long()
 
 
+def zero_norm(norm: Tensor | None, params: Sequence[Tensor]) -> Tensor:
+    """The norm of a step without gradients, float64 0-dim. `norm` is that of the step before it, or None."""
+    # A graph of an earlier step writes to its norm at each replay. It has none that inference mode made.
+    if norm is not None and not norm.is_inference():
+        return norm.zero_()
+    return torch.zeros((), dtype=torch.float64, device=meeting_device(params))
+
+
 def total_norm(
     grads: Sequence[Tensor],
     group_index: Sequence[int],

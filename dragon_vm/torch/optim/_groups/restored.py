@@ -57,7 +57,8 @@ def restored_states(
     owners: list[tuple[Tensor, Group, State]] = []
     others: dict[Tensor, State] = {}
     names = iter(labels([{**saved, **own} for own, saved in zip(groups, saved_groups, strict=True)]))
-    streams = {state["stream"] for state in saved.values() if isinstance(state, dict) and "stream" in state}
+    named = (state["stream"] for state in saved.values() if isinstance(state, dict) and "stream" in state)
+    streams = {stream for stream in named if not _is_missing("stream", stream)}
     positions = count()
     for group, saved_group in zip(groups, saved_groups, strict=True):
         own = {name: group.get(name) for name in STORAGE_OPTIONS}

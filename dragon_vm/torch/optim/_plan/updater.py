@@ -11,9 +11,8 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
-from dragon.vm.torch.optim._distributed.reduction import meeting_device
 from dragon.vm.torch.optim._formats.resolve import check_options
-from dragon.vm.torch.optim._gradients.scaling import Scaling, take_part
+from dragon.vm.torch.optim._gradients.scaling import Scaling, take_part, zero_norm
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm, make_reductions
 from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
@@ -116,8 +115,7 @@ class Updater:
         if found is None:
             if reductions is None:
                 if needs_norm(settings):
-                    device = meeting_device(members.params)
-                    self._grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+                    self._grad_norm = zero_norm(self._grad_norm, members.params)
                 return
             outcome = Outcome(*take_part(reductions, members.params, values.groups, settings, scaling))
         else:

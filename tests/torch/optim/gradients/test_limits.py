@@ -69,9 +69,10 @@ def test_a_step_without_gradients_has_a_norm_of_zero(backend, options):
     (param,) = parameters([(3,)], device=home(backend))
     optimizer = SGD([param], lr=0.5, backend=backend, **options)
     norms = []
-    for grad in (None, torch.ones_like(param), None):
+    for grad, is_inference in ((None, True), (None, False), (torch.ones_like(param), False), (None, False)):
         param.grad = grad
-        optimizer.step()
+        with torch.inference_mode(is_inference):
+            optimizer.step()
         norms.append(optimizer.grad_norm)
     assert norms[0].dtype == torch.float64
-    assert [bool(norm > 0) for norm in norms] == [False, True, False]
+    assert [bool(norm > 0) for norm in norms] == [False, False, True, False]
