@@ -201,7 +201,7 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
                 _leave_alone(self, f"it is derived from torch.optim.{original.__name__}")
 
     # `inspect.getfullargspec` does not look through wrappers.
-    init.__signature__ = inspect.signature(plain)
+    init.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]  # of any function
     return init
 
 
