@@ -277,13 +277,6 @@ class NesterovOfTheBuffer(torch.optim.SGD):
                     p.add_(difference, alpha=group["lr"] * (1 - group["momentum"]))
 
 
-class BufferIsTheGradient(torch.optim.SGD):
-    def step(self):
-        super().step()
-        for p, state in self.state.items():
-            state["momentum_buffer"] = p.grad
-
-
 def parity(make: Callable, *, max_examples: int, cases=CASES, check=check_adam, **options) -> None:
     @settings(max_examples=max_examples, **SETTINGS)
     @given(cases)
@@ -357,13 +350,6 @@ def test_a_write_between_the_elements_of_a_view_is_caught():
 def test_a_wrong_form_of_nesterov_is_caught():
     with pytest.raises(ParityError, match=r"nesterov=True.*: param\["):
         parity(NesterovOfTheBuffer, max_examples=100, cases=sgd_cases(), check=check_sgd)
-
-
-def test_a_state_in_the_memory_of_a_gradient_is_caught():
-    group = GroupCase((TensorCase(seed=1, binade=0, numel=5),), {})
-    case = OptimizerCase({"momentum": 0.9}, (group,), (StepCase((GradientCase(seed=2, binade=0),), {}),))
-    with pytest.raises(ParityError, match="parameter 0: momentum_buffer lies in the memory of its gradient"):
-        check_sgd(BufferIsTheGradient, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int16])
