@@ -6,6 +6,7 @@ import multiprocessing.spawn
 import multiprocessing.util
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from dragon.vm.torch.optim import swap
@@ -14,9 +15,22 @@ from dragon.vm.torch.optim._swap import Swap
 
 def print_report(swapped: Swap) -> None:
     """Print a report on stderr, in the process of rank 0 alone."""
-    sys.stdout.flush()
+    flush_stdout()
     if swapped.rank == 0:
-        print(f"dragon.vm.run: {swapped.report()}", file=sys.stderr, flush=True)
+        say(f"dragon.vm.run: {swapped.report()}")
+
+
+def flush_stdout() -> None:
+    """Write out what the script has printed, unless it has closed or removed the stream."""
+    with suppress(AttributeError, ValueError, OSError):
+        sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, unless the script has closed or removed the stream."""
+    with suppress(AttributeError, ValueError, OSError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 class SwapInChild:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import NamedTuple
 
-from dragon.vm._children import include_children, print_report
+from dragon.vm._children import flush_stdout, include_children, print_report, say
 from dragon.vm._run_options import UsageError, options_help, parse
 from dragon.vm.torch.optim import swap
 from dragon.vm.torch.optim._swap import Swap
@@ -94,14 +94,15 @@ def main(arguments: Sequence[str]) -> int:
     except CannotRunError as error:
         print(f"{sys.executable}: {error}", file=sys.stderr)
         return error.status
-    except (Exception, KeyboardInterrupt) as error:
-        sys.stdout.flush()
-        _print_error(error)
-        _report(swapped)
-        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
     except SystemExit:
         _report(swapped)
         raise
+    # Some scripts raise classes of their own beside `Exception`.
+    except BaseException as error:
+        flush_stdout()
+        _print_error(error)
+        _report(swapped)
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
     else:
         _report(swapped)
     finally:
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
 def _report(swapped: Swap) -> None:
     print_report(swapped)
     if not swapped.replaced and swapped.rank == 0:
-        print(HINT, file=sys.stderr)
+        say(HINT)
 
 
 def _run(argv: list[str], as_module: bool) -> None:
@@ -189,6 +190,8 @@ def _of_spec(spec: ModuleSpec, name: str) -> Program:
 def _print_error(error: BaseException) -> None:
     """Print an uncaught exception as `python` would, without the frames that ran the script."""
     error = error.with_traceback(_inside(error.__traceback__))
+    # Exit handlers read these to tell whether the script failed.
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
     sys.excepthook(type(error), error, error.__traceback__)
 
 

@@ -297,6 +297,14 @@ FILES = {
     "broken.py": "def f(:\n",
     "interrupted.py": "import atexit\natexit.register(print, 'bye')\ndef f(): raise KeyboardInterrupt\nf()\n",
     "at_exit.py": AT_EXIT,
+    "failed.py": (
+        "import atexit\nimport sys\n"
+        "atexit.register(lambda: print(repr(sys.last_value), sys.last_traceback.tb_lineno))\n"
+        "raise ValueError('wrong')\n"
+    ),
+    "closed.py": "import sys\nsys.stdout.close()\nraise ValueError('wrong')\n",
+    "silent.py": "import sys\nsys.stdout = sys.stderr = None\n",
+    "beside.py": "class Stop(BaseException): pass\nraise Stop('here')\n",
     "names.py": "import sys\nprint(__name__, __spec__, __package__, __file__, sys.path[0], sys.argv)\n",
 }
 
@@ -334,7 +342,9 @@ def test_it_runs_and_refuses_what_python_does(
     assert (status, out, err.replace(NOTHING, "")) == expected
 
 
-@pytest.mark.parametrize("script", ["interrupted.py", "at_exit.py"])
+@pytest.mark.parametrize(
+    "script", ["interrupted.py", "at_exit.py", "failed.py", "beside.py", "closed.py", "silent.py"]
+)
 def test_a_process_ends_as_with_python(script: str, tmp_path: Path) -> None:
     write_files(tmp_path)
     code, out, err = python("-m", "dragon.vm.run", script, cwd=tmp_path)

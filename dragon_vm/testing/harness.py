@@ -89,11 +89,12 @@ class _Run(Generic[StateT, OptionsT]):
             options = self.options[self.group_of[i]]
             state: Mapping[str, Any] = self.optimizer.state.get(param, {})
             dtype = self.state_dtype or param.dtype
-            for name, value in state.items():
-                wrong = isinstance(value, Tensor) and name != "step" and value.dtype != dtype
-                if wrong and value.shape == param.shape:
-                    raise ParityError(f"parameter {i}: {name} is {value.dtype}, expected {dtype}")
             found.append(self.rule.snapshot(param, state, options, dtype))
+            # States of other names are the optimizer's own business.
+            for name in found[-1]._fields:
+                value = state.get(name) if name != "step" else None
+                if isinstance(value, Tensor) and value.shape == param.shape and value.dtype != dtype:
+                    raise ParityError(f"parameter {i}: {name} is {value.dtype}, expected {dtype}")
         return found
 
     def reload(self) -> None:
@@ -108,10 +109,13 @@ class _Run(Generic[StateT, OptionsT]):
 
     def set_counts(self, count: int) -> None:
         """Set the step counters that there are."""
-        for param in self.params:
+        for i, param in enumerate(self.params):
             state = self.optimizer.state.get(param, {})
-            if isinstance(state.get("step"), Tensor):
-                state["step"].fill_(count)
+            counter = state.get("step")
+            if isinstance(counter, Tensor):
+                if torch.tensor(count).to(counter.dtype).item() != count:
+                    raise ParityError(f"parameter {i}: step is {counter.dtype}, which does not hold {count}")
+                counter.fill_(count)
             elif "step" in state:
                 state["step"] = count
 
@@ -151,6 +155,15 @@ class _Run(Generic[StateT, OptionsT]):
                 raise ParityError(f"parameter {i}: step() changed its gradient")
             if fence is not None and grad is not None:
                 self.check_memory(grad, fence, f"gradient of parameter {i}")
+                self.check_states(i, grad)
+
+    def check_states(self, i: int, grad: Tensor) -> None:
+        """Assert that no state lies in the memory of a gradient, which the next backward pass may overwrite."""
+        state: Mapping[str, Any] = self.optimizer.state.get(self.params[i], {})
+        memory = grad.untyped_storage().data_ptr()
+        for name, value in state.items():
+            if memory and isinstance(value, Tensor) and value.untyped_storage().data_ptr() == memory:
+                raise ParityError(f"parameter {i}: {name} lies in the memory of its gradient")
 
     def check_memory(self, tensor: Tensor, fence: Fenced, name: str) -> None:
         """Assert that a tensor lies in its fence still, and that nothing outside of it was written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -188,17 +189,25 @@ def adam_cases(
     return optimizer_cases(options=options, group_options=group_options, **limits)
 
 
-def _is_sgd(case: OptimizerCase) -> bool:
-    """Tell whether PyTorch takes the options: nesterov asks for momentum and no dampening."""
-    merged = [case.options] + [{**case.options, **group.options} for group in case.groups]
-    return all(
-        not options.get("nesterov") or (options.get("momentum", 0) > 0 and not options.get("dampening"))
-        for options in merged
-    )
+def _legal(options: dict[str, Any], inherited: dict[str, Any]) -> dict[str, Any]:
+    """Drop what PyTorch refuses beside the rest: nesterov asks for momentum and no dampening."""
+    for dropped in ((), ("dampening",), ("dampening", "nesterov")):
+        kept = {name: value for name, value in options.items() if name not in dropped}
+        merged = {**inherited, **kept}
+        if not merged.get("nesterov") or (merged.get("momentum") and not merged.get("dampening")):
+            return kept
+    # It inherits nesterov, and has no momentum.
+    return {name: value for name, value in kept.items() if name != "momentum"}
+
+
+def _legal_case(case: OptimizerCase) -> OptimizerCase:
+    options = _legal(case.options, {})
+    groups = tuple(replace(group, options=_legal(group.options, options)) for group in case.groups)
+    return replace(case, options=options, groups=groups)
 
 
 def sgd_cases(
     *, options: Sequence[str] = SGD_OPTIONS, group_options: Sequence[str] | None = None, **limits: Any
 ) -> SearchStrategy[OptimizerCase]:
     """Draw a run of an SGD; arguments as in `adam_cases`."""
-    return optimizer_cases(options=options, group_options=group_options, **limits).filter(_is_sgd)
+    return optimizer_cases(options=options, group_options=group_options, **limits).map(_legal_case)

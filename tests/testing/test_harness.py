@@ -204,6 +204,18 @@ def test_an_sgd_with_flat_buffers_passes_where_it_may_move():
     check_sgd(make, case, may_move=True)
 
 
+class BufferIsTheGradient(torch.optim.SGD):
+    def step(self):
+        super().step()
+        for p, state in self.state.items():
+            state["momentum_buffer"] = p.grad
+
+
+def test_a_state_in_the_memory_of_a_gradient_is_caught():
+    with pytest.raises(ParityError, match="parameter 0: momentum_buffer lies in the memory of its gradient"):
+        check_sgd(BufferIsTheGradient, one_step({"momentum": 0.9}))
+
+
 def test_states_of_a_dtype_of_their_own_are_checked_against_it():
     with pytest.raises(ParityError, match=r"exp_avg is torch.bfloat16, expected torch.float32"):
         check_adam(adam(), one_step({}, dtype=torch.bfloat16), state_dtype=torch.float32)

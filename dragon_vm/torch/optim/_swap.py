@@ -200,6 +200,8 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
             if type(self) not in _OURS and next(kind for kind in type(self).__mro__ if kind in _OURS) is original:
                 _leave_alone(self, f"it is derived from torch.optim.{original.__name__}")
 
+    # `inspect.getfullargspec` does not look through wrappers.
+    init.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]  # of any function
     return init
 
 
@@ -214,11 +216,11 @@ def _become_ours(
     Returns:
         None, or why ours refuses; the object is PyTorch's again then, and the groups are as they were.
     """
-    options = _options_for(original)
+    options = {**_options_for(original), **kwargs}
     before = [(group, dict(group)) for group in _groups(args, kwargs)]
     optimizer.__class__ = _OURS[original]
     try:
-        optimizer.__init__(*args, **kwargs, **options)  # type: ignore[misc]  # of another class since
+        optimizer.__init__(*args, **options)  # type: ignore[misc]  # of another class since
     # Whatever it is, the script must go on as without the swap.
     except Exception as error:
         optimizer.__class__ = original
@@ -243,7 +245,7 @@ def _begin_anew(
     if kind is not _OURS[original]:
         name = f"torch.optim.{original.__name__}.__init__"
         raise TypeError(f"{name} cannot initialise a {kind.__module__}.{kind.__qualname__}: call its own __init__")
-    optimizer.__init__(*args, **kwargs, **_options_for(original))  # type: ignore[misc]  # as a script does
+    optimizer.__init__(*args, **{**_options_for(original), **kwargs})  # type: ignore[misc]  # as a script does
     _record(optimizer, original)
 
 

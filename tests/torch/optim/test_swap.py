@@ -178,15 +178,26 @@ def test_derived_classes_are_left_alone_and_named(theirs: Any) -> None:
 
 
 def test_copies_and_signatures_stay_pytorchs(theirs: Any) -> None:
-    signature = inspect.signature(theirs.Adam)
+    signature, arguments = inspect.signature(theirs.Adam), inspect.getfullargspec(theirs.Adam.__init__)
     original = theirs.Adam(make_params())
     with swap():
         assert type(copy.deepcopy(original)) is theirs.Adam
         assert type(pickle.loads(pickle.dumps(original))) is theirs.Adam
         assert inspect.signature(theirs.Adam) == signature
+        assert inspect.getfullargspec(theirs.Adam.__init__) == arguments
         ours = Adam(make_params())
     assert type(theirs.Adam(params=make_params(), lr=0.1)) is theirs.Adam
     assert type(ours) is Adam
+
+
+def test_an_optimizer_can_be_built_from_the_defaults_of_another(theirs: Any) -> None:
+    with swap(max_grad_norm=1.0, state_dtype=torch.float64):
+        first = theirs.Adam(make_params(), lr=0.5)
+        changed = {**first.defaults, "max_grad_norm": 2.0}
+        second = theirs.Adam(make_params(), **changed)
+        assert (type(second), second.defaults) == (Adam, changed)
+        theirs.Adam.__init__(second, make_params(), **first.defaults)
+    assert second.defaults == first.defaults
 
 
 def test_ours_built_by_name_are_not_recorded(theirs: Any) -> None:
