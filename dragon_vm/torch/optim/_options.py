@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from operator import is_not
 from types import NoneType
@@ -25,6 +26,12 @@ OWN_GROUP_DEFAULTS: dict[str, Any] = {
 }
 # How tensors are stored is this optimizer's choice: state dicts do not have it.
 STORAGE_OPTIONS = ("state_dtype", "stochastic_rounding", "master_weights")
+
+# Those of a group that are numbers, beside its betas.
+_NUMBERS = {
+    *("lr", "weight_decay", "eps", "momentum", "dampening"),
+    *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
+}
 
 # Hyperparameters that kernels read where they are, if they are tensors on the device.
 _LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
@@ -87,7 +94,8 @@ def check_number(name: str, value: Any) -> None:
 
     Raises:
         TypeError: for what is none.
-        ValueError: for a tensor of several, or on a device where kernels do not read it.
+        ValueError: for a tensor of several, or on a device where kernels do not read it; for an integer that no
+            float is as large as.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -96,6 +104,28 @@ def check_number(name: str, value: Any) -> None:
             raise ValueError(f"{name} must be a number or a tensor on the CPU, but got a tensor on {value.device}")
     elif not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, but got {value!r}")
+    elif isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} must fit a float, but got an integer of {value.bit_length()} bits")
+
+
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """Check that the hyperparameters of a group are numbers, in range or not.
+
+    Raises:
+        TypeError: for one that is no number, naming it.
+        ValueError: as `check_number`, and for betas that are not two.
+    """
+    for name in _NUMBERS & group.keys():
+        if type(value := group[name]) is not float:
+            check_number(name, value)
+    betas = group.get("betas", (0.0, 0.0))
+    if not hasattr(betas, "__len__"):
+        raise TypeError(f"betas must be two numbers, but got {betas!r}")
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, but got {betas}")
+    for index, beta in enumerate(betas):
+        if type(beta) is not float:
+            check_number(f"betas[{index}]", beta)
 
 
 def check_keys(group: Any, settings: Settings) -> None:
@@ -123,14 +153,13 @@ def needs_norm(settings: Settings) -> bool:
 
 
 def check_own(group: Mapping[str, Any], settings: Settings) -> None:
-    """Check the numbers of our own that all optimizers' groups have.
+    """Check that all hyperparameters are numbers, and the ranges of those of our own that all optimizers have.
 
     Raises:
         TypeError: for what is no number.
         ValueError: for values out of range or that contradict each other.
     """
-    for name in ("grad_scale", "clip_norm", "clip_value", "ema_decay"):
-        check_number(name, group[name])
+    check_numbers(group)
     grad_scale, ema_decay = group["grad_scale"], group["ema_decay"]
     if not 0.0 < grad_scale < math.inf:
         raise ValueError(f"grad_scale must be positive and finite, but got {grad_scale}")

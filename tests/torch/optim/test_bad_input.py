@@ -213,22 +213,40 @@ def test_an_option_out_of_range_is_named_and_shown(algorithm, arguments, words):
         algorithm([param()], **arguments)
 
 
-NUMBERS = ("max_grad_norm", "grad_scale", "clip_norm", "clip_value", "ema_decay")
+NUMBERS = ("max_grad_norm", "grad_scale", "clip_norm", "clip_value", "ema_decay", "lr", "weight_decay")
+BAD_NUMBERS = {
+    **{bad: (TypeError, f"must be a number, but got {bad!r}") for bad in (None, "1", 1j)},
+    10**5000: (ValueError, f"must fit a float, but got an integer of {(10**5000).bit_length()} bits"),
+}
 
 
-@pytest.mark.parametrize("bad", [None, "1", 1j], ids=repr)
+@pytest.mark.parametrize("bad", BAD_NUMBERS, ids=["None", "str", "complex", "too large"])
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("algorithm", [Adam, AdamW, SGD])
 def test_an_option_that_is_no_number_is_named_and_shown(algorithm, name, bad):
-    said = re.escape(f"{name} must be a number, but got {bad!r}")
-    with pytest.raises(TypeError, match=said):
+    kind, said = BAD_NUMBERS[bad][0], re.escape(f"{name} {BAD_NUMBERS[bad][1]}")
+    with pytest.raises(kind, match=said):
         algorithm([param()], **{name: bad})
     if name == "max_grad_norm":
         return
-    optimizer = algorithm([param()])
-    with pytest.raises(TypeError, match=said):
+    trained = param()
+    trained.grad = torch.ones(2)
+    optimizer = algorithm([trained])
+    with pytest.raises(kind, match=said):
         optimizer.add_param_group({"params": [param()], name: bad})
     assert len(optimizer.param_groups) == 1
+    optimizer.step()
+    before = everything(optimizer)
+    optimizer.param_groups[0][name] = bad
+    with pytest.raises(kind, match=said):
+        optimizer.step()
+    assert everything(optimizer) == before
+
+
+@pytest.mark.parametrize("bad", [(0.9,), (0.9, 0.9, 0.9), (0.9, None), (None, 0.9), (0.9, 10**400), "ab", 0.9, None])
+def test_betas_that_are_no_two_numbers_are_named(bad):
+    with pytest.raises((TypeError, ValueError), match=r"^betas(\[[01]\])? must (be two numbers|be a number|fit a float)"):
+        Adam([param()], betas=bad)
 
 
 @pytest.mark.parametrize("name", ["flatten", "skip_nonfinite", "native_state_dict"])

@@ -8,13 +8,10 @@ from operator import itemgetter
 from typing import Any
 
 from dragon.vm.torch.optim._algorithms.algorithm import host_number
-from dragon.vm.torch.optim._options import PLAIN_TYPES, Version, by_value, check_number, complete
+from dragon.vm.torch.optim._options import PLAIN_TYPES, Version, by_value, check_numbers, complete
 
-_RATE_TYPES = {float, int}
-_NUMBERS = {
-    *("lr", "weight_decay", "eps", "momentum", "dampening"),
-    *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
-}
+# Of learning rates that need no check.
+_RATE_TYPES = {float}
 # Numbers that decide nothing about which tensors and kernels take part.
 _SCALARS = {"weight_decay", "eps", "betas"}
 
@@ -134,16 +131,7 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
         TypeError: for one that is no number, naming it.
         ValueError: for a tensor of several, and for betas that are not two or out of range.
     """
-    for name in _NUMBERS & group.keys():
-        if type(value := group[name]) is not float:
-            check_number(name, value)
-    betas = group.get("betas", (0.0, 0.0))
-    if not hasattr(betas, "__len__"):
-        raise TypeError(f"betas must be two numbers, but got {betas!r}")
-    if len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, but got {betas}")
-    for index, beta in enumerate(betas):
-        if type(beta) is not float:
-            check_number(f"betas[{index}]", beta)
+    check_numbers(group)
+    for index, beta in enumerate(group.get("betas", ())):
         if not 0.0 <= host_number(beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
