@@ -243,9 +243,13 @@ def test_an_option_that_is_no_number_is_named_and_shown(algorithm, name, bad):
     assert everything(optimizer) == before
 
 
-@pytest.mark.parametrize("bad", [(0.9,), (0.9, 0.9, 0.9), (0.9, None), (None, 0.9), (0.9, 10**400), "ab", 0.9, None])
+@pytest.mark.parametrize(
+    "bad", [(0.9,), (0.9, 0.9, 0.9), (0.9, None), (None, 0.9), (0.9, 10**400), "ab", 0.9, None]
+)
 def test_betas_that_are_no_two_numbers_are_named(bad):
-    with pytest.raises((TypeError, ValueError), match=r"^betas(\[[01]\])? must (be two numbers|be a number|fit a float)"):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"^betas(\[[01]\])? must (be two numbers|be a number|fit a float)"
+    ):
         Adam([param()], betas=bad)
 
 

@@ -69,7 +69,7 @@ class FusedCall(NamedTuple):
         return copies
 
     def divide(self, grads: list[Tensor]) -> None:
-        """Divide gradients that stay behind, fp32 or fp64, by the divisor."""
+        """Divide gradients that stay behind by the divisor."""
         torch._foreach_div_(grads, _number(self.divisor, grads[0].dtype))
 
 

@@ -15,7 +15,6 @@ from dragon.vm.torch.optim._backends.selection import Gathered, picked, picker
 from dragon.vm.torch.optim._backends.threads import on_one_thread
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors
-from dragon.vm.torch.optim._gradients.unscaling import DIVIDED_IN_PLACE, unscale_all
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.states import counter_buffer
 from dragon.vm.torch.optim._options import Version
@@ -76,10 +75,6 @@ class NativeGroup:
         if small:
             on_one_thread(lambda: self._run(small, columns, counters, steps))
         self._run(large, columns, counters, steps)
-        if signature.grad_dtype not in DIVIDED_IN_PLACE:
-            for call in (*small, *large):
-                if call.divisor != 1:
-                    unscale_all(call.pick(own_grads), call.divisor)
         if signature.ema_dtype is not None:
             emas = self.pick(tensors.states["ema"])
             for row in rows:
@@ -115,11 +110,10 @@ class NativeGroup:
                 params, grads, _, *states = chosen
                 self._algorithm.fused(params, grads, states, chosen_counters, call.options, step)
                 continue
-            divides = call.divisor != 1 and self._signature.grad_dtype in DIVIDED_IN_PLACE
             for rows, (params, grads, own_grads, *states), copies in self._planner.pieces(call, chosen):
                 limited = call.limited(grads, copies) if copies else grads
                 self._algorithm.fused(params, limited, states, chosen_counters[rows], call.options, step)
-                if divides:
+                if call.divisor != 1:
                     # In the layout of a parameter nothing is expanded.
                     call.divide(own_grads)
 

@@ -12,9 +12,6 @@ from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.zeroing import apart
 
-# Rounded once, whatever the divisor: others are divided in float32.
-DIVIDED_IN_PLACE = (torch.float32, torch.float64)
-
 
 def unscale_all(grads: Sequence[Tensor], scale: float | Tensor) -> None:
     """Divide gradients in place, of which no two are the same memory, by a number or a tensor of one element."""
@@ -22,11 +19,16 @@ def unscale_all(grads: Sequence[Tensor], scale: float | Tensor) -> None:
     parts = [each_once(grad, grad) for grad in grads]
     with torch.no_grad():
         parts = [part if part.is_conj() else as_real(part) for part in parts]
-        if in_place := [part for part in parts if part.dtype in DIVIDED_IN_PLACE]:
+        if in_place := [part for part in parts if _is_divided_once(part)]:
             torch._foreach_div_(in_place, divisor)
         for part in parts:
-            if part.dtype not in DIVIDED_IN_PLACE:
+            if not _is_divided_once(part):
                 part.copy_((part if part.is_complex() else part.float()) / divisor)
+
+
+def _is_divided_once(tensor: Tensor) -> bool:
+    """Whether an operation in place divides by any number and rounds once. Half precision on a GPU does not."""
+    return not tensor.is_complex() and (tensor.is_cpu or tensor.dtype in (torch.float32, torch.float64))
 
 
 def unscale_left(params: Iterable[Tensor], scaling: Scaling) -> None:

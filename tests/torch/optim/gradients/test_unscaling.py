@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dragon.vm.torch import optim as ours
+from dragon.vm.torch.optim._gradients.unscaling import unscale_all
 
 from ..support import BACKENDS, bits, home, numbers, parameters, patient
 
@@ -201,3 +202,19 @@ def test_a_clipped_step_leaves_gradients_without_the_scale_alone(backend: str) -
         param.grad = 8 * grad
     optimizer.step()
     assert [bits(param.grad) for param in params] == list(map(bits, grads))
+
+
+@pytest.mark.parametrize("divisor", [65536.0, 2.0**40, 2.0**-30, 3.0, 0.1, 1 / 3, 1e30, 1e-40])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_every_number_of_half_precision_is_divided_in_float32_and_rounded_once(
+    dtype: torch.dtype, divisor: float
+) -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[~every.isnan()]
+    expected = (every.float() / divisor).to(dtype)
+    for scale in (divisor, torch.tensor(divisor), torch.tensor([divisor])):
+        for found in (every.clone(), every.repeat_interleave(2)[::2]):
+            unscale_all([found], scale)
+            wrong = found.isnan() != expected.isnan()
+            assert not wrong.any()
+            assert torch.equal(found[~expected.isnan()], expected[~expected.isnan()])
