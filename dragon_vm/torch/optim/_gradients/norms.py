@@ -95,8 +95,9 @@ def _sum_by_rows(pieces: Sequence[Tensor]) -> float:
 
 def _row_norms(rows: Tensor) -> Tensor:
     """L2 norms of rows, fp32 [rows]."""
+    norm = torch.linalg.vector_norm
     if rows.dtype == torch.float32:
-        return torch.linalg.vector_norm(rows, dim=1)
+        norms: Tensor = norm(rows, dim=1)
+        return norms
     wide = torch.empty(min(len(rows), _N_WIDENED), ROW, dtype=torch.float32, device="cpu")
-    parts = rows.split(_N_WIDENED)
-    return torch.cat([torch.linalg.vector_norm(wide[: len(part)].copy_(part), dim=1) for part in parts])
+    return torch.cat([norm(wide[: len(part)].copy_(part), dim=1) for part in rows.split(_N_WIDENED)])
