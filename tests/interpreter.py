@@ -3,18 +3,20 @@
 A kernel's call replaces the functions of the language by interpreted ones, and puts them back at the end. Each
 helper that the kernel calls has them replaced once more: it finds nothing left to replace, in 0.2 ms a call.
 Each operation makes a table of all dtypes to look one up, and the type of its result with a shape of its own.
-It compares shapes dimension by dimension before it broadcasts nothing.
+It compares types and shapes step by step, to convert and to broadcast nothing, and makes each constant anew.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from types import NoneType
+from typing import Any, NamedTuple
 
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
-from triton.runtime import interpreter
+from triton.runtime import interpreter, jit
 
 
 class _Scope:
@@ -49,56 +51,142 @@ def _dtype_lookup() -> Callable[[Any], Any]:
     return dtype_of
 
 
-@cache
-def _shape_of_type(sizes: tuple[int, ...]) -> tuple[Any, int]:
-    """The shape of a type as the language keeps it, and the number of elements."""
-    made = tl.block_type.__new__(tl.block_type)
-    _make_type(made, tl.float32, list(sizes))
-    return made.shape, made.numel
+class _Shape(NamedTuple):
+    """The shape of a type and of a tensor, which has constants of the language, and their numbers of elements."""
 
-
-@cache
-def _shape_of_tensor(sizes: tuple[int, ...]) -> tuple[Any, Any]:
-    """The shape of a tensor, which has constants of the language, and the number of elements."""
-    made = tl.tensor.__new__(tl.tensor)
-    _make_tensor(made, None, tl.block_type(tl.float32, sizes) if sizes else tl.float32)
-    return made.shape, made.numel
-
-
-_make_type, _make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    of_type: Any
+    numel_of_type: Any
+    of_tensor: Any
+    numel_of_tensor: Any
 
 
 def _share_shapes() -> None:
     """Let types and tensors of one shape share it, and make the name of a type when it is asked for."""
+    init_type, init_tensor = tl.block_type.__init__, tl.tensor.__init__
+    by_sizes: dict[tuple[int, ...], _Shape] = {}
+    by_identity: dict[int, _Shape] = {}
+
+    def shape_of(sizes: tuple[int, ...]) -> _Shape:
+        kind, made = tl.block_type.__new__(tl.block_type), tl.tensor.__new__(tl.tensor)
+        init_type(kind, tl.float32, list(sizes))
+        init_tensor(made, None, kind)
+        return _Shape(kind.shape, kind.numel, made.shape, made.numel)
 
     def make_type(self: Any, element_ty: Any, shape: Any) -> None:
-        sizes = tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
-        self.element_ty = element_ty
-        self.shape, self.numel = _shape_of_type(sizes)
+        shared = by_identity.get(id(shape))
+        if shared is None:
+            sizes = tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+            if sizes not in by_sizes:
+                by_sizes[sizes] = shape_of(sizes)
+            shared = by_sizes[sizes]
+            by_identity[id(shared.of_type)] = by_identity[id(shared.of_tensor)] = shared
+        self.element_ty, self.shared = element_ty, shared
+        self.shape, self.numel = shared.of_type, shared.numel_of_type
+
+    scalar = tl.tensor.__new__(tl.tensor)
+    init_tensor(scalar, None, tl.float32)
 
     def make_tensor(self: Any, handle: Any, type: Any) -> None:
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = _shape_of_tensor(tuple(type.shape) if type.is_block() else ())
+        self.handle, self.type = handle, type
+        if type.is_block():
+            self.dtype, shared = type.element_ty, type.shared
+            self.shape, self.numel = shared.of_tensor, shared.numel_of_tensor
+        else:
+            self.dtype, self.shape, self.numel = type, scalar.shape, scalar.numel
 
     tl.block_type.__init__, tl.tensor.__init__ = make_type, make_tensor
     tl.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>", lambda self, name: None)
 
 
+# Types of numbers of which each computes in itself, whatever the operation; and those that move a pointer.
+_ARITHMETIC = {tl.float32, tl.float64, tl.int32, tl.int64, tl.uint32, tl.uint64}
+_OFFSETS = {tl.int32, tl.int64}
+
+
+# Of these none holds a constant of the language.
+_NO_CONSTANTS = {tl.tensor, tl.dtype, tl.block_type, tl.pointer_type, int, float, bool, str, NoneType}
+
+
 def _skip_what_is_done() -> None:
-    """Neither broadcast tensors of one shape nor cast to the type that is there: the usual case, in many calls."""
+    """Neither check, convert nor broadcast operands that are alike, and make each constant once."""
     broadcast, cast = TritonSemantic.broadcast_impl_value, TritonSemantic.cast
+    check, unwrap = TritonSemantic.binary_op_type_checking_impl, tl.core._unwrap_if_constexpr
+    constants: dict[tuple[Any, ...], Any] = {}
 
     def broadcast_unless_alike(self: Any, lhs: Any, rhs: Any) -> Any:
-        left, right = lhs.type, rhs.type
         # Shapes are shared.
-        if left.is_block() and right.is_block() and left.shape is right.shape:
-            return lhs, rhs
-        return broadcast(self, lhs, rhs)
+        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
 
     def cast_unless_alike(self: Any, input: Any, dst_ty: Any, fp_downcast_rounding: Any = None) -> Any:
-        return input if input.type.scalar is dst_ty.scalar else cast(self, input, dst_ty, fp_downcast_rounding)
+        return input if input.dtype is dst_ty.scalar else cast(self, input, dst_ty, fp_downcast_rounding)
 
+    def is_arithmetic(dtype: Any) -> bool:
+        # Types of pointers have no hash.
+        return not isinstance(dtype, tl.pointer_type) and dtype in _ARITHMETIC
+
+    def check_unless_alike(self: Any, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(rhs) is not tl.tensor or type(lhs) is not tl.tensor:
+            return check(self, lhs, rhs, *args, **kwargs) if args or kwargs else check_number(self, lhs, rhs)
+        left, right = lhs.dtype, rhs.dtype
+        if isinstance(left, tl.pointer_type):
+            # A pointer and how far to move it.
+            is_done = args == (True, True) and not isinstance(right, tl.pointer_type) and right in _OFFSETS
+        else:
+            is_done = left is right and left in _ARITHMETIC
+        return broadcast_unless_alike(self, lhs, rhs) if is_done else check(self, lhs, rhs, *args, **kwargs)
+
+    def check_number(self: Any, lhs: Any, rhs: Any) -> Any:
+        is_right = type(lhs) is tl.tensor
+        tensor, number = (lhs, rhs) if is_right else (rhs, lhs)
+        is_usual = type(tensor) is tl.tensor and type(number) in (int, float) and is_arithmetic(tensor.dtype)
+        if not is_usual:
+            return check(self, lhs, rhs)
+        # Zeros of both signs are equal.
+        key = repr(number), tensor.dtype, id(tensor.shape)
+        if key not in constants:
+            operands = check(self, lhs, rhs)
+            if operands[not is_right] is not tensor:
+                return operands
+            constants[key] = operands[is_right]
+        return (tensor, constants[key]) if is_right else (constants[key], tensor)
+
+    def unwrap_by_type(value: Any) -> Any:
+        kind = type(value)
+        if kind is tl.constexpr:
+            return value.value
+        return value if kind in _NO_CONSTANTS else unwrap(value)
+
+    def call(self: Any, *args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
+        return self.fn(*map(unwrap_by_type, args), **{name: unwrap_by_type(kwargs[name]) for name in kwargs})
+
+    jit.ConstexprFunction.__call__ = call
     TritonSemantic.broadcast_impl_value, TritonSemantic.cast = broadcast_unless_alike, cast_unless_alike
+    TritonSemantic.binary_op_type_checking_impl = check_unless_alike
+    tl.core._unwrap_if_constexpr = unwrap_by_type
+
+
+def _keep_replacements() -> None:
+    """Make the interpreted functions of each module and class once, without a check of what they are given."""
+    semantic = interpreter.interpreter_semantic
+    kept: dict[Any, list[tuple[str, Any]]] = {}
+
+    def interpreted(member: Any) -> Any:
+        inner = getattr(member, "__wrapped__", member)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return inner(*args, **kwargs)
+
+        return call
+
+    def replace_all(module: Any, builder: Any, scope: Any) -> None:
+        if module not in kept:
+            found = inspect.getmembers(module, tl.core.is_builtin)
+            kept[module] = [(name, interpreted(member)) for name, member in found]
+        for name, function in kept[module]:
+            scope.set_attr(module, name, function)
+
+    interpreter._patch_builtin = replace_all
 
 
 def speed_up() -> None:
@@ -106,6 +194,7 @@ def speed_up() -> None:
     interpreter._get_np_dtype = _dtype_lookup()
     _share_shapes()
     _skip_what_is_done()
+    _keep_replacements()
     replace: Callable[[Any], Any] = interpreter._patch_lang
     replaced: set[frozenset[str]] = set()
 

@@ -109,22 +109,22 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_numbers(group: Mapping[str, Any]) -> None:
-    """Check that the hyperparameters of a group are numbers, in range or not.
+    """Check that the hyperparameters of a group are numbers, in range or not. Betas that are tensors may be any.
 
     Raises:
         TypeError: for one that is no number, naming it.
-        ValueError: as `check_number`, and for betas that are not two.
+        ValueError: as `check_number`, and for more betas than two.
     """
     for name in _NUMBERS & group.keys():
         if type(value := group[name]) is not float:
             check_number(name, value)
-    betas = group.get("betas", (0.0, 0.0))
+    betas = group.get("betas", ())
     if not hasattr(betas, "__len__"):
         raise TypeError(f"betas must be two numbers, but got {betas!r}")
-    if len(betas) != 2:
+    if len(betas) > 2:
         raise ValueError(f"betas must be two numbers, but got {betas}")
     for index, beta in enumerate(betas):
-        if type(beta) is not float:
+        if type(beta) is not float and not isinstance(beta, Tensor):
             check_number(f"betas[{index}]", beta)
 
 

@@ -244,12 +244,13 @@ def test_an_option_that_is_no_number_is_named_and_shown(algorithm, name, bad):
 
 
 @pytest.mark.parametrize(
-    "bad", [(0.9,), (0.9, 0.9, 0.9), (0.9, None), (None, 0.9), (0.9, 10**400), "ab", 0.9, None]
+    "bad",
+    [(0.9, 0.9, 0.9), (0.9, None), (None, 0.9), (0.9, 10**400), "ab", 0.9, None],
+    ids=lambda bad: f"{bad!s:.20}",
 )
-def test_betas_that_are_no_two_numbers_are_named(bad):
-    with pytest.raises(
-        (TypeError, ValueError), match=r"^betas(\[[01]\])? must (be two numbers|be a number|fit a float)"
-    ):
+def test_betas_that_are_no_two_numbers_are_named_at_construction(bad):
+    said = r"^betas(\[[01]\])? must (be two numbers|be a number|fit a float)"
+    with pytest.raises((TypeError, ValueError), match=said):
         Adam([param()], betas=bad)
 
 

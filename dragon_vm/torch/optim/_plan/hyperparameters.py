@@ -8,7 +8,7 @@ from operator import itemgetter
 from typing import Any
 
 from dragon.vm.torch.optim._algorithms.algorithm import host_number
-from dragon.vm.torch.optim._options import PLAIN_TYPES, Version, by_value, check_numbers, complete
+from dragon.vm.torch.optim._options import PLAIN_TYPES, Version, by_value, check_number, check_numbers, complete
 
 # Of learning rates that need no check.
 _RATE_TYPES = {float}
@@ -132,6 +132,11 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
         ValueError: for a tensor of several, and for betas that are not two or out of range.
     """
     check_numbers(group)
-    for index, beta in enumerate(group.get("betas", ())):
+    betas = group.get("betas", (0.0, 0.0))
+    if len(betas) < 2:
+        raise ValueError(f"betas must be two numbers, but got {betas}")
+    for index, beta in enumerate(betas):
+        if type(beta) is not float:
+            check_number(f"betas[{index}]", beta)
         if not 0.0 <= host_number(beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
