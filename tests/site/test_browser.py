@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-# Pages that load at a time.
-AT_ONCE = 8
 WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 800}
 
 
@@ -80,19 +78,14 @@ def brightness(page: Any) -> float:
 def test_every_page_loads_without_an_error_or_a_request_to_others_and_fits_a_narrow_window(
     visit: Any, pages: list[str]
 ) -> None:
+    opened = visit(NARROW)
     titles = []
-    # Some at a time: a page is done when it has asked for nothing for half a second.
-    for start in range(0, len(pages), AT_ONCE):
-        opened = {path: visit(NARROW) for path in pages[start : start + AT_ONCE]}
-        for path, each in opened.items():
-            each.go(path, until="commit")
-        for path, each in opened.items():
-            each.page.wait_for_load_state("networkidle")
-            assert each.page.locator("h1").first.is_visible(), path
-            assert overflow(each.page) <= 0, path
-            titles.append(each.page.title())
-            assert (each.errors, each.outside) == ([], []), path
-            each.page.close()
+    for path in pages:
+        page = opened.go(path)
+        assert page.locator("h1").first.is_visible(), path
+        assert overflow(page) <= 0, path
+        titles.append(page.title())
+        assert (opened.errors, opened.outside) == ([], []), path
     assert len(set(titles)) == len(titles), "two pages with one title"
 
 
