@@ -250,6 +250,7 @@ def test_results_move_between_machines(tmp_path: Path, monkeypatch: pytest.Monke
         ([], "no list"),
         ({"results": [result(), result(kernel_hash="0")]}, "result 1: stale"),
         ({"results": [3]}, "result 0: it is no result"),
+        ({"results": [result(), result(size="huge")]}, "result 1: unknown size: 'huge'"),
     ],
 )
 def test_an_exported_file_that_cannot_be_used_stores_nothing(content: object, said: str, tmp_path: Path) -> None:

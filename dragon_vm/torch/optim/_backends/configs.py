@@ -157,6 +157,8 @@ def check_result(data: Any, path: Path | None = None) -> LaunchConfig:
         raise ValueError(f"incomplete: {type(error).__name__}: {error}") from None
     if path is not None and path != expected:
         raise ValueError("foreign: it is the result of something else than its name and folder say")
+    if size not in (SMALL, TRANSFORMER, LARGE):
+        raise ValueError(f"unknown size: {size!r:.40}")
     if not is_launchable(config, warp_size(arch)):
         raise ValueError(f"no kernel can be launched with {data['config']!r:.200}")
     for value in times:
