@@ -55,8 +55,8 @@ from dragon.vm.tuning import store
 
 result = json.load(sys.stdin)
 for number in range(6):
-    store.save(dict(result, size=f"{name}-{{number}}"))
-    store.save(dict(result, size="shared"))
+    store.save(dict(result, device=f"{name}-{{number}}"))
+    store.save(dict(result, device="shared"))
 """
 
 
@@ -137,8 +137,8 @@ def test_processes_at_once_lose_no_result() -> None:
     for process in processes:
         assert process.communicate()[1] == ""
         assert process.returncode == 0
-    sizes = {found["size"] for _, found in store.scan() if isinstance(found, dict)}
-    assert sizes == {f"{name}-{number}" for name in ("left", "right") for number in range(6)} | {"shared"}
+    devices = {found["device"] for _, found in store.scan() if isinstance(found, dict)}
+    assert devices == {f"{name}-{number}" for name in ("left", "right") for number in range(6)} | {"shared"}
 
 
 def test_an_unwritable_folder_is_an_error_and_leaves_nothing_behind(
