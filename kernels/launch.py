@@ -88,11 +88,15 @@ class Launcher:
         self._constants, self._options = constants, options
         self._values = tuple(constants.values())
         self._ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        # Whether the last table was given, in what is compiled by now.
+        self._compiled: set[bool] = set()
 
     def compile(self, *tables: Any) -> None:
-        """Compile what a first launch on these tables needs, in seconds, and launch nothing."""
-        if not self._ready:
+        """Compile what a launch on tables like these needs, in seconds, and launch nothing."""
+        has_last = tables[-1] is not None
+        if has_last not in self._compiled:
             self._kernel.warmup(*tables, grid=self._grid, **self._constants, **self._options)
+            self._compiled.add(has_last)
 
     def __call__(self, *tables: Any) -> None:
         """Launch on the current stream.

@@ -17,6 +17,10 @@ class Kernel:
     def __init__(self) -> None:
         self.looked_up: list[tuple[Any, ...]] = []
         self.ran: list[tuple[Any, ...]] = []
+        self.compiled: list[tuple[Any, ...]] = []
+
+    def warmup(self, *tables: Any, **constants: Any) -> None:
+        self.compiled.append(tables)
 
     def __getitem__(self, grid: Any) -> Any:
         def look_up(*tables: Any, **constants: Any) -> "Code":
@@ -84,6 +88,15 @@ def test_a_launcher_remembers_a_few_sets_of_tables() -> None:
         assert len(launcher._ready) <= launch.MOST_READY
     launcher(own[-1])
     assert len(kernel.ran) == 1
+
+
+def test_what_a_launch_needs_is_compiled_once_with_the_last_table_and_once_without() -> None:
+    kernel, own = Kernel(), tables(2)
+    launcher = launcher_of(kernel)
+    for given in ([own[0], None], own) * 2:
+        launcher.compile(*given)
+        launcher(*given)
+    assert kernel.compiled == [(own[0], None), tuple(own)]
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
