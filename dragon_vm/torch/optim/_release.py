@@ -68,7 +68,7 @@ def check_release(groups: Sequence[Mapping[str, Any]], settings: Settings) -> No
 
 
 class Bucket:
-    """Parameters that are updated together.
+    """Parameters that are updated together. Those that are taken out of the optimizer's groups are not held.
 
     Args:
         index: its number, from 1.
@@ -78,9 +78,9 @@ class Bucket:
 
     def __init__(self, index: int, chosen: Sequence[tuple[int, Tensor]], n_groups: int) -> None:
         self.index = index
-        self._groups: list[dict[str, list[Tensor]]] = [{"params": []} for _ in range(n_groups)]
+        self._references: list[list[weakref.ref[Tensor]]] = [[] for _ in range(n_groups)]
         for group_index, param in reversed(chosen):
-            self._groups[group_index]["params"].append(param)
+            self._references[group_index].append(weakref.ref(param))
         self.ids = {id(param) for _, param in chosen}
         self.waiting = set(self.ids)
         self.is_done = False
@@ -89,15 +89,19 @@ class Bucket:
     @property
     def params(self) -> list[Tensor]:
         """All its parameters."""
-        return [param for group in self._groups for param in group["params"]]
+        return [param for references in self._references for param in _living(references)]
 
     def members(self) -> Members:
         """The parameters and their gradients."""
-        return self._reader.read(self._groups)
+        return self._reader.read([{"params": _living(references)} for references in self._references])
 
     def begin(self) -> None:
         """Wait for all gradients anew."""
         self.waiting, self.is_done = set(self.ids), False
+
+
+def _living(references: Sequence[weakref.ref[Tensor]]) -> list[Tensor]:
+    return [param for reference in references if (param := reference()) is not None]
 
 
 class ReleasingOptimizer(Protocol):
@@ -144,7 +148,7 @@ class GradientRelease:
             chosen[-1].append((index, param))
             nbytes += size
         self._buckets = [Bucket(number, each, len(groups)) for number, each in enumerate(chosen, 1)]
-        self._report.begin(self._buckets[-1].params if self._buckets else [])
+        self._report.begin()
         are_done = {key for key, bucket in self._bucket_of.items() if bucket.is_done}
         self._bucket_of = {key: bucket for bucket in self._buckets for key in bucket.ids}
         for bucket in self._buckets:
@@ -168,7 +172,7 @@ class GradientRelease:
         self._is_under_way = False
         for bucket in self._buckets:
             bucket.begin()
-        self._report.begin(self._report.kept)
+        self._report.begin()
 
     def untold(self) -> list[Tensor]:
         """What was found in gradients that are gone, where none was left to tell a scaler."""
@@ -226,7 +230,7 @@ class GradientRelease:
                 )
             bucket.waiting.discard(id(param))
             if self._report.scaler is not None and bucket is self._buckets[-1]:
-                self._report.tell()
+                self._report.tell(bucket.params)
             elif not bucket.waiting:
                 self._release(optimizer, bucket)
 
@@ -243,7 +247,7 @@ class GradientRelease:
         bucket.is_done = True
         for param in bucket.params:
             param.grad = None
-        self._report.tell()
+        self._report.tell(self._buckets[-1].params)
 
     def _update(self, optimizer: ReleasingOptimizer, bucket: Bucket) -> None:
         optimizer._read_groups()

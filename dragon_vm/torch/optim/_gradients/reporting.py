@@ -113,17 +113,14 @@ class ScalerReport:
 
     Attributes:
         scaler: as given.
-        kept: parameters whose gradients wait for the step.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
         self.scaler = scaler
-        self.kept: Sequence[Tensor] = []
         self._found_inf: list[Tensor] = []
 
-    def begin(self, kept: Sequence[Tensor]) -> None:
-        """Start a backward pass after which the gradients of these parameters are left."""
-        self.kept = kept
+    def begin(self) -> None:
+        """Start a backward pass."""
         self._found_inf.clear()
 
     def found_inf(self, grads: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
@@ -139,9 +136,9 @@ class ScalerReport:
         self._found_inf.append(found_inf)
         return Scaling(self.scaler.scale(torch.ones(1, device=found_inf.device)), found_inf)
 
-    def tell(self) -> None:
-        """Make a gradient that is left infinite if one that is gone was."""
-        if self._found_inf and report(self.kept, self._found_inf):
+    def tell(self, kept: Sequence[Tensor]) -> None:
+        """Make a gradient that is left infinite if one that is gone was: of the parameters `kept`."""
+        if self._found_inf and report(kept, self._found_inf):
             self._found_inf.clear()
 
     def untold(self) -> list[Tensor]:
