@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.owners import Replicas
@@ -78,17 +79,22 @@ class Bucket:
 
     def __init__(self, index: int, chosen: Sequence[tuple[int, Tensor]], n_groups: int) -> None:
         self.index = index
-        self._references: list[list[weakref.ref[Tensor]]] = [[] for _ in range(n_groups)]
+        self._references: list[list[TensorWeakRef]] = [[] for _ in range(n_groups)]
         for group_index, param in reversed(chosen):
-            self._references[group_index].append(weakref.ref(param))
+            self._references[group_index].append(TensorWeakRef(param))
         self.ids = {id(param) for _, param in chosen}
         self.waiting = set(self.ids)
         self.is_done = False
         self._reader = MemberReader()
 
     @property
+    def is_whole(self) -> bool:
+        """Whether none of its parameters is gone, whose id another may have now."""
+        return len(self.params) == len(self.ids)
+
+    @property
     def params(self) -> list[Tensor]:
-        """All its parameters."""
+        """All its parameters that are there."""
         return [param for references in self._references for param in _living(references)]
 
     def members(self) -> Members:
@@ -100,7 +106,7 @@ class Bucket:
         self.waiting, self.is_done = set(self.ids), False
 
 
-def _living(references: Sequence[weakref.ref[Tensor]]) -> list[Tensor]:
+def _living(references: Sequence[TensorWeakRef]) -> list[Tensor]:
     return [param for reference in references if (param := reference()) is not None]
 
 
@@ -125,7 +131,7 @@ class GradientRelease:
         self._report = ScalerReport(None if scaler is True else scaler)
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
-        self._handles: dict[int, Any] = {}
+        self._handles = WeakIdKeyDictionary()
         weakref.finalize(self, _remove, self._handles).atexit = False
         # The ids of each group's parameters at the last pass.
         self._arranged: list[list[tuple[int, bool]]] = []
@@ -147,9 +153,10 @@ class GradientRelease:
                 nbytes = 0.0
             chosen[-1].append((index, param))
             nbytes += size
+        before = self._buckets
         self._buckets = [Bucket(number, each, len(groups)) for number, each in enumerate(chosen, 1)]
         self._report.begin()
-        are_done = {key for key, bucket in self._bucket_of.items() if bucket.is_done}
+        are_done = {id(param) for bucket in before if bucket.is_done for param in bucket.params}
         self._bucket_of = {key: bucket for bucket in self._buckets for key in bucket.ids}
         for bucket in self._buckets:
             bucket.is_done = bucket.ids <= are_done
@@ -161,11 +168,11 @@ class GradientRelease:
             if release is not None:
                 release._arrived(param)
 
-        for key in self._handles.keys() - self._bucket_of.keys():
-            self._handles.pop(key).remove()
+        for param in [param for param in self._handles if id(param) not in self._bucket_of]:
+            self._handles.pop(param).remove()
         for param in (param for bucket in self._buckets for param in bucket.params):
-            if id(param) not in self._handles:
-                self._handles[id(param)] = param.register_post_accumulate_grad_hook(hook)
+            if param not in self._handles:
+                self._handles[param] = param.register_post_accumulate_grad_hook(hook)
 
     def begin(self) -> None:
         """Wait for the gradients of the next backward pass."""
@@ -212,9 +219,10 @@ class GradientRelease:
                 number = self._n_passes + 1
                 # Groups may have lost, gained, frozen or exchanged parameters since the last pass.
                 found = [[(id(each), each.requires_grad) for each in g["params"]] for g in optimizer.param_groups]
-                if found != self._arranged:
+                is_same = found == self._arranged and all(bucket.is_whole for bucket in self._buckets)
+                if not is_same:
                     self.watch(optimizer.param_groups)
-                if found != self._arranged or number.bit_count() == 1:
+                if not is_same or number.bit_count() == 1:
                     # Now and then, for a model may be wrapped later.
                     self._check_owner()
                     self._arranged = found
@@ -260,7 +268,7 @@ class GradientRelease:
         self._updater.update(*step, zero_grad=False, part=bucket.index)
 
 
-def _remove(handles: dict[int, Any]) -> None:
-    for handle in handles.values():
+def _remove(handles: WeakIdKeyDictionary) -> None:
+    for handle in list(handles.values()):
         handle.remove()
     handles.clear()
