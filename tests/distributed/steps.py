@@ -202,6 +202,23 @@ def without_gradients(name: str) -> list[float]:
     return [float(optimizer.grad_norm), param.tolist()[0]]
 
 
+def clipped_without_gradients(name: str) -> list[float]:
+    """Norms where `clip_norm` bounds each tensor: all have gradients, then all but the first, then none."""
+    mesh = world_mesh()
+    params = [nn.Parameter(distribute_tensor(torch.zeros(5), mesh, [Shard(0)])) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "grad_scale": 2.0}]
+    optimizer = make(name, groups, clip_norm=1.0, skip_nonfinite=True)
+    norms = []
+    for first in (0, 1, dist.get_world_size()):
+        for param in params:
+            grad = distribute_tensor(torch.ones(5), mesh, [Shard(0)])
+            param.grad = grad if dist.get_rank() >= first else None
+        optimizer.grad_scale, optimizer.found_inf = torch.full((1,), 2.0), torch.zeros(1)
+        optimizer.step()
+        norms.append(float(optimizer.grad_norm))
+    return norms
+
+
 def scaled_without_gradients(name: str, norm_type: float) -> list[int]:
     """The first process has no gradients, and skips what the others skip for their scaler's sake."""
     param = nn.Parameter(torch.zeros(4))
