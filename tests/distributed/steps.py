@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._plan import widening
@@ -217,6 +217,23 @@ def clipped_without_gradients(name: str) -> list[float]:
         optimizer.step()
         norms.append(float(optimizer.grad_norm))
     return norms
+
+
+def scaled_with_other_placements(name: str, grouped: bool) -> tuple[float, int]:
+    """The scale and skipped steps behind an infinity in one shard, where the first gradient is replicated."""
+    mesh = world_mesh()
+    group = {"process_group": dist.group.WORLD} if grouped else {}
+    placements = [Replicate()], [Shard(0)]
+    params = [nn.Parameter(distribute_tensor(torch.zeros(4), mesh, each)) for each in placements]
+    optimizer = make(name, params, fused=True, **group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    for param, value in zip(params, (torch.ones(4), torch.tensor([torch.inf, 0, 0, 0])), strict=True):
+        param.grad = distribute_tensor(value, mesh, param.placements)
+    scaler.step(optimizer)
+    scaler.update()
+    assert not any(whole(param).any() for param in params)
+    return scaler.get_scale(), optimizer.n_skipped_steps
 
 
 def scaled_without_gradients(name: str, norm_type: float) -> list[int]:
