@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from dragon.vm.torch.optim._distributed.placement import GradientPlacements, placed_like, ready_grad
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local, locals_of
 
+from .factories import make, whole
 from .watching import Watch
 from .wrappers import WRAPPERS, square_mesh, world_mesh
 
@@ -190,3 +191,23 @@ def shard_with_offset() -> None:
         distributed_like(param, torch.zeros(7)[3:])
     with pytest.raises(ValueError, match=r"shape \(4,\), but got \(5,\)"):
         distributed_like(param, torch.zeros(5))
+
+
+def left_behind(name: str, scale: float | None) -> None:
+    """Gradients that lie otherwise are zeroed by the step, or stay behind it unscaled as others do."""
+    mesh = world_mesh()
+    for given in (Replicate(), Partial(), Shard(0), Shard(1)):
+        params = [nn.Parameter(distribute_tensor(torch.zeros(5, 3), mesh, [Shard(0)])) for _ in range(2)]
+        optimizer = make(name, params)
+        if scale is not None:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor([scale]), torch.zeros(1)
+        whole_grad = torch.arange(15.0).view(5, 3)
+        placed = distribute_tensor(whole_grad, mesh, [given])
+        # One of them lies as its parameter does, or there is none.
+        for missing in (False, True):
+            params[0].grad = placed.clone()
+            params[1].grad = None if missing else distribute_tensor(whole_grad, mesh, [Shard(0)])
+            optimizer.step(zero_grad=scale is None)
+            expected = torch.zeros(5, 3) if scale is None else whole_grad / scale
+            for param in params[: 1 if missing else 2]:
+                assert torch.equal(whole(param.grad), expected), (given, whole(param.grad))

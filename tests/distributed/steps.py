@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._plan import widening
@@ -200,6 +200,40 @@ def without_gradients(name: str) -> list[float]:
         optimizer.step()
     assert bool(param.any()) == (dist.get_rank() > 0)
     return [float(optimizer.grad_norm), param.tolist()[0]]
+
+
+def clipped_without_gradients(name: str) -> list[float]:
+    """Norms where `clip_norm` bounds each tensor: all have gradients, then all but the first, then none."""
+    mesh = world_mesh()
+    params = [nn.Parameter(distribute_tensor(torch.zeros(5), mesh, [Shard(0)])) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "grad_scale": 2.0}]
+    optimizer = make(name, groups, clip_norm=1.0, skip_nonfinite=True)
+    norms = []
+    for first in (0, 1, dist.get_world_size()):
+        for param in params:
+            grad = distribute_tensor(torch.ones(5), mesh, [Shard(0)])
+            param.grad = grad if dist.get_rank() >= first else None
+        optimizer.grad_scale, optimizer.found_inf = torch.full((1,), 2.0), torch.zeros(1)
+        optimizer.step()
+        norms.append(float(optimizer.grad_norm))
+    return norms
+
+
+def scaled_with_other_placements(name: str, grouped: bool) -> tuple[float, int]:
+    """The scale and skipped steps behind an infinity in one shard, where the first gradient is replicated."""
+    mesh = world_mesh()
+    group = {"process_group": dist.group.WORLD} if grouped else {}
+    placements = [Replicate()], [Shard(0)]
+    params = [nn.Parameter(distribute_tensor(torch.zeros(4), mesh, each)) for each in placements]
+    optimizer = make(name, params, fused=True, **group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    for param, value in zip(params, (torch.ones(4), torch.tensor([torch.inf, 0, 0, 0])), strict=True):
+        param.grad = distribute_tensor(value, mesh, param.placements)
+    scaler.step(optimizer)
+    scaler.update()
+    assert not any(whole(param).any() for param in params)
+    return scaler.get_scale(), optimizer.n_skipped_steps
 
 
 def scaled_without_gradients(name: str, norm_type: float) -> list[int]:

@@ -23,6 +23,14 @@ def test_placements(cluster: Cluster, scenario: str, n_processes: int) -> None:
     cluster.run(n_processes, f"placements:{scenario}")
 
 
+@pytest.mark.parametrize("scale", [None, 4.0])
+@pytest.mark.parametrize("name", ["eager", "native", "triton"])
+def test_gradients_that_lie_otherwise_are_zeroed_and_unscaled(
+    cluster: Cluster, name: str, scale: float | None
+) -> None:
+    cluster.run(2, "placements:left_behind", name=name, scale=scale)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in WRAPPERS if kind != "sp"])
 def test_gradients_that_come_as_before_are_read_without_communication(cluster: Cluster, kind: str) -> None:
     cluster.run(2, "placements:known_gradients", kind=kind)

@@ -128,6 +128,24 @@ def test_a_process_without_gradients_takes_part(cluster: Cluster, name: str, n_p
     assert [norm for norm, _ in results] == [math.sqrt(36 * (n_processes - 1))] * n_processes
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_scalers_agree_on_gradients_of_several_placements_within_a_process_group(
+    cluster: Cluster, name: str, grouped: bool
+) -> None:
+    found = cluster.run(2, "steps:scaled_with_other_placements", name=name, grouped=grouped)
+    assert [skipped for _, skipped in found] == [1, 1]
+    if grouped:
+        # Else PyTorch's scaler asks no other process, for the first gradient is replicated.
+        assert [scale for scale, _ in found] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_a_process_without_gradients_knows_the_norm_of_clipped_tensors(cluster: Cluster, name: str) -> None:
+    found = cluster.run(2, "steps:clipped_without_gradients", name=name)
+    # Three of five elements are on the first process; the second group's gradients count twice.
+    assert found == [[pytest.approx(math.sqrt(25) / 2), pytest.approx(math.sqrt(10) / 2), 0.0]] * 2
+
+
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_a_process_without_gradients_skips_as_the_others(cluster: Cluster, backend: str, norm_type: float) -> None:

@@ -18,6 +18,7 @@ from dragon.vm.torch.optim._distributed.handles import borrowed, returned
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._distributed.lanes import check_process_group
 from dragon.vm.torch.optim._distributed.owners import check_accumulated
+from dragon.vm.torch.optim._distributed.placement import lying_otherwise
 from dragon.vm.torch.optim._gradients.unscaling import unscale_left
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon, zero_or_remove
 from dragon.vm.torch.optim._graphs.capture import check_capture, is_capturing
@@ -203,11 +204,13 @@ class Optimizer(StoringOptimizer):
             self._drop_handed_over()
         if summed:
             self._sums.clear()
-            # The step read the sums: the gradients that came after them are apart.
+        # The step read sums, or copies that lie as the parameters do: the gradients themselves are apart.
+        if summed or members.are_copies:
+            left = members.params if summed else lying_otherwise(members.params, members.grads)
             if zero_grad:
-                zero_or_remove(members.params, False)
+                zero_or_remove(left, False)
             elif scaling.grad_scale is not None:
-                unscale_left(members.params, scaling)
+                unscale_left(left, scaling)
 
     def _read_groups(self) -> list[dict[str, Any]]:
         if self._originals:

@@ -67,6 +67,15 @@ def placed_like(target: Any, value: Any) -> Any:
     return placed.to(target.device)
 
 
+def lying_otherwise(params: Sequence[Any], shards: Sequence[Any]) -> list[Any]:
+    """The parameters whose gradients are other memory than the shards that a step reads of them, None for none."""
+    return [
+        param
+        for param, shard in zip(params, shards, strict=True)
+        if shard is not None and local(param.grad).data_ptr() != shard.data_ptr()
+    ]
+
+
 class GradientPlacements:
     """Returns the shards of gradients, in the placements of certain parameters.
 
@@ -74,6 +83,9 @@ class GradientPlacements:
     gradients is then in C: one for types, one for specs, one for shards and one for the types of shards. A process
     that has not imported `DTensor` pays for none. The gradients come in the order of the parameters, of which none
     is kept.
+
+    Attributes:
+        are_copies: whether some of the last gradients lay otherwise: what was returned of them are copies.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -82,6 +94,7 @@ class GradientPlacements:
         self._specs = list(map(_SPEC, compress(params, self._mask)))
         # Those with gradients at the last step at which some had none, and their placements.
         self._part: tuple[bytes, GradientPlacements] | None = None
+        self.are_copies = False
 
     def shards(self, params: Sequence[Tensor], grads: Sequence[Any]) -> Sequence[Any]:
         """The shard of each gradient, ready for use; the very sequence if all are plain and ready.
@@ -91,6 +104,7 @@ class GradientPlacements:
         Raises:
             ValueError: as `ready_grad`.
         """
+        self.are_copies = False
         if not self._specs and (set(map(type, grads)) <= _PLAIN or _wrappers().isdisjoint(map(type, grads))):
             return grads
         present = bytes(map(is_not, grads, repeat(None)))
@@ -101,6 +115,8 @@ class GradientPlacements:
         prepared = [ready_grad(param, grad) for param, grad in zip(params, grads, strict=True)]
         if all(map(is_, prepared, grads)):
             self._specs = list(map(_SPEC, compress(grads, self._mask)))
+        else:
+            self.are_copies = True
         return locals_of(prepared)
 
     def _some(self, params: Sequence[Tensor], grads: Sequence[Any], present: bytes) -> list[Any]:
@@ -108,6 +124,7 @@ class GradientPlacements:
         if self._part is None or self._part[0] != present:
             self._part = present, GradientPlacements(chosen)
         found = self._part[1].shards(chosen, list(compress(grads, present)))
+        self.are_copies = self._part[1].are_copies
         shards: list[Any] = [None] * len(grads)
         for position, shard in zip(compress(range(len(grads)), present), found, strict=True):
             shards[position] = shard

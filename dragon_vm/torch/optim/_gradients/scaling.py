@@ -128,10 +128,11 @@ def _shared_norms(
     numbers = [abs(group_factor(groups[index])) for index in group_index]
     factors, device = torch.tensor(numbers, dtype=torch.float64, device="cpu"), meeting_device(grads)
     if any(group["clip_norm"] for group in groups):
-        squares = l2_norms(grads).square().to(device)
+        # Times the factors, as kernels of other processes sum them.
+        squares = (l2_norms(grads) * factors).square().to(device)
         whole, flag = shared.each(squares, scaling.found_inf, skip_nonfinite=settings.skip_nonfinite)
         norms = whole.sqrt().cpu()
-        return norms.tolist(), float(torch.linalg.vector_norm(norms * factors)), float(flag) > 0
+        return (norms / factors).tolist(), float(torch.linalg.vector_norm(norms)), float(flag) > 0
     largest = settings.norm_type == math.inf
     measured = (inf_norms if largest else l2_norms)(grads) * factors
     squares = (measured if largest else measured.square()).to(device)
@@ -152,14 +153,17 @@ def take_part(
         The norm of all gradients, float64 0-dim; None if nothing asked for it.
         1 for a skipped step, else 0; int64 0-dim.
     """
-    shared = SharedNorm(reductions, [], len(params))
+    clips_each, largest = any(group["clip_norm"] for group in groups), settings.norm_type == math.inf
+    # With `clip_norm` the sums of all tensors are asked for, else their total.
+    positions = range(len(params) if clips_each else 0)
+    shared = SharedNorm(reductions, positions, len(params))
     device = meeting_device(params, settings.process_group)
-    none = torch.zeros(0, dtype=torch.float64, device=device)
-    if any(group["clip_norm"] for group in groups):
-        _, flag = shared.each(none, scaling.found_inf, skip_nonfinite=settings.skip_nonfinite)
-        return None, (flag > 0).long().reshape(())
-    largest = settings.norm_type == math.inf
-    total, flag = shared.total(none, scaling.found_inf, largest=largest)
+    none = torch.zeros(len(positions), dtype=torch.float64, device=device)
+    if clips_each:
+        whole, flag = shared.each(none, scaling.found_inf, skip_nonfinite=settings.skip_nonfinite)
+        total = whole.sum()
+    else:
+        total, flag = shared.total(none, scaling.found_inf, largest=largest)
     scale = 1.0 if scaling.grad_scale is None else scaling.grad_scale.double().to(device).reshape(())
     norm = (total if largest else total.sqrt()).reshape(()) / scale
     skipped = (flag > 0).reshape(()) | (torch.isfinite(norm).logical_not() & settings.skip_nonfinite)

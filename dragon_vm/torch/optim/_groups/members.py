@@ -26,6 +26,7 @@ class Members(NamedTuple):
         shards: for each parameter the tensor that this process updates; the very list if none is distributed.
         grads: for each its gradient, or this process's shard of it, ready for use; None where it is missing.
         are_distributed: whether some parameter is distributed.
+        are_copies: whether some gradients of distributed parameters may be copies, which lie as the parameters do.
     """
 
     params: list[Tensor]
@@ -33,6 +34,7 @@ class Members(NamedTuple):
     shards: list[Tensor]
     grads: list[Any]
     are_distributed: bool
+    are_copies: bool = False
 
     @property
     def have_grads(self) -> bool:
@@ -66,7 +68,8 @@ class MemberReader:
             self._are_distributed = any(map(is_distributed_type, set(types)))
         grads: Any = self._placements.shards(params, list(map(_grad_of, params)))
         shards = locals_of(params) if self._are_distributed else params
-        return Members(params, list(map(len, lists)), shards, grads, self._are_distributed)
+        are_copies = self._placements.are_copies
+        return Members(params, list(map(len, lists)), shards, grads, self._are_distributed, are_copies)
 
 
 @cache
