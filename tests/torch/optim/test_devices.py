@@ -65,6 +65,17 @@ def test_a_step_on_two_devices_is_the_step_on_one(options, spoilt, zero_grad, re
         assert torch.equal(other.grad, param.grad)
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_first_step_asks_for_no_current_device(flatten, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise BufferError("Can't export tensors on a different CUDA device index")
+
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", refuse)
+    optimizer, params = make(flatten=flatten)
+    optimizer.step()
+    assert [float(optimizer.state[param]["step"]) for param in params] == [1.0] * 3
+
+
 @pytest.mark.parametrize("zero_grad", [False, True])
 def test_a_skipped_step_is_counted_once_and_zeroes_all_the_same(two_devices, zero_grad):
     optimizer, params = make()
