@@ -88,11 +88,15 @@ class Launcher:
         self._constants, self._options = constants, options
         self._values = tuple(constants.values())
         self._ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        # With the last table, and without it.
+        self._compiled: set[bool] = set()
 
     def compile(self, *tables: Any) -> None:
         """Compile what a first launch on these tables needs, in seconds, and launch nothing."""
-        if not self._ready:
+        kind = tables[-1] is not None
+        if kind not in self._compiled:
             self._kernel.warmup(*tables, grid=self._grid, **self._constants, **self._options)
+            self._compiled.add(kind)
 
     def __call__(self, *tables: Any) -> None:
         """Launch on the current stream.

@@ -17,6 +17,10 @@ class Kernel:
     def __init__(self) -> None:
         self.looked_up: list[tuple[Any, ...]] = []
         self.ran: list[tuple[Any, ...]] = []
+        self.warmed_up: list[tuple[Any, ...]] = []
+
+    def warmup(self, *tables: Any, grid: Any, **constants: Any) -> None:
+        self.warmed_up.append(tables)
 
     def __getitem__(self, grid: Any) -> Any:
         def look_up(*tables: Any, **constants: Any) -> "Code":
@@ -84,6 +88,15 @@ def test_a_launcher_remembers_a_few_sets_of_tables() -> None:
         assert len(launcher._ready) <= launch.MOST_READY
     launcher(own[-1])
     assert len(kernel.ran) == 1
+
+
+def test_code_for_a_table_that_was_not_there_is_compiled_before_it_is_launched() -> None:
+    kernel, own = Kernel(), tables(2)
+    launcher = launcher_of(kernel)
+    for given in ((own[0], None), (own[0], None), (*own,), (*own,), (own[0], None)):
+        launcher.compile(*given)
+        launcher(*given)
+    assert kernel.warmed_up == [(own[0], None), (*own,)]
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
