@@ -1,11 +1,13 @@
 """Parameters on several devices: one step, decided once. The devices here are one CPU under two names."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._backends.context import DeviceContext
 from dragon.vm.torch.optim._plan import step
 
 from .support import everything, parameters
@@ -63,6 +65,55 @@ def test_a_step_on_two_devices_is_the_step_on_one(options, spoilt, zero_grad, re
         assert everything(two) == everything(one)
     for param, other in zip(params, others, strict=True):
         assert torch.equal(other.grad, param.grad)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_first_step_asks_for_no_current_device(flatten, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise BufferError("Can't export tensors on a different CUDA device index")
+
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", refuse)
+    optimizer, params = make(flatten=flatten)
+    optimizer.step()
+    assert [float(optimizer.state[param]["step"]) for param in params] == [1.0] * 3
+
+
+class TwoGPUs:
+    """What `torch.cuda` is where the first device is the current one, and nobody uses it."""
+
+    def __init__(self, *, is_interrupted=False):
+        self.current, self.contexts, self._is_interrupted = 0, set(), is_interrupted
+
+    def current_device(self):
+        return self.current
+
+    def set_device(self, index):
+        self.current = index
+        self.contexts.add(index)
+
+    @contextmanager
+    def device(self, device):
+        self.set_device(device.index)
+        yield
+        if self._is_interrupted:
+            raise KeyboardInterrupt
+        self.current = 0
+
+
+def test_a_launch_makes_no_context_on_the_current_device():
+    context = DeviceContext(torch.device("cpu"))
+    context.device, context._module = torch.device("xpu", 1), TwoGPUs()
+    currents = []
+    context.launch(lambda: currents.append(context._module.current), in_order=False)
+    assert (currents, context._module.current, context._module.contexts) == ([1], 0, {1})
+
+
+def test_an_interrupted_launch_leaves_the_current_device():
+    context = DeviceContext(torch.device("cpu"))
+    context.device, context._module = torch.device("xpu", 1), TwoGPUs(is_interrupted=True)
+    with pytest.raises(KeyboardInterrupt):
+        context.launch(lambda: None, in_order=False)
+    assert context._module.current == 0
 
 
 @pytest.mark.parametrize("zero_grad", [False, True])

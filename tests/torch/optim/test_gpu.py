@@ -143,3 +143,19 @@ def test_more_elements_than_int32_counts_are_all_updated(device):
     SGD([param], lr=1.0).step()
     assert (param[-32:] == -1).all()
     assert (param[:32] == -1).all()
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_parameters_need_not_be_on_the_current_device(flatten):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("it takes two CUDA devices")
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        params = parameters(device)
+        optimizer = Adam(params, lr=0.01, max_grad_norm=0.1, flatten=flatten)
+        for seed in range(3):
+            give_grads(params, seed)
+            optimizer.step()
+        results.append([param.detach().cpu() for param in params])
+        assert torch.cuda.current_device() == 0
+    assert all(map(torch.equal, *results))

@@ -56,14 +56,13 @@ class DeviceContext:
             self._run(run, in_order)
             return
         try:
-            try:
-                self._module.set_device(self.device)
+            # Unlike `set_device`, on the way out it makes no context on a current device that nobody has used.
+            with self._module.device(self.device):
                 self._run(run, in_order)
-            finally:
-                self._module.set_device(current)
         finally:
-            # Once more: an interrupt may have hit the line above.
-            self._module.set_device(current)
+            # An interrupt may have hit the way out.
+            if self._module.current_device() != current:
+                self._module.set_device(current)
 
     def _run(self, run: Callable[[], None], in_order: bool) -> None:
         if not in_order or self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():

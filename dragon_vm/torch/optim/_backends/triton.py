@@ -19,7 +19,7 @@ from dragon.vm.torch.optim._backends.selection import picker
 from dragon.vm.torch.optim._backends.tensor_rows import real_numel, tensor_rows
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
-from dragon.vm.torch.optim._graphs.capture import is_capturing
+from dragon.vm.torch.optim._graphs.capture import check_device, is_capturing
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._options import Settings, Version, needs_norm
 from dragon.vm.torch.optim._table.group_table import Columns, GroupTable
@@ -81,6 +81,7 @@ class TritonDevice:
         divided by `kept_scale`, or left as they are. `shared` is None where no other process has parts of them.
         """
         context = self._context
+        check_device(context.device)
         self._groups.write(groups, version, settings)
         kind = NO_NORM
         # All processes skip the step that one must skip.

@@ -14,6 +14,17 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def check_device(device: torch.device) -> None:
+    """Check that what is launched on a device now goes into no graph but of CUDA.
+
+    Raises:
+        RuntimeError: if it does: later steps would write other addresses to the table that the graph reads.
+    """
+    # Older PyTorch has no such graphs.
+    if device.type == "xpu" and getattr(torch.xpu, "is_current_stream_capturing", bool)():
+        raise RuntimeError("a step cannot be captured in an XPU graph, but in CUDA graphs only: take it outside")
+
+
 def check_live(group: Mapping[str, Any]) -> None:
     """Check that graphs see a group's hyperparameters change.
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import is_dense
-from dragon.vm.torch.optim._groups.states import State
+from dragon.vm.torch.optim._groups.states import State, in_own_storage
 
 # Every tensor of a buffer starts at a multiple of this many elements: 16 bytes of any dtype.
 SLOT = 16
@@ -49,7 +48,7 @@ class FlatBuffer:
         for param, view in zip(params, self.views(self.values), strict=True):
             view.copy_(param.detach())
             # A storage of its own, so that saving or copying one parameter does not drag the buffer along.
-            param.data = from_dlpack(view)
+            param.data = in_own_storage(view)
 
     def positions(self, shards: Sequence[Tensor]) -> list[int] | None:
         """Where this buffer's parameters stand among tensors; None unless all are there, in their layouts."""
@@ -167,7 +166,7 @@ def take_states(
                 (state[key],) = written.apart([value])
     for (own, key, view, _), source in zip(moves, sources, strict=True):
         view.copy_(source)
-        own[key] = from_dlpack(view)
+        own[key] = in_own_storage(view)
     return replaced
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]  # documented there
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dragon.vm.torch.optim._distributed.shards import distributed_like, is_distributed, local
@@ -72,6 +72,12 @@ def count_of(step: Any) -> Tensor:
     return torch.tensor(float(step), dtype=torch.float64, device="cpu")
 
 
+def in_own_storage(view: Tensor) -> Tensor:
+    """A tensor at the memory of a view, which it keeps alive, with a storage of its own."""
+    # A capsule: `from_dlpack` refuses a tensor on another CUDA device than the current one.
+    return from_dlpack(to_dlpack(view))
+
+
 def step_counters(values: Sequence[float], place: CounterPlace) -> list[Tensor]:
     """0-dim step counters, each with a storage of its own.
 
@@ -81,7 +87,7 @@ def step_counters(values: Sequence[float], place: CounterPlace) -> list[Tensor]:
     buffer = torch.tensor(values, dtype=dtype, device=device)
     if not has_memory(buffer):
         return [torch.tensor(value, dtype=dtype, device=device) for value in values]
-    counters = [from_dlpack(counter) for counter in buffer.unbind()]
+    counters = list(map(in_own_storage, buffer.unbind()))
     for counter in counters:
         _buffer_of[counter] = buffer
     return counters

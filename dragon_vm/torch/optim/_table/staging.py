@@ -7,6 +7,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._modes import with_plain_tensors
+
 # What graphs read. It is never freed: a graph may outlive its optimizer, and PyTorch would record an event on the
 # stream of the capture, which may be capturing again. Nobody can query such an event; on devices this is
 # https://github.com/pytorch/pytorch/issues/193982.
@@ -49,7 +51,10 @@ class StagingRing:
 
 
 def _new_buffer(length: int) -> Tensor:
-    return torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=True)
+    buffer: Tensor = with_plain_tensors(
+        lambda: torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=True)
+    )
+    return buffer
 
 
 def _copy_to_device(staging: Tensor, target: Tensor) -> None:

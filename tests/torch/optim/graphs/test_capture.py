@@ -45,6 +45,21 @@ def test_what_a_replay_could_not_repeat_is_refused_with_a_reason(
     assert same_bits(snapshots(optimizer), before)
 
 
+def test_an_xpu_graph_is_refused(monkeypatch: pytest.MonkeyPatch, interpreted: Any) -> None:
+    optimizer = Adam(make_params(), backend="triton", capturable=True)
+    set_grads(params_of(optimizer), 0)
+    judged_step(optimizer)
+    before = snapshots(optimizer)
+    (context,) = optimizer._updater._devices.values()
+    with monkeypatch.context() as patch:
+        patch.setattr(context, "device", torch.device("xpu", 0))
+        patch.setattr(torch.xpu, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="cannot be captured in an XPU graph"):
+            optimizer.step()
+    assert same_bits(snapshots(optimizer), before)
+    judged_step(optimizer)
+
+
 def capture(optimizer: Adam, inputs: list[torch.Tensor]) -> torch.cuda.CUDAGraph:
     """A graph of backward and step, after two steps outside of it."""
 

@@ -387,9 +387,8 @@ def test_steps_and_uploads_wait_for_each_other_whatever_their_streams(monkeypatc
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: "captured" in log)
     context = DeviceContext(torch.device("cpu"))
-    context.device, context._module = torch.device("cuda"), torch.cuda
+    context.device, context._module = torch.device("cuda", 0), torch.cuda
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for work in ("step", "upload"):
         context.launch(lambda work=work: log.append(work), in_order=True)
     log.append("captured")

@@ -108,7 +108,8 @@ class FakeDevice:
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.is_capturing)
-        monkeypatch.setattr(staging, "_new_buffer", lambda length: torch.empty(length, dtype=torch.int64))
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kwargs: empty(*args, **kwargs))
         monkeypatch.setattr(
             staging, "_copy_to_device", lambda buffer, target: self.copies.append((buffer, target))
         )
@@ -138,6 +139,16 @@ def test_a_buffer_is_not_written_while_its_copy_waits(fake):
         fake.run()
         assert target.tolist() == [-number] * 3
     assert sum(map(len, ring._slots.values())) == n_slots
+
+
+def test_a_buffer_that_inference_mode_made_is_written_outside_of_it(fake):
+    ring, target = StagingRing(), torch.zeros(2, dtype=torch.int64)
+    with torch.inference_mode():
+        ring.copy(torch.tensor([1, 2]), target)
+        fake.run()
+    ring.copy(torch.tensor([3, 4]), target)
+    fake.run()
+    assert target.tolist() == [3, 4]
 
 
 def test_a_captured_copy_keeps_its_buffer(fake):
