@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,7 @@ class LinearRoot:
         parts[1].view(-1, 1).copy_(scale)
 
 
+@cache
 def _dynamic_table(signed: bool) -> Tensor:
     """Numbers in [-1, 1] or [0, 1]: each decade has twice as many as the one below, 1e-6 the fewest."""
     numbers = [0.0, 1.0]

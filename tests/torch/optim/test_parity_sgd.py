@@ -43,3 +43,14 @@ def test_complex_parameters_are_pairs_of_real_ones(backend, data):
 @given(sgd_cases(options=OPTIONS, dtypes=DTYPES, gradient_dtypes=[None, torch.float32]))
 def test_the_backend_that_is_chosen_by_itself_takes_every_case(case):
     check_sgd(maker(SGD, None), case)
+
+
+@pytest.mark.parametrize("value", [True, None])
+def test_a_group_of_sgd_cannot_ask_for_stochastic_rounding(value):
+    group = {"params": [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))], "stochastic_rounding": value}
+    with pytest.raises(ValueError, match="SGD rounds to nearest: stochastic_rounding must be left out"):
+        SGD([group])
+    optimizer = SGD([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="SGD rounds to nearest"):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
