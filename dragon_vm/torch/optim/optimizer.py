@@ -138,7 +138,7 @@ class Optimizer(StoringOptimizer):
             # Dragon's own parameters follow Dragon's formula, all others PyTorch's.
             group["epsilon_hat"] = are_dragon(group["params"])
         check_common(group, self._settings)
-        self._algorithm.check(group)
+        self._algorithm.check_group(group)
         for param in group["params"]:
             if param.requires_grad:
                 check_param(param)

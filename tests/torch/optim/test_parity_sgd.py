@@ -54,3 +54,9 @@ def test_a_group_of_sgd_cannot_ask_for_stochastic_rounding(value):
     with pytest.raises(ValueError, match="SGD rounds to nearest"):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
+    before = optimizer.param_groups[0]["params"][0].detach().clone()
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    optimizer.param_groups[0]["stochastic_rounding"] = value
+    with pytest.raises(ValueError, match="SGD rounds to nearest"):
+        optimizer.step()
+    assert torch.equal(optimizer.param_groups[0]["params"][0], before)

@@ -80,6 +80,27 @@ class Algorithm:
         """Options of groups that PyTorch's counterpart lacks, with the value that means the same."""
         return {**OWN_GROUP_DEFAULTS, **self.own_group_defaults}
 
+    def check_group(self, group: Group) -> None:
+        """Check a group at construction.
+
+        Raises:
+            ValueError: as `check` and `check_rounding`.
+        """
+        self.check(group)
+        self.check_rounding(group)
+
+    def check_rounding(self, group: Group) -> None:
+        """Check that a group asks for random words only where steps are counted, on which they depend.
+
+        Raises:
+            ValueError: if it does.
+        """
+        value = group.get("stochastic_rounding", False)
+        if self.own_defaults["stochastic_rounding"] is False and value is not False:
+            raise ValueError(
+                f"{self.name.upper()} rounds to nearest: stochastic_rounding must be left out, but got {value!r}"
+            )
+
     def all_state_keys(self, group: Group) -> tuple[str, ...]:
         """`state_keys`, and "ema" if the group keeps an average."""
         keys = self.state_keys(group)

@@ -34,9 +34,6 @@ def _check(group: Group) -> None:
         raise ValueError(f"Invalid momentum value: {group['momentum']}")
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    # Random words need a step count.
-    if (rounding := group.get("stochastic_rounding", False)) is not False:
-        raise ValueError(f"SGD rounds to nearest: stochastic_rounding must be left out, but got {rounding!r}")
 
 
 def _columns(group: Group) -> dict[str, float]:

@@ -191,6 +191,7 @@ def _checked_structure(algorithm: Algorithm, settings: Settings, group: Mapping[
     """The options of a group that decide which tensors and kernels take part; ours are as at construction."""
     check_own(group, settings)
     check_options(options_of(group))
+    algorithm.check_rounding(group)
     flags = (bool(group[name]) for name in ("differentiable", "clip_norm", "capturable"))
     storage = tuple(by_value(group[name]) for name in STORAGE_OPTIONS)
     return algorithm.all_state_keys(group), algorithm.counts_steps(group), *flags, storage
