@@ -1,4 +1,4 @@
-"""Norms of gradients in torch operations, accurate to a few eps for any number of elements and any range."""
+"""Norms of gradients in torch operations, accurate to some eps for any number of elements and any range."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class SquareSum:
     """Sums the squares of all elements of gradients like these: in number, shapes, dtypes and devices.
 
     On the CPU, `torch.linalg.vector_norm` of millions of fp32 elements is off by thousands of eps, and many times
-    slower in float64. By rows of 1024 it is as fast, and their norms, added in float64, good to 0.1 eps.
+    slower in float64. By rows of 1024 it is as fast, and their norms, added in float64, good to 0.1 eps. Where one
+    element of a row is thousands of times as large as the others, the norm is within 32 eps.
     """
 
     def __init__(self, grads: Sequence[Tensor]) -> None:

@@ -32,6 +32,16 @@ def test_the_norm_is_within_four_eps_whatever_the_range(sizes, exponent, dtype, 
     assert abs(math.sqrt(SquareSum(grads)(grads)) - expected) <= 4 * EPS * expected
 
 
+@pytest.mark.parametrize("n", [1024, 65536])
+@pytest.mark.parametrize("at", [0, 5, 1023])
+def test_one_element_that_outweighs_all_others_loses_few_of_them(n, at):
+    # Half an eps: each square is lost where it is added to 1.
+    grad = torch.full((n,), 2.0**-12.5)
+    grad[at] = 1.0
+    expected = exact_norm([grad])
+    assert abs(math.sqrt(SquareSum([grad])([grad])) - expected) <= 32 * EPS * expected
+
+
 def test_the_norm_of_a_hundred_million_elements_is_within_four_eps_where_torch_is_not():
     grads = [torch.rand(100_000_000)]
     expected = exact_norm(grads)
