@@ -87,6 +87,29 @@ def test_a_parameter_that_was_taken_away_is_freed_at_once_with_its_gradient(opti
     assert [reference() for reference in old] == [None, None]
 
 
+@pytest.mark.parametrize("scaler", [True, torch.amp.GradScaler("cpu")], ids=["plain", "scaler"])
+@pytest.mark.parametrize("n_steps", [0, 2])
+def test_a_parameter_whose_gradient_was_released_is_freed_at_once(scaler, n_steps):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = Adam([{"params": [param]} for param in params], release_gradients=scaler)
+    for _ in range(n_steps):
+        loss = torch.stack(params).square().sum()
+        if scaler is True:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        del loss
+    param = params.pop(1)
+    old = weakref.ref(param)
+    del optimizer.param_groups[1]
+    optimizer.state.pop(param, None)
+    del param
+    assert old() is None
+
+
 @each_backend
 def test_an_optimizer_and_all_that_it_made_go_together(backend):
     optimizer, _ = stepped(backend)

@@ -365,29 +365,6 @@ def test_parameters_that_leave_their_group_are_left_alone():
         assert same(model.parameters(), reference.parameters()), step
 
 
-@pytest.mark.parametrize("scaler", [True, torch.amp.GradScaler("cpu")], ids=["plain", "scaler"])
-@pytest.mark.parametrize("n_steps", [0, 2])
-def test_a_parameter_that_was_taken_away_is_freed_at_once(scaler, n_steps):
-    model = net(3)
-    optimizer = Adam([{"params": layer.parameters()} for layer in (model[0], model[2])], release_gradients=scaler)
-    for step in range(n_steps):
-        loss = loss_of(model, step)
-        if scaler is True:
-            loss.backward()
-            optimizer.step()
-        else:
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        del loss
-    old = list(map(weakref.ref, model[2].parameters()))
-    del optimizer.param_groups[1]
-    for param in model[2].parameters():
-        optimizer.state.pop(param, None)
-    del model[2], param
-    assert [reference() for reference in old] == [None, None]
-
-
 def test_a_group_that_comes_between_two_backward_passes_hides_no_second_pass():
     model, other = net(1), torch.nn.Parameter(torch.ones(3))
     optimizer = SGD(model.parameters(), lr=1.0, release_gradients=True)
