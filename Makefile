@@ -54,7 +54,7 @@ bench: $(VENV)/.bench ## the quick set of benchmarks, in under three minutes
 	@$(BIN)/python -m benchmarks --turns 0.8 --budget 110
 	@$(BIN)/python -m benchmarks host
 
-memory: $(VENV)/.bench ## the quality of the memory modes, and docs/memory.md, in five minutes
+memory: $(VENV)/.bench ## the quality of the memory modes, and docs/memory.md, in about five minutes
 	@$(BIN)/python -m benchmarks.memory
 
 # A GPU machine's own torch and triton match its driver and may be all it has: nothing is downloaded.
