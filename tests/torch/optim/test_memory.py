@@ -110,6 +110,26 @@ def test_a_parameter_whose_gradient_was_released_is_freed_at_once(scaler, n_step
     assert old() is None
 
 
+def test_a_parameter_with_the_id_of_one_that_is_gone_is_released():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, release_gradients=True)
+    sum(params).sum().backward()
+    optimizer.step()
+    optimizer.state.clear()
+    del params[1], optimizer.param_groups[0]["params"][1]
+    params.append(torch.nn.Parameter(torch.ones(3)))
+    optimizer.param_groups[0]["params"].append(params[1])
+    # As if it had the id of the other.
+    optimizer._release._arranged = [[(id(param), True) for param in params]]
+    # It may have had its gradient when it is found: then the step updates it.
+    sum(params).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    sum(params).sum().backward()
+    assert [param.grad for param in params] == [None, None]
+    assert params[1].tolist() == [-1.0, -1.0, -1.0]
+
+
 @each_backend
 def test_an_optimizer_and_all_that_it_made_go_together(backend):
     optimizer, _ = stepped(backend)

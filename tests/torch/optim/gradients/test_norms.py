@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dragon.vm.torch.optim._gradients import scaling
+from dragon.vm.torch.optim._gradients import norms, scaling
 from dragon.vm.torch.optim._gradients.norms import SquareSum, as_real, inf_norms, l2_norms
 from dragon.vm.torch.optim._options import Settings
 
@@ -28,6 +28,15 @@ def exact_norm(grads):
 def test_the_norm_is_within_four_eps_whatever_the_range(sizes, exponent, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     grads = [(torch.randn(n, generator=generator) * 10.0**exponent).to(dtype) for n in sizes]
+    expected = exact_norm(grads)
+    assert abs(math.sqrt(SquareSum(grads)(grads)) - expected) <= 4 * EPS * expected
+
+
+@pytest.mark.parametrize("n", [5 * 1024, 7 * 1024 + 5, 90_000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_that_are_widened_some_at_a_time_are_each_counted_once(n, dtype, monkeypatch):
+    monkeypatch.setattr(norms, "_N_WIDENED", 3)
+    grads = [(torch.arange(n) % 1013 / 7).to(dtype)]
     expected = exact_norm(grads)
     assert abs(math.sqrt(SquareSum(grads)(grads)) - expected) <= 4 * EPS * expected
 

@@ -169,6 +169,25 @@ def test_without_a_scaler_gradients_stay_as_they_are(
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64, torch.complex64])
+@pytest.mark.parametrize("options", LIMITED)
+def test_a_limited_step_leaves_gradients_divided_by_the_scale(
+    backend: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    params = parameters([(5,), (3, 4), (9000,)], dtype, home(backend))
+    optimizer = ours.Adam(params, lr=0.1, backend=backend, fused=True, **options)
+    for param in params:
+        param.grad = numbers(1, *param.shape, dtype=dtype, device=home(backend))
+    grads = [param.grad.clone() for param in params]
+    optimizer.grad_scale = torch.tensor(3.0, device=home(backend))
+    optimizer.step()
+    for param, grad in zip(params, grads, strict=True):
+        is_half = dtype.itemsize == 2
+        expected = (grad.float() / 3).to(dtype) if is_half else grad.div(3)
+        assert torch.allclose(param.grad, expected, rtol=0 if is_half else 1e-6, atol=0)
+
+
+@each_backend
 def test_autograd_knows_that_gradients_were_unscaled(backend: str) -> None:
     (param,) = parameters([(5,)], device=home(backend))
     optimizer = ours.Adam([param], backend=backend, fused=True)
