@@ -189,6 +189,7 @@ def _keep_replacements() -> None:
     interpreter._patch_builtin = replace_all
 
 
+@cache
 def speed_up() -> None:
     """Let the functions of each module be replaced once in a kernel's call, and make dtypes and shapes once."""
     interpreter._get_np_dtype = _dtype_lookup()
