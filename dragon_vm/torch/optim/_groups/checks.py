@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._groups.layout import overlapping_pair
-from dragon.vm.torch.optim._groups.members import has_own_memory
 
 Group = Mapping[str, Any]
 
@@ -141,3 +141,9 @@ def has_memory(param: Tensor) -> bool:
         and not torch.nn.parameter.is_lazy(param)
         and param.layout == torch.strided
     )
+
+
+@cache
+def has_own_memory(kind: type) -> bool:
+    """Whether tensors of a type have memory of their own: not wrappers that dispatch to inner tensors."""
+    return getattr(kind, "__torch_dispatch__", None) is Tensor.__torch_dispatch__

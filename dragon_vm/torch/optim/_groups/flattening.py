@@ -71,6 +71,11 @@ class Signature(NamedTuple):
         return all(isinstance(form, Plain) for form in self.formats)
 
     @property
+    def hands_on(self) -> bool:
+        """Whether a plan hands its states on, wherever they lie: kernels know addresses, masters their place."""
+        return self.backend != "triton" and self.is_plain
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all tensors but the gradient have the parameter's dtype."""
         own = Plain(self.param_dtype)

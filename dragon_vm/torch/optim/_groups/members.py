@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import chain, repeat
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
@@ -70,9 +69,3 @@ class MemberReader:
         shards = locals_of(params) if self._are_distributed else params
         are_copies = self._placements.are_copies
         return Members(params, list(map(len, lists)), shards, grads, self._are_distributed, are_copies)
-
-
-@cache
-def has_own_memory(kind: type) -> bool:
-    """Whether tensors of a type have memory of their own: not wrappers that dispatch to inner tensors."""
-    return getattr(kind, "__torch_dispatch__", None) is Tensor.__torch_dispatch__

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._formats.resolve import Storage
 from dragon.vm.torch.optim._formats.rounding import Plain
-from dragon.vm.torch.optim._groups.checks import check_state, has_memory
+from dragon.vm.torch.optim._groups.checks import check_state, has_memory, has_own_memory
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, counter_place
 from dragon.vm.torch.optim._groups.entries import decode_entry, held_format, kept_format, stored_entries, unwalked
 from dragon.vm.torch.optim._groups.flattening import Signature, State
-from dragon.vm.torch.optim._groups.members import has_own_memory
 from dragon.vm.torch.optim._groups.native import parts_of
 from dragon.vm.torch.optim._groups.saved import misfit, with_saved_remainder
 from dragon.vm.torch.optim._groups.states import CounterPlace, add_counters, begun_average, settled_entries

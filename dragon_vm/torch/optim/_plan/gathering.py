@@ -108,7 +108,10 @@ class Gatherer:
             _, params, shards, grads, _ = prepared.chosen
             states = self.states.read(recipe.state, params)
             assert states is not None
-            self._guard = Guard(grads, shards, states, takes_parts=takes_parts)
+            hands_on = not prepared.joined and all(group.signature.hands_on for group in prepared.flattened)
+            # Counters are advanced as pieces of one tensor.
+            placed = [key for key in states if key == "step" or not hands_on]
+            self._guard = Guard(grads, shards, states, placed, takes_parts=takes_parts)
 
     def gather(self, state: Mapping[Any, Any], members: Members, present: bytes) -> Gathered | None:
         """The tensors of a step; None if they are not what they were.

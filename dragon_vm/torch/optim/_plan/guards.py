@@ -29,7 +29,8 @@ _LAYOUT: tuple[Callable[[Tensor], object], ...] = (
 class Guard:
     """Compares the tensors of a step with those that a plan was made for: layouts, and addresses but of gradients.
 
-    Gradients may lie elsewhere at each step. With `takes_parts` some of them may be absent.
+    Gradients may lie elsewhere at each step, and states that `placed` does not name. With `takes_parts`
+    some gradients may be absent.
     """
 
     def __init__(
@@ -37,13 +38,18 @@ class Guard:
         grads: Sequence[Tensor],
         params: Sequence[Tensor],
         states: Mapping[str, Sequence[Tensor]],
+        placed: Sequence[str],
         *,
         takes_parts: bool = False,
     ) -> None:
+        self._placed = placed
         self._layouts = layout_guard([*grads, *params])
         self._part_layouts = PartLayouts(grads, params) if takes_parts else None
         self._state_layouts = layout_guard(list(chain(*states.values())))
-        self._addresses = list(map(_data_ptr, chain(params, *states.values())))
+        self._addresses = list(map(_data_ptr, self._fixed(params, states)))
+
+    def _fixed(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> Iterable[Tensor]:
+        return chain(params, *map(states.__getitem__, self._placed))
 
     def check(
         self,
@@ -58,8 +64,8 @@ class Guard:
         states as then.
         """
         seen = self._addresses
-        tensors: Iterable[Tensor] = chain(params, *states.values())
-        is_whole, n_columns = len(grads) == len(params), 1 + len(states)
+        tensors = self._fixed(params, states)
+        is_whole, n_columns = len(grads) == len(params), 1 + len(self._placed)
         if not is_whole and len(seen) == n_columns * len(params):
             # Nobody reads or writes what belongs to the others.
             tensors, seen = compress(tensors, present * n_columns), list(compress(seen, present * n_columns))
@@ -73,7 +79,7 @@ class Guard:
 
     def holds(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> bool:
         """Whether parameters and states, as many as then, are where they were."""
-        addresses = list(map(_data_ptr, chain(params, *states.values())))
+        addresses = list(map(_data_ptr, self._fixed(params, states)))
         return addresses == self._addresses and self._state_layouts(*chain(*states.values()))
 
 

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local_state
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
-from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, has_memory, labels_of
+from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, has_memory, has_own_memory, labels_of
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State
 from dragon.vm.torch.optim._groups.layout import is_dense, lies_like
 from dragon.vm.torch.optim._groups.masters import reconcile
-from dragon.vm.torch.optim._groups.members import has_own_memory
 from dragon.vm.torch.optim._groups.storage import first_index
 from dragon.vm.torch.optim._plan.completion import completed_states
 from dragon.vm.torch.optim._plan.joining import Joined, join, part_counters

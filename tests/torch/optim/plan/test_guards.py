@@ -320,6 +320,35 @@ def test_public_calls_notice_what_pytorchs_guards_notice(algorithm, change, monk
     check_change(algorithm, change, "native")
 
 
+def is_planned_anew(change, backend, **options):
+    """Whether a step after a change takes another plan than the one before."""
+    optimizer, params = warm(Adam, backend, **options)
+    plan = optimizer._plans.latest()[-1]
+    change(optimizer, params)
+    optimizer.step()
+    return optimizer._plans.latest()[-1] is not plan
+
+
+def test_moments_that_are_only_handed_on_may_move_under_a_plan():
+    changes = swap_state_memory, swap_state_tensor, swap_step_memory, swap_param_memory
+    anew = [is_planned_anew(change, "native") for change in changes]
+    assert anew == [False, False, True, True]
+    # Kernels read addresses, and buffers hold the states of their parameters. Formats with parts are left alone.
+    assert all(is_planned_anew(change, "triton") for change in changes)
+    moments = changes[:2]
+    assert all(is_planned_anew(change, "native", flatten=True) for change in moments)
+    assert all(is_planned_anew(change, "native", state_dtype=torch.bfloat16) for change in moments)
+
+
+def test_parameters_that_came_to_share_memory_are_refused_under_a_plan():
+    optimizer, params = warm(Adam, "native")
+    params[0].data = params[1].data
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match="params must not share memory"):
+        optimizer.step()
+    assert everything(optimizer) == before
+
+
 def replace_by_view(state, key, dtype):
     state[key] = state[key].view(dtype)
 
