@@ -264,6 +264,7 @@ def test_the_way_of_one_step_is_read_in_an_evening() -> None:
     paths = [
         path for name in files for path in (ROOT / name, ROOT / "dragon_vm/torch/optim" / name) if path.exists()
     ]
+    assert len(re.findall(r"^\d+\. `", chapter, re.MULTILINE)) == 10
     assert len(paths) == len(files) == 13
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths) <= MAX_WAY_LINES
 
