@@ -6,14 +6,15 @@ import ast
 import inspect
 import re
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 # A source location with the calls it was inlined through, innermost first, as the assembly printers comment it:
 #   .loc 2 17 19   // formats.py:17:19 @[ update.py:73:63 @[ update.py:139:74 ] ]
-LOCATION = re.compile(r"^\s*\.loc\s.*?(?://|;)\s*(.*)")
+LOCATION = re.compile(r"^\s*\.loc\s+(\d+ \d+ \d+)(?:.*\binlined_at (\d+ \d+ \d+))?.*?(?://|;)\s*(.*)")
+INLINE = re.compile(r"^\s*// (begin|end) inline asm")
 FRAME = re.compile(r"([\w.]+):(\d+)(?::\d+)?")
 
 PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d+))?\.[bfus](\d+)\b")
@@ -91,12 +92,33 @@ def _access(line: str) -> tuple[bool, int] | None:
     return None
 
 
+def _nearest(ways: Sequence[list[Frame]], before: Sequence[Frame]) -> list[Frame]:
+    """Of the ways to a location, told last first, the one that parts last and nearest from the code before."""
+
+    def distance(way: Sequence[Frame]) -> tuple[int, int]:
+        gaps = [abs(own.line - other.line) for own, other in zip(reversed(way), reversed(before), strict=False)]
+        n_common = next((i for i, gap in enumerate(gaps) if gap), len(gaps))
+        return -n_common, sum(gaps[n_common : n_common + 1])
+
+    return min(reversed(ways), key=distance, default=[])
+
+
 def _instructions(assembly: str) -> Iterator[tuple[list[Frame], str]]:
     """Each instruction with the calls that it was inlined through, innermost first."""
     frames: list[Frame] = []
+    # Triton 3.8 names the call alone that a location was inlined through:
+    #   .loc 3 17 19, function_name $L__info_string0, inlined_at 1 73 63 // formats.py:17:19
+    # Where that call stands has been said before, once for each way there.
+    ways: defaultdict[str | None, list[list[Frame]]] = defaultdict(list)
+    is_inline = False
     for line in assembly.splitlines():
-        if location := LOCATION.match(line):
-            found = [Frame(file, int(number)) for file, number in FRAME.findall(location[1])]
+        if inline := INLINE.match(line):
+            is_inline = inline[1] == "begin"
+        # Within inline assembly it counts one source line on for each line.
+        elif not is_inline and (location := LOCATION.match(line)):
+            found = [Frame(file, int(number)) for file, number in FRAME.findall(location[3])]
+            found += _nearest(ways[location[2]], frames)
+            ways[location[1]].append(found)
             # Line 0 stands for "merged or made by the compiler": it belongs to where it stands.
             frames = found if found and found[0].line else frames
         elif INSTRUCTION.match(line):

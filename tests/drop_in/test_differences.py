@@ -79,7 +79,9 @@ def test_fused_sgd_of_half_precision_is_right_where_pytorchs_is_wrong(dtype: tor
             optimizer.step()
         found.append(param.detach().float())
     expected, theirs, mine = found
-    assert (theirs - expected).abs().max() > 0.1
+    # PyTorch's is right from 2.14 on.
+    is_mended = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+    assert is_mended or (theirs - expected).abs().max() > 0.1
     torch.testing.assert_close(mine, expected, rtol=0, atol=0.02)
 
 

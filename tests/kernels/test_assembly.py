@@ -19,6 +19,31 @@ $L__tmp7:
 	ret;
 """
 
+# Of triton 3.8: each call is named by its location, which several ways may lead to. At the end the code is back
+# where it was at first.
+NESTED_PTX = """
+	.loc	1 10 5                          // walk.py:10:5
+	.loc	3 60 7, function_name $L__info_string0, inlined_at 1 10 5 // formats.py:60:7
+	// begin inline asm
+	.loc	3 60 7, function_name $L__info_string0, inlined_at 1 10 5 // formats.py:60:7
+	mov.u32 %r6, 0x0;
+	.loc	3 91 7, function_name $L__info_string0, inlined_at 1 10 5 // formats.py:91:7
+	ld.global.v4.b32 { %r6, %r7, %r8, %r9 }, [ %rd22 + 0 ];
+	// end inline asm
+	.loc	2 91 5, function_name $L__info_string0, inlined_at 3 60 7 // table.py:91:5
+	ld.global.b64 { %rd18 }, [ %rd3 + 0 ];
+	.loc	1 20 5                          // walk.py:20:5
+	.loc	3 60 7, function_name $L__info_string0, inlined_at 1 20 5 // formats.py:60:7
+	ld.global.b32 { %r6 }, [ %rd22 + 0 ];
+	.loc	2 91 5, function_name $L__info_string0, inlined_at 3 60 7 // table.py:91:5
+	ld.global.b32 { %r6 }, [ %rd22 + 0 ];
+	.loc	1 12 9                          // walk.py:12:9
+	add.s64 	%rd2, %rd2, 128;
+	.loc	4 80 5, function_name $L__info_string0, inlined_at 3 60 7 // maths.py:80:5
+	mul.rn.f32 	%r22, %r6, %r20;
+	ret;
+"""
+
 GCN = """
 	.loc	1 10 5 is_stmt 1                ; walk.py:10:5 @[ kernel.py:3:1 ]
 	s_and_saveexec_b64 s[0:1], vcc
@@ -43,6 +68,17 @@ def test_accesses_of_ptx_are_told_apart_by_their_source_lines() -> None:
         "tail": Accesses({4: 1}, {}, 2),
         "other": Accesses({}, {}, 0),
     }
+
+
+def test_calls_that_are_named_one_by_one_are_followed() -> None:
+    assert accesses_by_path(NESTED_PTX, PATHS, TABLES) == {
+        "vector": Accesses({16: 1}, {}, 6),
+        "tail": Accesses({4: 1}, {}, 2),
+        "other": Accesses({}, {}, 0),
+    }
+    # Lines that are counted on within inline assembly are not those of the source.
+    assert loads_in(NESTED_PTX, [Lines("formats.py", 60, 60)]) == 2
+    assert loads_in(NESTED_PTX, [Lines("formats.py", 91, 91)]) == 0
 
 
 def test_accesses_of_amd_are_told_apart_by_their_source_lines() -> None:

@@ -117,17 +117,21 @@ class BiasCorrectionOffByOne(PlainAdam):
 
 
 class CounterInBfloat16(PlainAdam):
+    counter_dtype = torch.bfloat16
+
     def ready_state(self, p, group):
         state = super().ready_state(p, group)
-        state["step"] = state["step"].bfloat16()
+        state["step"] = state["step"].to(self.counter_dtype)
         return state
 
 
-class CounterInFloat16(PlainAdam):
-    def ready_state(self, p, group):
-        state = super().ready_state(p, group)
-        state["step"] = state["step"].half()
-        return state
+class CounterInFloat16(CounterInBfloat16):
+    counter_dtype = torch.float16
+
+
+class CounterWrapsInTheCorrection(PlainAdam):
+    def correction_step(self, state):
+        return max(state["step"].item() % 2**16, 0.5)
 
 
 class BiasCorrectionInFloat32(PlainAdam):
@@ -306,6 +310,7 @@ DEFECTS = {
     BiasCorrectionOffByOne: "param",
     CounterInBfloat16: "step went from|step is torch.bfloat16",
     CounterInFloat16: "step went from|step is torch.float16",
+    CounterWrapsInTheCorrection: "param",
     BiasCorrectionInFloat32: "param",
     DecayDropped: "param|exp_avg",
     DecayAlwaysL2: "param|exp_avg",

@@ -57,8 +57,14 @@ def test_a_compiled_function_does_what_it_does_uncompiled(function, plain_input)
 @pytest.mark.parametrize("name", ["module", "creation", "question"])
 def test_it_is_one_graph(name):
     module = torch.nn.Linear(3, 3)
+    compiled = torch.compile(FUNCTIONS[name], backend="eager", fullgraph=True)
 
-    torch.compile(FUNCTIONS[name], backend="eager", fullgraph=True)(module, torch.ones(2, 3))
+    # The compiler of torch 2.14 follows no class that answers `isinstance` itself, but for PyTorch's own.
+    if name == "question" and tuple(map(int, real.__version__.split(".")[:2])) >= (2, 14):
+        with pytest.raises(real._dynamo.exc.Unsupported, match="custom type check on tensor"):
+            compiled(module, torch.ones(2, 3))
+    else:
+        compiled(module, torch.ones(2, 3))
 
 
 def test_an_operation_in_place_stays_in_place():
