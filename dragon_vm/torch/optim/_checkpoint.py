@@ -13,7 +13,11 @@ from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._distributed.hidden import is_dict_to_fill_asked_for, is_flat_dict_asked_for
+from dragon.vm.torch.optim._distributed.hidden import (
+    is_dict_asked_for,
+    is_dict_to_fill_asked_for,
+    is_flat_dict_asked_for,
+)
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon
@@ -47,11 +51,11 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         """What is saved, of what PyTorch would save."""
         is_native = self._settings.native_state_dict
         for group in packed["param_groups"]:
-            if is_native:
-                # As a record, and for flat dicts. PyTorch's checkpoint functions know no dtypes here.
-                group.update((name, str(group[name])) for name in STORAGE_OPTIONS if name in group)
-            else:
+            if not is_native:
                 _drop_storage(group)
+            elif is_dict_asked_for():
+                # A record, which flat dicts want too. PyTorch's checkpoint functions know no dtypes here.
+                group.update((name, str(group[name])) for name in STORAGE_OPTIONS if name in group)
         if is_dict_to_fill_asked_for():
             add_places(packed["param_groups"])
         params = self._all_params()

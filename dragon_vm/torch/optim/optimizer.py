@@ -197,9 +197,8 @@ class Optimizer(StoringOptimizer):
             )
         if members.are_distributed and not members.have_grads:
             check_accumulated(members.params)
-        self._updater.update(
-            members, self.param_groups, self.state, settings, scaling, zero_grad=zero_grad, are_own=not summed
-        )
+        step = members, self.param_groups, self.state, settings, scaling
+        self._updater.update(*step, zero_grad=zero_grad, are_own=not summed)
         if self._handed_over:
             self._drop_handed_over()
         if summed:
@@ -219,7 +218,8 @@ class Optimizer(StoringOptimizer):
         read = self.param_groups, self.defaults, self._settings
         groups = self._updater.read(*read)
         # Only now, since what is refused must have changed nothing.
-        return self._updater.read(*read) if widen_bounds(self.param_groups, self.state) else groups
+        has_changed = widen_bounds(self.param_groups, self.state, self._sums.totals)
+        return self._updater.read(*read) if has_changed else groups
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool | None = None) -> None:

@@ -80,6 +80,11 @@ def is_state_asked_for() -> bool:
     return _caller(_CHECKPOINTS, "_init_optim_state") is not None
 
 
+def is_dict_asked_for() -> bool:
+    """Whether PyTorch's checkpoint functions call `state_dict` on this thread."""
+    return _caller(_CHECKPOINTS, "_get_optim_state_dict") is not None
+
+
 def is_flat_dict_asked_for() -> bool:
     """Whether PyTorch's checkpoint functions call `state_dict` on this thread to flatten what it returns."""
     frame = _caller(_CHECKPOINTS, "_get_optim_state_dict")

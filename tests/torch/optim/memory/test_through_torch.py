@@ -95,7 +95,9 @@ def test_parts_that_a_cast_has_changed_are_refused(mode: str, key: str, dtype: A
 
 
 def put(saved: dict[str, Any], params: list[Tensor], optimizer: AdamW) -> None:
-    """Write states as ZeroRedundancyOptimizer does, which calls no `load_state_dict`."""
+    """Write states and options as ZeroRedundancyOptimizer does, which calls no `load_state_dict`."""
+    for group, said in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update((name, value) for name, value in said.items() if name != "params")
     for param, state in zip(params, copy.deepcopy(saved["state"]).values(), strict=True):
         optimizer.state[param] = state
 
