@@ -106,6 +106,21 @@ def looking_scaler() -> Any:
     return None if frame is None else frame.f_locals["self"]
 
 
+def tell_scaler(found_inf: Tensor) -> bool:
+    """Let the `GradScaler` whose step on this thread called the optimizer's find what it cannot see in gradients.
+
+    Args:
+        found_inf: fp32 [1], positive for infinite or NaN gradients elsewhere.
+
+    Returns:
+        Whether there is such a scaler.
+    """
+    frame = _caller("torch.amp.grad_scaler", "step")
+    if frame is not None:
+        frame.f_locals["optimizer_state"]["found_inf_per_device"][found_inf.device] = found_inf
+    return frame is not None
+
+
 def _caller(name: str, function: str) -> FrameType | None:
     """The frame of a function of an imported module on this thread's stack; None if it is not there."""
     module = sys.modules.get(name)
