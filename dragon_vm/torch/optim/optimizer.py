@@ -202,7 +202,7 @@ class Optimizer(StoringOptimizer):
         if self._handed_over:
             self._drop_handed_over()
         if summed:
-            self._sums.clear()
+            self._sums.finish()
         # The step read sums, or copies that lie as the parameters do: the gradients themselves are apart.
         if summed or members.are_copies:
             left = members.params if summed else lying_otherwise(members.params, members.grads)
