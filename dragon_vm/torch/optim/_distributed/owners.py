@@ -106,6 +106,9 @@ class Replicas:
         With `find_unused_parameters` it counts them as used at its next reduction, whether that pass uses them or
         not. It raises on a process where such a parameter has no gradient, and all others wait.
         """
-        modules = (reference() for reference in self._modules)
-        wanting = [module for module in modules if getattr(module, "find_unused_parameters", False)]
-        return {id(param) for module in wanting for param in module.parameters()}
+        found: set[int] = set()
+        for reference in self._modules:
+            module = reference()
+            if module is not None and module.find_unused_parameters:
+                found.update(map(id, module.parameters()))
+        return found

@@ -193,3 +193,14 @@ def test_a_remainder_of_8_bits_that_was_cast_in_its_place_is_read_as_such() -> N
         train(params, optimizer, 2, 2)
         runs.append(bits(params, optimizer))
     assert runs[0] == runs[1]
+
+
+def test_loaded_states_of_sgd_have_the_entries_that_its_step_makes() -> None:
+    """PyTorch's checkpoint functions fail at an entry of a whole dict that the loading optimizer has not."""
+    param = torch.nn.Parameter(torch.randn(64, 64).to(BF16))
+    options = {"lr": 0.1, "momentum": 0.9, "master_weights": "split8", "native_state_dict": True}
+    optimizer, other = (SGD([param], **options) for _ in range(2))
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.state[param].keys() == optimizer.state[param].keys()
