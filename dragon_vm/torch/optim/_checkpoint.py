@@ -178,13 +178,22 @@ def _uncounted(entries: State) -> State:
     }
 
 
+def _rejoined(saved: dict[Any, Any]) -> dict[Any, Any]:
+    """The states, each with its numbers: `dcp.load` puts those of key 0 under "0" beside it (torch 2.13)."""
+    apart = {key: int(key) for key in saved if isinstance(key, str) and key.isdecimal() and int(key) in saved}
+    states = {key: entries for key, entries in saved.items() if key not in apart}
+    for key, owner in apart.items():
+        states[owner] = {**states[owner], **saved[key]}
+    return states
+
+
 def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
     """A hook before loading: copy the states to `optimizer._restored`, and leave PyTorch the rest of the dict.
 
     Raises:
         ValueError: as `restored_states`.
     """
-    saved_groups, saved = state_dict["param_groups"], state_dict["state"]
+    saved_groups, saved = state_dict["param_groups"], _rejoined(state_dict["state"])
     lengths = [len(group["params"]) for group in optimizer.param_groups]
     if [len(group["params"]) for group in saved_groups] != lengths:
         return None  # PyTorch refuses it, with its own words

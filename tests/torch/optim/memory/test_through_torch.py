@@ -1,10 +1,12 @@
 """States that others handled: PyTorch's loader casts them, and some wrappers write them into `optimizer.state`."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from dragon.vm.torch.optim import SGD, AdamW
@@ -204,3 +206,23 @@ def test_loaded_states_of_sgd_have_the_entries_that_its_step_makes() -> None:
     optimizer.step()
     other.load_state_dict(optimizer.state_dict())
     assert other.state[param].keys() == optimizer.state[param].keys()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_dcp_passes_a_dict_with_integer_keys(tmp_path: Path) -> None:
+    """The saved codes are walked in another order than those of the optimizer that loads them."""
+    weight = torch.randn(4, 8, 16, 16)
+    params = [torch.nn.Parameter(weight.to(memory_format=torch.channels_last)), torch.nn.Parameter(weight)]
+    optimizer, other = (AdamW([param], state_dtype="8bit", native_state_dict=True) for param in params)
+    for param, each in zip(params, (optimizer, other), strict=True):
+        give_gradients([param], 0)
+        each.step()
+    dcp.save(optimizer.state_dict(), checkpoint_id=tmp_path)
+    saved = other.state_dict()
+    dcp.load(saved, checkpoint_id=tmp_path)
+    found = []
+    for loaded in (saved, optimizer.state_dict()):
+        other.load_state_dict(loaded)
+        assert list(other.state) == params[1:]
+        found.append(copy.deepcopy(other.state[params[1]]))
+    assert same_bits(*found)
