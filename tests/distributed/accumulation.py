@@ -175,16 +175,18 @@ def scaled_sums(kind: str, name: str, has_group: bool) -> tuple[str, list[float]
     return "accepted", scales, changes
 
 
-def partly_used(name: str) -> tuple[list[float], list[bool]]:
-    """Values of parameters of which each process uses others, and which of them have a state."""
+def partly_used(name: str, is_last_synchronized: bool) -> tuple[list[float], list[bool]]:
+    """Values of parameters of which each process uses others in each part, and which of them have a state."""
     params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
     model = nn.parallel.DistributedDataParallel(_Chosen(params), find_unused_parameters=True)
     optimizer = make(name, model.parameters())
-    for _ in range(2):
-        with model.no_sync():
-            model(1 + dist.get_rank() % 2).backward()
+    for part in range(2):
+        is_synchronized = part == 1 and is_last_synchronized
+        with nullcontext() if is_synchronized else model.no_sync():
+            model(1 + (dist.get_rank() + is_synchronized) % 2).backward()
         optimizer.sum_grad()
     optimizer.step()
+    assert not any(param.grad is not None for param in params)
     return [float(param.detach()[0]) for param in params], [bool(optimizer.state.get(param)) for param in params]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -47,6 +48,22 @@ def _built(name: str, params: Any, **options: Any) -> Any:
 
 def fsdp1_one_layer(**options: Any) -> list[nn.Parameter]:
     return list(FSDP1(nn.Linear(8, 8), device_id=torch.device("cpu"), **options).parameters())
+
+
+def beside_a_mesh(name: str) -> tuple[dict[str, str], float]:
+    """What is said of norms of parameters on a mesh without the last process, and the norm in `process_group`."""
+    mesh = DeviceMesh("cpu", list(range(dist.get_world_size() - 1)))
+    params = [nn.Parameter(distribute_tensor(torch.zeros(6), mesh, [Shard(0)], src_data_rank=None))]
+    group = {"process_group": dist.group.WORLD}
+    found = {
+        f"{norm}{' group' * len(more)}": outcome(partial(make, name, params, **options, **more))
+        for norm, options in NORMS.items()
+        for more in ({}, group)
+    }
+    optimizer = make(name, params, max_grad_norm=1.0, **group)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    return found, float(optimizer.grad_norm)
 
 
 def constructions(name: str) -> dict[str, str]:

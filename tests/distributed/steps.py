@@ -325,25 +325,21 @@ def calls_of_a_step(name: str, n_params: int, is_distributed: bool) -> int:
     return n_calls
 
 
-def scaled_without_parameters(name: str) -> list[float]:
-    """The scales of a `GradScaler` on each process, of which only the first has parameters in the group.
+def scaled_beside_nothing(name: str, n_empty: int) -> list[float]:
+    """The scales of a `GradScaler` on each process, of which only the first has elements, and its step counts.
 
-    It finds an infinite gradient at the second of three steps. Each process has another optimizer beside.
+    It finds an infinite gradient at the second of three steps. The others have empty parameters, or none at all.
     """
     is_first = dist.get_rank() == 0
-    params = [nn.Parameter(torch.ones(3))] if is_first else []
+    params = [nn.Parameter(torch.ones(3))] if is_first else [nn.Parameter(torch.ones(0)) for _ in range(n_empty)]
     optimizer = make(name, [{"params": params}], process_group=dist.group.WORLD)
-    other = nn.Parameter(torch.ones(2))
-    beside = torch.optim.SGD([other], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=1000)
     scales = []
     for step in range(3):
         scaler.scale(torch.ones(()))
-        other.grad = torch.ones(2)
         for param in params:
-            param.grad = torch.full((3,), torch.inf if step == 1 else 1.0)
+            param.grad = torch.full_like(param, torch.inf if step == 1 else 1.0)
         scaler.step(optimizer)
-        scaler.step(beside)
         scaler.update()
         scales.append(scaler.get_scale())
     return [*scales, *(float(entries["step"]) for entries in optimizer.state.values() if "step" in entries)]

@@ -79,9 +79,13 @@ def test_scaled_sums_of_split_parameters_need_a_process_group(cluster: Cluster, 
     assert cluster.run(1, "accumulation:scaled_sums", has_group=False, **arguments) == [expected]
 
 
+@pytest.mark.parametrize("is_last_synchronized", [False, True])
 @pytest.mark.parametrize("n_processes", [2, 3])
-def test_replicas_agree_on_parameters_that_only_some_use(cluster: Cluster, n_processes: int) -> None:
-    results = cluster.run(n_processes, "accumulation:partly_used", name=OPT)
+def test_replicas_agree_on_parameters_that_only_some_use(
+    cluster: Cluster, n_processes: int, is_last_synchronized: bool
+) -> None:
+    arguments = {"name": OPT, "is_last_synchronized": is_last_synchronized}
+    results = cluster.run(n_processes, "accumulation:partly_used", **arguments)
     for values, have_states in results:
         assert values == results[0][0]
         # Nobody uses the first, and PyTorch would leave it alone too.

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dragon.vm.torch.optim._distributed.lanes import Lane, Lanes
 from dragon.vm.torch.optim._distributed.reduction import meeting_device
+from dragon.vm.torch.optim._gradients import shared_norm
 
 from .cluster import Cluster
 from .wrappers import WRAPPERS
@@ -97,3 +99,12 @@ def test_processes_meet_on_one_type_of_device(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     tensors: list[Any] = [SimpleNamespace(device=torch.device(name)) for name in devices]
     assert meeting_device(tensors, object()) == torch.device(expected)
+
+
+def test_sums_have_the_device_of_all_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = Lanes((Lane((None,)),), (0, 0), (1.0, 1.0))
+    monkeypatch.setattr(shared_norm, "make_lanes", lambda *_, **__: lanes)
+    params: list[Any] = [SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda:1")]
+    made = shared_norm.make_reductions(params, None, clips_each=False)
+    assert made is not None
+    assert made.device == torch.device("cuda:1")

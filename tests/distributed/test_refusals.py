@@ -33,6 +33,15 @@ def test_several_processes_refuse_what_needs_other_processes(cluster: Cluster) -
     assert set(found.values()) == {"accepted"}, found
 
 
+@pytest.mark.parametrize("n_processes", [2, 3])
+def test_norms_beside_a_mesh_need_a_process_group(cluster: Cluster, n_processes: int) -> None:
+    results = cluster.run(n_processes, "refusals:beside_a_mesh", name=OPT)
+    assert [norm for _, norm in results] == pytest.approx([6**0.5] * n_processes)
+    refused = [{key for key, text in found.items() if text != "accepted"} for found, _ in results]
+    assert refused == [set()] * (n_processes - 1) + [{*NORMS, "clip_norm group"}]
+    assert all("process_group" in results[-1][0][key] for key in refused[-1])
+
+
 def test_one_process_refuses_nothing(cluster: Cluster) -> None:
     (found,) = cluster.run(1, "refusals:constructions", name=OPT)
     # The wrapper has memory of its own with one process too.

@@ -187,9 +187,11 @@ def test_a_distributed_parameter_costs_no_more_calls_than_a_plain_one(cluster: C
     assert counts[True, 400] <= counts[True, 50] + 100, counts
 
 
+@pytest.mark.parametrize("n_empty", [0, 1])
 @pytest.mark.parametrize("n_processes", [2, 3])
-def test_a_process_without_parameters_takes_part(cluster: Cluster, name: str, n_processes: int) -> None:
-    first, *others = cluster.run(n_processes, "steps:scaled_without_parameters", name=name)
+def test_a_process_without_elements_keeps_the_scale_of_the_others(
+    cluster: Cluster, name: str, n_processes: int, n_empty: int
+) -> None:
+    first, *others = cluster.run(n_processes, "steps:scaled_beside_nothing", name=name, n_empty=n_empty)
     assert first == [16.0, 8.0, 8.0, 2.0]
-    # A scaler that has nothing to find keeps its scale; it waits for nobody, and nobody for it.
-    assert others == [[16.0, 16.0, 16.0]] * (n_processes - 1)
+    assert others == [[16.0, 8.0, 8.0, *[2.0] * n_empty]] * (n_processes - 1)

@@ -12,7 +12,7 @@ from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer, take_states
-from dragon.vm.torch.optim._distributed.hidden import check_scaled_sums, looking_scaler
+from dragon.vm.torch.optim._distributed.hidden import check_scaled_sums, looking_scaler, tell_scaler
 from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._gradients.reporting import any_of, report, report_to_all, stand_in
@@ -46,6 +46,8 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     _restored_sums: dict[Tensor, Tensor] | None = None
     # The parameter that has a gradient only for a `GradScaler` to find.
     _stand_in: Tensor | None = None
+    # What others found, where no gradient here has an element that could tell the scaler.
+    _untold: Tensor | None = None
     _release: Releasing | None
 
     @torch.no_grad()
@@ -56,6 +58,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         Call it after each backward pass; the next `step` uses the sum, together with any gradient that came after
         the last call, and starts a new one. The gradients themselves are dropped. Sums of half precision gradients
         are kept in float32. Gradients that DDP has not reduced, inside `no_sync`, are reduced once, by the step.
+        With `find_unused_parameters` they stay as zeros until then.
         DDP tells only of its last forward pass. So no forward pass with gradients and outside of `no_sync` may
         come between the backward pass inside and this call: the step would not reduce, and replicas would diverge.
 
@@ -103,7 +106,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         """Let a scaler find what was found elsewhere, by a gradient of zeros if there is none."""
         params = self._all_params()
         if is_shared:
-            self._stand_in = report_to_all(params, self._settings.process_group)
+            self._stand_in, self._untold = report_to_all(params, self._settings.process_group)
         elif self._release is not None and (found := self._release.untold()):
             self._stand_in = stand_in(params)
             report(params, found)
@@ -116,9 +119,9 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         """
         scaling = handed_over(self)
         has_stood_in = self._drop_stand_in()
-        if scaling.grad_scale is not None and scaling.found_inf is None and not self._all_params():
-            # A process without parameters decides with those of its process_group.
-            scaling = scaling._replace(found_inf=torch.zeros(1, device=scaling.grad_scale.device))
+        untold, self._untold = self._untold, None
+        if untold is not None and tell_scaler(untold):
+            scaling = scaling._replace(found_inf=untold)
         # A scaler that leaves unscaling to the step says what it found, and the scale if there still is one.
         if scaling.grad_scale is None and "found_inf" in vars(self):
             self._check_unscaled(scaling, has_stood_in)

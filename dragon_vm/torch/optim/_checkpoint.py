@@ -13,7 +13,11 @@ from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._distributed.hidden import is_dict_to_fill_asked_for, is_flat_dict_asked_for
+from dragon.vm.torch.optim._distributed.hidden import (
+    is_dict_asked_for,
+    is_dict_to_fill_asked_for,
+    is_flat_dict_asked_for,
+)
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon
@@ -47,11 +51,11 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         """What is saved, of what PyTorch would save."""
         is_native = self._settings.native_state_dict
         for group in packed["param_groups"]:
-            if is_native:
-                # As a record, and for flat dicts. PyTorch's checkpoint functions know no dtypes here.
-                group.update((name, str(group[name])) for name in STORAGE_OPTIONS if name in group)
-            else:
+            if not is_native:
                 _drop_storage(group)
+            elif is_dict_asked_for():
+                # A record, which flat dicts want too. PyTorch's checkpoint functions know no dtypes here.
+                group.update((name, str(group[name])) for name in STORAGE_OPTIONS if name in group)
         if is_dict_to_fill_asked_for():
             add_places(packed["param_groups"])
         params = self._all_params()
@@ -174,13 +178,22 @@ def _uncounted(entries: State) -> State:
     }
 
 
+def _rejoined(saved: dict[Any, Any]) -> dict[Any, Any]:
+    """The states, each with its numbers: `dcp.load` puts those of key 0 under "0" beside it (torch 2.13)."""
+    apart = {key: int(key) for key in saved if isinstance(key, str) and key.isdecimal() and int(key) in saved}
+    states = {key: entries for key, entries in saved.items() if key not in apart}
+    for key, owner in apart.items():
+        states[owner] = {**states[owner], **saved[key]}
+    return states
+
+
 def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
     """A hook before loading: copy the states to `optimizer._restored`, and leave PyTorch the rest of the dict.
 
     Raises:
         ValueError: as `restored_states`.
     """
-    saved_groups, saved = state_dict["param_groups"], state_dict["state"]
+    saved_groups, saved = state_dict["param_groups"], _rejoined(state_dict["state"])
     lengths = [len(group["params"]) for group in optimizer.param_groups]
     if [len(group["params"]) for group in saved_groups] != lengths:
         return None  # PyTorch refuses it, with its own words

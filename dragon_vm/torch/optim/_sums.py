@@ -36,6 +36,8 @@ class GradientSums:
         self._unreduced: list[UnreducedSums] = []
         # The DDP modules of parameters, which are kept by id.
         self._replicas: tuple[list[int], Replicas] = ([], Replicas([]))
+        # Whose gradients stay until the step, as zeros.
+        self._zeroed: list[Tensor] = []
 
     def __bool__(self) -> bool:
         return bool(self.totals or self._unreduced)
@@ -78,7 +80,14 @@ class GradientSums:
         """Start anew."""
         self.totals.clear()
         self._unreduced.clear()
+        self._zeroed = []
         self.are_outside = False
+
+    def finish(self) -> None:
+        """End with the step that has used the sums."""
+        for param in self._zeroed:
+            param.grad = None
+        self.clear()
 
     def take(self, params: Sequence[Tensor], launch: bool) -> None:
         """Add the gradients of the parameters to their sums and drop them.
@@ -121,6 +130,8 @@ class GradientSums:
         if not chosen:
             return params
         self._replicas[1].check_joined()
+        zeroed = self._replicas[1].wanting()
+        self._zeroed = [param for param in chosen if id(param) in zeroed]
         for key, members in by_buffer(chosen, groups).items():
             ids = list(map(id, members))
             kept = (sums for sums in self._unreduced if sums.key == key and list(map(id, sums.params)) == ids)
@@ -128,7 +139,7 @@ class GradientSums:
             if sums is None:
                 sums = UnreducedSums(key, members)
                 self._unreduced.append(sums)
-            sums.take()
+            sums.take(zeroed)
         return [param for param in params if id(param) not in groups]
 
     def reduce(self) -> None:

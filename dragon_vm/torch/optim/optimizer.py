@@ -197,13 +197,12 @@ class Optimizer(StoringOptimizer):
             )
         if members.are_distributed and not members.have_grads:
             check_accumulated(members.params)
-        self._updater.update(
-            members, self.param_groups, self.state, settings, scaling, zero_grad=zero_grad, are_own=not summed
-        )
+        step = members, self.param_groups, self.state, settings, scaling
+        self._updater.update(*step, zero_grad=zero_grad, are_own=not summed)
         if self._handed_over:
             self._drop_handed_over()
         if summed:
-            self._sums.clear()
+            self._sums.finish()
         # The step read sums, or copies that lie as the parameters do: the gradients themselves are apart.
         if summed or members.are_copies:
             left = members.params if summed else lying_otherwise(members.params, members.grads)
@@ -219,7 +218,8 @@ class Optimizer(StoringOptimizer):
         read = self.param_groups, self.defaults, self._settings
         groups = self._updater.read(*read)
         # Only now, since what is refused must have changed nothing.
-        return self._updater.read(*read) if widen_bounds(self.param_groups, self.state) else groups
+        has_changed = widen_bounds(self.param_groups, self.state, self._sums.totals)
+        return self._updater.read(*read) if has_changed else groups
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool | None = None) -> None:

@@ -170,6 +170,27 @@ def test_betas_that_changed_before_the_first_moment_bound_nothing(is_idle: bool)
     assert optimizer.param_groups[0]["bound_betas"] == (0.5, 0.5)
 
 
+@pytest.mark.parametrize("gives_sums", [False, True])
+def test_a_group_without_moments_saves_the_bound_of_moments_elsewhere(gives_sums: bool) -> None:
+    """Other processes may hold its parameters, and one of all saves the groups."""
+    params = [torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(2)]
+    idle, busy = ({"params": [param]} for param in params)
+    optimizer = Adam([idle, busy], betas=(0.95, 0.9), state_dtype="8bit")
+    for betas in ((0.95, 0.9), (0.5, 0.5)):
+        for group in optimizer.param_groups:
+            group["betas"] = betas
+        params[1].grad = torch.ones(64, 64)
+        optimizer.step()
+    bounds = [group["bound_betas"] for group in optimizer.state_dict()["param_groups"]]
+    assert bounds[0] == bounds[1] == (0.5, 0.5, math.inf)
+    # Its first moment is bounded by the betas of now.
+    params[0].grad = torch.ones(64, 64)
+    if gives_sums:
+        optimizer.sum_grad()
+    optimizer.step()
+    assert [group["bound_betas"] for group in optimizer.param_groups] == [(0.5, 0.5), bounds[1]]
+
+
 @pytest.mark.parametrize("is_native", [False, True])
 def test_groups_that_go_after_loading_leave_the_random_bits_of_others(is_native: bool) -> None:
     options = {"lr": 0.1, "state_dtype": torch.bfloat16, "native_state_dict": is_native}

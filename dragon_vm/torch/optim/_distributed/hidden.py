@@ -80,6 +80,11 @@ def is_state_asked_for() -> bool:
     return _caller(_CHECKPOINTS, "_init_optim_state") is not None
 
 
+def is_dict_asked_for() -> bool:
+    """Whether PyTorch's checkpoint functions call `state_dict` on this thread."""
+    return _caller(_CHECKPOINTS, "_get_optim_state_dict") is not None
+
+
 def is_flat_dict_asked_for() -> bool:
     """Whether PyTorch's checkpoint functions call `state_dict` on this thread to flatten what it returns."""
     frame = _caller(_CHECKPOINTS, "_get_optim_state_dict")
@@ -99,6 +104,21 @@ def looking_scaler() -> Any:
     """The `GradScaler` whose step on this thread is about to look at gradients; None if there is none."""
     frame = _caller("torch.amp.grad_scaler", "step")
     return None if frame is None else frame.f_locals["self"]
+
+
+def tell_scaler(found_inf: Tensor) -> bool:
+    """Let the `GradScaler` whose step on this thread called the optimizer's find what it cannot see in gradients.
+
+    Args:
+        found_inf: fp32 [1], positive for infinite or NaN gradients elsewhere.
+
+    Returns:
+        Whether there is such a scaler.
+    """
+    frame = _caller("torch.amp.grad_scaler", "step")
+    if frame is not None:
+        frame.f_locals["optimizer_state"]["found_inf_per_device"][found_inf.device] = found_inf
+    return frame is not None
 
 
 def _caller(name: str, function: str) -> FrameType | None:

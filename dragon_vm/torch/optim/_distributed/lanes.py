@@ -67,8 +67,9 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
 
     Raises:
         TypeError, ValueError: for a `process_group` that is none or does not contain this process, and for a
-            parameter that is `Partial`.
+            parameter that is `Partial`; as `check_meshes`.
     """
+    check_meshes(params, process_group, per_tensor)
     members = _ranks_of_group(process_group)
     found: dict[tuple[int, ...], Any] = {}
     keys: list[tuple[int, ...]] = []
@@ -98,6 +99,25 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
         keys = [key or largest for key in keys]
     index = {ranks: position for position, ranks in enumerate(order)}
     return Lanes(tuple(lanes), tuple(index.get(key, -1) for key in keys), tuple(weights))
+
+
+def check_meshes(params: Sequence[Any], process_group: Any, per_tensor: bool) -> None:
+    """Check that this process learns the norm of each parameter, on whatever mesh it is.
+
+    Raises:
+        ValueError: for one on a mesh without this process, unless `process_group` contains that mesh. For
+            `per_tensor`, the norm of each tensor alone, for each such parameter.
+    """
+    members = set(_ranks_of_group(process_group))
+    for param in params:
+        if not is_distributed(param) or param.device_mesh.get_coordinate() is not None:
+            continue
+        if per_tensor or not members.issuperset(param.device_mesh.mesh.flatten().tolist()):
+            name, remedy = ("clip_norm", "max_grad_norm and ") if per_tensor else ("a norm", "")
+            raise ValueError(
+                f"{name} needs whole gradients, but a parameter of shape {tuple(param.shape)} is on "
+                f"{param.device_mesh} without this process: give {remedy}process_group with all processes"
+            )
 
 
 def check_process_group(group: Any) -> None:

@@ -99,3 +99,16 @@ class Replicas:
             if module is not None and not module.require_forward_param_sync and module.process_group.size() > 1:
                 found.update({id(param): module.process_group for param in module.parameters()})
         return found
+
+    def wanting(self) -> set[int]:
+        """The ids of parameters that DDP wants a gradient of after a pass inside `no_sync` that has used them.
+
+        With `find_unused_parameters` it counts them as used at its next reduction, whether that pass uses them or
+        not. It raises on a process where such a parameter has no gradient, and all others wait.
+        """
+        found: set[int] = set()
+        for reference in self._modules:
+            module = reference()
+            if module is not None and module.find_unused_parameters:
+                found.update(map(id, module.parameters()))
+        return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,15 +53,16 @@ class UnreducedSums:
             for piece, param, stride in zip(pieces, params, strides, strict=True)
         ]
 
-    def take(self) -> None:
-        """Add the gradients that there are, and drop them."""
+    def take(self, zeroed: Container[int] = ()) -> None:
+        """Add the gradients that there are, and drop them; zero those of parameters with the ids `zeroed`."""
         grads = {index: param.grad for index, param in enumerate(self.params) if param.grad is not None}
         if grads:
             torch._foreach_add_([self._views[index] for index in grads], list(grads.values()))
         # Whatever fails above, no gradient is lost.
-        for index in grads:
+        for index, grad in grads.items():
             self._is_present[index] = True
-            self.params[index].grad = None
+            param = self.params[index]
+            param.grad = grad.zero_() if id(param) in zeroed else None
 
     def reduced(self) -> dict[Tensor, Tensor]:
         """The mean over the processes, as DDP takes it, of each parameter that has a gradient on one of them."""

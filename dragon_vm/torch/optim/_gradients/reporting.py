@@ -72,7 +72,7 @@ def stand_in(params: Sequence[Tensor]) -> Tensor | None:
     return param
 
 
-def report_to_all(params: Sequence[Tensor], process_group: Any) -> Tensor | None:
+def report_to_all(params: Sequence[Tensor], process_group: Any) -> tuple[Tensor | None, Tensor | None]:
     """Report infinite and NaN gradients to all processes of a group, so that their scalers do the same.
 
     Args:
@@ -80,22 +80,17 @@ def report_to_all(params: Sequence[Tensor], process_group: Any) -> Tensor | None
         process_group: all its processes call this.
 
     Returns:
-        The parameter that got a gradient of zeros, for others have gradients and this process has none.
-
-    Raises:
-        RuntimeError: if no gradient of this process has an element to report it.
+        The parameter that got a gradient of zeros, for others have gradients and this process has none. The
+        finding, fp32 [1], where no gradient of this process has an element that could tell it to its scaler.
     """
     grads = [local(param.grad) for param in params if param.grad is not None]
     device = meeting_device(params, process_group)
     flags = torch.cat([nonfinite(grads, device), torch.full((1,), float(bool(grads)), device=device)])
     all_reduce_flags(flags, process_group)
-    param = stand_in(params) if not grads and float(flags[1]) else None
-    if params and not report(params, [flags[:1]]) and float(flags[0]):
-        raise RuntimeError(
-            "a GradScaler with process_group: another process found infinite or NaN gradients, and no gradient of "
-            "this one has an element that could tell its scaler. Use skip_nonfinite=True without a scaler, or bf16"
-        )
-    return param
+    if not grads and not float(flags[1]):
+        return None, None
+    param = stand_in(params)
+    return param, None if report(params, [flags[:1]]) else flags[:1]
 
 
 def any_of(flags: Sequence[bool], params: Sequence[Tensor], process_group: Any) -> list[bool]:

@@ -127,6 +127,9 @@ def _shared_norms(
     """Norms over all processes, of each gradient if some group clips them so and of all, and whether to skip."""
     numbers = [abs(group_factor(groups[index])) for index in group_index]
     factors, device = torch.tensor(numbers, dtype=torch.float64, device="cpu"), meeting_device(grads)
+    if device.type == "cpu":
+        # Other processes may have gradients of parameters that are elsewhere.
+        device = shared.device
     if any(group["clip_norm"] for group in groups):
         # Times the factors, as kernels of other processes sum them.
         squares = (l2_norms(grads) * factors).square().to(device)

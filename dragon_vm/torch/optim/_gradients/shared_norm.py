@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.lanes import make_lanes
-from dragon.vm.torch.optim._distributed.reduction import Reduction, TensorReduction
+from dragon.vm.torch.optim._distributed.reduction import Reduction, TensorReduction, meeting_device
 
 
 class Reductions(NamedTuple):
@@ -18,10 +18,12 @@ class Reductions(NamedTuple):
     Attributes:
         total: of all gradients together.
         each: of each gradient alone; None if no group clips them so.
+        device: where processes meet that have no gradient, or some of several devices.
     """
 
     total: Reduction
     each: TensorReduction | None
+    device: torch.device
 
 
 def make_reductions(params: Sequence[Tensor], process_group: Any, clips_each: bool) -> Reductions | None:
@@ -31,7 +33,7 @@ def make_reductions(params: Sequence[Tensor], process_group: Any, clips_each: bo
     """
     total = Reduction(make_lanes(params, process_group, per_tensor=False))
     each = TensorReduction(make_lanes(params, process_group, per_tensor=True)) if clips_each else None
-    return Reductions(total, each) if total or each else None
+    return Reductions(total, each, meeting_device(params, process_group)) if total or each else None
 
 
 class SharedNorm:
@@ -41,9 +43,13 @@ class SharedNorm:
         reductions: of the optimizer.
         positions: of the plan's gradients among all parameters, in the order in which their squares come.
         n_params: number of all parameters.
+
+    Attributes:
+        device: as that of the reductions.
     """
 
     def __init__(self, reductions: Reductions, positions: Sequence[int], n_params: int) -> None:
+        self.device = reductions.device
         self._total, self._each = reductions.total.part(positions), reductions.each
         self._positions, self._n_params = list(positions), n_params
         self._index: dict[torch.device, Tensor] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,10 +17,18 @@ _KEY = "bound_betas"
 _PLACE = (0.0, 0.0, 0.0)
 
 
-def widen_bounds(groups: Iterable[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
+def widen_bounds(
+    groups: Iterable[dict[str, Any]], state: Mapping[Any, Any], sums: Container[Any] = frozenset()
+) -> bool:
     """Note in groups what the betas so far allow their narrow moments; return whether any group changed.
 
-    Betas that changed before a group had a state, in the optimizer's `state`, made no moment.
+    Betas from before the first gradient of a group made no moment: the bound begins anew with it. Until then it
+    counts them, for parameters of the group on other processes may have moments, and one process saves for all.
+
+    Args:
+        groups: parameter groups.
+        state: of the optimizer. A group whose parameters have none there had no gradient yet.
+        sums: parameters with a sum of gradients for the next step.
     """
     has_changed = False
     for group in groups:
@@ -36,13 +44,18 @@ def widen_bounds(groups: Iterable[dict[str, Any]], state: Mapping[Any, Any]) -> 
         beta1, beta2, bound = (*(before or now), 0.0)[:3]
         if (beta1, beta2) != now:
             bound = max(bound, moment_bound(beta1, beta2, math.inf), moment_bound(*now, math.inf))
-            group[_KEY] = (*now, bound) if any(map(state.get, group["params"])) else now
-        elif before is None:
-            group[_KEY] = now
-        else:
-            continue
-        has_changed = True
+        if bound and _begins(group["params"], state, sums):
+            bound = 0.0
+        wanted = (*now, bound) if bound else now
+        if before is None or tuple(before) != wanted:
+            group[_KEY] = wanted
+            has_changed = True
     return has_changed
+
+
+def _begins(params: Sequence[Tensor], state: Mapping[Any, Any], sums: Container[Any]) -> bool:
+    """Whether the next step makes the first moments of a group."""
+    return not any(map(state.get, params)) and any(param.grad is not None or param in sums for param in params)
 
 
 def add_places(packed_groups: Iterable[dict[str, Any]]) -> None:

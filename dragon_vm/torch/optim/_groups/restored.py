@@ -61,8 +61,8 @@ def restored_states(
     streams = {stream for stream in named if not _is_missing("stream", stream)}
     positions = count()
     for group, saved_group in zip(groups, saved_groups, strict=True):
-        own = {name: group.get(name) for name in STORAGE_OPTIONS}
-        merged = complete({**group, **saved_group, **own}, algorithm.own_defaults)
+        said = {name: value for name, value in saved_group.items() if name not in STORAGE_OPTIONS}
+        merged = complete({**group, **said}, algorithm.own_defaults)
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             label, position = next(names), next(positions)
             state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(name, value)}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.hidden import hidden_sharding, split_by_fsdp1
+from dragon.vm.torch.optim._distributed.lanes import check_meshes
 from dragon.vm.torch.optim._distributed.shards import is_distributed
 from dragon.vm.torch.optim._formats.resolve import EIGHT_BIT
 from dragon.vm.torch.optim._options import Settings
@@ -27,6 +28,8 @@ def check_sharding(groups: Sequence[Mapping[str, Any]], settings: Settings) -> N
     clip_norm = max((group.get("clip_norm", 0.0) for group in groups), default=0.0)
     each = f"clip_norm={clip_norm}" if clip_norm else None
     process_group = settings.process_group
+    if total or each:
+        check_meshes(params, process_group, per_tensor=bool(each))
     if process_group is None and (total or (each and any(split))):
         reason = hidden_sharding(params)
         if reason:

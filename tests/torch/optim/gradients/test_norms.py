@@ -81,11 +81,15 @@ def test_a_complex_tensor_is_seen_as_real_pairs():
     assert as_real(tensor).data_ptr() == tensor.data_ptr()
 
 
+@pytest.mark.parametrize("of_grads", ["cpu", "meta"])
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-def test_the_host_sums_with_others_where_its_gradients_are(clip_norm, monkeypatch):
+def test_the_host_sums_with_others_where_accelerators_are(clip_norm, of_grads, monkeypatch):
+    """Where its gradients are, or at least its other parameters."""
     met = []
 
     class Shared:
+        device = torch.device("meta" if of_grads == "cpu" else "cpu")
+
         def total(self, squares, found_inf, *, largest):
             met.append(squares.device.type)
             return torch.ones(1), torch.zeros(1)
@@ -94,7 +98,7 @@ def test_the_host_sums_with_others_where_its_gradients_are(clip_norm, monkeypatc
             met.append(squares.device.type)
             return torch.ones(1), torch.zeros(1)
 
-    monkeypatch.setattr(scaling, "meeting_device", lambda grads: torch.device("meta"))
+    monkeypatch.setattr(scaling, "meeting_device", lambda grads: torch.device(of_grads))
     group = {"clip_norm": clip_norm, "grad_scale": 1.0, "maximize": False}
     settings = Settings(skip_nonfinite=True)
     scaling.gradient_factors([torch.ones(3)], [0], [group], settings, scaling.Scaling(), float, Shared())

@@ -1,10 +1,12 @@
 """States that others handled: PyTorch's loader casts them, and some wrappers write them into `optimizer.state`."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from dragon.vm.torch.optim import SGD, AdamW
@@ -95,7 +97,9 @@ def test_parts_that_a_cast_has_changed_are_refused(mode: str, key: str, dtype: A
 
 
 def put(saved: dict[str, Any], params: list[Tensor], optimizer: AdamW) -> None:
-    """Write states as ZeroRedundancyOptimizer does, which calls no `load_state_dict`."""
+    """Write states and options as ZeroRedundancyOptimizer does, which calls no `load_state_dict`."""
+    for group, said in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update((name, value) for name, value in said.items() if name != "params")
     for param, state in zip(params, copy.deepcopy(saved["state"]).values(), strict=True):
         optimizer.state[param] = state
 
@@ -191,3 +195,34 @@ def test_a_remainder_of_8_bits_that_was_cast_in_its_place_is_read_as_such() -> N
         train(params, optimizer, 2, 2)
         runs.append(bits(params, optimizer))
     assert runs[0] == runs[1]
+
+
+def test_loaded_states_of_sgd_have_the_entries_that_its_step_makes() -> None:
+    """PyTorch's checkpoint functions fail at an entry of a whole dict that the loading optimizer has not."""
+    param = torch.nn.Parameter(torch.randn(64, 64).to(BF16))
+    options = {"lr": 0.1, "momentum": 0.9, "master_weights": "split8", "native_state_dict": True}
+    optimizer, other = (SGD([param], **options) for _ in range(2))
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.state[param].keys() == optimizer.state[param].keys()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_dcp_passes_a_dict_with_integer_keys(tmp_path: Path) -> None:
+    """The saved codes are walked in another order than those of the optimizer that loads them."""
+    weight = torch.randn(4, 8, 16, 16)
+    params = [torch.nn.Parameter(weight.to(memory_format=torch.channels_last)), torch.nn.Parameter(weight)]
+    optimizer, other = (AdamW([param], state_dtype="8bit", native_state_dict=True) for param in params)
+    for param, each in zip(params, (optimizer, other), strict=True):
+        give_gradients([param], 0)
+        each.step()
+    dcp.save(optimizer.state_dict(), checkpoint_id=tmp_path)
+    saved = other.state_dict()
+    dcp.load(saved, checkpoint_id=tmp_path)
+    found = []
+    for loaded in (saved, optimizer.state_dict()):
+        other.load_state_dict(loaded)
+        assert list(other.state) == params[1:]
+        found.append(copy.deepcopy(other.state[params[1]]))
+    assert same_bits(*found)
