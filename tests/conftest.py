@@ -5,6 +5,7 @@ import importlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 # Before torch starts its threads. The tests' tensors are small, and pytest-xdist already fills the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from .forking import Forking
 
 HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
 
@@ -80,6 +83,13 @@ def device() -> torch.device:
     if IS_INTERPRETING:
         return torch.device("cpu")
     return torch.device("cuda" if torch.cuda.is_available() else "xpu")
+
+
+@pytest.fixture(scope="session")
+def forking() -> Iterator[Forking]:
+    """What runs Python in processes that need not import torch."""
+    with Forking() as python:
+        yield python
 
 
 @pytest.fixture
