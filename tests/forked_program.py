@@ -1,15 +1,11 @@
 """What a `Forking` runs: imports what it is told to, and forks a process for each program that it is sent."""
 
-import sys
-
-# The folder of this file has names of packages.
-del sys.path[0]
-
 import json
 import os
 import runpy
 import select
 import socket
+import sys
 
 
 def program(address: str) -> list[str]:
@@ -60,6 +56,8 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    # This file's folder, in which others have names of packages.
+    del sys.path[0]
     _, where, setup = sys.argv
     exec(setup)
     __import__("gc").freeze()

@@ -54,7 +54,7 @@ class Forking:
     ) -> None:
         self._folder = tempfile.mkdtemp(prefix="forking-")
         self._address = str(Path(self._folder, "socket"))
-        self._environment = dict(os.environ if environment is None else environment)
+        self._environment = environment
         script = str(Path(__file__).with_name("forked_program.py"))
         self._command = [sys.executable, *options, script, self._address, setup]
 
@@ -71,11 +71,9 @@ class Forking:
         self._process.communicate()
         shutil.rmtree(self._folder)
 
-    def run(
-        self, *arguments: object, cwd: str | Path, env: Mapping[str, str] | None = None
-    ) -> Ended:
+    def run(self, *arguments: object, cwd: str | Path, env: Mapping[str, str] | None = None) -> Ended:
         """Run `python` with these arguments, of which the first is ``-m``, ``-c`` or a script."""
-        environment = self._environment if env is None else dict(env)
+        environment = dict(os.environ if env is None else env)
         with (
             open(os.devnull) as nothing,
             tempfile.TemporaryFile() as out,
