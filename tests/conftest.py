@@ -25,8 +25,8 @@ HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# What is compiled once is compiled again after a change alone: triton compares the source of a kernel and of all that
-# it calls, with the numbers of its lines.
+# A kernel is compiled again after a change alone: triton compares its source, and that of all functions that it
+# calls, with the numbers of their lines.
 COMPILED = Path(__file__).parents[1] / ".cache" / "triton"
 os.environ.setdefault("TRITON_CACHE_DIR", str(COMPILED))
 KEPT_S = 3 * 86_400
