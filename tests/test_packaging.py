@@ -250,7 +250,11 @@ def interpreter(request: pytest.FixtureRequest, unpacked: Path, source: Path, tm
 def _checked(checker: str, interpreter: Path, script: Path) -> tuple[int, str]:
     """Exit code and output of a type checker on a user's script."""
     commands = {
-        "mypy": [sys.executable, "-m", "mypy", "--strict", f"--python-executable={interpreter}"],
+        # What it found in torch is kept between runs.
+        "mypy": [
+            *(sys.executable, "-m", "mypy", "--strict", f"--python-executable={interpreter}"),
+            f"--cache-dir={ROOT / '.cache' / 'mypy'}",
+        ],
         "pyright": [sys.executable, "-m", "pyright", "--pythonpath", str(interpreter)],
     }
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MYPYPATH")}
