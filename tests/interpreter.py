@@ -115,11 +115,37 @@ _CASTS = {
 _NO_CONSTANTS = {tl.tensor, tl.dtype, tl.block_type, tl.pointer_type, int, float, bool, str, NoneType}
 
 
+def _with_constants(check: Callable[..., Any]) -> Callable[..., Any]:
+    """Check operands of which one may be a number, and make each number's tensor of a type and shape once."""
+    constants: dict[tuple[Any, ...], Any] = {}
+
+    def check_number(self: Any, lhs: Any, rhs: Any, *moves: bool) -> Any:
+        is_right = type(lhs) is tl.tensor
+        tensor, number = (lhs, rhs) if is_right else (rhs, lhs)
+        if type(tensor) is not tl.tensor or type(number) not in (int, float):
+            return check(self, lhs, rhs, *moves)
+        dtype = tensor.dtype
+        # How far to move a pointer does not depend on what it points to.
+        is_pointer = isinstance(dtype, tl.pointer_type)
+        if not (moves if is_pointer else id(dtype) in _ARITHMETIC):
+            return check(self, lhs, rhs, *moves)
+        # Zeros of both signs are equal.
+        key = repr(number), is_pointer or id(dtype), id(tensor.shape)
+        if key not in constants:
+            operands = check(self, lhs, rhs, *moves)
+            if operands[not is_right] is not tensor:
+                return operands
+            constants[key] = operands[is_right]
+        return (tensor, constants[key]) if is_right else (constants[key], tensor)
+
+    return check_number
+
+
 def _skip_what_is_done() -> None:
     """Neither check, convert nor broadcast operands that are alike, and make each constant once."""
     broadcast, cast = TritonSemantic.broadcast_impl_value, TritonSemantic.cast
     check, unwrap = TritonSemantic.binary_op_type_checking_impl, tl.core._unwrap_if_constexpr
-    constants: dict[tuple[Any, ...], Any] = {}
+    check_number = _with_constants(check)
 
     def spread(self: Any, scalar: Any, kind: Any) -> Any:
         data = np.full(kind.shared.numpy, scalar.handle.data, scalar.handle.data.dtype)
@@ -156,25 +182,6 @@ def _skip_what_is_done() -> None:
         else:
             is_done = left is right and id(left) in _ARITHMETIC
         return broadcast_unless_alike(self, lhs, rhs) if is_done else check(self, lhs, rhs, *args, **kwargs)
-
-    def check_number(self: Any, lhs: Any, rhs: Any, *moves: bool) -> Any:
-        is_right = type(lhs) is tl.tensor
-        tensor, number = (lhs, rhs) if is_right else (rhs, lhs)
-        if type(tensor) is not tl.tensor or type(number) not in (int, float):
-            return check(self, lhs, rhs, *moves)
-        dtype = tensor.dtype
-        # How far to move a pointer does not depend on what it points to.
-        is_pointer = isinstance(dtype, tl.pointer_type)
-        if not (moves if is_pointer else id(dtype) in _ARITHMETIC):
-            return check(self, lhs, rhs, *moves)
-        # Zeros of both signs are equal.
-        key = repr(number), is_pointer or id(dtype), id(tensor.shape)
-        if key not in constants:
-            operands = check(self, lhs, rhs, *moves)
-            if operands[not is_right] is not tensor:
-                return operands
-            constants[key] = operands[is_right]
-        return (tensor, constants[key]) if is_right else (constants[key], tensor)
 
     def unwrap_by_type(value: Any) -> Any:
         kind = type(value)
