@@ -5,6 +5,9 @@ import importlib
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch starts its threads. The tests' tensors are small, and pytest-xdist already fills the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,12 +16,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from .forking import Forking
+
 HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
 
 # Before anything imports triton, which reads it once. A subprocess that compiles kernels for a named GPU
 # removes it from its environment.
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A kernel is compiled again after a change alone: triton compares its source, and that of all functions that it
+# calls, with the numbers of their lines.
+COMPILED = Path(__file__).parents[1] / ".cache" / "triton"
+os.environ.setdefault("TRITON_CACHE_DIR", str(COMPILED))
+KEPT_S = 3 * 86_400
 
 # Nobody's tuning results reach the tests.
 TUNING_DIR = os.environ["DRAGON_VM_TUNING_DIR"] = tempfile.mkdtemp(prefix="dragon-vm-tuning-")
@@ -48,6 +59,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Forget kernels that were compiled long ago, before test processes start."""
+    if not hasattr(config, "workerinput") and COMPILED.is_dir():
+        for folder in COMPILED.iterdir():
+            if time.time() - folder.stat().st_mtime > KEPT_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_unconfigure() -> None:
@@ -80,6 +99,13 @@ def device() -> torch.device:
     if IS_INTERPRETING:
         return torch.device("cpu")
     return torch.device("cuda" if torch.cuda.is_available() else "xpu")
+
+
+@pytest.fixture(scope="session")
+def forking() -> Iterator[Forking]:
+    """What runs Python in processes that need not import torch."""
+    with Forking() as python:
+        yield python
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ A kernel's call replaces the functions of the language by interpreted ones, and 
 helper that the kernel calls has them replaced once more: it finds nothing left to replace, in 0.2 ms a call.
 Each operation makes a table of all dtypes to look one up, and the type of its result with a shape of its own.
 It compares types and shapes step by step, to convert and to broadcast nothing, and makes each constant anew.
+Whatever it makes it measures, to see that its data are as wide as its type.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import cache
 from types import NoneType
 from typing import Any, NamedTuple
 
+import numpy as np
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter, jit
@@ -58,6 +60,7 @@ class _Shape(NamedTuple):
     numel_of_type: Any
     of_tensor: Any
     numel_of_tensor: Any
+    numpy: tuple[int, ...]
 
 
 def _share_shapes() -> None:
@@ -70,7 +73,7 @@ def _share_shapes() -> None:
         kind, made = tl.block_type.__new__(tl.block_type), tl.tensor.__new__(tl.tensor)
         init_type(kind, tl.float32, list(sizes))
         init_tensor(made, None, kind)
-        return _Shape(kind.shape, kind.numel, made.shape, made.numel)
+        return _Shape(kind.shape, kind.numel, made.shape, made.numel, sizes)
 
     def make_type(self: Any, element_ty: Any, shape: Any) -> None:
         shared = by_identity.get(id(shape))
@@ -98,57 +101,87 @@ def _share_shapes() -> None:
     tl.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>", lambda self, name: None)
 
 
-# Types of numbers of which each computes in itself, whatever the operation; and those that move a pointer.
-_ARITHMETIC = {tl.float32, tl.float64, tl.int32, tl.int64, tl.uint32, tl.uint64}
-_OFFSETS = {tl.int32, tl.int64}
+# By identity, for the hash of a type takes longer: types of numbers of which each computes in itself, whatever the
+# operation, those that move a pointer, and pairs of which one is made of the other as NumPy does.
+_ARITHMETIC = set(map(id, (tl.float32, tl.float64, tl.int32, tl.int64, tl.uint32, tl.uint64)))
+_OFFSETS = {id(tl.int32), id(tl.int64)}
+_CASTS = {
+    (id(source), id(target))
+    for source, target in ((tl.int32, tl.int64), (tl.float32, tl.float64), (tl.float64, tl.float32))
+}
 
 
 # Of these none holds a constant of the language.
 _NO_CONSTANTS = {tl.tensor, tl.dtype, tl.block_type, tl.pointer_type, int, float, bool, str, NoneType}
 
 
-def _skip_what_is_done() -> None:
-    """Neither check, convert nor broadcast operands that are alike, and make each constant once."""
-    broadcast, cast = TritonSemantic.broadcast_impl_value, TritonSemantic.cast
-    check, unwrap = TritonSemantic.binary_op_type_checking_impl, tl.core._unwrap_if_constexpr
+def _with_constants(check: Callable[..., Any]) -> Callable[..., Any]:
+    """Check operands of which one may be a number, and make each number's tensor of a type and shape once."""
     constants: dict[tuple[Any, ...], Any] = {}
 
-    def broadcast_unless_alike(self: Any, lhs: Any, rhs: Any) -> Any:
-        # Shapes are shared.
-        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
-
-    def cast_unless_alike(self: Any, input: Any, dst_ty: Any, fp_downcast_rounding: Any = None) -> Any:
-        return input if input.dtype is dst_ty.scalar else cast(self, input, dst_ty, fp_downcast_rounding)
-
-    def is_arithmetic(dtype: Any) -> bool:
-        # Types of pointers have no hash.
-        return not isinstance(dtype, tl.pointer_type) and dtype in _ARITHMETIC
-
-    def check_unless_alike(self: Any, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(rhs) is not tl.tensor or type(lhs) is not tl.tensor:
-            return check(self, lhs, rhs, *args, **kwargs) if args or kwargs else check_number(self, lhs, rhs)
-        left, right = lhs.dtype, rhs.dtype
-        if isinstance(left, tl.pointer_type):
-            # A pointer and how far to move it.
-            is_done = args == (True, True) and not isinstance(right, tl.pointer_type) and right in _OFFSETS
-        else:
-            is_done = left is right and left in _ARITHMETIC
-        return broadcast_unless_alike(self, lhs, rhs) if is_done else check(self, lhs, rhs, *args, **kwargs)
-
-    def check_number(self: Any, lhs: Any, rhs: Any) -> Any:
+    def check_number(self: Any, lhs: Any, rhs: Any, *moves: bool) -> Any:
         is_right = type(lhs) is tl.tensor
         tensor, number = (lhs, rhs) if is_right else (rhs, lhs)
-        is_usual = type(tensor) is tl.tensor and type(number) in (int, float) and is_arithmetic(tensor.dtype)
-        if not is_usual:
-            return check(self, lhs, rhs)
+        if type(tensor) is not tl.tensor or type(number) not in (int, float):
+            return check(self, lhs, rhs, *moves)
+        dtype = tensor.dtype
+        # How far to move a pointer does not depend on what it points to.
+        is_pointer = isinstance(dtype, tl.pointer_type)
+        if not (moves if is_pointer else id(dtype) in _ARITHMETIC):
+            return check(self, lhs, rhs, *moves)
         # Zeros of both signs are equal.
-        key = repr(number), tensor.dtype, id(tensor.shape)
+        key = repr(number), is_pointer or id(dtype), id(tensor.shape)
         if key not in constants:
-            operands = check(self, lhs, rhs)
+            operands = check(self, lhs, rhs, *moves)
             if operands[not is_right] is not tensor:
                 return operands
             constants[key] = operands[is_right]
         return (tensor, constants[key]) if is_right else (constants[key], tensor)
+
+    return check_number
+
+
+def _skip_what_is_done() -> None:
+    """Neither check, convert nor broadcast operands that are alike, and make each constant once."""
+    broadcast, cast = TritonSemantic.broadcast_impl_value, TritonSemantic.cast
+    check, unwrap = TritonSemantic.binary_op_type_checking_impl, tl.core._unwrap_if_constexpr
+    check_number = _with_constants(check)
+
+    def spread(self: Any, scalar: Any, kind: Any) -> Any:
+        data = np.full(kind.shared.numpy, scalar.handle.data, scalar.handle.data.dtype)
+        return self.tensor(interpreter.TensorHandle(data, scalar.dtype), kind.with_element_ty(scalar.dtype))
+
+    def broadcast_unless_alike(self: Any, lhs: Any, rhs: Any) -> Any:
+        # Shapes are shared.
+        if lhs.shape is rhs.shape:
+            return lhs, rhs
+        if not rhs.type.is_block():
+            return lhs, spread(self, rhs, lhs.type)
+        if not lhs.type.is_block():
+            return spread(self, lhs, rhs.type), rhs
+        return broadcast(self, lhs, rhs)
+
+    def cast_unless_alike(self: Any, input: Any, dst_ty: Any, fp_downcast_rounding: Any = None) -> Any:
+        source, target = input.dtype, dst_ty.scalar
+        if source is target:
+            return input
+        if (id(source), id(target)) in _CASTS and fp_downcast_rounding is None:
+            kind = input.type.with_element_ty(target) if input.type.is_block() else target
+            return self.tensor(self.builder.cast_impl(input.handle, kind), kind)
+        return cast(self, input, dst_ty, fp_downcast_rounding)
+
+    def check_unless_alike(self: Any, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(rhs) is not tl.tensor or type(lhs) is not tl.tensor:
+            if kwargs or args not in ((), (True, True)):
+                return check(self, lhs, rhs, *args, **kwargs)
+            return check_number(self, lhs, rhs, *args)
+        left, right = lhs.dtype, rhs.dtype
+        if isinstance(left, tl.pointer_type):
+            # A pointer and how far to move it.
+            is_done = args == (True, True) and id(right) in _OFFSETS
+        else:
+            is_done = left is right and id(left) in _ARITHMETIC
+        return broadcast_unless_alike(self, lhs, rhs) if is_done else check(self, lhs, rhs, *args, **kwargs)
 
     def unwrap_by_type(value: Any) -> Any:
         kind = type(value)
@@ -195,6 +228,8 @@ def speed_up() -> None:
     interpreter._get_np_dtype = _dtype_lookup()
     _share_shapes()
     _skip_what_is_done()
+    # What checks that a handle's data are as wide as its type.
+    interpreter.TensorHandle.__post_init__ = lambda self: None
     _keep_replacements()
     replace: Callable[[Any], Any] = interpreter._patch_lang
     replaced: set[frozenset[str]] = set()

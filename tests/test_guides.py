@@ -7,15 +7,15 @@ The blocks of a page make one program, in their order. A comment before a block 
 
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+
+from .forking import Forking
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -34,8 +34,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED":
 # (torch 2.13).
 ABORTED = "terminate called without an active exception"
 N_ATTEMPTS = 4
-
-Runner = Callable[[Path], tuple[int, str]]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 class Block(NamedTuple):
@@ -76,57 +75,24 @@ def program(page: Path, needs: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Imports what each page does, and runs each program that it is told of in a process forked from itself.
-FORKING = """
-import gc, os, runpy, sys
-import torch, torch._dynamo
-
-gc.freeze()
-
-for line in sys.stdin:
-    path = line.rstrip()
-    child = os.fork()
-    if child == 0:
-        os.chdir(os.path.dirname(path))
-        log = os.open(path + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.argv = [path]
-        sys.path[0] = os.path.dirname(path)
-        runpy.run_path(path, run_name="__main__")
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | OFFLINE
 
 
 @pytest.fixture(scope="module")
-def run_forked() -> Iterator[Runner]:
-    """Exit code and output of a program, which does not see what others leave behind."""
-    command = [sys.executable, "-c", FORKING]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment(), stdin=pipe, stdout=pipe, text=True) as process:
-
-        def run(path: Path) -> tuple[int, str]:
-            print(path, file=process.stdin, flush=True)
-            return int(process.stdout.readline()), Path(f"{path}.log").read_text(encoding="utf-8")
-
-        yield run
-        process.stdin.close()
+def compiling() -> Iterator[Forking]:
+    """What runs Python where kernels are not interpreted."""
+    with Forking(environment()) as python:
+        yield python
 
 
-def run_with_torchrun(path: Path) -> tuple[int, str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
+def run_page(python: Forking, path: Path, *launcher: str) -> tuple[int, str]:
+    """Exit code and output of a program."""
     for _ in range(N_ATTEMPTS):
-        done = subprocess.run(
-            command, cwd=path.parent, env=environment(), capture_output=True, text=True, check=False
-        )
-        if ABORTED not in done.stderr:
+        code, out, err = python.run(*launcher, path, cwd=path.parent, env=environment())
+        if not launcher or ABORTED not in err:
             break
-    return done.returncode, done.stdout + done.stderr
+    return code, out + err
 
 
 def test_the_cases_are_the_frameworks_and_the_gpu() -> None:
@@ -143,19 +109,20 @@ def test_every_block_is_found_and_is_python(page: Path) -> None:
 
 
 @pytest.mark.parametrize(("page", "needs"), cases(), ids=name)
-def test_the_code_of_a_page_runs(page: Path, needs: str, tmp_path: Path, run_forked: Runner) -> None:
+def test_the_code_of_a_page_runs(page: Path, needs: str, tmp_path: Path, compiling: Forking) -> None:
     skip_where_missing(needs)
     path = tmp_path / "program.py"
     path.write_text(program(page, needs), encoding="utf-8")
-    code, output = (run_with_torchrun if needs == "torchrun" else run_forked)(path)
+    launcher = TORCHRUN if needs == "torchrun" else ()
+    code, output = run_page(compiling, path, *launcher)
     assert code == 0, output[-8000:]
 
 
-def test_an_error_in_a_block_is_found_at_its_line(tmp_path: Path, run_forked: Runner) -> None:
+def test_an_error_in_a_block_is_found_at_its_line(tmp_path: Path, compiling: Forking) -> None:
     page = tmp_path / "page.md"
     page.write_text("# Page\n\n```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n", encoding="utf-8")
     path = tmp_path / "program.py"
     path.write_text(program(page, ""), encoding="utf-8")
-    code, output = run_forked(path)
+    code, output = run_page(compiling, path)
     assert code == 1
     assert f'{path}", line 8' in output

@@ -1,6 +1,5 @@
 """``dragon-vm memory``: the table of a model of one's own, and what a wrong ``--model`` is told."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,8 @@ import torch
 
 from dragon.vm import memory, tune
 from dragon.vm.torch.optim import Adam
+
+from .forking import Forking
 
 MODEL = """
 import torch
@@ -44,14 +45,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_model_of_the_present_folder_is_found(folder: Path) -> None:
+def test_a_model_of_the_present_folder_is_found(folder: Path, forking: Forking) -> None:
     code = "from dragon.vm.tune import console; console(['memory', '--model', 'my_package.model:make'])"
     # Isolated, as a console script is: without the present folder in the path.
-    command = [sys.executable, "-c", f"import sys; sys.path.remove(''); {code}"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("my_package.model:make: 4,160 trained parameters in 2 tensors\n")
-    assert "state_dtype='8bit', master_weights='split8'" in done.stdout
+    ended = forking.run("-c", f"import sys; sys.path.remove(''); {code}", cwd=folder)
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith("my_package.model:make: 4,160 trained parameters in 2 tensors\n")
+    assert "state_dtype='8bit', master_weights='split8'" in ended.out
 
 
 @pytest.mark.parametrize(

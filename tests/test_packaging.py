@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from .forking import SETUP, Forking
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,17 +60,35 @@ import dragon.vm._run_options, dragon.vm.testing, dragon.kernels.update
 """
 
 
-def _python(code: str, *paths: Path, cwd: Path) -> str:
-    """Run `code` on what is installed plus `paths`, without the editable install of this checkout.
+# This keeps `.pth` files, and with them the hook of the editable install, from being read.
+OPTIONS = ("-S", "-W", "error")
 
-    `-S` keeps `.pth` files, and with them the hook of the editable install, from being read.
-    """
+
+def _with_path(*paths: Path) -> dict[str, str]:
+    """The environment in which Python finds what is installed plus `paths`, and not this checkout."""
     installed = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, paths), *installed])}
-    command = [sys.executable, "-S", "-W", "error", "-c", code]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, paths), *installed])}
+
+
+def _python(code: str, *paths: Path, cwd: Path) -> str:
+    """Run `code` on what is installed plus `paths`, without the editable install of this checkout."""
+    command = [sys.executable, *OPTIONS, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=_with_path(*paths), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run_installed() -> Iterator[Callable[..., str]]:
+    """The same, where torch and triton are imported already."""
+    with Forking(_with_path(), f"{SETUP}, triton, hypothesis", OPTIONS) as forking:
+
+        def run(code: str, *paths: Path, cwd: Path) -> str:
+            ended = forking.run("-c", code, cwd=cwd, env=_with_path(*paths))
+            assert ended.code == 0, ended.err
+            return ended.out
+
+        yield run
 
 
 def _build(kind: str, source: Path, destination: Path, settings: str = "None") -> Path:
@@ -143,8 +163,10 @@ def test_the_wheel_carries_its_license_and_python_versions(wheel: Path) -> None:
     assert "License-Expression: BSD-2-Clause\n" in metadata
 
 
-def test_the_wheel_imports_from_an_empty_folder(unpacked: Path, tmp_path: Path) -> None:
-    places = _python(IMPORT_ALL, unpacked, cwd=tmp_path).split()
+def test_the_wheel_imports_from_an_empty_folder(
+    unpacked: Path, run_installed: Callable[..., str], tmp_path: Path
+) -> None:
+    places = run_installed(IMPORT_ALL, unpacked, cwd=tmp_path).split()
     assert places == [
         str(unpacked.resolve() / "dragon" / "vm" / "torch" / "__init__.py"),
         str(unpacked.resolve() / "dragon" / "kernels" / "__init__.py"),
@@ -152,12 +174,14 @@ def test_the_wheel_imports_from_an_empty_folder(unpacked: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("mode", ["lenient", "strict"])
-def test_an_editable_install_imports_the_checkout(mode: str, source: Path, tmp_path: Path) -> None:
+def test_an_editable_install_imports_the_checkout(
+    mode: str, source: Path, run_installed: Callable[..., str], tmp_path: Path
+) -> None:
     folder = tmp_path / "site"
     zipfile.ZipFile(_build("editable", source, tmp_path, f"{{'editable_mode': {mode!r}}}")).extractall(folder)
     # On the path as well, and first: this checkout's own hook is a module of the same name.
     code = f"import site; site.addsitedir({str(folder)!r}); {IMPORT_ALL}"
-    mirror, kernels = map(Path, _python(code, folder, cwd=folder).split())
+    mirror, kernels = map(Path, run_installed(code, folder, cwd=folder).split())
     assert mirror.samefile(source / "dragon_vm" / "torch" / "__init__.py")
     assert kernels.samefile(source / "kernels" / "__init__.py")
 
@@ -182,8 +206,10 @@ def test_importing_the_mirror_does_not_import_triton(unpacked: Path, tmp_path: P
     assert _python(code, unpacked, cwd=tmp_path) == "False\n"
 
 
-def test_it_imports_where_python_cuts_the_indentation_of_docstrings(unpacked: Path, tmp_path: Path) -> None:
-    _python(CLEAN_DOCSTRINGS, unpacked, cwd=tmp_path)
+def test_it_imports_where_python_cuts_the_indentation_of_docstrings(
+    unpacked: Path, run_installed: Callable[..., str], tmp_path: Path
+) -> None:
+    run_installed(CLEAN_DOCSTRINGS, unpacked, cwd=tmp_path)
 
 
 def test_the_tests_see_this_checkout_and_no_other_install() -> None:
@@ -250,7 +276,11 @@ def interpreter(request: pytest.FixtureRequest, unpacked: Path, source: Path, tm
 def _checked(checker: str, interpreter: Path, script: Path) -> tuple[int, str]:
     """Exit code and output of a type checker on a user's script."""
     commands = {
-        "mypy": [sys.executable, "-m", "mypy", "--strict", f"--python-executable={interpreter}"],
+        # What it found in torch is kept between runs.
+        "mypy": [
+            *(sys.executable, "-m", "mypy", "--strict", f"--python-executable={interpreter}"),
+            f"--cache-dir={ROOT / '.cache' / 'mypy'}",
+        ],
         "pyright": [sys.executable, "-m", "pyright", "--pythonpath", str(interpreter)],
     }
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MYPYPATH")}

@@ -16,6 +16,8 @@ from dragon.vm.run import HELP, HINT, USAGE, main
 from dragon.vm.torch.optim._hints import option_of
 from dragon.vm.torch.optim._swap import own_options
 
+from .forking import Ended, Forking
+
 SCRIPT = """
 import pickle
 import sys
@@ -87,13 +89,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def python(*arguments: object, cwd: Path, **environment: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a Python process."""
+def python(*arguments: object, cwd: Path, **environment: str) -> Ended:
+    """What becomes of a Python process."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
-    return done.returncode, done.stdout, done.stderr
+    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 def test_a_script_runs_unmodified_in_a_process_of_its_own(folder: Path) -> None:
@@ -345,30 +347,33 @@ def test_it_runs_and_refuses_what_python_does(
 @pytest.mark.parametrize(
     "script", ["interrupted.py", "at_exit.py", "failed.py", "beside.py", "closed.py", "silent.py"]
 )
-def test_a_process_ends_as_with_python(script: str, tmp_path: Path) -> None:
+def test_a_process_ends_as_with_python(script: str, forking: Forking, tmp_path: Path) -> None:
     write_files(tmp_path)
-    code, out, err = python("-m", "dragon.vm.run", script, cwd=tmp_path)
+    code, out, err = forking.run("-m", "dragon.vm.run", script, cwd=tmp_path)
     assert (code, out, err.replace(NOTHING, "")) == python(script, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_processes_of_multiprocessing_swap_too_and_the_first_reports(method: str, tmp_path: Path) -> None:
+def test_processes_of_multiprocessing_swap_too_and_the_first_reports(
+    method: str, forking: Forking, tmp_path: Path
+) -> None:
     (tmp_path / "many.py").write_text(SPAWNING)
-    code, _, err = python("-m", "dragon.vm.run", "many.py", method, tmp_path / "meeting", cwd=tmp_path)
+    arguments = ["-m", "dragon.vm.run", "many.py", method, tmp_path / "meeting"]
+    code, _, err = forking.run(*arguments, cwd=tmp_path)
     assert code == 0, err
     report = "dragon.vm.run: 1 optimizer replaced\n  torch.optim.SGD: 2 parameters in 1 tensors, 0 steps\n"
     assert err == report + NOTHING
 
 
 @pytest.mark.parametrize("in_front", [True, False], ids=["in front", "behind"])
-def test_a_launcher_goes_in_front(in_front: bool, folder: Path) -> None:
+def test_a_launcher_goes_in_front(in_front: bool, forking: Forking, folder: Path) -> None:
     n_processes = 2 if in_front else 1
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_processes)]
     run = ["-m", "dragon.vm.run"]
     command = (
         [*launcher, *run, "--state-dtype", "bfloat16", "train.py"] if in_front else [*run, *launcher, "train.py"]
     )
-    code, out, err = python(*command, cwd=folder, OMP_NUM_THREADS="1")
+    code, out, err = forking.run(*command, cwd=folder)
     assert code == 0, err
     module = "dragon.vm.torch.optim.adam" if in_front else "torch.optim.adamw"
     assert out == f"{module} True [] {folder / 'train.py'}\n" * n_processes

@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import torch
 
 from dragon.vm.torch.optim import AdamW
 
+from ..forking import Forking
 from .training import STEPS, assert_same_training, batches, model, ours, theirs
 
 accelerate = pytest.importorskip("accelerate", reason="the clients extra is not installed")
@@ -74,17 +73,11 @@ print(type(optimizer.optimizer).__module__)
 """
 
 
-def test_its_launcher_runs_an_unmodified_script_with_ours(tmp_path: Path) -> None:
+def test_its_launcher_runs_an_unmodified_script_with_ours(forking: Forking, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    done = subprocess.run(
-        [*launcher, "--module", "dragon.vm.run", "train.py"],
-        cwd=tmp_path,
-        env={**os.environ, "ACCELERATE_LOG_LEVEL": "error", "HF_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "dragon.vm.torch.optim.adam\n"
-    assert "torch.optim.AdamW: 2 parameters in 1 tensors, 1 steps" in done.stderr
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    environment = {**os.environ, "ACCELERATE_LOG_LEVEL": "error", "HF_HOME": str(tmp_path)}
+    ended = forking.run(*launcher, "--module", "dragon.vm.run", "train.py", cwd=tmp_path, env=environment)
+    assert ended.code == 0, ended.err
+    assert ended.out == "dragon.vm.torch.optim.adam\n"
+    assert "torch.optim.AdamW: 2 parameters in 1 tensors, 1 steps" in ended.err

@@ -1,4 +1,4 @@
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,34 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*train_dataloader.*:UserWarning:lightning"),
 ]
-lightning = pytest.importorskip("lightning", reason="the clients extra is not installed")
 
 
-class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]  # imported if it is there
-    def __init__(self, make: Any) -> None:
-        super().__init__()
-        self.model, self.make, self.losses = model(), make, []
+@cache
+def imported() -> tuple[Any, Any]:
+    """Lightning and the module to train, made by a test: to import it takes every test process seconds."""
+    lightning = pytest.importorskip("lightning", reason="the clients extra is not installed")
 
-    def training_step(self, batch: Any, _: int) -> torch.Tensor:
-        loss = torch.nn.functional.mse_loss(self.model(batch[0]), batch[1])
-        self.losses.append(loss.item())
-        return loss
+    class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]  # imported if it is there
+        def __init__(self, make: Any) -> None:
+            super().__init__()
+            self.model, self.make, self.losses = model(), make, []
 
-    def configure_optimizers(self) -> Any:
-        optimizer = self.make(self.parameters())
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=4 * STEPS)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            loss = torch.nn.functional.mse_loss(self.model(batch[0]), batch[1])
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = self.make(self.parameters())
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=4 * STEPS)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    return lightning, Module
 
 
 def fit(make: Any, precision: str, folder: Path, epochs: int = 1, resume: str | None = None) -> Any:
-    module = Module(make)
+    lightning, kind = imported()
+    module = kind(make)
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -74,10 +75,13 @@ def split_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": group} for group in (plain, distributed) if group]
 
 
+# A worker has one process group for its life, and each new mesh of two dimensions would make more of them.
+@cache
 def world_mesh() -> Any:
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
+@cache
 def square_mesh() -> Any:
     """Two dimensions; with a prime number of processes one of them is 1."""
     n = dist.get_world_size()

@@ -1,6 +1,5 @@
 import mmap
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -101,11 +100,10 @@ ctypes.c_float.from_address(tensor.data_ptr() + {offset}).value
 
 @linux
 @pytest.mark.parametrize(("edge", "offset"), [("end", 400), ("start", -4)])
-def test_reaching_past_a_protected_tensor_is_a_segmentation_fault(edge, offset):
-    program = REACH.format(edge=edge, offset=offset)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.stdout.startswith("alive 0.0")
-    assert done.returncode == -signal.SIGSEGV
+def test_reaching_past_a_protected_tensor_is_a_segmentation_fault(edge, offset, forking, tmp_path):
+    ended = forking.run("-c", REACH.format(edge=edge, offset=offset), cwd=tmp_path)
+    assert ended.out.startswith("alive 0.0")
+    assert ended.code == -signal.SIGSEGV
 
 
 def test_a_protected_tensor_says_that_it_needs_linux(monkeypatch):

@@ -1,8 +1,6 @@
 """``dragon-vm``: every option does what it says, prints it, and tells it by its exit status."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from dragon.vm.tuning import run as run_module
 from dragon.vm.tuning import store
 from dragon.vm.tuning.jobs import COMMON
 
+from ..forking import Forking
 from .support import MACHINE, Clock, PlantedBench, planted_tools, result
 from .test_search import PLANTED, bowl
 
@@ -141,7 +140,7 @@ def test_the_doctor_is_a_command_and_its_findings_are_the_exit_status(monkeypatc
         assert tune.console(["doctor"]) == status
 
 
-def test_the_parity_kit_is_needed_for_a_measurement_only() -> None:
+def test_the_parity_kit_is_needed_for_a_measurement_only(forking: Forking, tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "for name in ('numpy.testing', 'hypothesis', 'dragon.vm.testing'): sys.modules[name] = None\n"
@@ -149,9 +148,9 @@ def test_the_parity_kit_is_needed_for_a_measurement_only() -> None:
         "assert console(['tune', '--dry-run']) == 0\n"
         "sys.exit(console(['tune', '--kernel', 'adam fp32']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines()[-1].endswith('is not installed: pip install "dragon-vm-torch[cli]"')
+    ended = forking.run("-c", code, cwd=tmp_path)
+    assert ended.code == 1, ended.err
+    assert ended.out.splitlines()[-1].endswith('is not installed: pip install "dragon-vm-torch[cli]"')
 
 
 def test_the_guide_explains_every_option() -> None:
