@@ -118,7 +118,8 @@ def _instructions(assembly: str) -> Iterator[tuple[list[Frame], str]]:
         elif not is_inline and (location := LOCATION.match(line)):
             found = [Frame(file, int(number)) for file, number in FRAME.findall(location[3])]
             found += _nearest(ways[location[2]], frames)
-            ways[location[1]].append(found)
+            known = ways[location[1]]
+            known[:] = [*(way for way in known if way != found), found]
             # Line 0 stands for "merged or made by the compiler": it belongs to where it stands.
             frames = found if found and found[0].line else frames
         elif INSTRUCTION.match(line):
