@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dragon.kernels.archs import arch_name
+from dragon.kernels.archs import arch_name, warp_size
 from dragon.kernels.constant import Constant
 from dragon.kernels.spec import Spec, has_blocks
 
@@ -37,8 +37,10 @@ DEFAULT_CONFIG = LaunchConfig()
 BLOCK_CONFIG = LaunchConfig(chunk=512, n_warps=2)
 
 # A warp of CDNA has 64 threads: 1024 elements would leave 4 of them a thread, an access of 8 bytes for bf16.
+WIDE_WARP_CONFIG = LaunchConfig(chunk=2048)
+
 # Interpreted programs run one after the other, and an operation of NumPy takes much longer to start than to do.
-DEFAULT_CONFIGS: dict[str, LaunchConfig] = {"gfx942": LaunchConfig(chunk=2048), "cpu": LaunchConfig(chunk=4096)}
+INTERPRETER_CONFIG = LaunchConfig(chunk=4096)
 
 
 def default_config(arch: str, spec: Spec | None = None) -> LaunchConfig:
@@ -48,5 +50,9 @@ def default_config(arch: str, spec: Spec | None = None) -> LaunchConfig:
         arch: the architecture, such as "sm_90", "90" or "gfx942".
         spec: which kernel; None for one without blocks that share a scale.
     """
-    usual = DEFAULT_CONFIG if spec is None or not has_blocks(spec) else BLOCK_CONFIG
-    return DEFAULT_CONFIGS.get(arch_name(arch), usual)
+    name = arch_name(arch)
+    if name == "cpu":
+        return INTERPRETER_CONFIG
+    if warp_size(name) == 64:
+        return WIDE_WARP_CONFIG
+    return DEFAULT_CONFIG if spec is None or not has_blocks(spec) else BLOCK_CONFIG

@@ -19,7 +19,9 @@ FRAME = re.compile(r"([\w.]+):(\d+)(?::\d+)?")
 
 PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d+))?\.[bfus](\d+)\b")
 GCN_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)")
-GCN_NBYTES = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2, "dword": 4}
+# By size: "dwordx4" and "ushort" of CDNA, "b128", "u16" and "d16_hi_b16" of RDNA.
+GCN_SIZE = re.compile(r"[us]?(byte|short|dword)(?:x(\d+))?|(?:d16_)?(?:hi_)?[biu](\d+)")
+GCN_NBYTES = {"byte": 1, "short": 2, "dword": 4}
 
 # Labels, directives and comments are no instructions; a predicate in front of one is no hindrance.
 INSTRUCTION = re.compile(r"^\s+(?:@!?%\w+\s+)?[a-z][\w.:]*(?:\s|;|$)")
@@ -86,9 +88,10 @@ def _access(line: str) -> tuple[bool, int] | None:
     if ptx := PTX_ACCESS.search(line):
         return ptx[1] == "st", int(ptx[2] or 1) * int(ptx[3]) // 8
     if gcn := GCN_ACCESS.search(line):
-        width = re.match(r"(dword)x(\d+)|([a-z]+)", gcn[2])
-        if width is not None:
-            return gcn[1] == "store", GCN_NBYTES[width[1] or width[3]] * int(width[2] or 1)
+        size = GCN_SIZE.match(gcn[2])
+        if size is not None:
+            nbytes = int(size[3]) // 8 if size[3] else GCN_NBYTES[size[1]] * int(size[2] or 1)
+            return gcn[1] == "store", nbytes
     return None
 
 

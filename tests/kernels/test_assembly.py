@@ -58,6 +58,16 @@ GCN = """
 	s_endpgm
 """
 
+RDNA = """
+	.loc	1 10 5                          ; walk.py:10:5 @[ kernel.py:3:1 ]
+	global_load_b128 v[2:5], v[18:19], off
+	global_load_d16_hi_b16 v1, v[18:19], off
+	global_load_u8 v1, v[18:19], off
+	global_load_d16_i8 v1, v[18:19], off
+	global_store_b64 v[2:3], v1, off
+	s_load_b256 s[4:11], s[20:21], 0x30
+"""
+
 PATHS = {"vector": Lines("walk.py", 10, 12), "tail": Lines("walk.py", 20, 22), "other": Lines("kernel.py", 9, 9)}
 TABLES = [Lines("table.py", 90, 92)]
 
@@ -86,6 +96,7 @@ def test_accesses_of_amd_are_told_apart_by_their_source_lines() -> None:
     assert found["vector"] == Accesses({16: 1, 2: 1}, {8: 1}, 5)
     assert found["tail"] == Accesses({}, {4: 1}, 2)
     assert found["vector"].nbytes == 26
+    assert accesses_by_path(RDNA, PATHS, TABLES)["vector"] == Accesses({16: 1, 2: 1, 1: 2}, {8: 1}, 6)
 
 
 @triton.jit

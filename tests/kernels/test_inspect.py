@@ -191,6 +191,24 @@ def test_a_candidate_configuration_is_judged_without_a_gpu() -> None:
     assert done.stdout.splitlines() == ["True True False True", "4.0 28.0 {8: 4}"], done.stderr
 
 
+OTHER_ARCHS = """
+from dragon.kernels.config import default_config
+from dragon.kernels.inspect import UPDATES, compile_update
+spec = UPDATES["adam bf16"]
+for arch in ("sm_120", "gfx90a", "gfx1100"):
+    report = compile_update(spec, default_config(arch, spec), arch)
+    loads = report.paths["vector"].loads
+    print(arch, report.is_vectorized, report.spilled_nbytes, loads, report.nbytes_per_element)
+"""
+
+
+def test_gpus_of_other_generations_get_whole_vectors_too() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", OTHER_ARCHS], env=environment, capture_output=True, text=True)
+    expected = [f"{arch} True 0 {{16: 4}} 14.0" for arch in ("sm_120", "gfx90a", "gfx1100")]
+    assert done.stdout.splitlines() == expected, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -82,7 +82,8 @@ def test_names_of_architectures_have_one_spelling():
     assert [warp_size(arch) for arch in (*ARCHS, "gfx1100")] == [32, 32, 32, 64, 32]
     assert [check_arch(arch) for arch in ARCHS] == list(ARCHS)
     assert default_config("90") == default_config("sm_90") == LaunchConfig()
-    assert default_config("gfx942").chunk == 2048
+    assert {default_config(arch).chunk for arch in ("gfx90a", "gfx942", "gfx950")} == {2048}
+    assert default_config("gfx1100") == LaunchConfig()
     assert default_config("cpu").chunk == 4096
     blocks = Spec("adam", "split8", "bfloat16", ("q8_signed", "q8_square"))
     assert default_config("90", blocks) == LaunchConfig(chunk=512, n_warps=2)
