@@ -100,10 +100,12 @@ class GradientSums:
 
         Raises:
             RuntimeError: for a sparse gradient. Nothing has changed then.
-            ValueError: for a gradient that is not of its parameter's shape, likewise.
+            ValueError: for a gradient that is not of its parameter's shape, or not of its sum's, likewise.
         """
         for param in params:
             _check_grad(param)
+            if param.grad is not None:
+                self._check_shape(param)
         self.are_outside |= not is_capturing()
         others = self._take_unreduced(params)
         parts = zip(others, map(_own_part, others), strict=True)
@@ -157,15 +159,29 @@ class GradientSums:
                 self.totals[param] = total if param not in self.totals else self.totals[param].add_(total)
 
     def added_to(self, params: Sequence[Tensor], grads: Sequence[Any]) -> list[Any]:
-        """For each parameter its sum, with its gradient if there is one too; None where both are missing."""
+        """For each parameter its sum, with its gradient if there is one too; None where both are missing.
+
+        Raises:
+            ValueError: for a parameter that has another shape than the gradients that were summed.
+        """
         summed = []
         for param, grad in zip(params, grads, strict=True):
             total = self.totals.get(param)
             if total is None:
                 summed.append(grad)
-            else:
-                summed.append(total if grad is None else total + grad)
+                continue
+            self._check_shape(param)
+            summed.append(total if grad is None else total + grad)
         return summed
+
+    def _check_shape(self, param: Tensor) -> None:
+        """Check that a parameter has the shape of its sum, which would follow some other ones by broadcasting."""
+        total, shape = self.totals.get(param), local(param).shape
+        if total is not None and total.shape != shape:
+            raise ValueError(
+                f"sum_grad() has summed gradients of shape {tuple(total.shape)}, but now their parameter has "
+                f"shape {tuple(shape)}: give parameters another shape after step()"
+            )
 
     @torch.no_grad()
     def hand_over(self, params: Sequence[Tensor]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """`sum_grad`: sums in float32 or wider, one operation a call, and never anybody else's memory."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -336,3 +337,23 @@ def test_a_saved_sum_is_refused_by_an_optimizer_that_releases_gradients():
     with pytest.raises(ValueError, match="release_gradients=True would leave unused"):
         other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["lr"] == 3.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shapes", [((4,), (2, 4)), ((2, 4), (4,)), ((4,), (2, 3))])
+def test_a_parameter_of_another_shape_than_its_sum_is_refused(backend, shapes):
+    before, after = (torch.ones(shape, device=home(backend)) for shape in shapes)
+    param = torch.nn.Parameter(before)
+    optimizer = SGD([param], lr=1.0, backend=backend)
+    param.grad = torch.ones_like(before)
+    optimizer.sum_grad()
+    param.data = after.clone()
+    param.grad = torch.ones_like(after)
+    for call in (optimizer.sum_grad, optimizer.step):
+        with pytest.raises(ValueError, match=f"{re.escape(str(shapes[0]))}, but now their parameter has shape"):
+            call()
+    assert torch.equal(param, after)
+    param.data = before.clone()
+    param.grad = None
+    optimizer.step()
+    assert torch.equal(param, torch.zeros_like(before))
