@@ -14,6 +14,7 @@ from torch.autograd.graph import increment_version
 from dragon.vm.torch.optim._distributed.hidden import split_by_fsdp1
 from dragon.vm.torch.optim._distributed.owners import reshard
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local
+from dragon.vm.torch.optim._groups.checks import check_state
 
 
 @contextmanager
@@ -26,6 +27,7 @@ def exchanged(state: Mapping[Any, Any], originals: dict[Tensor, Tensor]) -> Iter
 
     Raises:
         RuntimeError: if no parameter has an average, if FSDP1 splits one, and inside another such block.
+        ValueError: if an average does not have the shape of its parameter.
     """
     if originals:
         raise RuntimeError("swap_ema() was called inside swap_ema(): the parameters are exchanged already")
@@ -49,6 +51,8 @@ def _exchange(state: Mapping[Any, Any], originals: dict[Tensor, Tensor]) -> None
             "swap_ema() cannot exchange parameters of FullyShardedDataParallel, which writes those that it "
             "gathered over them. Use FSDP2's fully_shard"
         )
+    for param in params:
+        check_state(param, state[param], ("ema",), counts_steps=False)
     averages = [local(state[param]["ema"]) for param in params]
     originals.update(without_torch_function(_copies, (), (params,), {}))
     without_torch_function(_write, (), (params, averages), {})

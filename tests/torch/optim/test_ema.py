@@ -78,6 +78,16 @@ def test_swap_ema_ends_well_when_the_block_does_not():
     assert torch.equal(params[0], value)
 
 
+def test_swap_ema_refuses_an_average_of_another_shape_before_it_exchanges_any():
+    params, optimizer, _ = trained("eager")
+    # By broadcasting it would fit.
+    params[1].data = torch.zeros(2, 1100)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match=r"shape \(2, 1100\), but its state 'ema' shape \(1100,\)"):
+        optimizer.swap_ema().__enter__()
+    assert all(map(torch.equal, params, before))
+
+
 def test_swap_ema_needs_averages():
     optimizer = Adam([torch.nn.Parameter(torch.ones(2))])
     with pytest.raises(RuntimeError, match="ema_decay"), optimizer.swap_ema():
