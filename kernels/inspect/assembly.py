@@ -18,7 +18,10 @@ INLINE = re.compile(r"^\s*// (begin|end) inline asm")
 FRAME = re.compile(r"([\w.]+):(\d+)(?::\d+)?")
 
 PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d+))?\.[bfus](\d+)\b")
-GCN_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(\w+)")
+# In words ("dwordx4", "ushort"), and since RDNA 3 in bits ("b128", "d16_hi_u16").
+GCN_ACCESS = re.compile(
+    r"\b(?:global|buffer|flat)_(load|store)_(?:(dword)x(\d+)|(?:d16_(?:hi_)?)?[biu](\d+)|([a-z]+))"
+)
 GCN_NBYTES = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2, "dword": 4}
 
 # Labels, directives and comments are no instructions; a predicate in front of one is no hindrance.
@@ -86,9 +89,8 @@ def _access(line: str) -> tuple[bool, int] | None:
     if ptx := PTX_ACCESS.search(line):
         return ptx[1] == "st", int(ptx[2] or 1) * int(ptx[3]) // 8
     if gcn := GCN_ACCESS.search(line):
-        width = re.match(r"(dword)x(\d+)|([a-z]+)", gcn[2])
-        if width is not None:
-            return gcn[1] == "store", GCN_NBYTES[width[1] or width[3]] * int(width[2] or 1)
+        nbytes = int(gcn[4]) // 8 if gcn[4] else GCN_NBYTES[gcn[2] or gcn[5]] * int(gcn[3] or 1)
+        return gcn[1] == "store", nbytes
     return None
 
 

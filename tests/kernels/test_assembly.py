@@ -1,3 +1,4 @@
+import pytest
 import triton
 
 from dragon.kernels import norm, update
@@ -57,6 +58,13 @@ GCN = """
 	global_store_dword v[2:3], v1, off
 	s_endpgm
 """
+# Since RDNA 3 names say how many bits an access has.
+RDNA = (
+    GCN.replace("load_dwordx4", "load_b128")
+    .replace("load_ushort", "load_d16_hi_u16")
+    .replace("store_dwordx2", "store_b64")
+    .replace("store_dword", "store_b32")
+)
 
 PATHS = {"vector": Lines("walk.py", 10, 12), "tail": Lines("walk.py", 20, 22), "other": Lines("kernel.py", 9, 9)}
 TABLES = [Lines("table.py", 90, 92)]
@@ -81,8 +89,9 @@ def test_calls_that_are_named_one_by_one_are_followed() -> None:
     assert loads_in(NESTED_PTX, [Lines("formats.py", 91, 91)]) == 0
 
 
-def test_accesses_of_amd_are_told_apart_by_their_source_lines() -> None:
-    found = accesses_by_path(GCN, PATHS, TABLES)
+@pytest.mark.parametrize("assembly", [GCN, RDNA])
+def test_accesses_of_amd_are_told_apart_by_their_source_lines(assembly: str) -> None:
+    found = accesses_by_path(assembly, PATHS, TABLES)
     assert found["vector"] == Accesses({16: 1, 2: 1}, {8: 1}, 5)
     assert found["tail"] == Accesses({}, {4: 1}, 2)
     assert found["vector"].nbytes == 26
