@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.abc
 import importlib.util
 import io
 import os
@@ -181,7 +180,9 @@ def _module(name: str) -> Program:
 
 
 def _of_spec(spec: ModuleSpec, name: str) -> Program:
-    code = spec.loader.get_code(name) if isinstance(spec.loader, importlib.abc.InspectLoader) else None
+    # Not by class: the loader of archives is no `InspectLoader`.
+    get_code = getattr(spec.loader, "get_code", None)
+    code = None if get_code is None else get_code(name)
     if code is None:
         raise CannotRunError(f"No code object available for {name}", status=1)
     return Program(code, spec.origin or code.co_filename, spec)

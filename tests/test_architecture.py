@@ -157,6 +157,13 @@ def test_every_folder_of_the_house_exists_and_no_other() -> None:
     assert stations == {station(module) for module in STATIONED} | {KERNELS}
 
 
+def test_the_page_has_the_same_floors() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = page.partition("| floor | what it does |\n|---|---|\n")[2].partition("\n\n")[0]
+    floors = [set(re.findall(r"`([\w.]+)`", row.split("|")[1])) for row in table.splitlines()]
+    assert floors == list(FLOORS)
+
+
 @pytest.mark.parametrize("module", STATIONED)
 def test_arrows_between_folders_point_down_only(module: str) -> None:
     upward = {

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import warnings
+import zipapp
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,7 @@ def write_files(folder: Path) -> None:
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+    zipapp.create_archive(folder / "folder", folder / "archive.pyz")
 
 
 @pytest.mark.parametrize(
@@ -326,6 +328,7 @@ def write_files(folder: Path) -> None:
         ["-m", "package"],
         ["package"],
         ["folder"],
+        ["archive.pyz"],
         ["-m", "package.inner"],
         ["-m", "package.inner", "--", "a", "-m", "b"],
         ["-mpackage.inner", "--x", "1"],

@@ -118,7 +118,10 @@ def measure(steps: int, numel: int = 64, seed: int = 0) -> dict[tuple[str, str, 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description="Errors of torch.optim.Adam in units of the operand's eps.")
+    parser = argparse.ArgumentParser(
+        prog="python -m dragon.vm.testing.measure",
+        description="Errors of torch.optim.Adam in units of the operand's eps.",
+    )
     parser.add_argument("--steps", type=int, default=3000, help="random steps for each dtype")
     steps = parser.parse_args().steps
     if steps < 1:

@@ -46,8 +46,9 @@ def _built(name: str, params: Any, **options: Any) -> Any:
     return make(name, params, **options)
 
 
-def fsdp1_one_layer(**options: Any) -> list[nn.Parameter]:
-    return list(FSDP1(nn.Linear(8, 8), device_id=torch.device("cpu"), **options).parameters())
+def hidden_in_one_layer(**options: Any) -> str | None:
+    layer = FSDP1(nn.Linear(8, 8), device_id=torch.device("cpu"), **options)
+    return hidden_sharding(list(layer.parameters()))
 
 
 def beside_a_mesh(name: str) -> tuple[dict[str, str], float]:
@@ -70,40 +71,37 @@ def constructions(name: str) -> dict[str, str]:
     """The text of the error, or "accepted", of each construction."""
     world = dist.group.WORLD
     found = {
-        "flatten " + kind: outcome(partial(flattened, kind, name)) for kind in ("ddp", "fsdp2", "tp", "fsdp1")
+        "flatten " + kind: outcome(partial(wrapped, kind, name, flatten=True))
+        for kind in ("ddp", "fsdp2", "tp", "fsdp1")
     }
     scaler = torch.amp.GradScaler("cpu")
     found |= {
         f"release {kind} {release is True}": outcome(
-            lambda kind=kind, release=release: make(
-                name, WRAPPERS[kind]().groups, release_gradients=release, process_group=world
-            )
+            partial(wrapped, kind, name, release_gradients=release, process_group=world)
         )
         for kind in ("tp", "fsdp2")
         for release in (True, scaler)
     }
     for option, norm in NORMS.items():
         for kind in ("fsdp1", "fsdp1 original parameters", "fsdp1 whole", "fsdp2", "tp", "ddp"):
-            found[f"{option} {kind}"] = outcome(
-                lambda kind=kind, norm=norm: make(name, WRAPPERS[kind]().groups, **norm)
-            )
+            found[f"{option} {kind}"] = outcome(partial(wrapped, kind, name, **norm))
         for kind in ("fsdp1", "fsdp1 original parameters"):
-            found[f"{option} {kind} group"] = outcome(
-                lambda kind=kind, norm=norm: make(name, WRAPPERS[kind]().groups, process_group=world, **norm)
-            )
+            found[f"{option} {kind} group"] = outcome(partial(wrapped, kind, name, process_group=world, **norm))
         found[f"{option} zero"] = outcome(lambda norm=norm: zero(name, **norm))
         found[f"{option} zero group"] = outcome(lambda norm=norm: zero(name, process_group=world, **norm))
     return found
 
 
-def flattened(kind: str, name: str) -> Any:
-    return make(name, WRAPPERS[kind]().groups, flatten=True)
+def wrapped(kind: str, name: str, **options: Any) -> Any:
+    # The model is held: parameters of an FSDP1 model that is gone may be parts.
+    held = WRAPPERS[kind]()
+    return make(name, held.groups, **options)
 
 
 def averages_of_fsdp1(name: str) -> str:
-    wrapped = WRAPPERS["fsdp1 original parameters"]()
-    optimizer = make(name, wrapped.groups, ema_decay=0.5)
-    wrapped.model(torch.ones(12, 7)).sum().backward()
+    held = WRAPPERS["fsdp1 original parameters"]()
+    optimizer = make(name, held.groups, ema_decay=0.5)
+    held.model(torch.ones(12, 7)).sum().backward()
     optimizer.step()
     try:
         with optimizer.swap_ema():
@@ -116,13 +114,11 @@ def detected() -> dict[str, str | None]:
     """What `hidden_sharding` says of parameters under each wrapper."""
     found: dict[str, str | None] = {}
     for kind in WRAPPERS:
-        groups = WRAPPERS[kind]().groups
-        found[kind] = hidden_sharding([param for group in groups for param in group["params"]])
-    found["fsdp1 one layer"] = hidden_sharding(fsdp1_one_layer(use_orig_params=True))
+        held = WRAPPERS[kind]()
+        found[kind] = hidden_sharding([param for group in held.groups for param in group["params"]])
+    found["fsdp1 one layer"] = hidden_in_one_layer(use_orig_params=True)
     whole = ShardingStrategy.NO_SHARD
-    found["fsdp1 one layer whole"] = hidden_sharding(
-        fsdp1_one_layer(use_orig_params=True, sharding_strategy=whole)
-    )
+    found["fsdp1 one layer whole"] = hidden_in_one_layer(use_orig_params=True, sharding_strategy=whole)
     seen: list[str | None] = []
 
     def build(params: Any, **options: Any) -> Any:
@@ -139,9 +135,9 @@ def checked() -> dict[str, str]:
     """The outcome of `check_sharding` for each kind of norm, without and with a group."""
     found = {}
     for kind in ("ddp", *KINDS):
-        groups = WRAPPERS[kind]().groups
+        held = WRAPPERS[kind]()
         for norm in ("max_grad_norm", "clip_norm"):
-            clipped = [{**group, "clip_norm": float(norm == "clip_norm")} for group in groups]
+            clipped = [{**group, "clip_norm": float(norm == "clip_norm")} for group in held.groups]
             settings = Settings(max_grad_norm=float(norm == "max_grad_norm"))
             for suffix, process_group in (("", None), (" group", dist.group.WORLD)):
                 given = settings._replace(process_group=process_group)

@@ -44,9 +44,9 @@ def test_norms_beside_a_mesh_need_a_process_group(cluster: Cluster, n_processes:
 
 def test_one_process_refuses_nothing(cluster: Cluster) -> None:
     (found,) = cluster.run(1, "refusals:constructions", name=OPT)
-    # The wrapper has memory of its own with one process too.
-    flattened = {f"flatten {kind}" for kind in ("fsdp1", "fsdp2", "tp")}
-    assert {kind for kind, text in found.items() if text != "accepted"} <= flattened, found
+    # A `DTensor` has memory of its own with one process too.
+    flattened = {f"flatten {kind}" for kind in ("fsdp2", "tp")}
+    assert {kind for kind, text in found.items() if text != "accepted"} == flattened, found
 
 
 @pytest.mark.parametrize("n_processes", [2, 3])

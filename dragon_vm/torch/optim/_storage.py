@@ -38,7 +38,7 @@ class StoringOptimizer(AccumulatingOptimizer):
 
         Own keys of a group are there where they differ from what PyTorch does, or were set to what it does. An
         AMSGrad that was switched on since the last step has its maximum, zero. What is stored in parts is there as
-        fp32, one parameter after the other, or as it is if `native_state_dict` says so: see `pytorch_state`.
+        fp32, one parameter after the other, or as it is if `native_state_dict` says so.
 
         Raises:
             RuntimeError: for sums of gradients that other processes have parts of, and for flat dicts that

@@ -42,7 +42,10 @@ def step_of(backend, start, grad, options):
 
 def main():
     """Print the largest errors, and by how much an element is worse than torch's fused operation."""
-    parser = argparse.ArgumentParser(description="Errors of Dragon's Adam in units of the operand's eps.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.torch.optim.measure",
+        description="Errors of Dragon's Adam in units of the operand's eps.",
+    )
     parser.add_argument("--steps", type=int, default=300, help="random steps for each dtype")
     n_steps = parser.parse_args().steps
     print(f"torch {torch.__version__}, {n_steps} steps of 64 elements for each dtype")
