@@ -24,6 +24,7 @@ from dragon.vm.torch.optim._gradients.zeroing import are_dragon
 from dragon.vm.torch.optim._groups.bounds import add_places, drop_places, widen_bounds
 from dragon.vm.torch.optim._groups.entries import held_format, stored_entries
 from dragon.vm.torch.optim._groups.exchange import pytorch_state, tagged_state
+from dragon.vm.torch.optim._groups.native import FORMAT_KEY
 from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._groups.states import State
 from dragon.vm.torch.optim._groups.storage import storage_of
@@ -56,7 +57,12 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             elif is_dict_asked_for():
                 # A record, which flat dicts want too. PyTorch's checkpoint functions know no dtypes here.
                 group.update((name, str(group[name])) for name in STORAGE_OPTIONS if name in group)
+        places: State = {}
         if is_dict_to_fill_asked_for():
+            # None for what a saved dict may have and this one lacks: loading ignores what stays None.
+            places = dict.fromkeys((FORMAT_KEY, "stream"))
+            for group in packed["param_groups"]:
+                group.update(dict.fromkeys(self._algorithm.own_defaults.keys() - group.keys()))
             add_places(packed["param_groups"])
         params = self._all_params()
         convert = tagged_state if is_native else pytorch_state
@@ -65,7 +71,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             # Other keys are of others.
             if isinstance(key, int) and 0 <= key < len(params) and isinstance(entries, dict):
                 found = without_torch_function(convert, (), (self._own_value(params[key]), entries, key), {})
-                states[key] = found if self._algorithm.saves_steps else _uncounted(found)
+                states[key] = {**places, **(found if self._algorithm.saves_steps else _uncounted(found))}
         return {**packed, "state": with_own_steps(states)}
 
     def _all_params(self) -> list[Tensor]:
@@ -193,7 +199,12 @@ def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | 
     Raises:
         ValueError: as `restored_states`.
     """
-    saved_groups, saved = state_dict["param_groups"], _rejoined(state_dict["state"])
+    own, saved = optimizer._algorithm.own_defaults, _rejoined(state_dict["state"])
+    # Nothing was written over the places that are None.
+    saved_groups = [
+        {name: value for name, value in group.items() if value is not None or name not in own}
+        for group in state_dict["param_groups"]
+    ]
     lengths = [len(group["params"]) for group in optimizer.param_groups]
     if [len(group["params"]) for group in saved_groups] != lengths:
         return None  # PyTorch refuses it, with its own words

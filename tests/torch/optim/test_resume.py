@@ -296,3 +296,29 @@ def test_a_full_dict_without_a_bound_leaves_none() -> None:
     saved = get_optimizer_state_dict(model, theirs, options=options)
     set_optimizer_state_dict(model, ours, saved, options=options)
     assert "bound_betas" not in ours.param_groups[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"ema_decay": 0.9}, {"clip_value": 1.0, "grad_scale": 0.5}, {"epsilon_hat": True}], ids=str
+)
+@pytest.mark.parametrize("is_native", [False, True])
+def test_a_full_dict_gives_an_option_to_an_optimizer_without_it(is_native: bool, options: dict[str, Any]) -> None:
+    full = StateDictOptions(full_state_dict=True)
+    models = [torch.nn.Linear(64, 64) for _ in range(2)]
+    # How it stores is another one's choice.
+    ours = Adam(models[0].parameters(), native_state_dict=is_native, state_dtype="8bit" if is_native else None)
+    other = Adam(models[1].parameters(), native_state_dict=is_native)
+    models[0](torch.ones(64)).sum().backward()
+    ours.step()
+    ours.param_groups[0].update(options)
+    ours.step()
+    saved = copy.deepcopy(get_optimizer_state_dict(models[0], ours, options=full))
+    set_optimizer_state_dict(models[1], other, saved, options=full)
+    assert other.param_groups[0].items() >= options.items()
+    assert other.param_groups[0].keys() <= ours.param_groups[0].keys()
+    assert ("ema" in other.state[models[1].weight]) == ("ema_decay" in options)
+    assert None not in other.state[models[1].weight].values()
+    # What the file lacks stays as it is.
+    other.param_groups[0]["clip_norm"] = 0.25
+    set_optimizer_state_dict(models[1], other, saved, options=full)
+    assert other.param_groups[0]["clip_norm"] == 0.25

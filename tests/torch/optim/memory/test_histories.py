@@ -53,7 +53,10 @@ def test_no_update_exceeds_the_bound(history: str, state_dtype: torch.dtype | st
 
 # Some steps with gradients of a size, of which one in a few is larger by another factor, or there alone.
 phases = st.tuples(
-    st.integers(1, 20), st.integers(-22, 15), st.sampled_from([1, 2, 63, 64, 65, 256]), st.sampled_from([0, 1, 4, 20])
+    st.integers(1, 20),
+    st.integers(-22, 15),
+    st.sampled_from([1, 2, 63, 64, 65, 256]),
+    st.sampled_from([0, 1, 4, 20]),
 )
 
 
