@@ -290,6 +290,11 @@ def test_betas_that_change_widen_the_bound() -> None:
     expected = (0.95, 0.999, moment_bound(0.85, 0.999, math.inf))
     assert optimizer.param_groups[0]["bound_betas"] == expected
     assert optimizer.state_dict()["param_groups"][0]["bound_betas"] == expected
+    # Moments of the first betas are still among those that are made with the third.
+    optimizer.param_groups[0]["betas"] = (0.97, 0.99)
+    train(params, optimizer, 1, 2)
+    assert moment_bound(0.97, 0.99, math.inf) < expected[2]
+    assert optimizer.param_groups[0]["bound_betas"] == (0.97, 0.99, expected[2])
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"])
