@@ -305,9 +305,7 @@ def test_a_full_dict_without_a_bound_leaves_none() -> None:
 def test_a_full_dict_gives_an_option_to_an_optimizer_without_it(is_native: bool, options: dict[str, Any]) -> None:
     full = StateDictOptions(full_state_dict=True)
     models = [torch.nn.Linear(64, 64) for _ in range(2)]
-    # How it stores is another one's choice.
-    ours = Adam(models[0].parameters(), native_state_dict=is_native, state_dtype="8bit" if is_native else None)
-    other = Adam(models[1].parameters(), native_state_dict=is_native)
+    ours, other = (Adam(model.parameters(), native_state_dict=is_native, state_dtype="8bit") for model in models)
     models[0](torch.ones(64)).sum().backward()
     ours.step()
     ours.param_groups[0].update(options)
@@ -317,7 +315,9 @@ def test_a_full_dict_gives_an_option_to_an_optimizer_without_it(is_native: bool,
     assert other.param_groups[0].items() >= options.items()
     assert other.param_groups[0].keys() <= ours.param_groups[0].keys()
     assert ("ema" in other.state[models[1].weight]) == ("ema_decay" in options)
-    assert None not in other.state[models[1].weight].values()
+    assert other.state[models[1].weight].keys() == ours.state[models[0].weight].keys()
+    codes = [each.state[model.weight]["exp_avg_q8"] for each, model in zip((ours, other), models, strict=True)]
+    assert torch.equal(*codes)
     # What the file lacks stays as it is.
     other.param_groups[0]["clip_norm"] = 0.25
     set_optimizer_state_dict(models[1], other, saved, options=full)

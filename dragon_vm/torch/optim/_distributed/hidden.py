@@ -100,6 +100,15 @@ def is_dict_to_fill_asked_for() -> bool:
     return None not in callers and not is_flat_dict_asked_for()
 
 
+def is_broadcast_asked_for() -> bool:
+    """Whether PyTorch's checkpoint functions call `state_dict` on this thread to write over it what rank 0 has.
+
+    They give rank 0 alone what is not there to be overwritten.
+    """
+    frame = _caller(_CHECKPOINTS, "_get_optim_state_dict")
+    return bool(getattr(frame.f_locals.get("info"), "broadcast_from_rank0", False)) if frame else False
+
+
 def looking_scaler() -> Any:
     """The `GradScaler` whose step on this thread is about to look at gradients; None if there is none."""
     frame = _caller("torch.amp.grad_scaler", "step")
