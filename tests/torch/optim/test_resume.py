@@ -322,3 +322,23 @@ def test_a_full_dict_gives_an_option_to_an_optimizer_without_it(is_native: bool,
     other.param_groups[0]["clip_norm"] = 0.25
     set_optimizer_state_dict(models[1], other, saved, options=full)
     assert other.param_groups[0]["clip_norm"] == 0.25
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+def test_a_loaded_state_without_random_words_takes_none_that_another_one_has(is_native: bool) -> None:
+    params = [torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(3)]
+    groups = [{"params": [param], "state_dtype": "8bit"} for param in params[:2]]
+    optimizer = Adam(groups, native_state_dict=is_native)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    # The second parameter keeps its number, and stands before one that has none.
+    del optimizer.state[params[0]]
+    del optimizer.param_groups[0]
+    optimizer.add_param_group({"params": params[2:]})
+    optimizer.step()
+    other = Adam([{"params": [param]} for param in params[1:]], state_dtype="8bit", native_state_dict=is_native)
+    other.load_state_dict(optimizer.state_dict())
+    other.step()
+    assert other.state[params[1]]["stream"] == 1
+    assert other.state[params[2]]["stream"] != 1
