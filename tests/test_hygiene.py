@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,9 +69,11 @@ def test_files_and_functions_fit_on_a_few_screens(path: Path) -> None:
 
 def test_no_committed_file_is_outside_of_the_projects_folders() -> None:
     """What a compiler or a benchmark wrote beside them came by accident."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("needs a git checkout")
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs a checkout that git trusts")
     folders = {line.partition("/")[0] for line in listed.stdout.splitlines() if "/" in line}
     assert folders == set(FOLDERS)
 
