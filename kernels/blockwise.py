@@ -132,6 +132,8 @@ def encode_square(
     scale, steps = _scales_and_steps(bits, _SQUARE_FLOOR, _SQUARE_UNIT)
     if STOCHASTIC:
         steps = _step_stochastically(tile_2d, steps, scale, _blocks(words, N_BLOCKS))
-    steps = tl.maximum(steps, (tile_2d > 0).to(tl.float32))
+    # Nothing is above a zero that is NaN: a block without a number has the code 0.
+    zero = scale - scale
+    steps = tl.maximum(steps, (tile_2d > zero[:, None]).to(tl.float32))
     codes = (steps + _INTEGER).to(tl.int32, bitcast=True).to(tl.uint8)
     return tl.reshape(codes, tile.shape), scale

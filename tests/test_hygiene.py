@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +65,17 @@ def test_files_and_functions_fit_on_a_few_screens(path: Path) -> None:
         node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     assert [node.name for node in functions if length(node) >= LONGEST_FUNCTION] == []
+
+
+def test_no_committed_file_is_outside_of_the_projects_folders() -> None:
+    """What a compiler or a benchmark wrote beside them came by accident."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs a checkout that git trusts")
+    folders = {line.partition("/")[0] for line in listed.stdout.splitlines() if "/" in line}
+    assert folders == set(FOLDERS)
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:

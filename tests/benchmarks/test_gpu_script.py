@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as benchmarks
+from benchmarks.cases import CASES
+from benchmarks.contenders import CONTENDERS
 
 from ..forking import Forking
 from .only_these import only
@@ -115,3 +117,16 @@ def test_the_script_names_test_files_that_exist() -> None:
     ).stdout.split()
     assert len(names) > 5
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_script_names_cases_and_contenders_that_exist() -> None:
+    """A dry run takes smaller cases."""
+    text = SCRIPT.read_text(encoding="utf-8")
+    listed = re.search(r"local large=\((.*?)\) quick=\((.*?)\)", text)
+    assert listed is not None
+    cases = re.findall(r'"(.+?)"', " ".join(listed.groups()))
+    assert len(cases) >= 9
+    assert [name for name in cases if name not in CASES] == []
+    contenders = re.findall(r'--contender (?:"(.+?)"|(\w+))', text)
+    assert len(contenders) >= 9
+    assert [name for pair in contenders for name in pair if name and name not in CONTENDERS] == []

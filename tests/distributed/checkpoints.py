@@ -130,6 +130,18 @@ def full_dicts(kind: str, name: str) -> float:
     return largest_difference(weights(fresh), weights(wrapped))
 
 
+def options_of_the_first(kind: str, name: str, is_broadcast: bool) -> dict[str, Any]:
+    """Options that a full dict gives to an optimizer that was made without them."""
+    wrapped, optimizer = built(kind, name)
+    optimizer.param_groups[0].update(clip_value=0.5, grad_scale=2.0)
+    train(wrapped, optimizer, range(1))
+    options = FULL if is_broadcast else StateDictOptions(full_state_dict=True)
+    state = copy.deepcopy(get_optimizer_state_dict(wrapped.model, optimizer, options=options))
+    fresh, resumed = built(kind, name)
+    set_optimizer_state_dict(fresh.model, resumed, state, options=FROM_FIRST if is_broadcast else options)
+    return {key: resumed.param_groups[0].get(key) for key in ("clip_value", "grad_scale", "clip_norm")}
+
+
 def pending_sums(name: str) -> tuple[float, bool]:
     """Sums of gradients go through a pickle, and a state dict of a fresh optimizer consumes none."""
     wrapped, optimizer = built("fsdp2", name)

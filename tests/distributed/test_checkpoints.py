@@ -52,6 +52,12 @@ def test_full_state_dicts_are_offloaded_and_broadcast(cluster: Cluster, kind: st
     assert cluster.run(n_processes, "checkpoints:full_dicts", kind=kind, name=OPT) == [0] * n_processes
 
 
+@pytest.mark.parametrize("is_broadcast", [False, True])
+def test_a_full_dict_gives_its_options_to_all_processes(cluster: Cluster, is_broadcast: bool) -> None:
+    found = cluster.run(2, "checkpoints:options_of_the_first", kind="fsdp2", name=OPT, is_broadcast=is_broadcast)
+    assert found == [{"clip_value": 0.5, "grad_scale": 2.0, "clip_norm": None}] * 2
+
+
 def test_pending_sums_are_kept_and_saved(cluster: Cluster) -> None:
     assert cluster.run(2, "checkpoints:pending_sums", name=OPT) == [(0.0, True)] * 2
 

@@ -39,6 +39,20 @@ def test_flat_gradients_are_views_of_a_buffer_that_stays() -> None:
     assert places[0] == places[1]
 
 
+def test_the_memory_of_flat_states_stays_for_the_next_ones() -> None:
+    params = [nn.Parameter(torch.ones(100)) for _ in range(3)]
+    optimizer = ours.Adam(params, flatten=True)
+    places = []
+    for _ in range(2):
+        sum(param.sum() for param in params).backward()
+        optimizer.step()
+        places.append([optimizer.state[param]["exp_avg"].data_ptr() for param in params])
+        optimizer.state.clear()
+        between = torch.empty(400)
+        assert between.data_ptr() not in places[0]
+    assert places[0] == places[1]
+
+
 def test_a_compiled_function_cannot_read_groups_that_a_graph_follows() -> None:
     optimizer = ours.Adam([nn.Parameter(torch.ones(3))], capturable=True)
 

@@ -14,6 +14,7 @@ from torch._C import _disabled_torch_function_impl as without_torch_function
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import (
+    is_broadcast_asked_for,
     is_dict_asked_for,
     is_dict_to_fill_asked_for,
     is_flat_dict_asked_for,
@@ -24,6 +25,7 @@ from dragon.vm.torch.optim._gradients.zeroing import are_dragon
 from dragon.vm.torch.optim._groups.bounds import add_places, drop_places, widen_bounds
 from dragon.vm.torch.optim._groups.entries import held_format, stored_entries
 from dragon.vm.torch.optim._groups.exchange import pytorch_state, tagged_state
+from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS
 from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._groups.states import State
 from dragon.vm.torch.optim._groups.storage import storage_of
@@ -56,8 +58,14 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             elif is_dict_asked_for():
                 # A record, which flat dicts want too. PyTorch's checkpoint functions know no dtypes here.
                 group.update((name, str(group[name])) for name in STORAGE_OPTIONS if name in group)
-        if is_dict_to_fill_asked_for():
+        is_to_fill = is_dict_to_fill_asked_for()
+        if is_to_fill:
             add_places(packed["param_groups"])
+            for group in packed["param_groups"]:
+                # Loading ignores what stays None.
+                group.update(dict.fromkeys(self._algorithm.own_defaults.keys() - group.keys()))
+            # A broadcast gives tensors that are not there to the first process alone.
+            is_to_fill = not is_broadcast_asked_for()
         params = self._all_params()
         convert = tagged_state if is_native else pytorch_state
         states = dict(packed["state"])
@@ -65,7 +73,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             # Other keys are of others.
             if isinstance(key, int) and 0 <= key < len(params) and isinstance(entries, dict):
                 found = without_torch_function(convert, (), (self._own_value(params[key]), entries, key), {})
-                states[key] = found if self._algorithm.saves_steps else _uncounted(found)
+                found = found if self._algorithm.saves_steps else _uncounted(found)
+                states[key] = _to_fill(found) if is_to_fill else found
         return {**packed, "state": with_own_steps(states)}
 
     def _all_params(self) -> list[Tensor]:
@@ -163,6 +172,12 @@ def _drop_storage(packed: Group) -> None:
         del packed["bound_betas"]
 
 
+def _to_fill(entries: State) -> State:
+    """A state to write a saved one over: places for its numbers, and no master: it may have another form."""
+    kept = {name: value for name, value in entries.items() if name not in (MASTER, *MASTER_PARTS)}
+    return {"stream": None, **kept, FORMAT_KEY: None}
+
+
 def _uncounted(entries: State) -> State:
     """A state without its step counter, which PyTorch's counterpart lacks; without a buffer before a first step.
 
@@ -193,7 +208,12 @@ def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | 
     Raises:
         ValueError: as `restored_states`.
     """
-    saved_groups, saved = state_dict["param_groups"], _rejoined(state_dict["state"])
+    own, saved = optimizer._algorithm.own_defaults, _rejoined(state_dict["state"])
+    # Nothing was written over the places that are None.
+    saved_groups = [
+        {name: value for name, value in group.items() if value is not None or name not in own}
+        for group in state_dict["param_groups"]
+    ]
     lengths = [len(group["params"]) for group in optimizer.param_groups]
     if [len(group["params"]) for group in saved_groups] != lengths:
         return None  # PyTorch refuses it, with its own words

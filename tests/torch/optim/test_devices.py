@@ -129,3 +129,26 @@ def test_a_skipped_step_is_counted_once_and_zeroes_all_the_same(two_devices, zer
         if n_skipped == 1 and found_inf:
             assert all(map(torch.equal, params, before))
         assert not zero_grad or not any(param.grad.any() for param in params)
+
+
+def test_memory_that_a_step_uses_on_another_stream_is_recorded_there(monkeypatch):
+    stream, recorded = 1, []
+    monkeypatch.setattr(DeviceContext, "stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, on: recorded.append((tensor.data_ptr(), on)))
+    optimizer, _ = make(max_grad_norm=1.0)
+    optimizer.step()
+    optimizer.step()
+    assert recorded == []
+    stream = 2
+    optimizer.step()
+    found = set(recorded)
+    (device,) = optimizer._plans.latest()[-1]._devices
+    context, launches = device._context, device._launches
+    own = [context.status, context.spare_status, context.one, context.zero, context.partials(1)]
+    # What only the optimizer knows, and nothing of the user's.
+    assert found == {(tensor.data_ptr(), 2) for tensor in (*own, launches.table.buffer, launches.scalars)}
+    recorded.clear()
+    stream = 1
+    optimizer.step()
+    assert recorded == []

@@ -156,6 +156,17 @@ def test_nothing_is_uploaded_while_nothing_changes(launches, uploads, interprete
     assert len(uploads) == 3
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_memory_is_reserved_for_graphs_only_where_steps_may_be_captured(
+    launches, monkeypatch, capturable, interpreted
+):
+    reserved = []
+    monkeypatch.setattr(DeviceTable, "expect_capture", lambda table, name: reserved.append(name))
+    optimizer, _ = optimizer_of(3, 1, capturable=capturable)
+    optimizer.step()
+    assert reserved == ["grads"] * capturable
+
+
 def holds_addresses(operand):
     """Whether an operand is a tensor of addresses: the host made them, and they live there."""
     return isinstance(operand, torch.Tensor) and operand.dtype == torch.int64

@@ -296,3 +296,49 @@ def test_a_full_dict_without_a_bound_leaves_none() -> None:
     saved = get_optimizer_state_dict(model, theirs, options=options)
     set_optimizer_state_dict(model, ours, saved, options=options)
     assert "bound_betas" not in ours.param_groups[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"ema_decay": 0.9}, {"clip_value": 1.0, "grad_scale": 0.5}, {"epsilon_hat": True}], ids=str
+)
+@pytest.mark.parametrize("is_native", [False, True])
+def test_a_full_dict_gives_an_option_to_an_optimizer_without_it(is_native: bool, options: dict[str, Any]) -> None:
+    full = StateDictOptions(full_state_dict=True)
+    models = [torch.nn.Linear(64, 64) for _ in range(2)]
+    ours, other = (Adam(model.parameters(), native_state_dict=is_native, state_dtype="8bit") for model in models)
+    models[0](torch.ones(64)).sum().backward()
+    ours.step()
+    ours.param_groups[0].update(options)
+    ours.step()
+    saved = copy.deepcopy(get_optimizer_state_dict(models[0], ours, options=full))
+    set_optimizer_state_dict(models[1], other, saved, options=full)
+    assert other.param_groups[0].items() >= options.items()
+    assert other.param_groups[0].keys() <= ours.param_groups[0].keys()
+    assert ("ema" in other.state[models[1].weight]) == ("ema_decay" in options)
+    assert other.state[models[1].weight].keys() == ours.state[models[0].weight].keys()
+    codes = [each.state[model.weight]["exp_avg_q8"] for each, model in zip((ours, other), models, strict=True)]
+    assert torch.equal(*codes)
+    # What the file lacks stays as it is.
+    other.param_groups[0]["clip_norm"] = 0.25
+    set_optimizer_state_dict(models[1], other, saved, options=full)
+    assert other.param_groups[0]["clip_norm"] == 0.25
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+def test_a_loaded_state_without_random_words_takes_none_that_another_one_has(is_native: bool) -> None:
+    params = [torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(3)]
+    groups = [{"params": [param], "state_dtype": "8bit"} for param in params[:2]]
+    optimizer = Adam(groups, native_state_dict=is_native)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    # The second parameter keeps its number, and stands before one that has none.
+    del optimizer.state[params[0]]
+    del optimizer.param_groups[0]
+    optimizer.add_param_group({"params": params[2:]})
+    optimizer.step()
+    other = Adam([{"params": [param]} for param in params[1:]], state_dtype="8bit", native_state_dict=is_native)
+    other.load_state_dict(optimizer.state_dict())
+    other.step()
+    assert other.state[params[1]]["stream"] == 1
+    assert other.state[params[2]]["stream"] != 1

@@ -94,10 +94,19 @@ def is_flat_dict_asked_for() -> bool:
 def is_dict_to_fill_asked_for() -> bool:
     """Whether PyTorch's checkpoint functions call `state_dict` on this thread to write a whole saved dict over it.
 
-    They fail at what is saved in a group and not there to be overwritten.
+    They fail at a number that is saved in a group or a state and not there to be overwritten.
     """
     callers = [_caller(_CHECKPOINTS, name) for name in ("_load_optim_state_dict", "_get_optim_state_dict")]
     return None not in callers and not is_flat_dict_asked_for()
+
+
+def is_broadcast_asked_for() -> bool:
+    """Whether PyTorch's checkpoint functions call `state_dict` on this thread to write over it what rank 0 has.
+
+    They give rank 0 alone what is not there to be overwritten.
+    """
+    frame = _caller(_CHECKPOINTS, "_get_optim_state_dict")
+    return bool(getattr(frame.f_locals.get("info"), "broadcast_from_rank0", False)) if frame else False
 
 
 def looking_scaler() -> Any:

@@ -148,8 +148,9 @@ class SquareQ8:
         if self.stochastic:
             words = required(words, self.name).view(-1, BLOCK)
             steps = _step_stochastically(value, steps, new_scale, words)
-        # At least one step for what is above 0.
-        steps = steps.maximum(value.sign())
+        # At least one step for what is above 0. Nothing is above a zero that is NaN, of a block without a number.
+        zero = new_scale - new_scale
+        steps = steps.maximum(value > zero[:, None])
         scale.view(-1).copy_(new_scale)
         codes.view(-1, BLOCK).copy_(_last_byte(steps))
 

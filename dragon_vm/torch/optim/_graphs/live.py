@@ -37,6 +37,13 @@ class LiveGroup(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         self._write(super().__setitem__, key, value)
 
+    def __delitem__(self, key: str) -> None:
+        self._write(super().__delitem__, key)
+
+    def pop(self, *args: Any) -> Any:
+        """As a dict's."""
+        return self._write(super().pop, *args)
+
     def setdefault(self, key: str, default: Any = None) -> Any:
         """As a dict's."""
         return self._write(super().setdefault, key, default)

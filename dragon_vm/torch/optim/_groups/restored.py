@@ -16,6 +16,7 @@ from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._formats.resolve import MOMENTS
 from dragon.vm.torch.optim._groups.checks import labels
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, counter_place
+from dragon.vm.torch.optim._groups.entries import named_parts
 from dragon.vm.torch.optim._groups.exchange import restored_entries
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, parts_of
 from dragon.vm.torch.optim._groups.saved import checked_state
@@ -69,6 +70,7 @@ def restored_states(
             if state and _is_of_others(state):
                 others[param] = state
             elif state:
+                state = _of_file(param, merged, algorithm, state, settings.native_state_dict)
                 checked = checked_state(algorithm, param, merged, saved_group, state, label)
                 # PyTorch's form leaves it out: groups may come and go before the first step.
                 if position not in streams and _is_stochastic(param, merged, algorithm):
@@ -89,6 +91,18 @@ def _is_missing(name: str, value: Any) -> bool:
 def _is_of_others(state: State) -> bool:
     """Whether a state has nothing that a step would have written."""
     return not parts_of(state) and state.keys().isdisjoint(_OWN)
+
+
+def _of_file(param: Tensor, group: Group, algorithm: Algorithm, state: State, is_native: bool) -> State:
+    """A state with each moment in one form: this optimizer's own may lie beside that which was written over it."""
+    names = algorithm.state_keys(group)
+    dropped: set[str] = set()
+    for name in names:
+        codes = {f"{name}_q8", f"{name}_scale"}
+        if {name, *codes} <= state.keys():
+            own = named_parts(name, storage_of(param, group, names).states[name]) if is_native else {name}
+            dropped |= codes.intersection(own) or {name}
+    return {name: value for name, value in state.items() if name not in dropped} if dropped else state
 
 
 def _is_stochastic(param: Tensor, group: Group, algorithm: Algorithm) -> bool:

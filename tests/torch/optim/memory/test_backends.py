@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from dragon.vm.torch.optim._backends import host
+from dragon.kernels.config import LaunchConfig
+from dragon.vm.torch.optim._backends import host, launches
 
 from .modes import MODES, bits, make, train
 
@@ -60,6 +61,26 @@ def test_triton_is_eager_for_tails_and_misaligned_tensors(mode: str) -> None:
             optimizer.step()
         found.append(bits(params, optimizer))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("mode", ["8bit", "bf16 stochastic, bf16 states", "split8, 8bit, amsgrad, average"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LaunchConfig(chunk=256, n_warps=1),
+        LaunchConfig(chunk=2048, n_warps=8, eviction="evict_first"),
+        LaunchConfig(chunk=512, n_warps=2, programs_per_processor=2),
+    ],
+    ids=str,
+)
+def test_no_launch_configuration_changes_a_bit(
+    mode: str, config: LaunchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launches, "config_for", lambda *_: config)
+    ours, theirs = (make(mode, ((17, 256),), backend) for backend in ("triton", "eager"))
+    train(*ours, 2)
+    train(*theirs, 2)
+    assert bits(*ours) == bits(*theirs)
 
 
 def test_blocks_with_misaligned_gradients() -> None:

@@ -1,9 +1,12 @@
 """Hard gradients in the optimizer itself: no update beyond exact Adam's bound, and second moments that forget."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dragon.vm.torch.optim import Adam
@@ -27,20 +30,48 @@ HISTORIES = {
 }
 
 
+def check_updates(gradients: Iterator[Tensor], state_dtype: torch.dtype | str) -> None:
+    """Check that no step moves an element further than exact Adam could."""
+    param = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = Adam([param], lr=1.0, eps=1e-30, state_dtype=state_dtype)
+    for step, gradient in enumerate(gradients, 1):
+        with torch.no_grad():
+            param.zero_()
+        param.grad = gradient.view(64, 64)
+        optimizer.step()
+        limit = moment_bound(*BETAS, step) * math.sqrt(1 - BETAS[1] ** step) / (1 - BETAS[0] ** step)
+        assert param.detach().abs().max() <= limit * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize("state_dtype", [BF16, "8bit"])
 def test_no_update_exceeds_the_bound(history: str, state_dtype: torch.dtype | str) -> None:
     generator = torch.Generator().manual_seed(0)
-    param = torch.nn.Parameter(torch.zeros(64, 64))
-    optimizer = Adam([param], lr=1.0, eps=1e-30, state_dtype=state_dtype)
-    for step in range(1, 121):
-        with torch.no_grad():
-            param.zero_()
-        value = torch.randn(NUMEL, generator=generator)
-        param.grad = HISTORIES[history](value, step).view(64, 64)
-        optimizer.step()
-        limit = moment_bound(*BETAS, step) * math.sqrt(1 - BETAS[1] ** step) / (1 - BETAS[0] ** step)
-        assert param.detach().abs().max() <= limit * (1 + 1e-5)
+    values = (torch.randn(NUMEL, generator=generator) for _ in range(120))
+    check_updates((HISTORIES[history](value, step) for step, value in enumerate(values, 1)), state_dtype)
+
+
+# Some steps with gradients of a size, of which one in a few is larger by another factor, or there alone.
+phases = st.tuples(
+    st.integers(1, 20),
+    st.integers(-22, 15),
+    st.sampled_from([1, 2, 63, 64, 65, 256]),
+    st.sampled_from([0, 1, 4, 20]),
+)
+
+
+@given(st.lists(phases, min_size=1, max_size=5), st.sampled_from([BF16, "8bit"]), st.integers(0, 2**32))
+def test_no_history_of_gradients_exceeds_the_bound(
+    history: list[tuple[int, int, int, int]], state_dtype: torch.dtype | str, seed: int
+) -> None:
+    def gradients() -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        for n_steps, size, every, ratio in history:
+            others = 10.0 ** (size - ratio) if ratio else 0.0
+            sizes = torch.where(POSITIONS % every == 0, 10.0**size, others)
+            yield from (torch.randn(NUMEL, generator=generator) * sizes for _ in range(n_steps))
+
+    check_updates(gradients(), state_dtype)
 
 
 def forgotten(n_steps: int, **options: object) -> float:

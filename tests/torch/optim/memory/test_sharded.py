@@ -36,16 +36,16 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def values(seed: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def values(seed: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def stepped(make: Any, mode: str) -> tuple[Any, Any]:
+def stepped(make: Any, mode: str, backend: str = "eager", shape: tuple[int, ...] = SHAPE) -> tuple[Any, Any]:
     dtype, options = MODES[mode]
-    param = torch.nn.Parameter(make(values(0, dtype)))
-    optimizer = AdamW([param], lr=1e-2, backend="eager", **options)
+    param = torch.nn.Parameter(make(values(0, dtype, shape)))
+    optimizer = AdamW([param], lr=1e-2, backend=backend, **options)
     for step in range(3):
-        param.grad = make(values(step + 1, dtype))
+        param.grad = make(values(step + 1, dtype, shape))
         optimizer.step()
     return param, optimizer
 
@@ -85,3 +85,23 @@ def test_shards_have_the_bits_of_the_whole(mode: str, n_ranks: int, as_rank: Any
             for name, value in expected.items()
             if name not in ("step", "stream")
         )
+
+
+@pytest.mark.parametrize("mode", ["split8, 8bit", "bf16 stochastic, bf16 states"])
+@pytest.mark.parametrize("backend", ["eager", "native", "triton"])
+def test_a_shard_may_begin_within_the_elements_that_share_random_words(
+    mode: str, backend: str, as_rank: Any
+) -> None:
+    shape = (9, 33)
+    whole, whole_optimizer = stepped(lambda value: value, mode, shape=shape)
+    for rank, mine in ((0, slice(0, 5)), (1, slice(5, 9))):
+        mesh = as_rank(rank, 2)
+
+        def cut(value: torch.Tensor, mine: slice = mine, mesh: Any = mesh) -> DTensor:
+            shard = value[mine].clone()
+            return DTensor.from_local(shard, mesh, [Shard(0)], run_check=False, shape=shape, stride=(33, 1))
+
+        param, optimizer = stepped(cut, mode, backend, shape)
+        assert torch.equal(param.to_local(), whole[mine])
+        for name in whole_optimizer.state[whole].keys() - {"step", "stream"}:
+            assert torch.equal(optimizer.state[param][name].to_local(), whole_optimizer.state[whole][name][mine])

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -166,6 +167,21 @@ def test_loading_leaves_no_more_bytes_than_there_were(mode: str, native: bool) -
     assert set(optimizer.state[params[0]]) | {"stream"} == names | {"stream"}
 
 
+@pytest.mark.parametrize("mode", ["8bit", "split8, 8bit", "split16, bf16 states"])
+@pytest.mark.parametrize("native", [False, True])
+def test_states_are_saved_and_loaded_one_parameter_at_a_time(mode: str, native: bool) -> None:
+    params, optimizer = make(mode, ((64, 64),) * 20, native_state_dict=native)
+    train(params, optimizer, 1)
+    saved: dict[str, Any] = {}
+    scratch = 32 * params[0].numel()
+    held = held_during(lambda: saved.update(optimizer.state_dict()))
+    assert max(held, default=0) <= (held[-1] if held else 0) + scratch
+    told = optimizer.memory()
+    held = held_during(lambda: optimizer.load_state_dict(saved))
+    # There is no second dict in fp32: only what is kept from then on, beside what it takes the place of.
+    assert max(held) <= told["states"] + told["masters"] + scratch
+
+
 def test_bytes_of_a_large_model_are_those_of_the_table() -> None:
     shapes = [
         (50257, 768),
@@ -243,17 +259,22 @@ def test_from_torch_and_swap_take_modes() -> None:
     assert "exp_avg_q8" in swapped.state[theirs]
 
 
+def held_during(call: Callable[[], Any]) -> list[int]:
+    """Bytes of tensors on the CPU after each time that a call took or freed some, less those from before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, activities=activities, acc_events=True) as profile:
+        call()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return list(accumulate(event.nbytes() for event in changes))
+
+
 @pytest.mark.parametrize("mode", ["bf16 states", "split8, 8bit", "split8, 8bit, amsgrad, average"])
 def test_a_step_takes_8_mib_of_scratch_memory_at_most(mode: str) -> None:
     """It does not grow with the tensor."""
     params, optimizer = make(mode, ((2048, 512),), "native")
     train(params, optimizer, 1)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(profile_memory=True, activities=activities, acc_events=True) as profile:
-        optimizer.step()
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    held = list(accumulate(event.nbytes() for event in changes))
+    held = held_during(optimizer.step)
     # NumPy's root of a piece is not among them.
     peak = max(held) + 4 * PIECE
     assert 16 * PIECE < peak <= 2**23 < 4 * params[0].numel() * 4
@@ -269,6 +290,11 @@ def test_betas_that_change_widen_the_bound() -> None:
     expected = (0.95, 0.999, moment_bound(0.85, 0.999, math.inf))
     assert optimizer.param_groups[0]["bound_betas"] == expected
     assert optimizer.state_dict()["param_groups"][0]["bound_betas"] == expected
+    # Moments of the first betas are still among those that are made with the third.
+    optimizer.param_groups[0]["betas"] = (0.97, 0.99)
+    train(params, optimizer, 1, 2)
+    assert moment_bound(0.97, 0.99, math.inf) < expected[2]
+    assert optimizer.param_groups[0]["bound_betas"] == (0.97, 0.99, expected[2])
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"])

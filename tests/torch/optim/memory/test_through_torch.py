@@ -1,6 +1,7 @@
 """States that others handled: PyTorch's loader casts them, and some wrappers write them into `optimizer.state`."""
 
 import copy
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from dragon.vm.torch.optim import SGD, AdamW
 
@@ -226,3 +232,36 @@ def test_dcp_passes_a_dict_with_integer_keys(tmp_path: Path) -> None:
         assert list(other.state) == params[1:]
         found.append(copy.deepcopy(other.state[params[1]]))
     assert same_bits(*found)
+
+
+OF_FP32 = ["8bit", "bf16 states", "one bf16 state"]
+OF_BF16 = ["split8, 8bit", "split16, bf16 states", "fp32 masters, 8bit", "bf16 stochastic, 8bit"]
+
+
+@pytest.mark.parametrize(("source", "target"), [*permutations(OF_FP32, 2), *permutations(OF_BF16, 2)])
+@pytest.mark.parametrize("native", list(product([False, True], repeat=2)), ids=str)
+def test_full_dicts_are_loaded_as_others_are(source: str, target: str, native: tuple[bool, bool]) -> None:
+    """PyTorch writes them over what the optimizer that loads them would save, which may be in another form."""
+    full = StateDictOptions(full_state_dict=True)
+    dtype = MODES[source][0]
+    models = [torch.nn.Linear(64, 64, dtype=dtype) for _ in range(3)]
+    saving, *loading = (
+        AdamW(model.parameters(), native_state_dict=is_native, **MODES[mode][1])
+        for model, mode, is_native in zip(
+            models, (source, target, target), (native[0], native[1], native[1]), strict=True
+        )
+    )
+    train(list(models[0].parameters()), saving, 2)
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    saved = copy.deepcopy(get_optimizer_state_dict(models[0], saving, options=full))
+    set_optimizer_state_dict(models[1], loading[0], saved, options=full)
+    loading[1].load_state_dict(copy.deepcopy(saving.state_dict()))
+    found, expected = (list(model.parameters()) for model in models[1:])
+    assert [set(loading[0].state[param]) for param in found] == [
+        set(loading[1].state[param]) for param in expected
+    ]
+    assert bits(found, loading[0]) == bits(expected, loading[1])
+    for params, optimizer in ((found, loading[0]), (expected, loading[1])):
+        train(params, optimizer, 1, 2)
+    assert bits(found, loading[0]) == bits(expected, loading[1])
