@@ -52,8 +52,9 @@ def test_the_first_pages_show_a_picture_of_the_committed_lines(page: str) -> Non
 def test_the_readme_tells_the_measured_speed_on_a_cpu() -> None:
     devices = report.by_device(records.read(RESULTS)).items()
     (found,) = [report.latest(found) for name, found in devices if name.endswith("2 threads")]
+    # 0.95 is no 1.0: it is slower.
     ratios = {
-        each.case: f"{each.ratio.median:.1f} times"
+        each.case: f"{each.ratio.median:.{1 if each.ratio.median >= 1 else 2}f} times"
         for each in found
         if (each.precision, each.contender) == ("fp32", "ours native") and each.ratio is not None
     }
