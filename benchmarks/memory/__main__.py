@@ -1,6 +1,6 @@
 """Measure every mode and write one JSON line a measurement: ``python -m benchmarks.memory``.
 
-Each mode is measured on one thread, as many modes at a time as there are processors.
+Each part of a mode's measurements is made on one thread, as many at a time as there are processors.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import argparse
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from itertools import product, repeat
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from benchmarks.environment import describe
-from benchmarks.memory.measure import measurements
+from benchmarks.memory.measure import PARTS, measurements
 from benchmarks.memory.modes import MODES
 from benchmarks.memory.page import RESULTS, write_page
 from dragon.vm.measuring.arguments import positive
@@ -32,15 +32,16 @@ def main() -> None:
     options = parser.parse_args()
     if not options.page:
         environment = describe(torch.device("cpu"))
-        names = options.mode or list(MODES)
+        jobs = list(product(options.mode or MODES, PARTS))
         with (
             options.output.open("w", encoding="utf-8") as file,
-            ProcessPoolExecutor(min(os.cpu_count() or 1, len(names)), get_context("spawn")) as pool,
+            ProcessPoolExecutor(min(os.cpu_count() or 1, len(jobs)), get_context("spawn")) as pool,
         ):
-            for lines in pool.map(measurements, names, repeat(options.seeds)):
+            found = pool.map(measurements, *zip(*jobs, strict=True), repeat(options.seeds))
+            for job, lines in zip(jobs, found, strict=True):
                 for line in lines:
                     file.write(json.dumps({**line, "environment": environment}) + "\n")
-                print(lines[0]["mode"], flush=True)
+                print(*job, sep=": ", flush=True)
     if options.output == RESULTS:
         write_page()
 

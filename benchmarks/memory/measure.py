@@ -1,4 +1,4 @@
-"""What is measured of one mode."""
+"""What is measured of each mode."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from benchmarks.memory.training import TRAININGS
 STRIDE = 10
 
 
-def measurements(name: str, seeds: int) -> list[dict[str, Any]]:
-    """What one mode does: adversarial gradients, forgetting, and the trainings seed by seed."""
+# What is measured of a mode in one go: the least at the end, so that all processes end together.
+PARTS = (*TRAININGS, "gradients")
+
+
+def measurements(name: str, part: str, seeds: int) -> list[dict[str, Any]]:
+    """What one mode does in a training, seed by seed, or with gradients that are hard on its moments."""
     torch.set_num_threads(1)
     mode = MODES[name]
+    if part in TRAININGS:
+        return [_training(name, part, seed) for seed in range(seeds)]
     found: list[dict[str, Any]] = [
         {"mode": name, "measure": "largest_update", "of": history, "value": largest_update(mode, history)}
         for history in HISTORIES
     ]
-    found.append({"mode": name, "measure": "forgetting", "value": forgetting(mode)})
-    for training, train in TRAININGS.items():
-        for seed in range(seeds):
-            outcome = train(mode, seed)
-            losses = [float(f"{loss:.5g}") for loss in outcome.losses[::STRIDE]]
-            found.append(
-                {
-                    **{"mode": name, "measure": "final_loss", "of": training, "seed": seed},
-                    **{"value": outcome.final, "losses": losses},
-                }
-            )
-    return found
+    return [*found, {"mode": name, "measure": "forgetting", "value": forgetting(mode)}]
+
+
+def _training(name: str, training: str, seed: int) -> dict[str, Any]:
+    outcome = TRAININGS[training](MODES[name], seed)
+    return {
+        **{"mode": name, "measure": "final_loss", "of": training, "seed": seed, "value": outcome.final},
+        "losses": [float(f"{loss:.5g}") for loss in outcome.losses[::STRIDE]],
+    }
