@@ -118,6 +118,17 @@ def test_parameters_of_a_flat_buffer_share_one_step_count() -> None:
     assert optimizer.state[params[1]]["step"] == 50
 
 
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_a_look_up_by_exact_type_does_not_find_ours(is_swapped: bool) -> None:
+    supported = {torch.optim.Adam: "Adam"}
+    with ours.swap() if is_swapped else nullcontext():
+        optimizer = (torch.optim.Adam if is_swapped else ours.Adam)([nn.Parameter(torch.ones(3))])
+    assert type(optimizer) not in supported
+    assert isinstance(optimizer, tuple(supported))
+    supported[ours.Adam] = "Adam"
+    assert type(optimizer) in supported
+
+
 @pytest.mark.parametrize("is_profiled", [False, True])
 @pytest.mark.parametrize("is_ours", [False, True])
 def test_ranges_are_made_for_a_profiler_only(is_ours: bool, is_profiled: bool, tmp_path: Path) -> None:

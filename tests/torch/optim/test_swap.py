@@ -180,11 +180,15 @@ def test_derived_classes_are_left_alone_and_named(theirs: Any) -> None:
 def test_copies_and_signatures_stay_pytorchs(theirs: Any) -> None:
     signature, arguments = inspect.signature(theirs.Adam), inspect.getfullargspec(theirs.Adam.__init__)
     original = theirs.Adam(make_params())
+    names, defaults = set(signature.parameters), theirs.Adam.__init__.__defaults__
     with swap():
         assert type(copy.deepcopy(original)) is theirs.Adam
         assert type(pickle.loads(pickle.dumps(original))) is theirs.Adam
         assert inspect.signature(theirs.Adam) == signature
         assert inspect.getfullargspec(theirs.Adam.__init__) == arguments
+        # Programs that pass on only known options look here too.
+        assert names < set(theirs.Adam.__init__.__code__.co_varnames)
+        assert theirs.Adam.__init__.__defaults__ == defaults
         ours = Adam(make_params())
     assert type(theirs.Adam(params=make_params(), lr=0.1)) is theirs.Adam
     assert type(ours) is Adam
