@@ -118,6 +118,16 @@ def test_parameters_of_a_flat_buffer_share_one_step_count() -> None:
     assert optimizer.state[params[1]]["step"] == 50
 
 
+def names_of_subclasses(cls: type) -> list[str]:
+    return [name for kind in cls.__subclasses__() for name in (kind.__name__, *names_of_subclasses(kind))]
+
+
+def test_who_lists_optimizers_by_name_finds_two_of_a_name_but_under_a_swap() -> None:
+    assert names_of_subclasses(torch.optim.Optimizer).count("SGD") == 2
+    with ours.swap():
+        assert names_of_subclasses(torch.optim.Optimizer).count("SGD") == 1
+
+
 @pytest.mark.parametrize("is_swapped", [False, True])
 def test_a_look_up_by_exact_type_does_not_find_ours(is_swapped: bool) -> None:
     supported = {torch.optim.Adam: "Adam"}

@@ -1,12 +1,13 @@
-"""Options of constructors by name: what errors say about unknown ones, and where programs look for known ones."""
+"""Names of options that other libraries have: none is taken for ours, and the error says what ours is."""
 
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+
+from dragon.vm.torch.optim._introspection import with_parameters_of
 
 _S = TypeVar("_S")
 _P = ParamSpec("_P")
@@ -89,40 +90,3 @@ def with_hints(init: Callable[Concatenate[_S, _P], None]) -> Callable[Concatenat
         init(self, *args, **kwargs)
 
     return with_parameters_of(init, checked)
-
-
-def with_parameters_of(init: Callable[..., None], call: Callable[..., None]) -> Callable[..., None]:
-    """A function that calls `call`, and has the parameters of `init` in its code too.
-
-    Args:
-        init: a constructor.
-        call: gets ``self`` by position and the rest by keyword, without defaults. If `init` takes ``*args``, it
-            gets everything as it comes.
-    """
-    # Programs that pass on only the options that a constructor knows look for them in its `__code__`, or ask
-    # `inspect.getfullargspec`. Neither looks through wrappers: they would leave out all, the learning rate too.
-    signature = inspect.signature(init)
-    first, *rest = signature.parameters.values()
-    if inspect.Parameter.VAR_POSITIONAL in {first.kind, *(param.kind for param in rest)}:
-        return functools.wraps(init)(call)
-    defaults = {param.name: param.default for param in rest if param.default is not param.empty}
-
-    def hand_over(self: object, /, **options: object) -> None:
-        call(self, **{name: value for name, value in options.items() if value is not defaults.get(name, options)})
-
-    params = [
-        # The defaults themselves are set below: not each of them can be written as text.
-        param.replace(annotation=param.empty, default=None if param.name in defaults else param.empty)
-        for param in (first, *rest)
-        if param.kind is not param.VAR_KEYWORD
-    ]
-    others = inspect.Parameter("others", inspect.Parameter.VAR_KEYWORD)
-    head = str(inspect.Signature([*params, others]))[1:-1]
-    handed = ", ".join([first.name, *(f"{param.name}={param.name}" for param in params[1:]), "**others"])
-    function: Callable[..., None] = eval(f"lambda {head}: hand_over({handed})", {"hand_over": hand_over})
-    positional = [param.name for param in params if param.kind is not param.KEYWORD_ONLY]
-    function.__defaults__ = tuple(defaults[name] for name in positional if name in defaults)
-    function.__kwdefaults__ = {name: value for name, value in defaults.items() if name not in positional}
-    function = functools.wraps(init)(function)
-    function.__signature__ = signature  # type: ignore[attr-defined]  # of any function
-    return function

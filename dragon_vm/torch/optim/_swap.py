@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch._compile import _disable_dynamo
 
-from dragon.vm.torch.optim._hints import hint, with_parameters_of
+from dragon.vm.torch.optim._hints import hint
+from dragon.vm.torch.optim._introspection import hide_ours, show_ours, with_parameters_of
 from dragon.vm.torch.optim.adam import Adam, AdamW
 from dragon.vm.torch.optim.optimizer import Optimizer
 from dragon.vm.torch.optim.sgd import SGD
@@ -167,6 +168,7 @@ def _install() -> None:
             plain = original.__init__
             _installed[original] = (plain, _chooser(original, plain))
             original.__init__ = _installed[original][1]  # type: ignore[method-assign]  # until `_uninstall`
+    hide_ours()
 
 
 def _uninstall() -> None:
@@ -175,6 +177,7 @@ def _uninstall() -> None:
         if original.__init__ is ours:
             original.__init__ = plain  # type: ignore[method-assign]  # as it was
             del _installed[original]
+    show_ours()
 
 
 def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) -> Callable[..., None]:

@@ -194,6 +194,25 @@ def test_copies_and_signatures_stay_pytorchs(theirs: Any) -> None:
     assert type(ours) is Adam
 
 
+def test_who_lists_the_subclasses_finds_pytorchs_once_and_those_of_the_script(theirs: Any) -> None:
+    class Mine(Adam):
+        pass
+
+    def listed(cls: type) -> list[type]:
+        return [cls, *(found for kind in cls.__subclasses__() for found in listed(kind))]
+
+    before = listed(theirs.Optimizer)
+    with swap():
+        found = listed(theirs.Optimizer)
+        assert [kind for kind in found if kind.__name__ in ("Adam", "AdamW", "SGD")] == [
+            *(kind for kind in before if kind in (theirs.Adam, theirs.AdamW, theirs.SGD))
+        ]
+        assert Mine in found
+        assert Mine in Adam.__subclasses__()
+    assert listed(theirs.Optimizer) == before
+    assert "__subclasses__" not in vars(theirs.Optimizer)
+
+
 def test_an_optimizer_can_be_built_from_the_defaults_of_another(theirs: Any) -> None:
     with swap(max_grad_norm=1.0, state_dtype=torch.float64):
         first = theirs.Adam(make_params(), lr=0.5)
