@@ -38,7 +38,9 @@ def with_parameters_of(init: Callable[..., None], call: Callable[..., None]) -> 
     others = inspect.Parameter("others", inspect.Parameter.VAR_KEYWORD)
     head = str(inspect.Signature([*params, others]))[1:-1]
     handed = ", ".join([first.name, *(f"{param.name}={param.name}" for param in params[1:]), "**others"])
-    function: Callable[..., None] = eval(f"lambda {head}: hand_over({handed})", {"hand_over": hand_over})
+    # By the name of its module, a warning sees that the function is no part of the user's program.
+    names = {"hand_over": hand_over, "__name__": __name__}
+    function: Callable[..., None] = eval(f"lambda {head}: hand_over({handed})", names)
     positional = [param.name for param in params if param.kind is not param.KEYWORD_ONLY]
     function.__defaults__ = tuple(defaults[name] for name in positional if name in defaults)
     function.__kwdefaults__ = {name: value for name, value in defaults.items() if name not in positional}
