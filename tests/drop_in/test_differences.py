@@ -118,6 +118,21 @@ def test_parameters_of_a_flat_buffer_share_one_step_count() -> None:
     assert optimizer.state[params[1]]["step"] == 50
 
 
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}], ids=str)
+def test_states_that_a_program_makes_in_bf16_are_widened_unless_that_is_asked_for(options: dict[str, Any]) -> None:
+    param = nn.Parameter(torch.ones(64))
+    optimizer = ours.AdamW([param], fused=True, **options)
+    optimizer.state[param] = {
+        "step": torch.tensor(0.0),
+        "exp_avg": torch.zeros(64, dtype=torch.bfloat16),
+        "exp_avg_sq": torch.zeros(64, dtype=torch.bfloat16),
+    }
+    param.grad = torch.ones(64)
+    optimizer.step()
+    expected = options.get("state_dtype", torch.float32)
+    assert {optimizer.state[param][name].dtype for name in ("exp_avg", "exp_avg_sq")} == {expected}
+
+
 def subclasses(cls: type) -> set[type]:
     return {found for kind in cls.__subclasses__() for found in (kind, *subclasses(kind))}
 
