@@ -142,6 +142,17 @@ def test_the_signature_shows_every_keyword_with_pytorchs_defaults(name: str) -> 
 
 
 @each_name
+def test_programs_that_pass_on_only_known_options_find_them_as_in_pytorchs(name: str) -> None:
+    theirs, found = getattr(torch.optim, name).__init__, getattr(ours, name).__init__
+    assert inspect.getfullargspec(found).args == inspect.getfullargspec(theirs).args
+    assert found.__defaults__ == theirs.__defaults__
+    known = found.__code__.co_varnames
+    assert [key for key in inspect.signature(theirs).parameters if key not in known] == []
+    options = {key: value for key, value in {"lr": 0.5, "unknown": 1}.items() if key in known}
+    assert getattr(ours, name)([plain(3)], **options).param_groups[0]["lr"] == 0.5
+
+
+@each_name
 @pytest.mark.parametrize(
     "options", [{}, {"fused": True, "max_grad_norm": 1.0, "state_dtype": torch.float64}], ids=str
 )

@@ -132,6 +132,43 @@ def test_parameters_of_a_flat_buffer_share_one_step_count() -> None:
     assert optimizer.state[params[1]]["step"] == 50
 
 
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}], ids=str)
+def test_states_that_a_program_makes_in_bf16_are_widened_unless_that_is_asked_for(options: dict[str, Any]) -> None:
+    param = nn.Parameter(torch.ones(64))
+    optimizer = ours.AdamW([param], fused=True, **options)
+    optimizer.state[param] = {
+        "step": torch.tensor(0.0),
+        "exp_avg": torch.zeros(64, dtype=torch.bfloat16),
+        "exp_avg_sq": torch.zeros(64, dtype=torch.bfloat16),
+    }
+    param.grad = torch.ones(64)
+    optimizer.step()
+    expected = options.get("state_dtype", torch.float32)
+    assert {optimizer.state[param][name].dtype for name in ("exp_avg", "exp_avg_sq")} == {expected}
+
+
+def subclasses(cls: type) -> set[type]:
+    return {found for kind in cls.__subclasses__() for found in (kind, *subclasses(kind))}
+
+
+def test_who_lists_optimizers_by_name_finds_two_of_a_name_but_under_a_swap() -> None:
+    both = {torch.optim.SGD, ours.SGD}
+    assert both <= subclasses(torch.optim.Optimizer)
+    with ours.swap():
+        assert both & subclasses(torch.optim.Optimizer) == {torch.optim.SGD}
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_a_look_up_by_exact_type_does_not_find_ours(is_swapped: bool) -> None:
+    supported = {torch.optim.Adam: "Adam"}
+    with ours.swap() if is_swapped else nullcontext():
+        optimizer = (torch.optim.Adam if is_swapped else ours.Adam)([nn.Parameter(torch.ones(3))])
+    assert type(optimizer) not in supported
+    assert isinstance(optimizer, tuple(supported))
+    supported[ours.Adam] = "Adam"
+    assert type(optimizer) in supported
+
+
 @pytest.mark.parametrize("is_profiled", [False, True])
 @pytest.mark.parametrize("is_ours", [False, True])
 def test_ranges_are_made_for_a_profiler_only(is_ours: bool, is_profiled: bool, tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+
+from dragon.vm.torch.optim._introspection import with_parameters_of
 
 _S = TypeVar("_S")
 _P = ParamSpec("_P")
@@ -80,7 +81,6 @@ def with_hints(init: Callable[Concatenate[_S, _P], None]) -> Callable[Concatenat
     """Let a constructor's error about an unknown keyword say what to write."""
     known = frozenset(inspect.signature(init).parameters)
 
-    @functools.wraps(init)
     def checked(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
         for name in kwargs:
             if name not in known:
@@ -89,4 +89,4 @@ def with_hints(init: Callable[Concatenate[_S, _P], None]) -> Callable[Concatenat
                 )
         init(self, *args, **kwargs)
 
-    return checked
+    return with_parameters_of(init, checked)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import weakref
@@ -14,6 +13,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._hints import hint
+from dragon.vm.torch.optim._introspection import hide_ours, show_ours, with_parameters_of
 from dragon.vm.torch.optim.adam import Adam, AdamW
 from dragon.vm.torch.optim.optimizer import Optimizer
 from dragon.vm.torch.optim.sgd import SGD
@@ -168,6 +168,7 @@ def _install() -> None:
             plain = original.__init__
             _installed[original] = (plain, _chooser(original, plain))
             original.__init__ = _installed[original][1]  # type: ignore[method-assign]  # until `_uninstall`
+    hide_ours()
 
 
 def _uninstall() -> None:
@@ -176,13 +177,13 @@ def _uninstall() -> None:
         if original.__init__ is ours:
             original.__init__ = plain  # type: ignore[method-assign]  # as it was
             del _installed[original]
+    show_ours()
 
 
 def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) -> Callable[..., None]:
     """What initialises `original` while a swap is in force."""
 
     @_disable_dynamo
-    @functools.wraps(plain)
     def init(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         if not _swaps:
             plain(self, *args, **kwargs)
@@ -200,9 +201,7 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
             if type(self) not in _OURS and next(kind for kind in type(self).__mro__ if kind in _OURS) is original:
                 _leave_alone(self, f"it is derived from torch.optim.{original.__name__}")
 
-    # `inspect.getfullargspec` does not look through wrappers.
-    init.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]  # of any function
-    return init
+    return with_parameters_of(plain, init)
 
 
 def _become_ours(

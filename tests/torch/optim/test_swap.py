@@ -180,14 +180,37 @@ def test_derived_classes_are_left_alone_and_named(theirs: Any) -> None:
 def test_copies_and_signatures_stay_pytorchs(theirs: Any) -> None:
     signature, arguments = inspect.signature(theirs.Adam), inspect.getfullargspec(theirs.Adam.__init__)
     original = theirs.Adam(make_params())
+    names, defaults = set(signature.parameters), theirs.Adam.__init__.__defaults__
     with swap():
         assert type(copy.deepcopy(original)) is theirs.Adam
         assert type(pickle.loads(pickle.dumps(original))) is theirs.Adam
         assert inspect.signature(theirs.Adam) == signature
         assert inspect.getfullargspec(theirs.Adam.__init__) == arguments
+        # Programs that pass on only known options look here too.
+        assert names < set(theirs.Adam.__init__.__code__.co_varnames)
+        assert theirs.Adam.__init__.__defaults__ == defaults
         ours = Adam(make_params())
     assert type(theirs.Adam(params=make_params(), lr=0.1)) is theirs.Adam
     assert type(ours) is Adam
+
+
+def test_who_lists_the_subclasses_finds_pytorchs_once_and_those_of_the_script(theirs: Any) -> None:
+    class Mine(Adam):
+        pass
+
+    def listed(cls: type) -> list[type]:
+        return [cls, *(found for kind in cls.__subclasses__() for found in listed(kind))]
+
+    before = listed(theirs.Optimizer)
+    with swap():
+        found = listed(theirs.Optimizer)
+        assert [kind for kind in found if kind.__name__ in ("Adam", "AdamW", "SGD")] == [
+            *(kind for kind in before if kind in (theirs.Adam, theirs.AdamW, theirs.SGD))
+        ]
+        assert Mine in found
+        assert Mine in Adam.__subclasses__()
+    assert listed(theirs.Optimizer) == before
+    assert "__subclasses__" not in vars(theirs.Optimizer)
 
 
 def test_an_optimizer_can_be_built_from_the_defaults_of_another(theirs: Any) -> None:
