@@ -7,12 +7,12 @@ from statistics import mean
 import pytest
 import torch
 
-from benchmarks.memory import steps
+from benchmarks.memory import measure, steps
 from benchmarks.memory.histories import HISTORIES, largest_update
 from benchmarks.memory.modes import BETAS, MODES, OURS, trained
 from benchmarks.memory.page import PAGE, kept_bytes, read, section
 from benchmarks.memory.peers import Dynamic, Float8, LinearRoot, Moments, PeerAdam, Softsign, _dynamic_table
-from benchmarks.memory.training import train_digits, train_text
+from benchmarks.memory.training import TRAININGS, Outcome, train_digits, train_text
 from dragon.vm.measuring.shapes import gpt2
 from dragon.vm.torch.optim._formats.format import Format
 from dragon.vm.torch.optim._formats.rounding import Plain
@@ -152,3 +152,17 @@ def test_the_page_tells_the_measured_times() -> None:
     n_layers, vocabulary, n_threads = map(int, shown)
     numel = sum(map(math.prod, gpt2(n_layers, 768, vocabulary)))
     assert {(line["numel"], line["threads"]) for line in lines} == {(numel, n_threads)}
+
+
+def test_the_parts_of_a_mode_are_together_what_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(measure, "largest_update", lambda *_: 1.0)
+    monkeypatch.setattr(measure, "forgetting", lambda _: 1.0)
+    for name in TRAININGS:
+        monkeypatch.setitem(TRAININGS, name, lambda *_: Outcome([0.0], 0.0))
+    names = ("measure", "of", "seed")
+    found = [line for part in measure.PARTS for line in measure.measurements("8bit", part, 5)]
+    committed = [line for line in read() if line["mode"] == "8bit"]
+    rows = [sorted(str([line.get(name) for name in names]) for line in lines) for lines in (found, committed)]
+    assert rows[0] == rows[1]
+    assert {line["mode"] for line in found} == {"8bit"}
