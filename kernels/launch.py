@@ -104,12 +104,14 @@ class Launcher:
         Args:
             tables: tensors on the device, in the order of the kernel's first parameters; the last may be None.
         """
-        # Triton compiles code of its own for each alignment and dtype of a table.
         given = tables if tables[-1] is not None else tables[:-1]
-        key = (*map(_data_ptr, given), *map(_dtype_of, given))
+        addresses = tuple(map(_data_ptr, given))
+        # Triton compiles code of its own for each alignment and dtype of a table.
+        key = (addresses, *map(_dtype_of, given))
         run = self._ready.get(key)
         if run is not None:
-            run(*tables, *self._values)
+            # For a tensor triton would ask the driver where it is, as it did at the first launch: 1 us each.
+            run(*addresses, *tables[len(given) :], *self._values)
             return
         code = self._kernel[self._grid](*tables, **self._constants, **self._options)
         # The interpreter has none.

@@ -39,7 +39,7 @@ class DeviceContext:
         self.zero = torch.zeros(1, dtype=torch.float32, device=device)
         self.hardware = describe(device)
         self._module: Any = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
-        self._last: torch.cuda.Event | None = None
+        self._last: torch.Event | None = None
         self._stream = self.stream()
         # Each with the stream on which it was allocated.
         self._partials = [(torch.zeros(1, dtype=torch.float64, device=device), self._stream)]
@@ -69,9 +69,9 @@ class DeviceContext:
             run()
             return
         if self._last is None:
-            self._last = torch.cuda.Event()
+            self._last = torch.Event(self.device)
         else:
-            torch.cuda.current_stream().wait_event(self._last)
+            self._last.wait()
         run()
         self._last.record()
 

@@ -25,7 +25,7 @@ class StagingRing:
 
     def __init__(self) -> None:
         # By their length, of which a table has few; those in turn first that were used longest ago.
-        self._slots: dict[int, deque[tuple[Tensor, torch.cuda.Event]]] = {}
+        self._slots: dict[int, deque[tuple[Tensor, torch.Event]]] = {}
         self._reserve: list[Tensor] = []
 
     def copy(self, source: Tensor, target: Tensor) -> None:
@@ -34,7 +34,7 @@ class StagingRing:
         if slots and slots[0][1].query():
             slots.rotate(-1)
         else:
-            slots.append((_new_buffer(len(source)), torch.cuda.Event()))
+            slots.append((_new_buffer(len(source)), torch.Event(target.device)))
         staging, event = slots[-1]
         _copy_to_device(staging.copy_(source), target)
         event.record()

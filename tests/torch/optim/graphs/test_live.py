@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -378,16 +379,8 @@ def test_saved_groups_are_read_without_trust(device: torch.device) -> None:
 def test_steps_and_uploads_wait_for_each_other_whatever_their_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
-    class Event:
-        def record(self) -> None:
-            log.append("record")
-
-    class Stream:
-        def wait_event(self, event: Event) -> None:
-            log.append("wait")
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    event = SimpleNamespace(record=lambda: log.append("record"), wait=lambda: log.append("wait"))
+    monkeypatch.setattr(torch, "Event", lambda device: event)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: "captured" in log)
     context = DeviceContext(torch.device("cpu"))
     context.device, context._module = torch.device("cuda", 0), torch.cuda

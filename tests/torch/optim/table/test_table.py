@@ -94,7 +94,7 @@ class FakeDevice:
         device = self
 
         class Event:
-            def __init__(self):
+            def __init__(self, of):
                 self.index = 0
 
             def record(self):
@@ -106,7 +106,7 @@ class FakeDevice:
                 device.n_queries += 1
                 return all(copy is None for copy in device.copies[: self.index])
 
-        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch, "Event", Event)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.is_capturing)
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kwargs: empty(*args, **kwargs))
