@@ -309,28 +309,36 @@ def test_a_graph_of_some_gradients_keeps_its_norm_after_steps_with_others(option
         assert everything(optimizers[0]) == everything(optimizers[1])
 
 
-def moved(param):
+def moved(param, state):
     param.data = param.data.clone()
 
 
-def strided(param):
+def strided(param, state):
     param.grad = param.grad.t().contiguous().t()
 
 
+def turned(param, state):
+    """A first moment at the same address, of the same shape, in another layout."""
+    state["exp_avg"] = state["exp_avg"].t()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("change", [moved, strided])
-def test_what_changed_is_noticed_in_a_part_of_a_plan(backend, change):
-    params = [torch.nn.Parameter(numbers(i, 4, 6, device=home(backend))) for i in range(3)]
+@pytest.mark.parametrize("amsgrad", [(False,) * 3, (True, False, False)], ids=["alike", "one with AMSGrad"])
+@pytest.mark.parametrize("change", [moved, strided, turned])
+def test_what_changed_is_noticed_in_a_part_of_a_plan(backend, amsgrad, change):
+    params = [torch.nn.Parameter(numbers(i, 6, 6, device=home(backend))) for i in range(3)]
     alone = [torch.nn.Parameter(param.detach().clone()) for param in params]
-    optimizer, others = Adam(params, backend=backend), [Adam([param], backend=backend) for param in alone]
+    groups = [{"params": [param], "amsgrad": own} for param, own in zip(params, amsgrad, strict=True)]
+    optimizer = Adam(groups, backend=backend)
+    others = [Adam([param], amsgrad=own, backend=backend) for param, own in zip(alone, amsgrad, strict=True)]
     for number, present in enumerate([(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 1, 1), (0, 1, 0), (1, 1, 0)]):
         for i in range(3):
             params[i].grad = alone[i].grad = None
             if present[i]:
-                for param in (params[i], alone[i]):
-                    param.grad = numbers(10 * number + i, 4, 6, device=home(backend))
+                for param, owner in ((params[i], optimizer), (alone[i], others[i])):
+                    param.grad = numbers(10 * number + i, 6, 6, device=home(backend))
                     if number in (2, 5):
-                        change(param)
+                        change(param, owner.state[param])
                 others[i].step()
         optimizer.step()
     assert [bits(param) for param in params] == [bits(param) for param in alone]

@@ -16,9 +16,6 @@ from torch._C._dynamo.guards import TensorGuards
 # 0 for a tensor without elements.
 _data_ptr = Tensor.data_ptr
 
-# Sets of gradients of one plan whose layouts are compared at the speed of C.
-MOST_GUARDS = 8
-
 # What must be the same of each tensor.
 _LAYOUT: tuple[Callable[[Tensor], object], ...] = (
     *(type, Tensor.stride, Tensor.is_conj, Tensor.is_neg),
@@ -44,8 +41,10 @@ class Guard:
     ) -> None:
         self._placed = placed
         self._layouts = layout_guard([*grads, *params])
-        self._part_layouts = PartLayouts(grads, params) if takes_parts else None
         self._state_layouts = layout_guard(list(chain(*states.values())))
+        self._are_complete = all(len(column) == len(params) for column in states.values())
+        own = states.values() if self._are_complete else ()
+        self._part_layouts = PartLayouts(grads, params, *own) if takes_parts else None
         self._addresses = list(map(_data_ptr, self._fixed(params, states)))
 
     def _fixed(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> Iterable[Tensor]:
@@ -72,10 +71,12 @@ class Guard:
         if list(map(_data_ptr, tensors)) != seen:
             return False
         if is_whole:
-            are_like = self._layouts(*grads, *params)
-        else:
-            are_like = self._part_layouts is not None and self._part_layouts.check(grads, params, present)
-        return are_like and self._state_layouts(*chain(*states.values()))
+            return self._layouts(*grads, *params) and self._state_layouts(*chain(*states.values()))
+        if self._part_layouts is None:
+            return False
+        if self._are_complete:
+            return self._part_layouts.check(present, grads, params, *states.values())
+        return self._part_layouts.check(present, grads, params) and self._state_layouts(*chain(*states.values()))
 
     def holds(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> bool:
         """Whether parameters and states, as many as then, are where they were."""
@@ -84,31 +85,18 @@ class Guard:
 
 
 class PartLayouts:
-    """Compares the layouts of some gradients and of their parameters with what they were."""
+    """Compares the layouts of what belongs to some of the parameters; that of the others may have changed."""
 
-    def __init__(self, grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        self._grads, self._params = _layouts(grads), _layouts(params)
-        self._all_params = layout_guard(params)
-        # By which ones take part; a guard is made when the same ones come again.
-        self._guards: dict[bytes, Callable[..., bool] | None] = {}
+    def __init__(self, *columns: Sequence[Tensor]) -> None:
+        self._checks = [layout_guard(own) for own in zip(*columns, strict=True)]
 
-    def check(self, grads: Sequence[Tensor], params: Sequence[Tensor], present: bytes) -> bool:
+    def check(self, present: bytes, grads: Sequence[Tensor], *columns: Sequence[Tensor]) -> bool:
         """Whether all is laid out as it was.
 
-        `grads` are those that are there, as `present` tells for each parameter. Other parameters may have changed.
+        `grads` are those that are there, as `present` tells for each parameter. The other columns are whole.
         """
-        guard = self._guards.get(present)
-        if guard is not None:
-            return guard(*grads, *compress(params, present))
-        if not _are_like(grads, self._grads, present):
-            return False
-        if not self._all_params(*params) and not _are_like(list(compress(params, present)), self._params, present):
-            return False
-        is_known = present in self._guards
-        if len(self._guards) >= MOST_GUARDS:
-            self._guards.clear()
-        self._guards[present] = layout_guard([*grads, *compress(params, present)]) if is_known else None
-        return True
+        owned = zip(grads, *(compress(column, present) for column in columns), strict=True)
+        return all(check(*own) for check, own in zip(compress(self._checks, present), owned, strict=True))
 
 
 def layout_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
@@ -123,11 +111,6 @@ def layout_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     # PyTorch's check in C++ fails for any tensors under some dispatch modes: there public calls compare.
     seen = _layouts(tensors)
     return lambda *now: _layouts(now) == seen
-
-
-def _are_like(tensors: Sequence[Tensor], seen: Sequence[list[object]], present: bytes) -> bool:
-    """Whether tensors, one for each that is not 0 in `present`, are laid out as all were seen."""
-    return _layouts(tensors) == [list(compress(column, present)) for column in seen]
 
 
 def _layouts(tensors: Sequence[Tensor]) -> list[list[object]]:
