@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -17,6 +18,9 @@ from benchmarks.records import TIMED, Record
 from benchmarks.runner import COPY
 
 MARKERS = "osD^vP*X<>"
+
+# Characters of a line under a group of bars.
+LABEL_WIDTH = 9
 
 
 class Plot(NamedTuple):
@@ -107,6 +111,6 @@ def _draw_bars(plot: Plot, axes: Axes) -> None:
     for index, (name, points) in enumerate(plot.series.items()):
         places = [x + (index - (len(plot.series) - 1) / 2) * width for x, _ in points]
         axes.bar(places, [y for _, y in points], width, label=name, zorder=2)
-    labels = [name.replace(", ", ",\n").replace(" 124M", "\n124M") for name in plot.categories]
+    labels = [fill(name, LABEL_WIDTH) for name in plot.categories]
     axes.set_xticks(range(len(labels)), labels, fontsize="small")
     axes.axhline(1, color="black", linewidth=0.8, zorder=3)

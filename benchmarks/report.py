@@ -56,7 +56,8 @@ In "bf16" contenders keep moments in bf16 where they can, as torch's fused Adam 
 keep fp32 moments where they can. "Against the fastest other" compares contenders whose moments are of equal size.
 
 The memory may not hold all contenders of a case. Then they are measured in batches, each beside torch's fused
-Adam. Ratios compare contenders of two batches better than times do.
+Adam. So are other contenders that the last run left out. Ratios compare contenders of two batches better than
+times do.
 
 Host work is the thread time of steps on one thread, interleaved in the same way (`python -m benchmarks host`).
 Kernels and the operations behind torch's fused Adam are replaced by functions that return at once. The ratio is to
@@ -114,18 +115,25 @@ def by_device(records: Sequence[Record]) -> dict[str, list[Record]]:
 def latest(records: Sequence[Record]) -> list[Record]:
     """The last record of each contender in each case, in the order of `CASES`.
 
-    Only the commit counts of the last run in which something of the case was timed.
+    Of ours only the commit counts of the last run in which something of the case was timed. Others do not depend
+    on it: one that this run left out is shown as measured before, with the same versions.
     """
     order = {name: index for index, name in enumerate(CASES)}
     newest: list[Record] = []
     for found in by_case(records).values():
         timed = [record for record in found if record.status == TIMED]
         last = max(timed or found, key=lambda record: str(record.environment["run"]))
-        of_commit = [each for each in found if each.environment["commit"] == last.environment["commit"]]
+        about = last.environment
+        counting = [
+            each
+            for each in found
+            if each.environment["commit"] == about["commit"]
+            or (not each.is_ours and each.environment["versions"] == about["versions"])
+        ]
         # What was timed goes before what was not, and the later run before the earlier one.
-        of_commit.sort(key=lambda record: (record.status == TIMED, record.environment["run"]))
+        counting.sort(key=lambda record: (record.status == TIMED, record.environment["run"]))
         names = dict.fromkeys(record.contender for record in found)
-        chosen = {record.contender: record for record in of_commit}
+        chosen = {record.contender: record for record in counting}
         newest += [chosen[name] for name in names if name in chosen]
     return sorted(newest, key=lambda record: order.get(record.case, len(order)))
 

@@ -102,13 +102,15 @@ def test_a_contenders_last_line_in_a_run_counts_and_a_cut_line_does_not(tmp_path
     assert [(r.contender, r.cold_ms.median) for r in found] == [("ours native", 2.0), ("other", 2.0)]
 
 
-def test_a_case_is_shown_as_last_measured_and_never_mixed_from_commits() -> None:
-    def run(number: str, commit: str = "b") -> dict[str, Any]:
-        return {**ABOUT, "run": number, "commit": commit}
+def test_a_case_is_shown_as_last_measured_and_ours_never_mixed_from_commits() -> None:
+    def run(number: str, commit: str = "b", torch: str = "2.11") -> dict[str, Any]:
+        return {**ABOUT, "run": number, "commit": commit, "versions": {"torch": torch}}
 
     found = report.latest(
         [
-            record(contender="of an old commit", environment=run("1", "a")),
+            record(contender="ours eager", environment=run("1", "a")),
+            record(contender="torch foreach", environment=run("1", "a")),
+            record(contender="torch compiled", environment=run("1", "a", "2.10")),
             record(environment=run("1", "a")),
             record(contender="torch fused", environment=run("2")),
             record(contender="optimi", environment=run("2")),
@@ -121,6 +123,7 @@ def test_a_case_is_shown_as_last_measured_and_never_mixed_from_commits() -> None
     shown = [(r.case, r.contender, r.environment["run"], r.status) for r in found]
     assert shown == [
         ("1000 x 1", "ours native", "1", TIMED),
+        ("1 x 20M", "torch foreach", "1", TIMED),
         ("1 x 20M", "ours native", "3", TIMED),
         ("1 x 20M", "torch fused", "3", TIMED),
         ("1 x 20M", "optimi", "2", TIMED),
