@@ -214,6 +214,15 @@ def test_a_broken_file_is_ignored_with_one_warning_that_names_it(kind: str) -> N
     assert isinstance(why, str)
 
 
+def test_a_folder_that_cannot_be_searched_holds_no_file_to_warn_of(tuning_folder: Path) -> None:
+    """As where the home of a user is /dev/null, or belongs to another one."""
+    tuning_folder.touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert config_of() == DEFAULT
+    assert list(store.scan()) == []
+
+
 @pytest.mark.parametrize(
     "device", ["NVIDIA H200", "../../etc", "a/b\\c", "..", "", "名前", "x" * 500, "\ud800", "a\0b"]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -82,15 +83,17 @@ class Swap:
         self.left_alone: list[LeftAlone] = []
         self.rank = _rank()
         _check_options(options)
-        _install()
-        _swaps.append(self)
+        with _lock:
+            _install()
+            _swaps.append(self)
 
     def undo(self) -> None:
         """Let PyTorch's classes build PyTorch's optimizers again; those already built stay ours."""
-        if self in _swaps:
-            _swaps.remove(self)
-        if not _swaps:
-            _uninstall()
+        with _lock:
+            if self in _swaps:
+                _swaps.remove(self)
+            if not _swaps:
+                _uninstall()
 
     def report(self) -> str:
         """Say which optimizers were replaced, and which were not and why."""
@@ -113,7 +116,9 @@ class Swap:
         self.undo()
 
 
+# Of this process, for all its threads. A thread that begins or ends one holds the lock.
 _swaps: list[Swap] = []
+_lock = threading.RLock()
 
 # PyTorch's `__init__` of each class, and what is in its place.
 _installed: dict[type[torch.optim.Optimizer], tuple[Callable[..., None], Callable[..., None]]] = {}
@@ -185,21 +190,26 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
 
     @_disable_dynamo
     def init(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-        if not _swaps:
+        # Another thread may end one meanwhile.
+        swaps = tuple(_swaps)
+        if not swaps:
             plain(self, *args, **kwargs)
         elif isinstance(self, Optimizer):
-            _begin_anew(self, original, args, kwargs)
+            _begin_anew(self, original, args, {**_options_for(original, swaps), **kwargs})
+            _record(self, original.__name__, swaps)
         elif type(self) is original:
             args, kwargs = _repeatable(args, kwargs)
-            refusal = _become_ours(self, original, args, kwargs)
-            if refusal is not None:
+            refusal = _become_ours(self, original, args, {**_options_for(original, swaps), **kwargs})
+            if refusal is None:
+                _record(self, original.__name__, swaps)
+            else:
                 plain(self, *args, **kwargs)
-                _leave_alone(self, f"ours refuses it: {refusal}")
+                _leave_alone(self, f"ours refuses it: {refusal}", swaps)
         else:
             plain(self, *args, **kwargs)
             # AdamW's calls Adam's: the nearest of them speaks.
             if type(self) not in _OURS and next(kind for kind in type(self).__mro__ if kind in _OURS) is original:
-                _leave_alone(self, f"it is derived from torch.optim.{original.__name__}")
+                _leave_alone(self, f"it is derived from torch.optim.{original.__name__}", swaps)
 
     return with_parameters_of(plain, init)
 
@@ -215,11 +225,10 @@ def _become_ours(
     Returns:
         None, or why ours refuses; the object is PyTorch's again then, and the groups are as they were.
     """
-    options = {**_options_for(original), **kwargs}
     before = [(group, dict(group)) for group in _groups(args, kwargs)]
     optimizer.__class__ = _OURS[original]
     try:
-        optimizer.__init__(*args, **options)  # type: ignore[misc]  # of another class since
+        optimizer.__init__(*args, **kwargs)  # type: ignore[misc]  # of another class since
     # Whatever it is, the script must go on as without the swap.
     except Exception as error:
         optimizer.__class__ = original
@@ -228,7 +237,6 @@ def _become_ours(
             group.clear()
             group.update(contents)
         return f"{type(error).__name__}: {error}"
-    _record(optimizer, original)
     return None
 
 
@@ -244,26 +252,25 @@ def _begin_anew(
     if kind is not _OURS[original]:
         name = f"torch.optim.{original.__name__}.__init__"
         raise TypeError(f"{name} cannot initialise a {kind.__module__}.{kind.__qualname__}: call its own __init__")
-    optimizer.__init__(*args, **{**_options_for(original), **kwargs})  # type: ignore[misc]  # as a script does
-    _record(optimizer, original)
+    optimizer.__init__(*args, **kwargs)  # type: ignore[misc]  # as a script does
 
 
-def _options_for(original: type[torch.optim.Optimizer]) -> dict[str, Any]:
+def _options_for(original: type[torch.optim.Optimizer], swaps: tuple[Swap, ...]) -> dict[str, Any]:
     """Those of the last swap that ours knows."""
     known = own_options(original)
-    return {name: value for name, value in _swaps[-1].options.items() if name in known}
+    return {name: value for name, value in swaps[-1].options.items() if name in known}
 
 
-def _record(optimizer: torch.optim.Optimizer, original: type[torch.optim.Optimizer]) -> None:
-    for entry in _swaps:
-        entry.replaced.append(Replaced(optimizer, original.__name__))
+def _record(optimizer: torch.optim.Optimizer, name: str, swaps: tuple[Swap, ...]) -> None:
+    for entry in swaps:
+        entry.replaced.append(Replaced(optimizer, name))
         entry.rank = _rank()
 
 
-def _leave_alone(optimizer: torch.optim.Optimizer, reason: str) -> None:
+def _leave_alone(optimizer: torch.optim.Optimizer, reason: str, swaps: tuple[Swap, ...]) -> None:
     kind = type(optimizer)
     name = f"torch.optim.{kind.__name__}" if kind in _OURS else f"{kind.__module__}.{kind.__qualname__}"
-    for entry in _swaps:
+    for entry in swaps:
         entry.left_alone.append(LeftAlone(name, reason))
         entry.rank = _rank()
 

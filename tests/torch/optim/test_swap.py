@@ -2,6 +2,7 @@ import copy
 import inspect
 import pickle
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.optim import Adam as AdamImportedEarly
 
-from dragon.vm.torch.optim import SGD, Adam, AdamW, Optimizer, swap
+from dragon.vm.torch.optim import SGD, Adam, AdamW, Optimizer, _swap, swap
 
 from .judging import judged_step, make_params, params_of, same_bits, set_grads
 
@@ -66,6 +67,39 @@ def test_a_swap_can_be_plain_nested_and_undone_in_any_order(theirs: Any) -> None
     second.undo()
     assert type(theirs.Adam(make_params())) is theirs.Adam
     assert theirs.Adam.__init__ is init, "nothing of a swap is left"
+
+
+def test_a_swap_that_another_thread_begins_while_the_last_one_ends_is_in_force(
+    theirs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uninstall, begun = _swap._uninstall, []
+    thread = threading.Thread(target=lambda: begun.append(swap()))
+
+    def begin_another() -> None:
+        thread.start()
+        thread.join(0.2)
+        uninstall()
+
+    first = swap()
+    with monkeypatch.context() as patched:
+        patched.setattr(_swap, "_uninstall", begin_another)
+        first.undo()
+    thread.join()
+    assert type(theirs.Adam(make_params())) is Adam
+    begun[0].undo()
+
+
+def test_an_optimizer_gets_the_options_of_a_swap_that_ends_while_it_is_built(theirs: Any) -> None:
+    swapped = swap(max_grad_norm=1.0)
+
+    def params() -> Iterator[torch.Tensor]:
+        swapped.undo()
+        yield from make_params()
+
+    optimizer = theirs.Adam(params())
+    assert type(optimizer) is Adam
+    assert optimizer.defaults["max_grad_norm"] == 1.0
+    assert len(swapped.replaced) == 1
 
 
 def test_a_swap_ends_with_an_exception(theirs: Any) -> None:

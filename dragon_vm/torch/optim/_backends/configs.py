@@ -62,10 +62,10 @@ def _find(folder: Path, spec: Spec, arch: str, device_name: str, size: str) -> L
     path = path_of(spec_fields(spec), arch, device_name, size, folder)
     try:
         return check_result(read_json(path), path)
-    except FileNotFoundError:
-        pass
     except (OSError, ValueError) as error:
-        warnings.warn(f"tuning file {path} is ignored: {error}", TuningWarning, stacklevel=3)
+        # False too where the user's folder cannot be searched: it may belong to another user, or be a file.
+        if os.path.exists(path):
+            warnings.warn(f"tuning file {path} is ignored: {error}", TuningWarning, stacklevel=3)
     return default_config(arch, spec)
 
 

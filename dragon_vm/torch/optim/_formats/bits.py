@@ -31,7 +31,7 @@ def numpy_of(device: torch.device) -> Any:
         import numpy
 
         # Fails where NumPy and PyTorch do not understand each other.
-        torch.empty(0, device="cpu").numpy()
+        torch.empty(0, dtype=torch.float32, device="cpu").numpy()
     except (ImportError, RuntimeError):
         return None
     return numpy if device.type == "cpu" else None

@@ -20,7 +20,7 @@ def nonfinite(grads: Sequence[Tensor], device: torch.device) -> Tensor:
     for grad in grads:
         if grad.numel() and grad.layout == torch.strided:
             members.setdefault(grad.device, []).append(grad)
-    found = torch.zeros(1, device=device)
+    found = torch.zeros(1, dtype=torch.float32, device=device)
     for chosen in members.values():
         norms = torch.stack(torch._foreach_norm(chosen, torch.inf))
         found += torch.isfinite(norms).all().logical_not().to(found)
@@ -85,7 +85,8 @@ def report_to_all(params: Sequence[Tensor], process_group: Any) -> tuple[Tensor 
     """
     grads = [local(param.grad) for param in params if param.grad is not None]
     device = meeting_device(params, process_group)
-    flags = torch.cat([nonfinite(grads, device), torch.full((1,), float(bool(grads)), device=device)])
+    found = nonfinite(grads, device)
+    flags = torch.cat([found, torch.full_like(found, float(bool(grads)))])
     all_reduce_flags(flags, process_group)
     if not grads and not float(flags[1]):
         return None, None
@@ -129,7 +130,7 @@ class ScalerReport:
         if self.scaler is None or found_inf is None:
             return Scaling()
         self._found_inf.append(found_inf)
-        return Scaling(self.scaler.scale(torch.ones(1, device=found_inf.device)), found_inf)
+        return Scaling(self.scaler.scale(torch.ones_like(found_inf)), found_inf)
 
     def tell(self, kept: Sequence[Tensor]) -> None:
         """Make a gradient that is left infinite if one that is gone was: of the parameters `kept`."""

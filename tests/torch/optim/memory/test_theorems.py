@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import AdamW
+from dragon.vm.torch.optim._formats.bits import numpy_of
 
 from .modes import MODES, SHAPES, bits, give_gradients, make, train
 
@@ -52,6 +53,23 @@ def test_each_step_and_each_seed_has_words_of_its_own() -> None:
         optimizer.step()
         found.append(params[0] != before)
     assert not any(torch.equal(a, b) for a, b in pairwise(found))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["8bit", "split8, 8bit", "bf16 stochastic, bf16 states"])
+def test_a_narrow_default_dtype_changes_nothing(mode: str, default: torch.dtype) -> None:
+    params, optimizer = make(mode)
+    others, its = make(mode)
+    for step in range(2):
+        train(params, optimizer, 1, step)
+        give_gradients(others, step)
+        numpy_of.cache_clear()
+        torch.set_default_dtype(default)
+        try:
+            its.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert bits(params, optimizer) == bits(others, its)
 
 
 def test_pytorchs_generator_is_left_alone() -> None:
