@@ -362,6 +362,35 @@ def test_states_of_others_may_come_and_go_while_a_plan_serves_a_part(backend, ch
     assert [bits(param) for param in params] == [bits(param) for param in alone]
 
 
+def cut(param, state):
+    param.data = param.data[:2]
+
+
+def misshapen(param, state):
+    state["exp_avg"] = torch.zeros(7, device=param.device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", [cut, misshapen])
+def test_what_no_longer_fits_its_state_stays_out_of_a_plan_for_more(backend, change):
+    params = parameters([(4,)] * 3, device=home(backend))
+    optimizer = Adam(params, backend=backend)
+    take_steps(optimizer, params, [0b111])
+    change(params[2], optimizer.state[params[2]])
+    take_steps(optimizer, params, [0b011])
+    assert [float(optimizer.state[param]["step"]) for param in params] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_option_of_others_gives_them_no_state_before_their_step(backend):
+    params = parameters([(4,)] * 3, device=home(backend))
+    optimizer = Adam([{"params": params[:2]}, {"params": params[2:]}], backend=backend)
+    take_steps(optimizer, params, [0b111])
+    optimizer.param_groups[1]["amsgrad"] = True
+    take_steps(optimizer, params, [0b011])
+    assert "max_exp_avg_sq" not in optimizer.state[params[2]]
+
+
 @pytest.mark.parametrize("step", [None, 3.5, torch.zeros(2)], ids=["none", "a number", "two"])
 def test_a_counter_of_others_is_not_read_while_a_plan_serves_a_part(step):
     """The formula with epsilon-hat asks for the counts of all that step."""
