@@ -249,18 +249,36 @@ def test_a_state_that_was_taken_away_does_not_come_back_without_a_gradient(backe
     assert [float(optimizer.state[param]["step"]) for param in params[1:]] == [2 + steps_between, 1]
 
 
+ALL_FIRST = (0b1111111, 0b1010101, 0b0110111, 0b1101011, 0b0011110, 0b1110001)
+# The plan of the second set is for all, and serves all.
+ALL_LATER = (0b1010101, 0b0111110, 0b1101011, 0b1111111, 0b0011110, 0b1111111)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm_type", [2.0, float("inf")])
-def test_a_norm_has_the_bits_of_its_set_whatever_other_sets_came_before(backend, norm_type):
+@pytest.mark.parametrize("patterns", [ALL_FIRST, ALL_LATER], ids=["all first", "all later"])
+def test_a_norm_has_the_bits_of_its_set_whatever_other_sets_came_before(backend, norm_type, patterns):
     runs = [parameters([(40,)] * 7, device=home(backend)) for _ in range(2)]
     optimizers = [Adam(params, backend=backend, max_grad_norm=0.5, norm_type=norm_type) for params in runs]
-    for number, pattern in enumerate((0b1111111, 0b1010101, 0b0110111, 0b1101011, 0b0011110, 0b1110001)):
+    for number, pattern in enumerate(patterns):
         for params, optimizer in zip(runs, optimizers, strict=True):
             give_some(params, [pattern >> i & 1 for i in range(7)], number)
             optimizer.step()
         optimizers[1]._plans.forget()
         assert bits(optimizers[0].grad_norm) == bits(optimizers[1].grad_norm)
     assert everything(optimizers[0]) == everything(optimizers[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norm_has_the_bits_of_its_set_after_a_buffer_has_parted(backend):
+    runs = [parameters([(700,), (4000,), (333,)], device=home(backend)) for _ in range(2)]
+    optimizers = [SGD(params, lr=0.1, backend=backend, flatten=True, max_grad_norm=0.5) for params in runs]
+    for number, pattern in enumerate((0b111, 0b101, 0b111)):
+        for params, optimizer in zip(runs, optimizers, strict=True):
+            give_some(params, [pattern >> i & 1 for i in range(3)], number)
+            optimizer.step()
+        optimizers[1]._plans.forget()
+        assert bits(optimizers[0].grad_norm) == bits(optimizers[1].grad_norm)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
