@@ -10,22 +10,12 @@ from dragon.vm.torch.optim._backends import native
 from dragon.vm.torch.optim._plan import cache, host_step, widening
 
 from .recorded import RecordedGraph
-from .support import BACKENDS, bits, everything, home, numbers, parameters, patient
+from .support import BACKENDS, bits, everything, give, give_some, home, numbers, parameters, patient, take_steps
 
 presences = st.lists(st.booleans(), min_size=3, max_size=3)
 histories = st.lists(presences, min_size=1, max_size=6)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def at_once():
-    """Plans for more parameters than have a gradient are made from the second set on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(widening, "N_MISSED", 1)
-        yield
-
-
-def give(param, index, number):
-    param.grad = numbers(10 * number + index, *param.shape, device=str(param.device))
+pytestmark = pytest.mark.usefixtures("at_once")
 
 
 @patient
@@ -101,20 +91,6 @@ def prepared_sets(monkeypatch):
     return sizes
 
 
-def give_some(params, present, number):
-    for i, param in enumerate(params):
-        param.grad = None
-        if present[i]:
-            give(param, i, number)
-
-
-def take_steps(optimizer, params, patterns):
-    """A step for each pattern, whose bits say which parameters have a gradient."""
-    for pattern in patterns:
-        give_some(params, [pattern >> i & 1 for i in range(len(params))], pattern)
-        optimizer.step()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"clip_norm": 1.0}, {"skip_nonfinite": True}])
 def test_sets_of_gradients_share_a_plan_once_more_of_them_came_than_are_kept(backend, options, monkeypatch):
@@ -164,16 +140,6 @@ def test_sets_in_turn_are_prepared_once_whatever_the_others_become(backend, n_mi
             param.requires_grad_(is_present)
         optimizer.step()
     assert sizes == [2, 2 if n_missed == 8 else 4]
-
-
-def test_parameters_that_never_step_together_may_share_memory():
-    params = parameters([(3,)] * 3)
-    optimizer = Adam(params, backend="native")
-    params[1].data = params[0].data
-    for number in range(12):
-        give_some(params, [number % 2 == 0, number % 2 == 1, number % 3 == 0], number)
-        optimizer.step()
-    assert [float(optimizer.state[param]["step"]) for param in params] == [6, 6, 4]
 
 
 VARIED = [
@@ -232,21 +198,6 @@ def test_a_plan_for_more_parameters_changes_no_bit(backend, options, scales, zer
         for left, right in zip(*runs, strict=True):
             assert (left.grad is None) == (right.grad is None)
             assert left.grad is None or bits(left.grad) == bits(right.grad)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("steps_between", [0, 1])
-def test_a_state_that_was_taken_away_does_not_come_back_without_a_gradient(backend, steps_between):
-    params = parameters([(3,)] * 3, device=home(backend))
-    optimizer = Adam(params, backend=backend)
-    give_some(params, (1, 1, 0), 0)
-    optimizer.step()
-    del optimizer.state[params[0]]
-    for number, present in enumerate([(0, 1, 0)] * steps_between + [(0, 1, 1)]):
-        give_some(params, present, number)
-        optimizer.step()
-    assert params[0] not in optimizer.state
-    assert [float(optimizer.state[param]["step"]) for param in params[1:]] == [2 + steps_between, 1]
 
 
 ALL_FIRST = (0b1111111, 0b1010101, 0b0110111, 0b1101011, 0b0011110, 0b1110001)
@@ -359,68 +310,6 @@ def test_what_changed_is_noticed_in_a_part_of_a_plan(backend, amsgrad, change):
                 others[i].step()
         optimizer.step()
     assert [bits(param) for param in params] == [bits(param) for param in alone]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("change", ["comes", "goes"])
-def test_states_of_others_may_come_and_go_while_a_plan_serves_a_part(backend, change):
-    """Plans are for all that have states, one behind the other, until one more has or one less."""
-    params, alone = (parameters([(3,)] * 4, device=home(backend)) for _ in range(2))
-    optimizer = Adam(params, backend=backend)
-    others = [Adam([param], backend=backend) for param in alone]
-    sets = [(1, 1, 1, 0), (1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 0, change == "comes"), (1, 1, 0, 0), (0, 1, 0, 0)]
-    for number, present in enumerate(sets):
-        if change == "goes" and number == 3:
-            del optimizer.state[params[2]]
-        give_some(params, present, number)
-        give_some(alone, present, number)
-        optimizer.step()
-        for other in others:
-            other.step()
-    assert [bits(param) for param in params] == [bits(param) for param in alone]
-
-
-def cut(param, state):
-    param.data = param.data[:2]
-
-
-def misshapen(param, state):
-    state["exp_avg"] = torch.zeros(7, device=param.device)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("change", [cut, misshapen])
-def test_what_no_longer_fits_its_state_stays_out_of_a_plan_for_more(backend, change):
-    params = parameters([(4,)] * 3, device=home(backend))
-    optimizer = Adam(params, backend=backend)
-    take_steps(optimizer, params, [0b111])
-    change(params[2], optimizer.state[params[2]])
-    take_steps(optimizer, params, [0b011])
-    assert [float(optimizer.state[param]["step"]) for param in params] == [2, 2, 1]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_option_of_others_gives_them_no_state_before_their_step(backend):
-    params = parameters([(4,)] * 3, device=home(backend))
-    optimizer = Adam([{"params": params[:2]}, {"params": params[2:]}], backend=backend)
-    take_steps(optimizer, params, [0b111])
-    optimizer.param_groups[1]["amsgrad"] = True
-    take_steps(optimizer, params, [0b011])
-    assert "max_exp_avg_sq" not in optimizer.state[params[2]]
-
-
-@pytest.mark.parametrize("step", [None, 3.5, torch.zeros(2)], ids=["none", "a number", "two"])
-def test_a_counter_of_others_is_not_read_while_a_plan_serves_a_part(step):
-    """The formula with epsilon-hat asks for the counts of all that step."""
-    params = parameters([(3,)] * 3)
-    optimizer = Adam(params, backend="native", epsilon_hat=True)
-    take_steps(optimizer, params, [0b111])
-    for state in optimizer.state.values():
-        state["step"] = state["step"].clone()
-    take_steps(optimizer, params, [0b101, 0b110])
-    optimizer.state[params[2]]["step"] = step
-    take_steps(optimizer, params, [0b011])
-    assert [float(optimizer.state[param]["step"]) for param in params[:2]] == [3, 3]
 
 
 def test_an_interrupt_between_two_sets_leaves_no_calls_of_the_other(monkeypatch):
