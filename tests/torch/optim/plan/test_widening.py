@@ -4,10 +4,38 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._plan import widening
 
 from ..support import BACKENDS, bits, give_some, home, parameters, take_steps
 
 pytestmark = pytest.mark.usefixtures("at_once")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_is_copied_may_be_absent(backend):
+    """Gradients that lie otherwise than their parameters are copied, each if it is there."""
+    params, alone = (parameters([(3, 4)] * 3, device=home(backend)) for _ in range(2))
+    optimizer = Adam(params, backend=backend)
+    others = [Adam([param], backend=backend) for param in alone]
+    for number, present in enumerate([(1, 1, 1), (1, 1, 0), (0, 1, 0)]):
+        for some in (params, alone):
+            give_some(some, present, number)
+            for param in some:
+                param.grad = None if param.grad is None else param.grad.t().contiguous().t()
+        for each in (optimizer, *others):
+            each.step()
+    assert [bits(param) for param in params] == [bits(param) for param in alone]
+
+
+def test_a_plan_for_more_outlasts_others_that_were_used_since(monkeypatch):
+    params = parameters([(3,)] * 4)
+    optimizer = Adam(params, backend="native")
+    take_steps(optimizer, params, [0b0011, 0b0101])
+    monkeypatch.setattr(widening, "N_MISSED", 100)
+    take_steps(optimizer, params, range(0b1000, 0b10000))
+    before = optimizer._plans.latest()
+    take_steps(optimizer, params, [0b0110])
+    assert set(optimizer._plans.latest()) == set(before)
 
 
 def test_parameters_that_never_step_together_may_share_memory():
