@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 from benchmarks.cases import CASES
 from benchmarks.plots import Plot, draw, roofline, speeds
 from benchmarks.probe import report as probe
-from benchmarks.records import SKIPPED, TIMED, Record
+from benchmarks.records import SKIPPED, TIMED, WRONG, Record
 from benchmarks.tables import (
     HEADINGS,
     HOST_HEADINGS,
@@ -66,6 +67,9 @@ Kernels and the operations behind torch's fused Adam are replaced by functions t
 
 ABSENT = "Nothing has been measured yet.\n"
 
+# A model has less layers where memory did not suffice.
+_tensors_of = attrgetter("n_tensors", "n_groups", "numel")
+
 
 def write(records: Sequence[Record], page: Path, probed: Probed | None = None) -> None:
     """Write the page and the pictures beside it."""
@@ -116,26 +120,28 @@ def latest(records: Sequence[Record]) -> list[Record]:
     """The last record of each contender in each case, in the order of `CASES`.
 
     Of ours only the commit counts of the last run in which something of the case was timed. Others do not depend
-    on it: one that this run left out is shown as measured before, with the same versions.
+    on it: one that this run left out is shown as measured before, with the same versions and tensors.
     """
     order = {name: index for index, name in enumerate(CASES)}
     newest: list[Record] = []
     for found in by_case(records).values():
         timed = [record for record in found if record.status == TIMED]
         last = max(timed or found, key=lambda record: str(record.environment["run"]))
-        about = last.environment
-        counting = [
-            each
-            for each in found
-            if each.environment["commit"] == about["commit"]
-            or (not each.is_ours and each.environment["versions"] == about["versions"])
-        ]
-        # What was timed goes before what was not, and the later run before the earlier one.
-        counting.sort(key=lambda record: (record.status == TIMED, record.environment["run"]))
+        counting = [each for each in found if _counts(each, last)]
+        # What was run goes before what was not, and the later run before the earlier one.
+        counting.sort(key=lambda record: (record.status in (TIMED, WRONG), record.environment["run"]))
         names = dict.fromkeys(record.contender for record in found)
         chosen = {record.contender: record for record in counting}
         newest += [chosen[name] for name in names if name in chosen]
     return sorted(newest, key=lambda record: order.get(record.case, len(order)))
+
+
+def _counts(record: Record, last: Record) -> bool:
+    """Whether a record is shown beside the last one of its case."""
+    if record.environment["commit"] == last.environment["commit"]:
+        return True
+    is_alike = record.environment["versions"] == last.environment["versions"]
+    return not record.is_ours and is_alike and (record.status != TIMED or _tensors_of(record) == _tensors_of(last))
 
 
 def slug(text: str) -> str:

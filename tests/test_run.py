@@ -325,6 +325,8 @@ def write_files(folder: Path) -> None:
         ["missing.py"],
         ["-m", "missing_module"],
         ["-m", "missing_package.part"],
+        # It has no code object.
+        ["-m", "math"],
         ["-m", "package"],
         ["package"],
         ["folder"],

@@ -111,7 +111,10 @@ def test_a_case_is_shown_as_last_measured_and_ours_never_mixed_from_commits() ->
             record(contender="ours eager", environment=run("1", "a")),
             record(contender="torch foreach", environment=run("1", "a")),
             record(contender="torch compiled", environment=run("1", "a", "2.10")),
+            record(contender="of less layers", numel=1, environment=run("1", "a")),
+            record(contender="wrong since", environment=run("1", "a")),
             record(environment=run("1", "a")),
+            record(contender="wrong since", status=WRONG, cold_ms=None, environment=run("2")),
             record(contender="torch fused", environment=run("2")),
             record(contender="optimi", environment=run("2")),
             record(contender="torch fused", environment=run("3")),
@@ -124,6 +127,7 @@ def test_a_case_is_shown_as_last_measured_and_ours_never_mixed_from_commits() ->
     assert shown == [
         ("1000 x 1", "ours native", "1", TIMED),
         ("1 x 20M", "torch foreach", "1", TIMED),
+        ("1 x 20M", "wrong since", "2", WRONG),
         ("1 x 20M", "ours native", "3", TIMED),
         ("1 x 20M", "torch fused", "3", TIMED),
         ("1 x 20M", "optimi", "2", TIMED),

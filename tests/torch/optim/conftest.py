@@ -9,6 +9,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from dragon.vm.torch.optim._plan import widening
+
 from .recorded import RecordedGraph
 
 _plain_convert = interpreter._convert_float
@@ -29,6 +31,14 @@ def interpreted_as_on_a_gpu() -> Iterator[None]:
     """The interpreter truncates fp32 to bf16, garbles subnormal numbers on the way, and warns of inf - inf."""
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(interpreter, "_convert_float", _convert_float)
+        yield
+
+
+@pytest.fixture(scope="module")
+def at_once() -> Iterator[None]:
+    """Plans for more parameters than have a gradient are made from the second set on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(widening, "N_MISSED", 1)
         yield
 
 

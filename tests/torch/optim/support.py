@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,3 +110,23 @@ def twin(optimizer: Adam | SGD) -> Adam | SGD:
 def like(tensor: Tensor) -> Tensor:
     """A copy in memory of its own with the same strides."""
     return copy.deepcopy(tensor.detach())
+
+
+def give(param: Tensor, index: int, number: int) -> None:
+    """Give a parameter a gradient of its own for this step."""
+    param.grad = numbers(10 * number + index, *param.shape, device=str(param.device))
+
+
+def give_some(params: Sequence[Tensor], present: Sequence[Any], number: int) -> None:
+    """Give those that are present a gradient, and the others none."""
+    for i, param in enumerate(params):
+        param.grad = None
+        if present[i]:
+            give(param, i, number)
+
+
+def take_steps(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], patterns: Iterable[int]) -> None:
+    """A step for each pattern, whose bits say which parameters have a gradient."""
+    for pattern in patterns:
+        give_some(params, [pattern >> i & 1 for i in range(len(params))], pattern)
+        optimizer.step()

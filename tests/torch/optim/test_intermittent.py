@@ -10,22 +10,12 @@ from dragon.vm.torch.optim._backends import native
 from dragon.vm.torch.optim._plan import cache, host_step, widening
 
 from .recorded import RecordedGraph
-from .support import BACKENDS, bits, everything, home, numbers, parameters, patient
+from .support import BACKENDS, bits, everything, give, give_some, home, numbers, parameters, patient, take_steps
 
 presences = st.lists(st.booleans(), min_size=3, max_size=3)
 histories = st.lists(presences, min_size=1, max_size=6)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def at_once():
-    """Plans for more parameters than have a gradient are made from the second set on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(widening, "N_MISSED", 1)
-        yield
-
-
-def give(param, index, number):
-    param.grad = numbers(10 * number + index, *param.shape, device=str(param.device))
+pytestmark = pytest.mark.usefixtures("at_once")
 
 
 @patient
@@ -101,20 +91,6 @@ def prepared_sets(monkeypatch):
     return sizes
 
 
-def give_some(params, present, number):
-    for i, param in enumerate(params):
-        param.grad = None
-        if present[i]:
-            give(param, i, number)
-
-
-def take_steps(optimizer, params, patterns):
-    """A step for each pattern, whose bits say which parameters have a gradient."""
-    for pattern in patterns:
-        give_some(params, [pattern >> i & 1 for i in range(len(params))], pattern)
-        optimizer.step()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"clip_norm": 1.0}, {"skip_nonfinite": True}])
 def test_sets_of_gradients_share_a_plan_once_more_of_them_came_than_are_kept(backend, options, monkeypatch):
@@ -163,18 +139,7 @@ def test_sets_in_turn_are_prepared_once_whatever_the_others_become(backend, n_mi
             param.grad = numbers(number, 4, 3, device=home(backend)).t() if is_present else None
             param.requires_grad_(is_present)
         optimizer.step()
-    # The first one's states stand elsewhere among all since the second one's are there.
-    assert sizes == [2, 2 if n_missed == 8 else 4, 2]
-
-
-def test_parameters_that_never_step_together_may_share_memory():
-    params = parameters([(3,)] * 3)
-    optimizer = Adam(params, backend="native")
-    params[1].data = params[0].data
-    for number in range(12):
-        give_some(params, [number % 2 == 0, number % 2 == 1, number % 3 == 0], number)
-        optimizer.step()
-    assert [float(optimizer.state[param]["step"]) for param in params] == [6, 6, 4]
+    assert sizes == [2, 2 if n_missed == 8 else 4]
 
 
 VARIED = [
@@ -235,33 +200,36 @@ def test_a_plan_for_more_parameters_changes_no_bit(backend, options, scales, zer
             assert left.grad is None or bits(left.grad) == bits(right.grad)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("steps_between", [0, 1])
-def test_a_state_that_was_taken_away_does_not_come_back_without_a_gradient(backend, steps_between):
-    params = parameters([(3,)] * 3, device=home(backend))
-    optimizer = Adam(params, backend=backend)
-    give_some(params, (1, 1, 0), 0)
-    optimizer.step()
-    del optimizer.state[params[0]]
-    for number, present in enumerate([(0, 1, 0)] * steps_between + [(0, 1, 1)]):
-        give_some(params, present, number)
-        optimizer.step()
-    assert params[0] not in optimizer.state
-    assert [float(optimizer.state[param]["step"]) for param in params[1:]] == [2 + steps_between, 1]
+ALL_FIRST = (0b1111111, 0b1010101, 0b0110111, 0b1101011, 0b0011110, 0b1110001)
+# The plan of the second set is for all, and serves all.
+ALL_LATER = (0b1010101, 0b0111110, 0b1101011, 0b1111111, 0b0011110, 0b1111111)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm_type", [2.0, float("inf")])
-def test_a_norm_has_the_bits_of_its_set_whatever_other_sets_came_before(backend, norm_type):
+@pytest.mark.parametrize("patterns", [ALL_FIRST, ALL_LATER], ids=["all first", "all later"])
+def test_a_norm_has_the_bits_of_its_set_whatever_other_sets_came_before(backend, norm_type, patterns):
     runs = [parameters([(40,)] * 7, device=home(backend)) for _ in range(2)]
     optimizers = [Adam(params, backend=backend, max_grad_norm=0.5, norm_type=norm_type) for params in runs]
-    for number, pattern in enumerate((0b1111111, 0b1010101, 0b0110111, 0b1101011, 0b0011110, 0b1110001)):
+    for number, pattern in enumerate(patterns):
         for params, optimizer in zip(runs, optimizers, strict=True):
             give_some(params, [pattern >> i & 1 for i in range(7)], number)
             optimizer.step()
         optimizers[1]._plans.forget()
         assert bits(optimizers[0].grad_norm) == bits(optimizers[1].grad_norm)
     assert everything(optimizers[0]) == everything(optimizers[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norm_has_the_bits_of_its_set_after_a_buffer_has_parted(backend):
+    runs = [parameters([(700,), (4000,), (333,)], device=home(backend)) for _ in range(2)]
+    optimizers = [SGD(params, lr=0.1, backend=backend, flatten=True, max_grad_norm=0.5) for params in runs]
+    for number, pattern in enumerate((0b111, 0b101, 0b111)):
+        for params, optimizer in zip(runs, optimizers, strict=True):
+            give_some(params, [pattern >> i & 1 for i in range(3)], number)
+            optimizer.step()
+        optimizers[1]._plans.forget()
+        assert bits(optimizers[0].grad_norm) == bits(optimizers[1].grad_norm)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

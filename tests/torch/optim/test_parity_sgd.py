@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dragon.vm.testing import SGD_OPTIONS, check_sgd, sgd_cases
 from dragon.vm.torch.optim import SGD
 
-from .support import BACKENDS, home, maker, patient
+from .support import BACKENDS, give_some, home, maker, parameters, patient
 
 OPTIONS = (*SGD_OPTIONS, "maximize")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -60,3 +60,15 @@ def test_a_group_of_sgd_cannot_ask_for_stochastic_rounding(value):
     with pytest.raises(ValueError, match="SGD rounds to nearest"):
         optimizer.step()
     assert torch.equal(optimizer.param_groups[0]["params"][0], before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.5}], ids=str)
+def test_saved_states_have_the_entries_of_pytorchs(backend, options):
+    params = parameters([(3,)] * 2, device=home(backend))
+    saved = []
+    for optimizer in (SGD(params, lr=0.1, backend=backend, **options), torch.optim.SGD(params, lr=0.1, **options)):
+        give_some(params, (1, 1), 0)
+        optimizer.step()
+        saved.append({key: set(state) for key, state in optimizer.state_dict()["state"].items()})
+    assert saved[0] == saved[1]

@@ -146,5 +146,10 @@ class _Counters:
             buffer += torch.frombuffer(flags, dtype=torch.uint8)
         if not are_needed:
             return []
-        counts = list(map(float, counters)) if buffer is None else buffer.tolist()
+        if buffer is not None:
+            counts = buffer.tolist()
+        else:
+            # What belongs to others may be no counter any more.
+            own = {row: float(counters[row]) for row in rows}
+            counts = [own.get(row, own[rows[0]]) for row in range(len(counters))]
         return counts[:1] if counts.count(counts[0]) == len(counts) else counts

@@ -46,7 +46,8 @@ class StateReader:
             if "step" in joined.buffer.state
         ]
         self._pick_params = picker(holders, self._n_params)
-        self._pick_states = picker([order[id(params[i])] for i in holders], len(state))
+        # Never all that there are: others may come, and go.
+        self._pick_states = picker([order[id(params[i])] for i in holders], len(state) + 1)
         self._positions: dict[str, list[int]] = {}
         self._columns: list[tuple[str, Any, Any]] = []
         for key in dict.fromkeys(chain.from_iterable(prepared.keys)):
@@ -69,7 +70,8 @@ class StateReader:
         """
         if not self._columns:
             return {}
-        if not all(map(is_, self._pick_states(list(state)), self._pick_params(params))):
+        owners, expected = self._pick_states(list(state)), self._pick_params(params)
+        if len(owners) != len(expected) or not all(map(is_, owners, expected)):
             return None
         entries = self._pick_states(list(state.values()))
         for pick, buffer in self._shared:

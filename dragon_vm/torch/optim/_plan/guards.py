@@ -15,6 +15,7 @@ from torch._C._dynamo.guards import TensorGuards
 
 # 0 for a tensor without elements.
 _data_ptr = Tensor.data_ptr
+_shape_of = attrgetter("shape")
 
 # What must be the same of each tensor.
 _LAYOUT: tuple[Callable[[Tensor], object], ...] = (
@@ -46,6 +47,7 @@ class Guard:
         own = states.values() if self._are_complete else ()
         self._part_layouts = PartLayouts(grads, params, *own) if takes_parts else None
         self._addresses = list(map(_data_ptr, self._fixed(params, states)))
+        self._shapes = list(map(_shape_of, params))
 
     def _fixed(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> Iterable[Tensor]:
         return chain(params, *map(states.__getitem__, self._placed))
@@ -79,9 +81,10 @@ class Guard:
         return self._part_layouts.check(present, grads, params) and self._state_layouts(*chain(*states.values()))
 
     def holds(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> bool:
-        """Whether parameters and states, as many as then, are where they were."""
-        addresses = list(map(_data_ptr, self._fixed(params, states)))
-        return addresses == self._addresses and self._state_layouts(*chain(*states.values()))
+        """Whether parameters and states, as many as then, are where they were, and fit each other as then."""
+        addresses, shapes = list(map(_data_ptr, self._fixed(params, states))), list(map(_shape_of, params))
+        are_there = addresses == self._addresses and shapes == self._shapes
+        return are_there and self._state_layouts(*chain(*states.values()))
 
 
 class PartLayouts:

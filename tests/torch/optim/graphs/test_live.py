@@ -57,13 +57,17 @@ def replace_by_tensor(group: Any, number: int) -> None:
     group["lr"] = 0.1 / number if where.type == "cpu" else torch.tensor(0.1 / number, device=where)
 
 
-def take_out(group: Any, number: int) -> None:
-    group.update(grad_scale=0.5, clip_value=0.1)
+def delete(group: Any, number: int) -> None:
+    group["grad_scale"] = 0.5
     del group["grad_scale"]
+
+
+def pop(group: Any, number: int) -> None:
+    group["clip_value"] = 0.1
     group.pop("clip_value")
 
 
-@pytest.mark.parametrize("change", [set_rate, set_betas, set_several, merge, replace_by_tensor, take_out])
+@pytest.mark.parametrize("change", [set_rate, set_betas, set_several, merge, replace_by_tensor, delete, pop])
 @pytest.mark.parametrize("kind", [Adam, AdamW])
 def test_a_replay_has_the_numbers_of_its_moment(graphed: Any, kind: Any, change: Callable[..., None]) -> None:
     where, capture = graphed

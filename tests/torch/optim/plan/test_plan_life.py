@@ -10,7 +10,7 @@ from dragon.vm.torch.optim import SGD, Adam
 from dragon.vm.torch.optim._plan import guards
 from dragon.vm.torch.optim._plan.guards import layout_guard
 
-from ..support import BACKENDS, everything, give_gradients, home, like, parameters, twin
+from ..support import BACKENDS, everything, give_gradients, give_some, home, like, parameters, twin
 from .test_guards import NoTensorGuards, attempt, outcome, warm
 
 SHAPES = ((4, 4), (4, 4), (5,), (17,))
@@ -176,3 +176,13 @@ def test_an_optimizer_that_goes_leaves_nothing_to_the_garbage_collector(backend,
         assert [reference() for reference in left] == [None] * len(left)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_with_and_without_zeroing_take_turns(backend):
+    (param,) = parameters([(3,)], device=home(backend))
+    optimizer = SGD([param], lr=0.1, backend=backend)
+    for zero_grad in (False, True, False, True):
+        give_some([param], (1,), 0)
+        optimizer.step(zero_grad=zero_grad)
+        assert bool(param.grad.any()) == (not zero_grad)

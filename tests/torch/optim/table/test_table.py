@@ -129,10 +129,11 @@ def fake(monkeypatch):
 
 def test_a_buffer_is_not_written_while_its_copy_waits(fake):
     ring, targets = StagingRing(), [torch.zeros(3, dtype=torch.int64) for _ in range(4)]
-    for number, target in enumerate(targets):
-        ring.copy(torch.full((3,), number), target)
-    fake.run()
-    assert [target.tolist() for target in targets] == [[number] * 3 for number in range(4)]
+    for first in (0, 10):
+        for number, target in enumerate(targets, first):
+            ring.copy(torch.full((3,), number), target)
+        fake.run()
+        assert [target.tolist() for target in targets] == [[number] * 3 for number in range(first, first + 4)]
     n_slots = sum(map(len, ring._slots.values()))
     for number, target in enumerate(targets):
         ring.copy(torch.full((3,), -number), target)
