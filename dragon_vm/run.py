@@ -120,7 +120,8 @@ def _run(argv: list[str], as_module: bool) -> None:
     sys.argv = argv
     name = argv[0]
     is_script = not as_module and pkgutil.get_importer(name) is None
-    if not getattr(sys.flags, "safe_path", False):
+    # Python 3.10 has no flag of its own for it.
+    if not getattr(sys.flags, "safe_path", sys.flags.isolated):
         # The folder in which `python` would look for the script's own modules.
         folder = Path(name).resolve().parent if is_script else Path.cwd() if as_module else Path(name).absolute()
         sys.path[0] = str(folder)

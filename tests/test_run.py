@@ -7,6 +7,7 @@ import warnings
 import zipapp
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,6 +116,17 @@ def run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
     yield lambda *arguments: main(arguments)
     for name in ("helper", "package", "package.inner"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("flags", [{"safe_path": True, "isolated": 0}, {"isolated": 1}], ids=str)
+def test_a_safe_path_has_no_folder_of_the_script(
+    run_here: Runner, flags: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("alone.py").touch()
+    before = list(sys.path)
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(**flags))
+    run_here("alone.py")
+    assert sys.path == before
 
 
 def test_the_report_says_what_was_replaced(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
