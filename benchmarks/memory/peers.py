@@ -83,6 +83,19 @@ def _dynamic_table(signed: bool) -> Tensor:
     return torch.tensor(sorted({*numbers, *(-x for x in numbers[2:] if signed)})).float()
 
 
+@cache
+def _nearest_table(signed: bool) -> tuple[Tensor, Tensor]:
+    """For the upper 16 bits of an fp32 number the code of the least such number, and the borders between codes.
+
+    Between two borders lies more than one number of 16 bits: the nearest code is that one or the next.
+    """
+    table = _dynamic_table(signed)
+    borders = (table[1:] + table[:-1]) / 2
+    upper = torch.arange(2**16, dtype=torch.int32) << 16
+    least = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32)
+    return torch.bucketize(least, borders, out_int32=True), torch.cat([borders, borders.new_tensor([torch.inf])])
+
+
 @dataclass(frozen=True)
 class Dynamic:
     """Either moment by a table."""
@@ -95,13 +108,15 @@ class Dynamic:
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         """Look up."""
         codes, scale = parts
-        return (scale.view(-1, 1) * _dynamic_table(self.signed)[codes.view(-1, 256).long()]).view(codes.shape)
+        numbers = _dynamic_table(self.signed).index_select(0, codes.view(-1).int())
+        return (scale.view(-1, 1) * numbers.view(-1, 256)).view(codes.shape)
 
     def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
         """Find the nearest."""
-        table = _dynamic_table(self.signed)
+        codes, borders = _nearest_table(self.signed)
         ratio, scale = _scaled(value, 256)
-        parts[0].view(-1, 256).copy_(torch.bucketize(ratio, (table[1:] + table[:-1]) / 2))
+        low = codes.index_select(0, (ratio.view(torch.int32) >> 16 & 0xFFFF).view(-1))
+        parts[0].view(-1).copy_(low + (ratio.view(-1) > borders.index_select(0, low)))
         parts[1].view(-1, 1).copy_(scale)
 
 

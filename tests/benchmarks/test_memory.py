@@ -11,7 +11,15 @@ from benchmarks.memory import measure, steps
 from benchmarks.memory.histories import HISTORIES, largest_update
 from benchmarks.memory.modes import BETAS, MODES, OURS, trained
 from benchmarks.memory.page import PAGE, kept_bytes, read, section
-from benchmarks.memory.peers import Dynamic, Float8, LinearRoot, Moments, PeerAdam, Softsign, _dynamic_table
+from benchmarks.memory.peers import (
+    Dynamic,
+    Float8,
+    LinearRoot,
+    Moments,
+    PeerAdam,
+    Softsign,
+    _dynamic_table,
+)
 from benchmarks.memory.training import TRAININGS, Outcome, train_digits, train_text
 from dragon.vm.measuring.shapes import gpt2
 from dragon.vm.torch.optim._formats.format import Format
@@ -166,3 +174,16 @@ def test_the_parts_of_a_mode_are_together_what_is_committed(monkeypatch: pytest.
     rows = [sorted(str([line.get(name) for name in names]) for line in lines) for lines in (found, committed)]
     assert rows[0] == rows[1]
     assert {line["mode"] for line in found} == {"8bit"}
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_number_has_the_nearest_code_of_a_table(signed: bool) -> None:
+    table, form = _dynamic_table(signed), Dynamic(signed)
+    borders = (table[1:] + table[:-1]) / 2
+    numbers = torch.cat([borders, borders.nextafter(borders + 1), borders.nextafter(borders - 1), torch.zeros(2)])
+    # Each block of 256 has the scale 1.
+    blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % 255)).view(-1, 255)
+    value = torch.cat([torch.ones(len(blocks), 1), blocks], 1).view(-1)
+    parts = [torch.zeros(part.numel(value.numel()), dtype=part.dtype) for part in form.parts]
+    form.encode(value, parts)
+    assert torch.equal(parts[0].int(), torch.bucketize(value, borders, out_int32=True))
