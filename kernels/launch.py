@@ -110,7 +110,7 @@ class Launcher:
         key = (addresses, *map(_dtype_of, given))
         run = self._ready.get(key)
         if run is not None:
-            # For a tensor triton would ask the driver where it is, as it did at the first launch: 1 us each.
+            # For a tensor triton would ask the driver where it is, as it did at the first launch.
             run(*addresses, *tables[len(given) :], *self._values)
             return
         code = self._kernel[self._grid](*tables, **self._constants, **self._options)
