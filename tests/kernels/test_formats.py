@@ -262,7 +262,7 @@ def test_words_are_those_of_the_host(device: torch.device, first: int) -> None:
     origin = torch.tensor([first, 0x7123456789ABCDEF, 77, 3], device=device)
     shared, each = (torch.empty(2, N, dtype=torch.int32, device=device) for _ in range(2))
     words_kernel[(1,)](origin, shared, each, N)
-    expected = torch.stack(random_words(Rounding(0x7123456789ABCDEF, 3, 77, first), N))
+    expected = torch.stack(random_words([(Rounding(0x7123456789ABCDEF, 3, 77, first), N)]))
     assert torch.equal(shared.cpu(), expected)
     assert torch.equal(each.cpu(), expected)
 
@@ -271,7 +271,7 @@ def test_words_of_a_shard_that_starts_within_a_call(device: torch.device) -> Non
     origin = torch.tensor([8 * 5 + 3, -(2**63) + 5, 1, 2**31], device=device)
     each = torch.empty(2, N, dtype=torch.int32, device=device)
     words_each_kernel[(1,)](origin, each, N)
-    expected = random_words(Rounding(2**63 + 5, 2**31, 1, 8 * 5 + 3), N)
+    expected = random_words([(Rounding(2**63 + 5, 2**31, 1, 8 * 5 + 3), N)])
     assert torch.equal(each.cpu(), torch.stack(expected))
 
 

@@ -20,7 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dragon.kernels import launch
 from dragon.vm.torch.optim import Adam
-from dragon.vm.torch.optim._backends import pieces
+from dragon.vm.torch.optim._backends import host, pieces
+from dragon.vm.torch.optim._groups.flattening import Signature
 
 from .support import BACKENDS, bits, give_gradients, home, parameters
 
@@ -265,6 +266,28 @@ def test_an_interrupt_while_memory_for_copies_is_laid_out_loses_none_of_it() -> 
                 Tracer(at, str(pieces.__file__)).run(optimizer.step)
 
         check_interrupted(first_step, interrupted, "native", COPYING)
+
+
+def test_an_interrupt_leaves_small_tensors_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Signature, "is_uniform", property(lambda self: False))
+    source = str(host.__file__)
+    done = later_step("native")
+    together = slice(0, len(done.param_groups[0]["params"]))
+    before = contents(done)[together]
+    counter = Tracer(None, source)
+    counter.run(done.step)
+    outcomes = [before, contents(done)[together]]
+    assert counter.count > 500
+    seen = []
+    for at in range(1, counter.count + 1, 1 if IS_SOAK else 7):
+
+        def interrupted(optimizer: Any, at: int = at) -> None:
+            with pytest.raises(Interrupt):
+                Tracer(at, source).run(optimizer.step)
+            seen.append(outcomes.index(contents(optimizer)[together]))
+
+        check_interrupted(later_step, interrupted, "native", {})
+    assert set(seen) == {0, 1}
 
 
 @pytest.fixture

@@ -1,14 +1,16 @@
-"""The updates in plain torch operations, a tensor or a piece of one at a time: the readable specification.
+"""The updates in plain torch operations, a tensor at a time: the readable specification.
 
 It runs on any device, takes any layout, format and complex tensors, and autograd sees through it if asked to. It
 computes in fp32 for narrower tensors and reads counters, so on an accelerator it synchronises. The native backend
-takes it, in pieces, for tensors that torch's fused operations round otherwise than the kernels do.
+takes it for tensors that torch's fused operations round otherwise than the kernels do, in pieces: parts of a large
+tensor, or small tensors one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, Maths
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._formats.bits import square_root
-from dragon.vm.torch.optim._formats.philox import Rounding, random_words
+from dragon.vm.torch.optim._formats.philox import Rounding, Span, random_words
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
 from dragon.vm.torch.optim._gradients.unscaling import unscale_all
@@ -32,17 +34,37 @@ Group = dict[str, Any]
 PIECE = 2**17
 
 
+class Piece(NamedTuple):
+    """What is decoded, updated and encoded at a time.
+
+    Attributes:
+        parts: the tensors of the parameter, of each state, and of the average.
+        grad: the gradient.
+        step: the counter; None where nothing counts.
+        spans: of the tensors that stand one after the other.
+        is_flat: whether it may be cut or joined: all tensors are of one dimension, in walking order.
+        numbers: group index, factor of the gradient, and count: what updates them.
+    """
+
+    parts: list[list[Tensor]]
+    grad: Tensor
+    step: Tensor | None
+    spans: list[Span]
+    is_flat: bool
+    numbers: tuple[int, float, float]
+
+
 class HostGroup:
     """One flattened group, updated through its formats: decode, update, encode.
 
-    `in_pieces` decodes `PIECE` elements at a time, a multiple of 64, and not whole tensors.
+    `in_pieces` decodes up to `PIECE` elements at a time, a multiple of 64, and not whole tensors.
     """
 
     def __init__(
         self, group: FlattenedGroup, algorithm: Algorithm, n_gathered: int, seed: int, in_pieces: bool
     ) -> None:
         signature = group.signature
-        self._algorithm, self._piece = algorithm, PIECE if in_pieces else None
+        self._algorithm, self._piece = algorithm, PIECE if in_pieces else 0
         # Without the tensors: those of each step are gathered.
         self._members = [(e.position, e.group_index, Rounding(seed, e.stream, 0, e.first)) for e in group.entries]
         self.pick = picker([entry.position for entry in group.entries], n_gathered)
@@ -64,28 +86,31 @@ class HostGroup:
         factors: Factors,
     ) -> None:
         """Advance the counters and update the tensors; `grads` are this group's, None where one takes no part."""
+        batch: list[Piece] = []
+        room = 0
         for (position, index, rounding), grad in zip(self._members, grads, strict=True):
             if grad is None:
                 continue
             state = {key: tensors.states[key][position] for key in self._all_keys}
-            step = state.get("step")
-            if step is not None:
-                step += 1
             factor = factors.of(position, groups[index])
-            self._update_one(tensors.shards[position], grad, state, groups[index], factor, rounding)
+            piece = self._whole(tensors.shards[position], grad, state, rounding, index, factor)
+            numel = piece.grad.numel()
+            if batch and (numel > room or not piece.is_flat or piece.numbers != batch[0].numbers):
+                self._update_all(batch, groups)
+                batch = []
+            if not batch:
+                room = self._piece
+            batch.append(piece)
+            room -= numel
+        if batch:
+            self._update_all(batch, groups)
         if factors.kept_scale not in (None, 1.0):
             unscale_all([grad for grad in grads if grad is not None], factors.kept_scale)
 
-    def _update_one(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        state: dict[str, Tensor],
-        group: Group,
-        factor: float,
-        rounding: Rounding,
-    ) -> None:
-        """Cut a tensor into pieces, in the order in which its memory is walked."""
+    def _whole(
+        self, param: Tensor, grad: Tensor, state: dict[str, Tensor], rounding: Rounding, index: int, factor: float
+    ) -> Piece:
+        """One tensor, in the order in which its memory is walked if that is asked for."""
         is_flat = self._is_flat and is_dense(param)
         entries = {"param": param, **state}
         parts = [
@@ -93,31 +118,42 @@ class HostGroup:
             for keys in self._part_keys
         ]
         gradient = flat(as_real(grad)) if is_flat else as_real(grad)
-        if self._piece is None or not is_flat:
-            self._update_piece(parts, gradient, state.get("step"), group, factor, rounding)
-            return
-        widths = [[part.elements for part in form.parts] for form in self._formats] + [[1]]
-        for start in range(0, gradient.numel(), self._piece):
-            end = min(start + self._piece, gradient.numel())
-            cut = [
-                [part[start // per : -(-end // per)] for part, per in zip(tensors, pers, strict=False)]
-                for tensors, pers in zip(parts, widths, strict=True)
-            ]
-            here = rounding._replace(first=rounding.first + start)
-            self._update_piece(cut, gradient[start:end], state.get("step"), group, factor, here)
+        step, is_flat = state.get("step"), is_flat and self._piece > 0
+        count = float(step) if is_flat and step is not None else 0.0
+        return Piece(parts, gradient, step, [(rounding, gradient.numel())], is_flat, (index, factor, count))
 
-    def _update_piece(
-        self,
-        parts: Sequence[Sequence[Tensor]],
-        grad: Tensor,
-        step: Tensor | None,
-        group: Group,
-        factor: float,
-        rounding: Rounding,
-    ) -> None:
-        """Update a piece of one tensor; `parts` are those of the parameter, of each state and of the average."""
-        formats, (*stored, averages) = self._formats, parts
-        ready = self._wide(grad)
+    def _update_all(self, pieces: Sequence[Piece], groups: Sequence[Group]) -> None:
+        """Count the step and update one tensor, part by part, or small ones as one piece."""
+        piece = pieces[0]
+        if len(pieces) > 1:
+            joined = _joined(pieces)
+            self._update_piece(joined, groups)
+            _write_back(joined, pieces)
+            return
+        if piece.step is not None:
+            piece.step.add_(1)
+        for part in self._cut(piece) if piece.is_flat else [piece]:
+            self._update_piece(part, groups)
+
+    def _cut(self, piece: Piece) -> list[Piece]:
+        """Parts of a tensor, of `PIECE` elements but for the last."""
+        ((rounding, numel),) = piece.spans
+        widths = [[part.elements for part in form.parts] for form in self._formats] + [[1]]
+        cut = []
+        for start in range(0, numel, self._piece):
+            end = min(start + self._piece, numel)
+            parts = [
+                [part[start // per : -(-end // per)] for part, per in zip(tensors, pers, strict=False)]
+                for tensors, pers in zip(piece.parts, widths, strict=True)
+            ]
+            span = rounding._replace(first=rounding.first + start), end - start
+            cut.append(piece._replace(parts=parts, grad=piece.grad[start:end], spans=[span]))
+        return cut
+
+    def _update_piece(self, piece: Piece, groups: Sequence[Group]) -> None:
+        index, factor, _ = piece.numbers
+        group, formats, (*stored, averages) = groups[index], self._formats, piece.parts
+        ready = self._wide(piece.grad)
         if factor != 1:
             ready = ready * factor
         if bound := clip_value(group):
@@ -125,13 +161,14 @@ class HostGroup:
             bound = min(bound, torch.finfo(ready.dtype).max)
             ready = ready.clamp(-bound, bound)
         param, *states = (self._wide(form.decode(each)) for form, each in zip(formats, stored, strict=True))
-        param, states = self._algorithm.update(param, ready, states, step, group, self._maths)
+        param, states = self._algorithm.update(param, ready, states, piece.step, group, self._maths)
         words: list[Tensor] = []
         if any(form.stochastic for form in formats):
-            rounding = rounding if step is None else rounding._replace(step=step)
-            words = [word.view(grad.shape) for word in random_words(rounding, grad.numel(), grad.device)]
-        for index, (form, value, each) in enumerate(zip(formats, (param, *states), stored, strict=True)):
-            form.encode(value, each, words[min(index, 1)] if form.stochastic else None)
+            step = 0 if piece.step is None else piece.step
+            spans = [(rounding._replace(step=step), numel) for rounding, numel in piece.spans]
+            words = [word.view(ready.shape) for word in random_words(spans, ready.device)]
+        for place, (form, value, each) in enumerate(zip(formats, (param, *states), stored, strict=True)):
+            form.encode(value, each, words[min(place, 1)] if form.stochastic else None)
         for average in averages:
             # Of the parameter as it is stored.
             value, ema = self._wide(formats[0].decode(stored[0])), self._wide(average)
@@ -142,3 +179,27 @@ class HostGroup:
         if tensor.dtype != self._dtype:
             return tensor.to(self._dtype)
         return tensor.clone() if torch.is_grad_enabled() else tensor
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    """Copies of tensors one after the other, and the count of this step."""
+    parts = [
+        [torch.cat(same) for same in zip(*values, strict=True)]
+        for values in zip(*(piece.parts for piece in pieces), strict=True)
+    ]
+    step = None if pieces[0].step is None else pieces[0].step + 1
+    spans = [span for piece in pieces for span in piece.spans]
+    grad = torch.cat([piece.grad for piece in pieces])
+    return pieces[0]._replace(parts=parts, grad=grad, step=step, spans=spans)
+
+
+def _write_back(joined: Piece, pieces: Sequence[Piece]) -> None:
+    """Write all tensors and counters by one call: an interrupt comes before or after it."""
+    places, values = [], []
+    for value, *same in zip(chain(*joined.parts), *(chain(*piece.parts) for piece in pieces), strict=True):
+        places += same
+        values += value.split([tensor.numel() for tensor in same])
+    if joined.step is not None:
+        places += [piece.step for piece in pieces]
+        values += [joined.step] * len(pieces)
+    torch._foreach_copy_(places, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,10 @@ class Rounding(NamedTuple):
     first: int
 
 
+# A parameter, and how many of its elements.
+Span = tuple[Rounding, int]
+
+
 def philox_4x32(counter: Words, key: tuple[int, int], n_rounds: int = N_ROUNDS) -> Words:
     """Encrypt a counter: Philox-4x32 of J. Salmon et al. (2011), https://doi.org/10.1145/2063384.2063405.
 
@@ -61,23 +66,27 @@ def philox_4x32(counter: Words, key: tuple[int, int], n_rounds: int = N_ROUNDS) 
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 
-def _calls(first: int, last: int, rounding: Rounding, device: torch.device) -> Tensor:
-    """The words of the calls `first` to `last`, int32 [calls, 4]."""
-    index = torch.arange(first, last + 1, dtype=torch.int64, device=device)
-    # Below 2^34 elements the upper word is 0 for all: one element stands for them.
-    upper = index >> 32 if last >> 32 else index.new_zeros(1)
-    step = torch.as_tensor(rounding.step, device=device).to(torch.int64).reshape(1)
-    counter: Words = (index & _MASK, upper, step, index.new_full((1,), rounding.stream))
-    if numpy_of(device) is not None:
+def _calls(spans: Sequence[Span], ranges: Sequence[tuple[int, int]], device: torch.device | str) -> Tensor:
+    """The words of a range of calls for each span, one after the other, int32 [calls, 4]."""
+    (seed, _, step, _), _ = spans[0]
+    index = torch.cat([torch.arange(*each, dtype=torch.int64, device=device) for each in ranges])
+    # One element stands for a word that all have, as for the upper one below 2^35 elements.
+    has_upper = any(end > _MASK for _, end in ranges)
+    stream = index.new_tensor([rounding.stream for rounding, _ in spans])
+    if len(spans) > 1:
+        stream = stream.repeat_interleave(index.new_tensor([end - start for start, end in ranges]))
+    steps = torch.as_tensor(step, device=device).to(torch.int64).reshape(1)
+    counter: Words = (index & _MASK, index >> 32 if has_upper else index.new_zeros(1), steps, stream)
+    if numpy_of(index.device) is not None:
         counter = tuple(word.numpy() for word in counter)
-    key = (rounding.seed & _MASK, rounding.seed >> 32 & _MASK)
+    key = (seed & _MASK, seed >> 32 & _MASK)
     words = torch.empty(index.numel(), 4, dtype=torch.int32, device=device)
     for column, word in zip(words.unbind(1), philox_4x32(counter, key), strict=True):
         column.copy_(torch.as_tensor(word, device=device))
     return words
 
 
-def random_words(rounding: Rounding, numel: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def random_words(spans: Sequence[Span], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Random words of 16 bits, two for each element: for the parameter, and for its second moment.
 
     The counter is (E lo, E hi, step, stream), where E is an element's global index // 8. The four words of 32
@@ -88,18 +97,25 @@ def random_words(rounding: Rounding, numel: int, device: torch.device | str = "c
     their upper byte. So they are as good as independent, with half the calls.
 
     Args:
-        rounding: the parameter and step.
-        numel: elements from `rounding.first` on.
+        spans: parameters with their numbers of elements, from `first` on, all in one step with one seed.
         device: where the words are made.
 
     Returns:
-        Two int32 tensors [numel] of numbers in [0, 65536).
+        Two int32 tensors of numbers in [0, 65536), those of all spans one after the other.
     """
-    call, skipped = divmod(rounding.first, ELEMENTS_PER_CALL)
-    words = _calls(call, (rounding.first + numel - 1) // ELEMENTS_PER_CALL, rounding, torch.device(device))
-    part = slice(skipped, skipped + numel)
+    ranges, parts, start = [], [], 0
+    for rounding, numel in spans:
+        call, skipped = divmod(rounding.first, ELEMENTS_PER_CALL)
+        end = -(-(rounding.first + numel) // ELEMENTS_PER_CALL)
+        ranges.append((call, end))
+        parts.append(slice(start + skipped, start + skipped + numel))
+        start += (end - call) * ELEMENTS_PER_CALL
+    words = _calls(spans, ranges, device)
     rotated = (words << 8).bitwise_or_((words >> 24).bitwise_and_(0xFF))
-    return _halves(words)[part], _halves(rotated)[part]
+    first, second = _halves(words), _halves(rotated)
+    if len(parts) == 1:
+        return first[parts[0]], second[parts[0]]
+    return torch.cat([first[part] for part in parts]), torch.cat([second[part] for part in parts])
 
 
 def _halves(words: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def test_known_answers(n_rounds: int, counter: tuple, key: tuple[int, int], expe
 
 
 def test_each_element_takes_the_half_and_the_rotated_half_of_its_call_that_the_contract_names() -> None:
-    first, second = random_words(rounding(first=8 * 2**33 - 16), 32)
+    first, second = random_words([(rounding(first=8 * 2**33 - 16), 32)])
     for element in range(32):
         call, place = divmod(8 * 2**33 - 16 + element, 8)
         counter = tuple(torch.tensor([word]) for word in (call & ONES, call >> 32, 5, 3))
@@ -43,20 +43,28 @@ def test_each_element_takes_the_half_and_the_rotated_half_of_its_call_that_the_c
 @pytest.mark.parametrize("first", [1, 3, 8, 17, 2**35 - 5])
 def test_a_shard_takes_the_words_of_the_whole(first: int) -> None:
     start = first - first % 8
-    whole = random_words(rounding(first=start), 100)
-    for part, words in zip(random_words(rounding(first=first), 50), whole, strict=True):
+    whole = random_words([(rounding(first=start), 100)])
+    for part, words in zip(random_words([(rounding(first=first), 50)]), whole, strict=True):
         assert torch.equal(part, words[first - start :][:50])
-    assert all(words.numel() == 0 for words in random_words(rounding(first=first), 0))
+    assert all(words.numel() == 0 for words in random_words([(rounding(first=first), 0)]))
+
+
+def test_words_of_several_tensors_are_those_of_each() -> None:
+    firsts = [0, 3, 2**35 - 5, 8, 9, 2**35 + 1]
+    spans = [(rounding(stream=n, first=first), 7 * n) for n, first in enumerate(firsts)]
+    apart = [random_words([span]) for span in spans]
+    for together, *words in zip(random_words(spans), *apart, strict=True):
+        assert torch.equal(together, torch.cat(words))
 
 
 def test_a_step_in_a_tensor_is_as_good_as_a_number() -> None:
     tensor = Rounding(SEED, 3, torch.tensor(5.0), 0)
-    assert torch.equal(random_words(tensor, 40)[0], random_words(rounding(), 40)[0])
+    assert torch.equal(random_words([(tensor, 40)])[0], random_words([(rounding(), 40)])[0])
 
 
 def test_a_step_takes_nothing_from_torchs_generators() -> None:
     before = torch.get_rng_state()
-    random_words(rounding(), 40)
+    random_words([(rounding(), 40)])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -68,14 +76,14 @@ def test_no_two_steps_and_tensors_share_their_words() -> None:
         seen.update(map(tuple, calls[:, :2].tolist()))
         if stream % 100 == 0:
             # The same calls by the way that a step takes.
-            words = random_words(Rounding(1 + (2 << 32), stream, 7, 0), 32)[0].reshape(4, 8)
+            words = random_words([(Rounding(1 + (2 << 32), stream, 7, 0), 32)])[0].reshape(4, 8)
             assert torch.equal(words[:, 0] + (words[:, 1].long() << 16), calls.reshape(4, 100, 4)[:, 7, 0])
     assert len(seen) == 1000 * 100 * 4
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"seed": SEED + 2**40}, {"stream": 4}, {"step": 6}, {"first": 8}])
 def test_everything_that_should_decide_a_word_does(change: dict[str, int]) -> None:
-    assert (random_words(rounding(), 64)[0] != random_words(rounding(**change), 64)[0]).all()
+    assert (random_words([(rounding(), 64)])[0] != random_words([(rounding(**change), 64)])[0]).all()
 
 
 def chi_square(counts: torch.Tensor) -> float:
@@ -85,14 +93,14 @@ def chi_square(counts: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("value", [0, 1])
 def test_words_are_uniform(value: int) -> None:
-    words = random_words(rounding(), 2**23)[value]
+    words = random_words([(rounding(), 2**23)])[value]
     statistic = chi_square(torch.bincount(words, minlength=65536).double())
     # 65,535 degrees of freedom: a mean of 65,535 and a standard deviation of 362.
     assert abs(statistic - 65535) < 5 * 362
 
 
 def test_the_words_of_neighbours_and_of_both_values_are_independent() -> None:
-    first, second = random_words(rounding(), 2**23)
+    first, second = random_words([(rounding(), 2**23)])
     pairs = [(first[0::2], first[1::2]), (first, second), (first[0::2], second[1::2]), (first[1::2], second[0::2])]
     for one, other in [*pairs, (second[0::2], second[1::2])]:
         counts = torch.bincount((one >> 8) * 256 + (other >> 8), minlength=65536).double()

@@ -107,7 +107,7 @@ def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("arithmetic")
 def test_words_are_the_same_with_and_without_numpy() -> None:
-    first, second = random_words(Rounding(2**63 + 12345, 2**32 - 1, torch.tensor(7.0), 2**36 - 40), 64)
+    first, second = random_words([(Rounding(2**63 + 12345, 2**32 - 1, torch.tensor(7.0), 2**36 - 40), 64)])
     assert first[:4].tolist() == [23097, 36106, 20587, 1862]
     assert second[-4:].tolist() == [1527, 43513, 62104, 40416]
 

@@ -37,7 +37,7 @@ def train(
         if bounded:
             exp_avg = clamp_moment(exp_avg, square_root(exp_avg_sq), bound)
         yield exp_avg, exp_avg_sq, bound
-        words = random_words(Rounding(0, 0, step, 0), numel)[1] if forms[1].stochastic else None
+        words = random_words([(Rounding(0, 0, step, 0), numel)])[1] if forms[1].stochastic else None
         forms[0].encode(exp_avg, stored[0])
         forms[1].encode(exp_avg_sq, stored[1], words)
 

@@ -75,7 +75,7 @@ def bits(params: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> list[byt
     """The bytes of all parameters and of all that the optimizer keeps."""
     found = []
     for param in params:
-        found.append(param.detach().view(torch.uint8).numpy().tobytes())
+        found.append(param.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
         for name, value in sorted(optimizer.state[param].items()):
             if isinstance(value, Tensor):
                 found.append(name.encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -86,10 +86,12 @@ def test_an_interrupted_step_leaves_masters_alone(
     master: Any, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = [torch.nn.Parameter(torch.ones(64, dtype=BF16)) for _ in range(2)]
-    optimizer = AdamW(params, lr=1e-4, backend=backend, master_weights=master)
-    plain, updated = HostGroup._update_one, []
+    # Of two groups, which are not updated together.
+    groups = [{"params": param} for param in params]
+    optimizer = AdamW(groups, lr=1e-4, backend=backend, master_weights=master)
+    plain, updated = HostGroup._update_all, []
 
-    def update_one(self: HostGroup, *args: Any) -> None:
+    def update_all(self: HostGroup, *args: Any) -> None:
         if updated:
             raise KeyboardInterrupt
         plain(self, *args)
@@ -99,7 +101,7 @@ def test_an_interrupted_step_leaves_masters_alone(
         param.grad = torch.ones_like(param)
     optimizer.step()
     with monkeypatch.context() as patch:
-        patch.setattr(HostGroup, "_update_one", update_one)
+        patch.setattr(HostGroup, "_update_all", update_all)
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
     assert not torch.equal(updated[0], updated[0].to(BF16).float())
