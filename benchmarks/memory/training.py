@@ -48,7 +48,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(raw.data / 16).float(), torch.tensor(raw.target)
 
 
-def train_digits(mode: Mode, seed: int, steps: int = 500) -> Outcome:
+def train_digits(mode: Mode, seed: int, steps: int = 800) -> Outcome:
     """A 64-256-256-10 perceptron with a learning rate of 1e-3, in batches of 64."""
     images, labels = digits()
     torch.manual_seed(seed)
@@ -112,7 +112,7 @@ def _rate(step: int, steps: int) -> float:
     return 1e-3 * min(1.0, (step + 1) / 30) * (1 + math.cos(math.pi * step / steps))
 
 
-def train_text(mode: Mode, seed: int, steps: int = 350) -> Outcome:
+def train_text(mode: Mode, seed: int, steps: int = 500) -> Outcome:
     """`Transformer` in batches of 8; the last tenth of the text is held out."""
     data = text()
     border = len(data) * 9 // 10
