@@ -153,7 +153,7 @@ def test_the_page_tells_the_measured_times() -> None:
     page = (STEPS.parents[3] / "docs" / "memory.md").read_text()
     (sentence,) = re.findall(r"One thread was measured .*?\.memory\.steps .*?`", page, re.DOTALL)
     told = ["fp32 masters", "split16", "bf16 states", "8bit", "split8, 8bit"]
-    assert [int(number) for number in re.findall(r"(\d+) times", sentence)] == [
+    assert [int(number) for number in re.findall(r"(\d+)\s+times", sentence)] == [
         round(ratios[mode]) for mode in told
     ]
     (shown,) = re.findall(r"steps --layers (\d+) --vocabulary (\d+) --threads (\d+)`", sentence)

@@ -116,4 +116,4 @@ def test_an_explicit_kernel_is_not_given_what_has_no_memory() -> None:
     (group,) = optimizer._plans.latest()[-1]._host.groups
     # In pieces it would be the native backend.
     assert isinstance(group, HostGroup)
-    assert group._piece is None
+    assert group._piece == 0
