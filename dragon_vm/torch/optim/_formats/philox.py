@@ -66,7 +66,7 @@ def _calls(first: int, last: int, rounding: Rounding, device: torch.device) -> T
     index = torch.arange(first, last + 1, dtype=torch.int64, device=device)
     # Below 2^34 elements the upper word is 0 for all: one element stands for them.
     upper = index >> 32 if last >> 32 else index.new_zeros(1)
-    step = torch.as_tensor(rounding.step, device=device).to(torch.int64).reshape(1)
+    step = torch.as_tensor(rounding.step, device=device).to(torch.int64).reshape(1) & _MASK
     counter: Words = (index & _MASK, upper, step, index.new_full((1,), rounding.stream))
     if numpy_of(device) is not None:
         counter = tuple(word.numpy() for word in counter)
