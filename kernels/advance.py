@@ -13,6 +13,8 @@ from dragon.kernels.scalars import hyperparameter, scalar_rows, store_scalar, te
 # `torch.nn.utils.clip_grad_norm_` divides by the norm plus this.
 CLIP_EPS = tl.constexpr(1e-6)
 
+MAX_FLOAT32 = tl.constexpr(float.fromhex("0x1.FFFFFEp127"))
+
 
 @triton.jit
 def clip_factor(norm, limit, eps):
@@ -51,7 +53,9 @@ def store_common_scalars(group, target, lr, factor, active):
     clip_value = hyperparameter(group, table.CLIP_VALUE)
     store_scalar(target, table.ACTIVE, active.to(tl.float64))
     store_scalar(target, table.GRAD_SCALE, factor)
-    store_scalar(target, table.CLIP, tl.where(clip_value > 0, clip_value, float("inf")))
+    # What fp32 cannot hold only an infinity exceeds: it becomes the largest number then.
+    bound = tl.where(target[1], clip_value, tl.minimum(clip_value, MAX_FLOAT32))
+    store_scalar(target, table.CLIP, tl.where(clip_value > 0, bound, float("inf")))
     store_scalar(target, table.L2, tl.where(decoupled, 0.0, weight_decay))
     store_scalar(target, table.DECAY, tl.where(decoupled, 1 - lr * weight_decay, 1.0))
     store_scalar(target, table.ONE_MINUS_EMA_DECAY, 1 - hyperparameter(group, table.EMA_DECAY))

@@ -124,10 +124,10 @@ def all_released(name: str) -> tuple[list[float], list[bool], bool]:
         for step in range(N_STEPS):
             before, is_poisoned = whole(weight), step == 2
             backward(wrapped, step, scale=float(scaler.scale(torch.ones(()))))
-            scaler.step(optimizer)
-            scaler.update()
             if step:
                 are_left |= any(param.grad is not None for param in params)
+            scaler.step(optimizer)
+            scaler.update()
             for param in kept:
                 param.requires_grad_(False)
             optimizer.zero_grad()

@@ -16,7 +16,6 @@ from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.owners import Replicas
 from dragon.vm.torch.optim._distributed.shards import mean_shard_nbytes
 from dragon.vm.torch.optim._gradients.reporting import ScalerReport
-from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._groups.members import MemberReader, Members
 from dragon.vm.torch.optim._modes import undisturbed
 from dragon.vm.torch.optim._options import Settings
@@ -174,8 +173,20 @@ class GradientRelease:
             if param not in self._handles:
                 self._handles[param] = param.register_post_accumulate_grad_hook(hook)
 
-    def begin(self) -> None:
-        """Wait for the gradients of the next backward pass."""
+    def begin(self, grad_scale: Tensor | None = None) -> None:
+        """Wait for the gradients of the next backward pass.
+
+        Args:
+            grad_scale: what a `GradScaler` hands to the step after this one.
+
+        Raises:
+            RuntimeError: if a `GradScaler` scaled the gradients of this one that this object does not know.
+        """
+        if self._report.scaler is None and grad_scale is not None:
+            raise RuntimeError(
+                "release_gradients=True has updated parameters from gradients that a GradScaler had scaled: "
+                "give release_gradients=scaler"
+            )
         self._is_under_way = False
         for bucket in self._buckets:
             bucket.begin()
@@ -196,18 +207,6 @@ class GradientRelease:
                 "release_gradients=scaler has updated parameters by the scale of another GradScaler than the one "
                 "that steps. Give it the scaler that scales the loss. Copies of an optimizer have the original's: "
                 "construct one with the copied scaler, and load state_dict()"
-            )
-
-    def check_scaling(self, scaling: Scaling) -> None:
-        """Check at a step that the gradients were scaled as this object was told.
-
-        Raises:
-            RuntimeError: if a `GradScaler` scaled them that it does not know.
-        """
-        if self._report.scaler is None and scaling.grad_scale is not None:
-            raise RuntimeError(
-                "release_gradients=True has updated parameters from gradients that a GradScaler had scaled: "
-                "give release_gradients=scaler"
             )
 
     def _arrived(self, param: Tensor) -> None:

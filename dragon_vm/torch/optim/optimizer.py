@@ -183,8 +183,7 @@ class Optimizer(StoringOptimizer):
         groups, settings = self._read_groups(), self._settings
         scaling = self._scaling()
         if self._release is not None:
-            self._release.check_scaling(scaling)
-            self._release.begin()
+            self._release.begin(scaling.grad_scale)
         members = self._members.read(self.param_groups)
         # A step that is to create states uses no sum up.
         summed = bool(self._sums) and (bool(self.state) or not is_state_asked_for())
@@ -199,12 +198,13 @@ class Optimizer(StoringOptimizer):
             check_accumulated(members.params)
         step = members, self.param_groups, self.state, settings, scaling
         self._updater.update(*step, zero_grad=zero_grad, are_own=not summed)
-        if self._handed_over:
-            self._drop_handed_over()
+        self._drop_handed_over()
         if summed:
             self._sums.finish()
+        if self._release is not None:
+            zero_or_remove(members.params, True)  # what incomplete buckets left to this step
         # The step read sums, or copies that lie as the parameters do: the gradients themselves are apart.
-        if summed or members.are_copies:
+        elif summed or members.are_copies:
             left = members.params if summed else lying_otherwise(members.params, members.grads)
             if zero_grad:
                 zero_or_remove(left, False)

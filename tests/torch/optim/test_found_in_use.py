@@ -269,3 +269,23 @@ def test_clipping_by_norms_that_autograd_does_not_see_is_refused(options):
     with pytest.raises(ValueError, match="differentiable=True with"):
         optimizer.add_param_group({"params": [param], "differentiable": True})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_what_a_release_left_to_the_step_goes_with_it(is_scaled):
+    """A model whose last layer takes part in every other step, without a `zero_grad`."""
+    runs = []
+    for release in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=is_scaled)
+        optimizer = Adam(model.parameters(), release_gradients=scaler if release else False)
+        for n_layers in (3, 2, 3, 2):
+            scaler.scale(model[:n_layers](torch.ones(2, 4)).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if not release:
+                optimizer.zero_grad()
+            assert all(param.grad is None for param in model.parameters())
+        runs.append(list(model.parameters()))
+    assert all(map(torch.equal, *runs))

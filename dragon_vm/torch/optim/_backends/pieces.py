@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._gradients.norms import as_real
+from dragon.vm.torch.optim._modes import with_plain_tensors
 
 # Elements of a piece: of a large tensor, and of the small tensors that share one. A clipped step of GPT-2 took
 # 109 ms in pieces of 2^19, 118 ms in those of 2^18 and 164 ms in those of 2^20 (torch 2.13, 2 cores). 1000 tensors
@@ -64,8 +65,12 @@ class Scratch:
             yield Piece(rows, [list(column[rows]) for column in columns], list(places[rows]))
             start = rows.stop
 
+    def _memory(self, numel: int) -> Tensor:
+        memory: Tensor = with_plain_tensors(lambda: torch.empty(numel, dtype=self._dtype, device="cpu"))
+        return memory
+
     def _lay_out(self) -> None:
-        buffer = torch.empty(SMALL_PIECE, dtype=self._dtype, device="cpu")
+        buffer = self._memory(SMALL_PIECE)
         numbers: list[int] = []
         places: list[Tensor | None] = []
         number, end = 0, 0
@@ -86,7 +91,7 @@ class Scratch:
     def of_large(self, columns: Sequence[Sequence[Tensor]]) -> Iterator[Piece]:
         """Parts of one large tensor at a time; one that is not contiguous is not cut. Gradients are column 1."""
         if self._row is None:
-            self._row = torch.empty(LARGE_PIECE, dtype=self._dtype, device="cpu")
+            self._row = self._memory(LARGE_PIECE)
         for index, tensors in enumerate(zip(*columns, strict=True)):
             rows = slice(index, index + 1)
             if not all(tensor.is_contiguous() for tensor in tensors):

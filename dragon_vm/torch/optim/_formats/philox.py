@@ -75,7 +75,7 @@ def _calls(spans: Sequence[Span], ranges: Sequence[tuple[int, int]], device: tor
     stream = index.new_tensor([rounding.stream for rounding, _ in spans])
     if len(spans) > 1:
         stream = stream.repeat_interleave(index.new_tensor([end - start for start, end in ranges]))
-    steps = torch.as_tensor(step, device=device).to(torch.int64).reshape(1)
+    steps = torch.as_tensor(step, device=device).to(torch.int64).reshape(1) & _MASK
     counter: Words = (index & _MASK, index >> 32 if has_upper else index.new_zeros(1), steps, stream)
     if numpy_of(index.device) is not None:
         counter = tuple(word.numpy() for word in counter)

@@ -86,6 +86,11 @@ def test_everything_that_should_decide_a_word_does(change: dict[str, int]) -> No
     assert (random_words([(rounding(), 64)])[0] != random_words([(rounding(**change), 64)])[0]).all()
 
 
+def test_a_step_beyond_32_bits_counts_by_its_last_ones_as_in_the_kernels() -> None:
+    long, short = (random_words([(rounding(step=step), 64)])[0] for step in (2**40 + 5, 5))
+    assert torch.equal(long, short)
+
+
 def chi_square(counts: torch.Tensor) -> float:
     expected = counts.sum() / counts.numel()
     return float(((counts - expected) ** 2 / expected).sum())

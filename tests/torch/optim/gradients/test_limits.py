@@ -58,6 +58,17 @@ def test_a_bound_costs_no_gradient_that_a_scale_made_tiny(backend, dtype, bound)
     assert kept[1] == pytest.approx(-min(bound, largest / scale), rel=4 * torch.finfo(dtype).eps, abs=1e-7)
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_finite_bound_makes_an_infinite_gradient_finite(backend, dtype):
+    """Also a bound beyond fp32, which fp32 parameters take for the largest number that they hold."""
+    param = torch.nn.Parameter(torch.zeros(3, dtype=dtype, device=home(backend)))
+    param.grad = torch.tensor([math.inf, -math.inf, 1.0], dtype=dtype, device=home(backend))
+    SGD([param], lr=0.5, clip_value=1e39, backend=backend).step()
+    largest = min(1e39, torch.finfo(dtype).max)
+    assert param.tolist() == [-0.5 * largest, 0.5 * largest, -0.5]
+
+
 def test_a_bound_of_each_norm_is_of_its_l2_norm():
     with pytest.raises(ValueError, match=r"clip_norm bounds L2 norms: got clip_norm=1.0 and norm_type=inf"):
         Adam(parameters([(2,)]), clip_norm=1.0, norm_type=math.inf)

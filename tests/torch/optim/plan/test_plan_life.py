@@ -102,6 +102,19 @@ def test_a_plan_outlives_inference_mode(backend):
     assert outcome(optimizer) == outcome(fresh)
 
 
+@pytest.mark.parametrize("numel", [3, 2**19 + 3])
+def test_copies_of_gradients_outlive_inference_mode(numel):
+    params = [torch.nn.Parameter(torch.ones(numel)) for _ in range(2)]
+    for param, is_inference in zip(params, (False, True), strict=True):
+        optimizer = Adam([param], lr=0.1, eps=0.1, clip_norm=0.5, backend="native")
+        param.grad = torch.ones_like(param)
+        with torch.inference_mode(is_inference):
+            optimizer.step()
+        param.grad = torch.full_like(param, 2.0)
+        optimizer.step()
+    assert torch.equal(*params)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_counts_may_be_set_back_to_where_they_were_joined(backend):
     params = parameters([(3,)] * 3, device=home(backend))
