@@ -60,6 +60,15 @@ def test_a_plan_for_more_serves_a_part_whatever_the_others_become(backend, amsgr
     assert optimizer._plans.latest() == before
 
 
+def test_a_plan_for_more_serves_what_the_last_one_served():
+    params = parameters([(3,)] * 4)
+    optimizer = Adam(params, backend="native")
+    take_steps(optimizer, params, [0b0011, 0b0101, 0b1000, 0b1001, 0b1010])
+    before = optimizer._plans.latest()
+    take_steps(optimizer, params, [0b0110, 0b1110])
+    assert set(optimizer._plans.latest()) == set(before)
+
+
 def test_parameters_that_never_step_together_may_share_memory():
     params = parameters([(3,)] * 3)
     optimizer = Adam(params, backend="native")
