@@ -95,6 +95,11 @@ def swap_state_tensor_for_another_layout(optimizer, params):
     optimizer.state[params[0]][key] = transposed(optimizer.state[params[0]][key])
 
 
+def transpose_state_at_the_same_address(optimizer, params):
+    state = optimizer.state[params[0]][state_key(optimizer)]
+    state.data = state.data.t()
+
+
 def swap_all_states_for_another_dtype(optimizer, params):
     for state in optimizer.state.values():
         for key in set(state) - {"step"}:
@@ -242,7 +247,7 @@ COMMON = [
     exchange_params_between_groups, take_a_param_away, append_a_param, replace_a_param, load_another_state_dict,
     swap_grad_memory, transpose_grad_at_the_same_address, transpose_grad_object_at_the_same_address, expand_grad,
     drop_grad, swap_state_tensor, swap_state_tensor_for_another_layout, swap_all_states_for_another_dtype,
-    exchange_owners_of_states, swap_state_memory, swap_state_memory_for_another_layout,
+    transpose_state_at_the_same_address, exchange_owners_of_states, swap_state_memory, swap_state_memory_for_another_layout,
     swap_step_for_a_number, clear_state, replace_state, replace_state_by_copies,
     replace_entry, delete_entry, empty_entry, move_param_to_the_other_group, remove_group, insert_group,
     swap_groups, exchange_params_of_groups, replace_group_and_change_the_old_one, add_group, make_lr_a_tensor,
