@@ -243,16 +243,17 @@ def state_key(optimizer):
 
 COMMON = [
     swap_param_memory, swap_param_memory_among_two, transpose_param_in_place, widen_param, swap_grad_object,
-    widen_grad, shift_grad, negate_grad_at_the_same_address, exchange_grads, move_all_states_as_optimizer_to_does,
-    exchange_params_between_groups, take_a_param_away, append_a_param, replace_a_param, load_another_state_dict,
-    swap_grad_memory, transpose_grad_at_the_same_address, transpose_grad_object_at_the_same_address, expand_grad,
-    drop_grad, swap_state_tensor, swap_state_tensor_for_another_layout, swap_all_states_for_another_dtype,
-    transpose_state_at_the_same_address, exchange_owners_of_states, swap_state_memory,
-    swap_state_memory_for_another_layout, swap_step_for_a_number, clear_state, replace_state, replace_state_by_copies,
-    replace_entry, delete_entry, empty_entry, move_param_to_the_other_group, remove_group, insert_group,
-    swap_groups, exchange_params_of_groups, replace_group_and_change_the_old_one, add_group, make_lr_a_tensor,
-    setting(lr=0.5), setting(weight_decay=0.1), setting(maximize=True), setting(clip_value=0.1),
-    setting(clip_norm=0.1), setting(ema_decay=0.9), setting(capturable=True),
+    widen_grad, shift_grad, negate_grad_at_the_same_address, exchange_grads,
+    move_all_states_as_optimizer_to_does, exchange_params_between_groups, take_a_param_away, append_a_param,
+    replace_a_param, load_another_state_dict, swap_grad_memory, transpose_grad_at_the_same_address,
+    transpose_grad_object_at_the_same_address, expand_grad, drop_grad, swap_state_tensor,
+    swap_state_tensor_for_another_layout, swap_all_states_for_another_dtype, transpose_state_at_the_same_address,
+    exchange_owners_of_states, swap_state_memory, swap_state_memory_for_another_layout, swap_step_for_a_number,
+    clear_state, replace_state, replace_state_by_copies, replace_entry, delete_entry, empty_entry,
+    move_param_to_the_other_group, remove_group, insert_group, swap_groups, exchange_params_of_groups,
+    replace_group_and_change_the_old_one, add_group, make_lr_a_tensor, setting(lr=0.5),
+    setting(weight_decay=0.1), setting(maximize=True), setting(clip_value=0.1), setting(clip_norm=0.1),
+    setting(ema_decay=0.9), setting(capturable=True),
 ]  # fmt: skip
 ADAMS = [
     swap_step_memory, fill_step, setting(betas=(0.5, 0.5)), setting(eps=0.1),

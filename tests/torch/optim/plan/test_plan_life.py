@@ -103,9 +103,10 @@ def test_a_plan_outlives_inference_mode(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_counts_may_be_set_back_to_where_they_were_joined(backend):
+@pytest.mark.parametrize("epsilon_hat", [False, True])
+def test_counts_may_be_set_back_to_where_they_were_joined(backend, epsilon_hat):
     params = parameters([(3,)] * 3, device=home(backend))
-    optimizer = Adam(params, lr=0.1, eps=0.1, backend=backend)
+    optimizer = Adam(params, lr=0.1, eps=0.1, epsilon_hat=epsilon_hat, backend=backend)
     give_gradients(params, 0)
     optimizer.step()
     for counts in [(4, 4, 5), (3, 4, 5), (4, 4, 4), (7, 1, 1), (7, 7, 1)]:
@@ -115,6 +116,16 @@ def test_counts_may_be_set_back_to_where_they_were_joined(backend):
         optimizer.step()
         fresh.step()
         assert everything(optimizer) == everything(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_limits_of_each_gradient_are_found_anew_at_each_step(backend):
+    optimizer, params = warm(Adam, backend, clip_norm=0.5)
+    for number in range(3):
+        give_gradients(params, number)
+        params[number].grad.mul_(1e-3)
+        fresh = twin(optimizer)
+        assert outcome(optimizer) == outcome(fresh)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
