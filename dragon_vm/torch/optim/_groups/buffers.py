@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
-from operator import ne
+from operator import attrgetter, ne
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from dragon.vm.torch.optim._groups.states import State, in_own_storage
 
 # Every tensor of a buffer starts at a multiple of this many elements: 16 bytes of any dtype.
 SLOT = 16
+
+_shape_of = attrgetter("shape")
 
 
 class FlatBuffer:
@@ -44,6 +46,7 @@ class FlatBuffer:
         self.grad_views = self.views(self.grads)
         self.addresses = [view.data_ptr() for view in self.views(self.values)]
         self.grad_addresses = [view.data_ptr() for view in self.grad_views]
+        self._laid_out = _laid_out(self.grad_views)
         self.state: State = {}
         for param, view in zip(params, self.views(self.values), strict=True):
             view.copy_(param.detach())
@@ -90,13 +93,18 @@ class FlatBuffer:
         return [("param", self.values), ("grad", self.grads), *states]
 
     def moves(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor]
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], strays: Sequence[int]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Parameters whose gradients lie elsewhere, those gradients, and their places."""
+        """Parameters whose gradients lie elsewhere, or otherwise as `strays`; those gradients, their places."""
         addresses = list(map(Tensor.data_ptr, grads))
-        if addresses == self.grad_addresses:
+        if addresses == self.grad_addresses and not strays:
             return [], [], []
-        are_moved = bytes(map(ne, addresses, self.grad_addresses))
+        # Parameters have these very tensors as gradients: somebody may have assigned to their `.data`.
+        if _laid_out(self.grad_views) != self._laid_out:
+            self.grad_views = self.views(self.grads)
+        are_moved = bytearray(map(ne, addresses, self.grad_addresses))
+        for index in strays:
+            are_moved[index] = True
         moved, sources, views = (list(compress(each, are_moved)) for each in (params, grads, self.grad_views))
         return moved, sources, views
 
@@ -111,16 +119,22 @@ class FlatBuffer:
         return flat
 
 
+def _laid_out(tensors: Sequence[Tensor]) -> list[object]:
+    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(_shape_of, tensors)]
+
+
 def gather(
-    members: Iterable[tuple[FlatBuffer, Sequence[Tensor], Sequence[Tensor]]], others: Iterable[Tensor]
+    members: Iterable[tuple[FlatBuffer, Sequence[Tensor], Sequence[Tensor], Sequence[int]]],
+    others: Iterable[Tensor],
 ) -> None:
     """Move gradients that lie elsewhere into the buffers, and give the parameters views of them.
 
     Args:
-        members: each buffer with its parameters and their gradients, of the buffer's dtype and device.
+        members: each buffer with its parameters, their gradients, of the buffer's dtype and device, and the
+            indices of those that are laid out otherwise than their parameters.
         others: parameters outside of them. A gradient that is in the way of another gets memory of its own.
     """
-    moves = [(buffer.grads, *buffer.moves(params, grads)) for buffer, params, grads in members]
+    moves = [(buffer.grads, *buffer.moves(params, grads, strays)) for buffer, params, grads, strays in members]
     moves = [move for move in moves if move[1]]
     if not moves:
         return

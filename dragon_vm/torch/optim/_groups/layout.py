@@ -36,6 +36,11 @@ def lies_like(tensor: Tensor, other: Tensor) -> bool:
     return tensor.stride() == other.stride() or (same_walk(tensor, other) and is_dense(tensor))
 
 
+def is_stray(param: Tensor, grad: Tensor) -> bool:
+    """Whether a gradient must be copied before it is walked like its parameter."""
+    return grad.is_conj() or grad.is_neg() or (is_dense(param) and not lies_like(grad, param))
+
+
 def in_layout_of(param: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` itself if it lies in memory as the dense `param` does, else a copy that does."""
     resolved = not tensor.is_conj() and not tensor.is_neg()

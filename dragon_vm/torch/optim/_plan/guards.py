@@ -74,8 +74,7 @@ class Guard:
             return False
         if is_whole:
             return self._layouts(*grads, *params) and self._state_layouts(*chain(*states.values()))
-        if self._part_layouts is None:
-            return False
+        assert self._part_layouts is not None
         if self._are_complete:
             return self._part_layouts.check(present, grads, params, *states.values())
         return self._part_layouts.check(present, grads, params) and self._state_layouts(*chain(*states.values()))

@@ -11,6 +11,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer, gather, take_states
 from dragon.vm.torch.optim._groups.flattening import Signature, State
+from dragon.vm.torch.optim._groups.layout import is_stray
 from dragon.vm.torch.optim._plan.recipe import Chosen, Recipe
 
 
@@ -22,12 +23,14 @@ class Joined(NamedTuple):
         positions: of its parameters among all gathered.
         pick: selects its parameters among all gathered.
         group_index: of the parameter group.
+        strays: indices in `positions` of gradients that are laid out otherwise than their parameters.
     """
 
     buffer: FlatBuffer
     positions: list[int]
     pick: Callable[[Sequence[Any]], Sequence[Any]]
     group_index: int
+    strays: list[int]
 
 
 def join(
@@ -46,7 +49,9 @@ def join(
             if buffer.fits(own, keys, signature.counts_steps):
                 members.append((buffer, own, keys, signature.counts_steps))
                 pick = picker(positions, len(states))
-                joined.append(Joined(buffer, positions, pick, chosen.group_index[positions[0]]))
+                pairs = [(chosen.shards[i], chosen.grads[i]) for i in positions]
+                strays = [index for index, (shard, grad) in enumerate(pairs) if is_stray(shard, grad)]
+                joined.append(Joined(buffer, positions, pick, chosen.group_index[positions[0]], strays))
                 continue
         parted.append(buffer)
     # All at once: a state may be the place of a parameter of another buffer.
@@ -92,7 +97,7 @@ def in_buffers(joined: Sequence[Joined], outside: Sequence[int], tensors: Gather
     `outside` are the positions of the other parameters.
     """
     params, grads = tensors.params, list(tensors.grads)
-    members = [(each.buffer, each.pick(params), each.pick(grads)) for each in joined]
+    members = [(each.buffer, each.pick(params), each.pick(grads), each.strays) for each in joined]
     gather(members, [params[position] for position in outside])
     for position in outside:
         if grads[position] is not None:

@@ -11,7 +11,7 @@ from dragon.vm.torch.optim._distributed.shards import is_distributed, local_stat
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, has_memory, has_own_memory, labels_of
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State
-from dragon.vm.torch.optim._groups.layout import is_dense, lies_like
+from dragon.vm.torch.optim._groups.layout import is_stray
 from dragon.vm.torch.optim._groups.masters import reconcile
 from dragon.vm.torch.optim._groups.storage import first_index
 from dragon.vm.torch.optim._plan.completion import completed_states
@@ -93,7 +93,7 @@ def prepare(recipe: Recipe, chosen: Chosen) -> Prepared:
         [FlattenedGroup(*item) for item in entries.items()],
         joined,
         inside,
-        [i for i in solid if i not in inside and _is_stray(shards[i], grads[i])],
+        [i for i in solid if i not in inside and is_stray(shards[i], grads[i])],
         any(map(is_distributed, params)),
         len(solid) < len(params),
     )
@@ -122,7 +122,3 @@ def _commit(
                 state.update(recipe.state[param])
     for buffer in parted:
         recipe.buffers.remove(buffer)
-
-
-def _is_stray(param: Tensor, grad: Tensor) -> bool:
-    return grad.is_conj() or grad.is_neg() or (is_dense(param) and not lies_like(grad, param))

@@ -77,8 +77,8 @@ class StepPlan:
         if self._joined and are_own:
             tensors = in_buffers(self._joined, self._outside, tensors)
         grads = tensors.take(tensors.grads)
-        # Host groups without buffers see to it themselves.
-        writes = (kept_scale is not None or self._kernel_zeroes) and bool(self._devices or self._joined)
+        # Host groups see to it themselves, but do not look into flat buffers.
+        writes = bool(self._joined) or (bool(self._devices) and (kept_scale is not None or self._kernel_zeroes))
         ready = self._ready(tensors, are_own, writes=writes)
         outcome, are_zero = Outcome(), self._kernel_zeroes
         values = recipe.groups, version

@@ -30,14 +30,14 @@ class Widening:
 
     def worth_adding(
         self, recipe: Recipe, members: Members, key: Hashable, present: bytes, wide: StepPlan | None
-    ) -> list[int]:
+    ) -> set[int]:
         """Positions of parameters without a gradient for which a plan is to be prepared all the same.
 
         `present` tells for each parameter whether it has a gradient; `wide` is the last plan for more parameters.
         """
         n_prepared = sum(len(gatherer.positions) for _, gatherer in self.missed)
         if len(self.missed) < N_MISSED or n_prepared < self._n_wide:
-            return []
+            return set()
         earlier = [gatherer for own, gatherer in self.missed if own == key] + ([wide.gatherer] if wide else [])
         known = [gatherer.positions for gatherer in earlier if gatherer.holds(recipe.state, members)]
         added = {*chain.from_iterable(known)}.difference(compress(range(len(present)), present))
@@ -45,4 +45,4 @@ class Widening:
         self.missed.clear()
         together = [shard for i, shard in enumerate(members.shards) if present[i] or i in added]
         # Those that never step together may share memory.
-        return sorted(added) if overlapping_pair(list(filter(has_memory, together))) is None else []
+        return added if overlapping_pair(list(filter(has_memory, together))) is None else set()

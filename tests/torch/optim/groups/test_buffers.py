@@ -256,57 +256,6 @@ def test_an_empty_parameter_does_not_hold_the_buffer():
     assert params[1].untyped_storage().nbytes() == 0
 
 
-def test_a_gradient_object_that_moves_away_is_not_followed():
-    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
-    options = {"lr": 0.1, "backend": "native"}
-    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.2}]
-    optimizer = Adam(groups, flatten=True, **options)
-    for _ in range(2):
-        for param in params:
-            param.grad = torch.ones(2)
-        optimizer.step()
-    moved = params[2].grad
-    params[2].grad = moved.detach()
-    moved.data = torch.full((2,), -100.0)
-    before = params[2].detach().clone()
-    optimizer.step()
-    assert (params[2] < before).all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_gradient_that_a_buffer_shares_with_others_is_unscaled_once(backend):
-    where = home(backend)
-    params = [torch.nn.Parameter(torch.zeros(4, device=where)) for _ in range(3)]
-    # The third is in no buffer.
-    groups = [{"params": params[:2]}, {"params": params[2:]}]
-    optimizer = SGD(groups, lr=1.0, flatten=True, backend=backend)
-    for param in params:
-        param.grad = torch.zeros_like(param)
-    optimizer.step()
-    for param in params[:2]:
-        param.grad.fill_(8.0)
-    params[2].grad = params[1].grad
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor([4.0]), torch.tensor([0.0])
-    optimizer.step()
-    for param in params:
-        assert torch.equal(param.detach(), torch.full_like(param, -2.0))
-        assert torch.equal(param.grad, torch.full_like(param, 2.0))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_parameters_may_exchange_their_places_for_gradients(backend):
-    params = [torch.nn.Parameter(torch.zeros(4, device=home(backend))) for _ in range(2)]
-    optimizer = SGD(params, lr=1.0, flatten=True, backend=backend)
-    for param in params:
-        param.grad = torch.zeros_like(param)
-    optimizer.step()
-    for param, value in zip(params, (1.0, 2.0), strict=True):
-        param.grad.fill_(value)
-    params[0].grad, params[1].grad = params[1].grad, params[0].grad
-    optimizer.step()
-    assert [param.detach().tolist() for param in params] == [[-2.0] * 4, [-1.0] * 4]
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("what", ["states", "moments", "parameters", "gradients"])
 @pytest.mark.parametrize("sizes", [[4], [2, 2], [3, 1]], ids=str)

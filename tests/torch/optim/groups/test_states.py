@@ -7,8 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.testing import DENSE_LAYOUTS, tensor_cases
+from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._groups.layout import same_walk
 from dragon.vm.torch.optim._groups.states import CounterPlace, _buffer_of, counter_buffer, step_counters, zeros_for
+
+from ..support import BACKENDS, home, parameters, take_steps
 
 CPU = torch.device("cpu")
 HOST = CounterPlace(CPU)
@@ -86,3 +89,15 @@ def test_counters_have_the_dtype_that_pytorchs_have_or_kernels_read(default, for
     assert counter.dtype == (torch.float32 if for_kernels else default)
     assert counting.takes(counter)
     assert counting.takes(counter.double()) != for_kernels
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("flatten", [False, True])
+def test_parameters_that_were_given_one_counter_count_each_for_itself(backend, flatten):
+    params = parameters([(3,)] * 3, device=home(backend))
+    optimizer = Adam(params, backend=backend, flatten=flatten)
+    take_steps(optimizer, params, [0b111])
+    for state in optimizer.state.values():
+        state["step"] = optimizer.state[params[0]]["step"]
+    take_steps(optimizer, params, [0b111, 0b110, 0b101])
+    assert [float(optimizer.state[param]["step"]) for param in params] == [3, 3, 4]

@@ -32,6 +32,35 @@ def moments(optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
     return state["exp_avg"], state["exp_avg_sq"]
 
 
+def check_a_step_of_nothing(optimizer: torch.optim.Optimizer, before: tuple[Tensor, Tensor]) -> None:
+    """What is left of the moments is what was there, rounded once more in other blocks."""
+    (param,) = optimizer.param_groups[0]["params"]
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for now, then, beta in zip(moments(optimizer), before, (0.9, 0.99), strict=True):
+        # Blocks of one channel's neighbours: the largest of 64 channels decides about the smallest codes.
+        unit = beta * then.abs().amax(1, keepdim=True) * 0.06
+        assert ((now - beta * then).abs() <= 0.06 * beta * then.abs() + unit).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_codes_that_somebody_put_beside_a_parameter_are_walked_as_they_tell(backend: str) -> None:
+    param, grad = convolution()
+    relay(param)
+    options: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.99), "state_dtype": "8bit", "backend": backend}
+    optimizer = Adam([param], native_state_dict=True, **options)
+    param.grad = grad
+    optimizer.step()
+    saved = optimizer.state_dict()["state"][0]
+    codes = {key: value.contiguous() for key, value in saved.items() if key.endswith("_q8")}
+    other = torch.nn.Parameter(param.detach().contiguous())
+    fresh = Adam([other], **options)
+    fresh.state[other].update({**saved, **codes})
+    before = moments(fresh)
+    assert torch.allclose(before[0], 0.1 * grad, rtol=0.1, atol=0.01)
+    check_a_step_of_nothing(fresh, before)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_codes_follow_a_parameter_that_is_laid_out_anew(backend: str) -> None:
     param, grad = convolution()
@@ -43,13 +72,7 @@ def test_codes_follow_a_parameter_that_is_laid_out_anew(backend: str) -> None:
     relay(param)
     assert all(map(torch.equal, moments(optimizer), before))
     assert moments(optimizer)[0].stride() == param.stride()
-    # A step of nothing: what is left of the moments is what was there, rounded once more in other blocks.
-    param.grad = torch.zeros_like(param)
-    optimizer.step()
-    for now, then, beta in zip(moments(optimizer), before, (0.9, 0.99), strict=True):
-        # Blocks of one channel's neighbours: the largest of 64 channels decides about the smallest codes.
-        unit = beta * then.abs().amax(1, keepdim=True) * 0.06
-        assert ((now - beta * then).abs() <= 0.06 * beta * then.abs() + unit).all()
+    check_a_step_of_nothing(optimizer, before)
     assert optimizer.state[param]["exp_avg_q8"].stride() == param.stride()
 
 

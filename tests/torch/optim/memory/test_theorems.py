@@ -145,16 +145,17 @@ def test_zeroing_gradients_in_the_step_and_summing_them_change_no_bit(mode: str)
     assert bits(*ours) == bits(*theirs)
 
 
-def test_a_parameter_that_joins_later_takes_no_stream_that_is_in_use() -> None:
+def test_parameters_that_join_later_take_no_stream_that_is_in_use() -> None:
     params, optimizer = make("8bit")
     train(params, optimizer, 1)
-    optimizer.param_groups[0]["params"].pop(0)
-    late = torch.nn.Parameter(torch.randn(64, 64))
-    optimizer.add_param_group({"params": [late]})
-    late.grad = torch.randn(64, 64)
+    del optimizer.param_groups[0]["params"][:2]
+    late = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(2)]
+    optimizer.add_param_group({"params": late})
+    for param in late:
+        param.grad = torch.randn(64, 64)
     optimizer.step()
-    streams = [optimizer.state[param]["stream"] for param in (*params, late)]
-    assert len(set(streams)) == len(SHAPES) + 1
+    streams = [optimizer.state[param]["stream"] for param in (*params, *late)]
+    assert len(set(streams)) == len(SHAPES) + 2
 
 
 def test_formats_may_differ_by_group_and_change() -> None:

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dragon.vm.torch.optim._groups import bounds
 from dragon.vm.torch.optim._options import by_value
@@ -70,6 +72,40 @@ def test_what_is_written_in_place_is_read(value, write):
     write(groups[1])
     values.read(groups)
     assert values.version > first
+
+
+edits = st.tuples(
+    st.integers(0, 1),
+    st.sampled_from(["lr", "lr", "clip_norm", "foreach"]),
+    st.sampled_from(["number", "tensor", "written"]),
+    st.sampled_from([0.25, 0.5]),
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(edits, min_size=2, max_size=8))
+def test_whatever_is_edited_is_read_as_if_for_the_first_time(history):
+    values, groups = reader(), [group(lr=0.25, foreach=0.5, clip_norm=0.5) for _ in range(2)]
+    values.read(groups)
+    for index, name, edit, number in history:
+        before, version, old = numbers_of(values), values.version, groups[index][name]
+        is_tensor = isinstance(old, torch.Tensor)
+        if edit == "written" and is_tensor:
+            old.fill_(number)
+        else:
+            groups[index][name] = number if edit == "number" else torch.tensor(number)
+            if is_tensor:
+                # It is no hyperparameter any more.
+                old.fill_(0.75)
+        values.read(groups)
+        fresh = reader()
+        fresh.read(groups)
+        assert numbers_of(values) == numbers_of(fresh)
+        assert numbers_of(values) == before or values.version > version
+
+
+def numbers_of(values):
+    return [[float(each[name]) for name in ("lr", "clip_norm", "foreach")] for each in values.groups]
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam
-from dragon.vm.torch.optim._plan import guards
+from dragon.vm.torch.optim._plan import guards, widening
 from dragon.vm.torch.optim._plan.guards import layout_guard
 
-from ..support import BACKENDS, everything, give_gradients, give_some, home, like, parameters, twin
+from ..support import BACKENDS, everything, give_gradients, give_some, home, like, parameters, take_steps, twin
 from .test_guards import NoTensorGuards, attempt, outcome, warm
 
 SHAPES = ((4, 4), (4, 4), (5,), (17,))
@@ -116,9 +116,10 @@ def test_copies_of_gradients_outlive_inference_mode(numel):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_counts_may_be_set_back_to_where_they_were_joined(backend):
+@pytest.mark.parametrize("epsilon_hat", [False, True])
+def test_counts_may_be_set_back_to_where_they_were_joined(backend, epsilon_hat):
     params = parameters([(3,)] * 3, device=home(backend))
-    optimizer = Adam(params, lr=0.1, eps=0.1, backend=backend)
+    optimizer = Adam(params, lr=0.1, eps=0.1, epsilon_hat=epsilon_hat, backend=backend)
     give_gradients(params, 0)
     optimizer.step()
     for counts in [(4, 4, 5), (3, 4, 5), (4, 4, 4), (7, 1, 1), (7, 7, 1)]:
@@ -128,6 +129,16 @@ def test_counts_may_be_set_back_to_where_they_were_joined(backend):
         optimizer.step()
         fresh.step()
         assert everything(optimizer) == everything(fresh)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_limits_of_each_gradient_are_found_anew_at_each_step(backend):
+    optimizer, params = warm(Adam, backend, clip_norm=0.5)
+    for number in range(3):
+        give_gradients(params, number)
+        params[number].grad.mul_(1e-3)
+        fresh = twin(optimizer)
+        assert outcome(optimizer) == outcome(fresh)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -199,3 +210,22 @@ def test_steps_with_and_without_zeroing_take_turns(backend):
         give_some([param], (1,), 0)
         optimizer.step(zero_grad=zero_grad)
         assert bool(param.grad.any()) == (not zero_grad)
+
+
+def test_the_latest_eight_plans_are_kept_of_those_that_are_not_for_more(monkeypatch):
+    monkeypatch.setattr(widening, "N_MISSED", 100)
+    params = parameters([(3,)] * 4)
+    optimizer = Adam(params, backend="native")
+    take_steps(optimizer, params, [*range(1, 9), 1, 9])
+    before, patterns = optimizer._plans.latest(), [*range(3, 10), 1]
+    take_steps(optimizer, params, patterns)
+    assert set(optimizer._plans.latest()) == set(before)
+    present = [[i for i in range(4) if pattern >> i & 1] for pattern in patterns]
+    assert [plan.gatherer.positions for plan in optimizer._plans.latest()] == present
+
+
+def test_a_state_dict_that_is_loaded_leaves_no_plan():
+    """Numbers of random words stand in a table, and are no tensors that a guard would compare."""
+    optimizer, _ = warm(Adam, "native")
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not optimizer._plans.latest()

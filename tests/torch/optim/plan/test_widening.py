@@ -38,6 +38,37 @@ def test_a_plan_for_more_outlasts_others_that_were_used_since(monkeypatch):
     assert set(optimizer._plans.latest()) == set(before)
 
 
+def move(param, state):
+    param.data, state["exp_avg"] = param.data.t().contiguous().t(), state["exp_avg"].t()
+
+
+def leave(param, state):
+    pass
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("amsgrad", "change"), [(False, move), (True, leave)])
+def test_a_plan_for_more_serves_a_part_whatever_the_others_become(backend, amsgrad, change):
+    """Where some have states that others have not, the addresses of all are compared."""
+    params = parameters([(3, 4)] * 3, device=home(backend))
+    groups = [{"params": params[:1], "amsgrad": amsgrad}, {"params": params[1:]}]
+    optimizer = Adam(groups, backend=backend)
+    take_steps(optimizer, params, [0b111, 0b011])
+    before = optimizer._plans.latest()
+    change(params[2], optimizer.state[params[2]])
+    take_steps(optimizer, params, [0b001, 0b011])
+    assert optimizer._plans.latest() == before
+
+
+def test_a_plan_for_more_serves_what_the_last_one_served():
+    params = parameters([(3,)] * 4)
+    optimizer = Adam(params, backend="native")
+    take_steps(optimizer, params, [0b0011, 0b0101, 0b1000, 0b1001, 0b1010])
+    before = optimizer._plans.latest()
+    take_steps(optimizer, params, [0b0110, 0b1110])
+    assert set(optimizer._plans.latest()) == set(before)
+
+
 def test_parameters_that_never_step_together_may_share_memory():
     params = parameters([(3,)] * 3)
     optimizer = Adam(params, backend="native")
@@ -46,6 +77,14 @@ def test_parameters_that_never_step_together_may_share_memory():
         give_some(params, [number % 2 == 0, number % 2 == 1, number % 3 == 0], number)
         optimizer.step()
     assert [float(optimizer.state[param]["step"]) for param in params] == [6, 6, 4]
+
+
+def test_one_that_never_trains_may_share_memory_with_those_of_a_plan_for_more():
+    params = parameters([(3,)] * 3)
+    optimizer = Adam(params, backend="native")
+    params[2].data = params[0].data
+    take_steps(optimizer, params, [0b01, 0b10, 0b11])
+    assert len(optimizer._plans.latest()) == 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,15 +129,21 @@ def misshapen(param, state):
     state["exp_avg"] = torch.zeros(7, device=param.device)
 
 
+def widened(param, state):
+    param.data = param.data.double()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("change", [cut, misshapen])
+@pytest.mark.parametrize("change", [cut, misshapen, widened])
 def test_what_no_longer_fits_its_state_stays_out_of_a_plan_for_more(backend, change):
     params = parameters([(4,)] * 3, device=home(backend))
     optimizer = Adam(params, backend=backend)
     take_steps(optimizer, params, [0b111])
     change(params[2], optimizer.state[params[2]])
+    before = dict(optimizer.state[params[2]])
     take_steps(optimizer, params, [0b011])
     assert [float(optimizer.state[param]["step"]) for param in params] == [2, 2, 1]
+    assert all(value is before[key] for key, value in optimizer.state[params[2]].items())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

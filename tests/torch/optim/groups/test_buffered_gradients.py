@@ -1,0 +1,76 @@
+"""Gradients of parameters in flat buffers, wherever they lie."""
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, Adam
+
+from ..support import BACKENDS, home
+
+
+def test_a_gradient_object_that_moves_away_is_not_followed():
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    options = {"lr": 0.1, "backend": "native"}
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.2}]
+    optimizer = Adam(groups, flatten=True, **options)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones(2)
+        optimizer.step()
+    moved = params[2].grad
+    params[2].grad = moved.detach()
+    moved.data = torch.full((2,), -100.0)
+    before = params[2].detach().clone()
+    optimizer.step()
+    assert (params[2] < before).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize(("scale", "zero_grad"), [(4.0, False), (4.0, True), (1.0, True)])
+def test_a_gradient_that_is_shared_is_unscaled_and_zeroed_once(backend, flatten, scale, zero_grad):
+    where = home(backend)
+    params = [torch.nn.Parameter(torch.zeros(4, device=where)) for _ in range(3)]
+    # The third is in no buffer.
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = SGD(groups, lr=1.0, flatten=flatten, backend=backend)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for param in params[:2]:
+        param.grad.fill_(8.0)
+    params[2].grad = params[1].grad
+    if scale != 1:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor([scale]), torch.tensor([0.0])
+    optimizer.step(zero_grad=zero_grad)
+    for param in params:
+        assert torch.equal(param.detach(), torch.full_like(param, -8.0 / scale))
+        assert torch.equal(param.grad, torch.full_like(param, 0.0 if zero_grad else 8.0 / scale))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_from_sums_leaves_gradients_beside_a_buffer_alone(backend):
+    params = [torch.nn.Parameter(torch.zeros(4, device=home(backend))) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, flatten=True, backend=backend)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.sum_grad()
+    for param in params:
+        param.grad = torch.full_like(param, 2.0)
+    optimizer.step()
+    assert [param.detach().tolist() for param in params] == [[-3.0] * 4] * 2
+    assert [param.grad.tolist() for param in params] == [[2.0] * 4] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_may_exchange_their_places_for_gradients(backend):
+    params = [torch.nn.Parameter(torch.zeros(4, device=home(backend))) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, flatten=True, backend=backend)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for param, value in zip(params, (1.0, 2.0), strict=True):
+        param.grad.fill_(value)
+    params[0].grad, params[1].grad = params[1].grad, params[0].grad
+    optimizer.step()
+    assert [param.detach().tolist() for param in params] == [[-2.0] * 4, [-1.0] * 4]
