@@ -67,6 +67,8 @@ class Ours:
     def __init__(self, shown: Iterable[Tensor], mode: Mode) -> None:
         self._shown = list(shown)
         self._params = [nn.Parameter(param.detach().to(mode.dtype)) for param in self._shown]
+        # The versions of what the network's parameters were given.
+        self._given = [param._version for param in self._shown]
         if mode.dtype != FP32:
             for param in self._params:
                 param.grad_dtype = FP32
@@ -80,14 +82,15 @@ class Ours:
         """Step with the gradients that the network's parameters have, and drop them."""
         for group in self._adam.param_groups:
             group["lr"] = lr
-        for param, shown in zip(self._params, self._shown, strict=True):
+        for param, shown, given in zip(self._params, self._shown, self._given, strict=True):
             # What the network's parameter has become since the last step, the optimizer has to know.
-            if not torch.equal(shown, param):
+            if shown._version != given:
                 param.copy_(shown)
             param.grad, shown.grad = shown.grad, None
         self._adam.step()
-        for param, shown in zip(self._params, self._shown, strict=True):
-            shown.copy_(param)
+        torch._foreach_copy_(self._shown, self._params)
+        self._given = [param._version for param in self._shown]
+        for param in self._params:
             param.grad = None
 
     def second_moment(self) -> Tensor:

@@ -126,7 +126,7 @@ def train_text(mode: Mode, seed: int, steps: int = 500) -> Outcome:
         optimizer.step(_rate(step, steps))
         losses.append(loss.item())
     with torch.no_grad():
-        held_out = _batch(data[border:], 1024, torch.Generator().manual_seed(0))
+        held_out = _batch(data[border:], 512, torch.Generator().manual_seed(0))
         final = _text_loss(network, held_out).item()
     return Outcome(losses, final)
 
