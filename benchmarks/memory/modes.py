@@ -66,7 +66,7 @@ class Ours:
 
     def __init__(self, shown: Iterable[Tensor], mode: Mode) -> None:
         self._shown = list(shown)
-        self._params = [nn.Parameter(param.detach().to(mode.dtype)) for param in self._shown]
+        self._params: list[Tensor] = [nn.Parameter(param.detach().to(mode.dtype)) for param in self._shown]
         # The versions of what the network's parameters were given.
         self._given = [param._version for param in self._shown]
         if mode.dtype != FP32:

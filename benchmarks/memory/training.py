@@ -113,7 +113,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def train_text(mode: Mode, seed: int, steps: int = 500) -> Outcome:
-    """`Transformer` in batches of 8; the last tenth of the text is held out."""
+    """`Transformer` in batches of 6; the last tenth of the text is held out."""
     data = text()
     border = len(data) * 9 // 10
     torch.manual_seed(seed)
@@ -121,7 +121,7 @@ def train_text(mode: Mode, seed: int, steps: int = 500) -> Outcome:
     optimizer = _start(network, mode)
     losses = []
     for step in range(steps):
-        loss = _text_loss(network, _batch(data[:border], 8))
+        loss = _text_loss(network, _batch(data[:border], 6))
         loss.backward()
         optimizer.step(_rate(step, steps))
         losses.append(loss.item())
