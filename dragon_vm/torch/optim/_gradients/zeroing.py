@@ -68,7 +68,7 @@ def zero_or_remove(params: Iterable[Tensor], set_to_none: bool | None) -> None:
 def apart(grads: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
     """Gradients of which no two at these positions are the same memory; the very sequence if that holds.
 
-    So one may be written after it was read. Those without memory of their own have address 0.
+    So one may be written after it was read. Empty ones and those without memory of their own have address 0.
     """
     addresses = list(map(Tensor.data_ptr, map(grads.__getitem__, positions)))
     if len(set(addresses)) == len(addresses):
@@ -76,7 +76,7 @@ def apart(grads: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
     seen: set[int] = set()
     grads = list(grads)
     for position, address in zip(positions, addresses, strict=True):
-        if address and address in seen and grads[position].numel():
+        if address and address in seen:
             grads[position] = grads[position].clone()
         seen.add(address)
     return grads

@@ -1,9 +1,11 @@
-"""What gradients tell the `GradScaler` of an optimizer that releases them."""
+"""What gradients tell a `GradScaler`."""
+
+import math
 
 import pytest
 import torch
 
-from dragon.vm.torch.optim._gradients.reporting import ScalerReport
+from dragon.vm.torch.optim._gradients.reporting import ScalerReport, nonfinite, report, stand_in
 
 
 @pytest.mark.parametrize("default", [torch.float16, torch.float64])
@@ -18,3 +20,36 @@ def test_scale_and_finding_are_fp32_under_any_default_dtype(default):
         torch.set_default_dtype(torch.float32)
     assert scaling.found_inf.dtype == scaling.grad_scale.dtype == torch.float32
     assert float(scaling.grad_scale) == 2.0**17
+
+
+def param(values, grad=None):
+    """A parameter with a gradient; integers cannot be trained."""
+    made = torch.nn.Parameter(values, requires_grad=values.is_floating_point() or values.is_complex())
+    made.grad = grad
+    return made
+
+
+def test_empty_and_sparse_gradients_are_finite():
+    grads = [torch.ones(0), torch.ones(2).to_sparse(), torch.ones(2)]
+    assert nonfinite(grads, torch.device("cpu")).tolist() == [0.0]
+    assert nonfinite([*grads, torch.tensor([math.nan])], torch.device("cpu")).tolist() == [1.0]
+
+
+def test_the_first_gradient_that_can_be_infinite_tells_what_was_found():
+    dumb = [param(torch.ones(0), torch.ones(0)), param(torch.ones(2), torch.ones(2).to_sparse())]
+    dumb.append(param(torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64)))
+    found = [torch.ones(1)]
+    assert not report(dumb, found)
+    able = param(torch.ones(2, 2, dtype=torch.complex64), torch.ones(2, 2, dtype=torch.complex64))
+    assert report([*dumb, able], found)
+    assert torch.isinf(able.grad).flatten().tolist() == [True, False, False, False]
+
+
+def test_the_smallest_trained_parameter_stands_in():
+    frozen = param(torch.ones(1)).requires_grad_(False)
+    params = [param(torch.ones(0)), frozen, param(torch.ones(3)), param(torch.ones(2)), param(torch.ones(4))]
+    assert stand_in(params) is params[3]
+    assert params[3].grad.tolist() == [0.0, 0.0]
+    assert stand_in(params) is None
+    assert stand_in([params[0], frozen]) is frozen
+    assert stand_in([params[0]]) is None

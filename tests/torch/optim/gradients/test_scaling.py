@@ -1,0 +1,59 @@
+"""Factors of gradients where parameter groups differ, in each backend."""
+
+import math
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD
+
+from ..support import BACKENDS, home
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def updates(backend, grads, groups, **options):
+    """What a step with a learning rate of 1 takes from parameters of one element, and the norm that it notes."""
+    params = [torch.nn.Parameter(torch.zeros(1, device=home(backend))) for _ in grads]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = torch.full_like(param, grad)
+    members = [{"params": [param], **group} for param, group in zip(params, groups, strict=True)]
+    optimizer = SGD(members, lr=1.0, backend=backend, **options)
+    optimizer.step()
+    return [-param.item() for param in params], optimizer.grad_norm
+
+
+@each_backend
+@pytest.mark.parametrize(("norm_type", "norm"), [(2, math.hypot(0.3, 8.0, 0.2)), (math.inf, 8.0)])
+def test_the_norm_is_of_gradients_times_the_factors_of_their_groups(backend, norm_type, norm):
+    groups = [{"grad_scale": 0.1}, {"grad_scale": 2.0, "maximize": True}, {"grad_scale": 0.1}]
+    taken, found = updates(backend, [3.0, 4.0, 2.0], groups, max_grad_norm=1.0, norm_type=norm_type)
+    assert found.item() == pytest.approx(norm, rel=1e-15)
+    assert taken == pytest.approx([0.3 / norm, -8.0 / norm, 0.2 / norm], rel=1e-6)
+
+
+@each_backend
+def test_the_largest_magnitude_counts_times_the_factor_of_its_group(backend):
+    taken, found = updates(backend, [5.0], [{"grad_scale": 0.1}], max_grad_norm=0.1, norm_type=math.inf)
+    assert found.item() == 0.5
+    assert taken == pytest.approx([0.1], rel=1e-5)
+
+
+@each_backend
+def test_each_group_has_a_clip_norm_of_its_own_or_none(backend):
+    taken, _ = updates(backend, [3.0, 4.0, 8.0], [{"clip_norm": 1.0}, {}, {"clip_norm": 2.0}])
+    assert taken == [1.0, 4.0, 2.0]
+
+
+@each_backend
+def test_a_norm_near_zero_is_clipped_as_by_pytorch(backend):
+    theirs = torch.nn.Parameter(torch.zeros(1))
+    theirs.grad = torch.full((1,), 1e-6)
+    torch.nn.utils.clip_grad_norm_([theirs], 1e-6)
+    taken, _ = updates(backend, [1e-6], [{}], max_grad_norm=1e-6)
+    assert taken == pytest.approx([theirs.grad.item()], rel=1e-6)
+
+
+@each_backend
+def test_an_infinite_clip_value_leaves_an_infinite_gradient(backend):
+    assert updates(backend, [math.inf], [{"clip_value": math.inf}])[0] == [math.inf]

@@ -1,0 +1,31 @@
+"""Gradients that are set to zero, and whose parameters are Dragon's."""
+
+import pytest
+import torch
+
+from dragon.vm import torch as dragon
+from dragon.vm.torch.optim._gradients.zeroing import apart, are_dragon, zero_all
+
+
+def test_gradients_are_cut_from_their_graphs_wherever_only_some_have_one():
+    leaf = torch.ones(2, requires_grad=True)
+    grads = [torch.ones(2), leaf * 2, torch.ones(2, requires_grad=True)]
+    zero_all(grads)
+    assert not any(grad.requires_grad or grad.any() for grad in grads)
+
+
+def test_none_and_mixed_parameters_are_not_dragons():
+    plain, own = torch.nn.Parameter(torch.ones(1)), dragon.nn.Parameter(dragon.ones(1))
+    cases = [[], [own], [own, plain], [plain, own]]
+    assert list(map(are_dragon, cases)) == [False, True, False, False]
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 2], [0, 1]])
+def test_what_is_set_apart_stays_in_the_sequence_that_was_given(positions):
+    shared = torch.ones(2)
+    grads = [shared, shared, torch.ones(2)]
+    found = apart(grads, positions)
+    assert grads[1] is shared
+    assert found[0] is shared
+    assert found[1].data_ptr() != shared.data_ptr()
+    assert torch.equal(found[1], shared)
