@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.page:
         environment = describe(torch.device("cpu"))
-        jobs = list(product(options.mode or MODES, PARTS))
+        jobs = [(mode, part) for part, mode in product(PARTS, options.mode or MODES)]
         with (
             options.output.open("w", encoding="utf-8") as file,
             ProcessPoolExecutor(min(os.cpu_count() or 1, len(jobs)), get_context("spawn")) as pool,
