@@ -151,6 +151,7 @@ class HostGroup:
         return cut
 
     def _update_piece(self, piece: Piece, groups: Sequence[Group]) -> None:
+        """Decode, update and encode; the step is counted already."""
         index, factor, _ = piece.numbers
         group, formats, (*stored, averages) = groups[index], self._formats, piece.parts
         ready = self._wide(piece.grad)
