@@ -105,7 +105,11 @@ def _run_on_cubin(cubin: str | bytes, *command: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin if isinstance(cubin, bytes) else cubin.encode())
-        return subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout
+        ended = subprocess.run([*command, str(path)], capture_output=True, text=True)
+    if ended.returncode:
+        # Those of triton's package read no code for GPUs that CUDA has dropped.
+        raise ValueError(f"{Path(command[0]).name} cannot read this architecture's code: {ended.stderr.strip()}")
+    return ended.stdout
 
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import pytest
 
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.inspect import ADVANCES, ARCHS, MODES, NORMS, UNSCALES, UPDATES, compile_update
+from dragon.kernels.inspect.compile import Compiled
 from dragon.kernels.launch import REDUCTION_THREADS
 from dragon.kernels.norm import TILE, norm_kernel
 from dragon.kernels.spec import Spec
@@ -220,6 +221,12 @@ def test_an_unknown_architecture_or_kernel_is_refused_by_name(arguments: tuple[s
     done = run(*arguments)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_code_that_the_tools_cannot_read_is_refused_with_their_reason() -> None:
+    unreadable = Compiled("sm_70", {"cubin": b"of a GPU that CUDA has dropped"}, {}, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"nvdisasm cannot read this architecture's code: .*fatal"):
+        _ = unreadable.machine_code
 
 
 @pytest.mark.usefixtures("interpreted")

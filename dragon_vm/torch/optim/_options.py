@@ -201,6 +201,8 @@ def own_tensors(group: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> N
 
     What a scheduler writes into one group's tensor must not change another's. A tensor that autograd sees stays.
     """
+    if not any(isinstance(value, Tensor) for value in (group["lr"], *group.get("betas", ()))):
+        return
     held = {id(value) for other in others for value in (other["lr"], *other.get("betas", ()))}
 
     def own(value: Any) -> Any:

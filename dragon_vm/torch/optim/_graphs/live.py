@@ -44,6 +44,10 @@ class LiveGroup(dict[str, Any]):
         """As a dict's."""
         return self._write(super().pop, *args)
 
+    def popitem(self) -> Any:
+        """As a dict's."""
+        return self._write(super().popitem)
+
     def setdefault(self, key: str, default: Any = None) -> Any:
         """As a dict's."""
         return self._write(super().setdefault, key, default)
