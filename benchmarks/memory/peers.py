@@ -46,11 +46,11 @@ class Softsign:
         ratio = codes.view(-1, 32).float() / 127
         return (scale.view(-1, 1).float() * ratio / (2 - ratio.abs())).view(codes.shape)
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
         """Round to nearest."""
         ratio, scale = _scaled(value, 32)
-        parts[0].view(-1, 32).copy_((127 * 2 * ratio / (1 + ratio.abs())).round())
-        parts[1].view(-1, 1).copy_(scale)
+        codes = (127 * 2 * ratio / (1 + ratio.abs())).round().to(torch.int8)
+        return codes.view(value.shape), scale.view(-1).half()
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class LinearRoot:
         codes, scale = parts
         return (scale.view(-1, 1).float() * codes.view(-1, 32).float() / 255).square().view(codes.shape)
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
         """Round to nearest."""
         ratio, scale = _scaled(value.sqrt(), 32)
-        parts[0].view(-1, 32).copy_((255 * ratio).round().nan_to_num(0.0))
-        parts[1].view(-1, 1).copy_(scale)
+        codes = (255 * ratio).round().nan_to_num(0.0).to(torch.uint8)
+        return codes.view(value.shape), scale.view(-1).half()
 
 
 @cache
@@ -111,13 +111,13 @@ class Dynamic:
         numbers = _dynamic_table(self.signed).index_select(0, codes.view(-1).int())
         return (scale.view(-1, 1) * numbers.view(-1, 256)).view(codes.shape)
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
         """Find the nearest."""
         codes, borders = _nearest_table(self.signed)
         ratio, scale = _scaled(value, 256)
         low = codes.index_select(0, (ratio.view(torch.int32) >> 16 & 0xFFFF).view(-1))
-        parts[0].view(-1).copy_(low + (ratio.view(-1) > borders.index_select(0, low)))
-        parts[1].view(-1, 1).copy_(scale)
+        code = (low + (ratio.view(-1) > borders.index_select(0, low))).to(torch.uint8)
+        return code.view(value.shape), scale.view(-1)
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,10 @@ class Float8:
         codes, scale = parts
         return (scale.view(-1, 1) * codes.view(-1, 128).float()).view(codes.shape)
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
         """Round to nearest."""
         ratio, scale = _scaled(value, 128, 448.0)
-        parts[0].view(-1, 128).copy_(ratio.to(torch.float8_e4m3fn))
-        parts[1].view(-1, 1).copy_(scale)
+        return ratio.to(torch.float8_e4m3fn).view(value.shape), scale.view(-1)
 
 
 class Moments(NamedTuple):
@@ -152,8 +151,7 @@ class _Stored:
 
     def __init__(self, form: Format, numel: int) -> None:
         self.form = form
-        self.parts = [torch.zeros(part.numel(numel), dtype=part.dtype) for part in form.parts]
-        form.encode(torch.zeros(numel), self.parts)
+        self.parts = form.encode(torch.zeros(numel))
 
     def read(self) -> Tensor:
         """The moment."""
@@ -161,7 +159,7 @@ class _Stored:
 
     def write(self, value: Tensor) -> None:
         """Store another one."""
-        self.form.encode(value, self.parts)
+        self.parts = self.form.encode(value)
 
 
 class PeerAdam:

@@ -179,22 +179,17 @@ def test_rounding_of_any_bits_is_that_of_the_host(device: torch.device, stochast
                 value.to(device), words.to(device), stochastically, upward, nearest, half_16, remainders[0],
                 half_8, remainders[1], masters, N, stochastic, enable_fp_fusion=False,
             )  # fmt: skip
-        expected = [torch.empty(N, dtype=torch.bfloat16) for _ in range(5)]
-        expected_remainders = [torch.empty(N, dtype=dtype) for dtype in (torch.int16, torch.int8)]
-        StochasticBfloat16().encode(value, expected[:1], words)
-        UpwardBfloat16().encode(value, expected[1:2])
-        expected[2] = value.bfloat16()
-        Split16().encode(value, (expected[3], expected_remainders[0]))
-        split8.encode(value, (expected[4], expected_remainders[1]), words)
+        of_16, of_8 = Split16().encode(value), split8.encode(value, words)
+        rounded = [*StochasticBfloat16().encode(value, words), *UpwardBfloat16().encode(value), value.bfloat16()]
         for name, got, wanted in zip(
             ("stochastic", "upward", "nearest", "half of 16", "half of 8", "remainder of 16", "remainder of 8"),
             [*halves, *remainders],
-            [*expected, *expected_remainders],
+            [*rounded, of_16[0], of_8[0], of_16[1], of_8[1]],
             strict=True,
         ):
             assert torch.equal(bits(got), bits(wanted)), name
-        assert torch.equal(bits(masters[0]), bits(Split16().decode((expected[3], expected_remainders[0]))))
-        assert torch.equal(bits(masters[1]), bits(split8.decode((expected[4], expected_remainders[1]))))
+        assert torch.equal(bits(masters[0]), bits(Split16().decode(of_16)))
+        assert torch.equal(bits(masters[1]), bits(split8.decode(of_8)))
         assert torch.equal(bits(masters[2]), bits(value.bfloat16().float()))
 
 
@@ -225,8 +220,7 @@ def check_moments(
         rounded_bound(0.5), enable_fp_fusion=False,
     )  # fmt: skip
     for row, (form, value) in enumerate(zip(forms, (exp_avg, exp_avg_sq), strict=True)):
-        expected = [torch.empty(part.numel(N), dtype=part.dtype) for part in form.parts]
-        form.encode(value, expected, words)
+        expected = form.encode(value, words)
         for got, wanted in zip(parts[row], expected, strict=True):
             assert torch.equal(bits(got), bits(wanted)), form.name
         assert torch.equal(bits(decoded[row]), bits(form.decode(expected)))

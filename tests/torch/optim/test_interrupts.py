@@ -23,6 +23,7 @@ from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._backends import host, pieces
 from dragon.vm.torch.optim._groups.flattening import Signature
 
+from .memory import modes as memory_modes
 from .support import BACKENDS, bits, give_gradients, home, parameters
 
 # The soak profile of Hypothesis asks for all interrupts that the design names.
@@ -144,6 +145,8 @@ def undisturbed() -> Iterator[None]:
     torch.set_grad_enabled(True)
 
 
+# Of 80 x 64 elements, in fifths: as `host.PIECE` of 2048 cuts them.
+PIECES = [(0, 2), (2, 4), (4, 5)]
 SITUATIONS = [first_step, later_step, partial_step]
 
 
@@ -288,6 +291,42 @@ def test_an_interrupt_leaves_small_tensors_as_one(monkeypatch: pytest.MonkeyPatc
 
         check_interrupted(later_step, interrupted, "native", {})
     assert set(seen) == {0, 1}
+
+
+@pytest.mark.parametrize("mode", ["split8, 8bit, amsgrad, average", "fp32 masters, 8bit"])
+def test_an_interrupt_leaves_each_piece_of_a_large_tensor_whole(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameter, master, codes, scales and average of a piece go on together, and the count with the first."""
+    monkeypatch.setattr(host, "PIECE", 2048)
+
+    def third_step() -> Any:
+        params, optimizer = memory_modes.make(mode, ((80, 64),), "native")
+        memory_modes.train(params, optimizer, 2)
+        memory_modes.give_gradients(params, 2)
+        return optimizer
+
+    def by_piece(optimizer: Any) -> list[list[bytes]]:
+        param, state = params_of(optimizer)[0], optimizer.state[params_of(optimizer)[0]]
+        kept = [value for key, value in state.items() if isinstance(value, torch.Tensor) and key != "step"]
+        rows = [each.detach().view(-1) for each in (param, *kept)]
+        pieces = [[bits(row[len(row) * at // 5 : len(row) * end // 5]) for row in rows] for at, end in PIECES]
+        return [[bits(state["step"])], *pieces]
+
+    source, done = str(host.__file__), third_step()
+    before = by_piece(done)
+    counter = Tracer(None, source)
+    counter.run(done.step)
+    assert counter.count > 1000
+    seen = set()
+    for at in range(1, counter.count + 1, 1 if IS_SOAK else 23):
+        optimizer = third_step()
+        with pytest.raises(Interrupt):
+            Tracer(at, source).run(optimizer.step)
+        outcomes = zip(by_piece(optimizer), before, by_piece(done), strict=True)
+        seen.add(tuple((old, new).index(found) for found, old, new in outcomes))
+    assert seen <= {(0, 0, 0, 0), (1, 1, 0, 0), (1, 1, 1, 0), (1, 1, 1, 1)}
+    assert len(seen) >= 3
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ class Piece(NamedTuple):
     Attributes:
         parts: the tensors of the parameter, of each state, and of the average.
         grad: the gradient.
-        step: the counter; None where nothing counts.
+        counter: of steps, counted when the piece is written; None where nothing counts.
         spans: of the tensors that stand one after the other.
         is_flat: whether it may be cut or joined: all tensors are of one dimension, in walking order.
         numbers: group index, factor of the gradient, and count: what updates them.
@@ -48,7 +48,7 @@ class Piece(NamedTuple):
 
     parts: list[list[Tensor]]
     grad: Tensor
-    step: Tensor | None
+    counter: Tensor | None
     spans: list[Span]
     is_flat: bool
     numbers: tuple[int, float, float]
@@ -118,40 +118,39 @@ class HostGroup:
             for keys in self._part_keys
         ]
         gradient = flat(as_real(grad)) if is_flat else as_real(grad)
-        step, is_flat = state.get("step"), is_flat and self._piece > 0
-        count = float(step) if is_flat and step is not None else 0.0
-        return Piece(parts, gradient, step, [(rounding, gradient.numel())], is_flat, (index, factor, count))
+        counter, is_flat = state.get("step"), is_flat and self._piece > 0
+        count = float(counter) if is_flat and counter is not None else 0.0
+        return Piece(parts, gradient, counter, [(rounding, gradient.numel())], is_flat, (index, factor, count))
 
     def _update_all(self, pieces: Sequence[Piece], groups: Sequence[Group]) -> None:
         """Count the step and update one tensor, part by part, or small ones as one piece."""
-        piece = pieces[0]
+        first = pieces[0]
+        step = None if first.counter is None else first.counter + 1
         if len(pieces) > 1:
-            joined = _joined(pieces)
-            self._update_piece(joined, groups)
-            _write_back(joined, pieces)
+            self._write(pieces, self._updated(_joined(pieces), step, groups), step)
             return
-        if piece.step is not None:
-            piece.step.add_(1)
-        for part in self._cut(piece) if piece.is_flat else [piece]:
-            self._update_piece(part, groups)
+        for part in self._cut(first) if first.is_flat else pieces:
+            self._write([part], self._updated(part, step, groups), step)
 
     def _cut(self, piece: Piece) -> list[Piece]:
         """Parts of a tensor, of `PIECE` elements but for the last."""
         ((rounding, numel),) = piece.spans
         widths = [[part.elements for part in form.parts] for form in self._formats] + [[1]]
         cut = []
-        for start in range(0, numel, self._piece):
+        for start in range(0, max(numel, 1), self._piece):
             end = min(start + self._piece, numel)
             parts = [
                 [part[start // per : -(-end // per)] for part, per in zip(tensors, pers, strict=False)]
                 for tensors, pers in zip(piece.parts, widths, strict=True)
             ]
             span = rounding._replace(first=rounding.first + start), end - start
-            cut.append(piece._replace(parts=parts, grad=piece.grad[start:end], spans=[span]))
+            # Counted with the first part: what is interrupted after it has taken some of the step.
+            counter = None if start else piece.counter
+            cut.append(piece._replace(parts=parts, grad=piece.grad[start:end], counter=counter, spans=[span]))
         return cut
 
-    def _update_piece(self, piece: Piece, groups: Sequence[Group]) -> None:
-        """Decode, update and encode; the step is counted already."""
+    def _updated(self, piece: Piece, step: Tensor | None, groups: Sequence[Group]) -> list[Tensor]:
+        """What the parts of a piece are to become. Nothing is written yet."""
         index, factor, _ = piece.numbers
         group, formats, (*stored, averages) = groups[index], self._formats, piece.parts
         ready = self._wide(piece.grad)
@@ -162,18 +161,43 @@ class HostGroup:
             bound = min(bound, torch.finfo(ready.dtype).max)
             ready = ready.clamp(-bound, bound)
         param, *states = (self._wide(form.decode(each)) for form, each in zip(formats, stored, strict=True))
-        param, states = self._algorithm.update(param, ready, states, piece.step, group, self._maths)
+        param, states = self._algorithm.update(param, ready, states, step, group, self._maths)
         words: list[Tensor] = []
         if any(form.stochastic for form in formats):
-            step = 0 if piece.step is None else piece.step
-            spans = [(rounding._replace(step=step), numel) for rounding, numel in piece.spans]
+            spans = [
+                (rounding._replace(step=0 if step is None else step), numel) for rounding, numel in piece.spans
+            ]
             words = [word.view(ready.shape) for word in random_words(spans, ready.device)]
-        for place, (form, value, each) in enumerate(zip(formats, (param, *states), stored, strict=True)):
-            form.encode(value, each, words[min(place, 1)] if form.stochastic else None)
+        encoded = [
+            form.encode(value, words[min(place, 1)] if form.stochastic else None)
+            for place, (form, value) in enumerate(zip(formats, (param, *states), strict=True))
+        ]
         for average in averages:
             # Of the parameter as it is stored.
-            value, ema = self._wide(formats[0].decode(stored[0])), self._wide(average)
-            average.copy_(ema + (1 - float(group["ema_decay"])) * (value - ema))
+            rounded = [each.to(part.dtype) for each, part in zip(encoded[0], formats[0].parts, strict=True)]
+            value, ema = self._wide(formats[0].decode(rounded)), self._wide(average)
+            encoded.append((ema + (1 - float(group["ema_decay"])) * (value - ema),))
+        return list(chain(*encoded))
+
+    def _write(self, pieces: Sequence[Piece], values: Sequence[Tensor], step: Tensor | None) -> None:
+        """Write all parts and counters, in pieces by one call: an interrupt comes before or after it."""
+        places: list[Tensor] = []
+        sources: list[Tensor] = []
+        for value, *same in zip(values, *(chain(*piece.parts) for piece in pieces), strict=True):
+            places += same
+            if len(same) > 1:
+                sources += value.split([place.numel() for place in same])
+            else:
+                sources.append(value if value.shape == same[0].shape else value.view(same[0].shape))
+        for piece in pieces:
+            if piece.counter is not None and step is not None:
+                places.append(piece.counter)
+                sources.append(step)
+        if self._piece:
+            torch._foreach_copy_(places, sources)
+            return
+        for place, source in zip(places, sources, strict=True):
+            place.copy_(source)
 
     def _wide(self, tensor: Tensor) -> Tensor:
         """A tensor in the dtype of the maths; a copy if autograd may keep it."""
@@ -183,24 +207,10 @@ class HostGroup:
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
-    """Copies of tensors one after the other, and the count of this step."""
+    """Copies of tensors one after the other."""
     parts = [
         [torch.cat(same) for same in zip(*values, strict=True)]
         for values in zip(*(piece.parts for piece in pieces), strict=True)
     ]
-    step = None if pieces[0].step is None else pieces[0].step + 1
     spans = [span for piece in pieces for span in piece.spans]
-    grad = torch.cat([piece.grad for piece in pieces])
-    return pieces[0]._replace(parts=parts, grad=grad, step=step, spans=spans)
-
-
-def _write_back(joined: Piece, pieces: Sequence[Piece]) -> None:
-    """Write all tensors and counters by one call: an interrupt comes before or after it."""
-    places, values = [], []
-    for value, *same in zip(chain(*joined.parts), *(chain(*piece.parts) for piece in pieces), strict=True):
-        places += same
-        values += value.split([tensor.numel() for tensor in same])
-    if joined.step is not None:
-        places += [piece.step for piece in pieces]
-        values += [joined.step] * len(pieces)
-    torch._foreach_copy_(places, values)
+    return pieces[0]._replace(parts=parts, grad=torch.cat([piece.grad for piece in pieces]), spans=spans)

@@ -110,13 +110,11 @@ class SignedQ8:
         power = ratio.abs().mul_(ratio).mul_(ratio.mul_(ratio))
         return power.mul_(scale.view(-1, 1)).view(codes.shape)
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
         """Divide each block by its maximum and round."""
-        codes, scale = parts
-        value = value.view(-1, BLOCK)
-        new_scale, steps = _scales_and_steps(magnitude_bits(value), _SIGNED_FLOOR, _SIGNED_UNIT)
-        scale.view(-1).copy_(new_scale)
-        codes.view(-1, BLOCK).copy_(_last_byte(steps.copysign_(value)))
+        blocks = value.view(-1, BLOCK)
+        scale, steps = _scales_and_steps(magnitude_bits(blocks), _SIGNED_FLOOR, _SIGNED_UNIT)
+        return _last_byte(steps.copysign_(blocks)).to(torch.int8).view(value.shape), scale
 
 
 @dataclass(frozen=True)
@@ -140,19 +138,17 @@ class SquareQ8:
         codes, scale = parts
         return _square(codes.view(-1, BLOCK).float(), scale.view(-1)).view(codes.shape)
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
         """Divide the roots of each block by their maximum and round; a negative number makes its block NaN."""
-        codes, scale = parts
-        value = value.view(-1, BLOCK)
-        new_scale, steps = _scales_and_steps(magnitude_bits(square_root(value)), _SQUARE_FLOOR, _SQUARE_UNIT)
+        blocks = value.view(-1, BLOCK)
+        scale, steps = _scales_and_steps(magnitude_bits(square_root(blocks)), _SQUARE_FLOOR, _SQUARE_UNIT)
         if self.stochastic:
             words = required(words, self.name).view(-1, BLOCK)
-            steps = _step_stochastically(value, steps, new_scale, words)
+            steps = _step_stochastically(blocks, steps, scale, words)
         # At least one step for what is above 0. Nothing is above a zero that is NaN, of a block without a number.
-        zero = new_scale - new_scale
-        steps = steps.maximum(value > zero[:, None])
-        scale.view(-1).copy_(new_scale)
-        codes.view(-1, BLOCK).copy_(_last_byte(steps))
+        zero = scale - scale
+        steps = steps.maximum(blocks > zero[:, None])
+        return _last_byte(steps).to(torch.uint8).view(value.shape), scale
 
 
 def _step_stochastically(value: Tensor, steps: Tensor, scale: Tensor, words: Tensor) -> Tensor:

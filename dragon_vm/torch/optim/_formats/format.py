@@ -37,8 +37,8 @@ class Part(NamedTuple):
 class Format(Protocol):
     """How a value is stored.
 
-    Encoding writes into the parts. ``encode(decode(parts), parts, words)`` leaves the parts that `encode` made bit
-    for bit, whatever the words. Parts and value have one memory order; parts that share scales are contiguous.
+    ``encode(decode(parts), words)`` makes the parts that `encode` made once more, bit for bit, whatever the words.
+    Parts and value have one memory order; parts that share scales are contiguous.
     """
 
     @property
@@ -56,12 +56,13 @@ class Format(Protocol):
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         """The stored value in fp32; in fp64 if it is stored so. It may be `parts[0]` itself."""
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
-        """Store a value.
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What to copy to the parts: tensors of the value's shape, but for scales, which stand in a row.
+
+        One may be the value itself, which copying rounds to the dtype of the part.
 
         Args:
             value: of the dtype that `decode` returns.
-            parts: the tensors to write.
             words: int32 in [0, 65536) of the value's shape; None unless the format is stochastic.
         """
 

@@ -39,9 +39,9 @@ class Plain:
         """The value in the dtype of the maths: fp32 for a narrower one."""
         return parts[0].float() if self.dtype.itemsize < 4 else parts[0]
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
-        """Round to nearest."""
-        parts[0].copy_(value)
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The value: copying rounds to nearest."""
+        return (value,)
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,9 @@ class StochasticBfloat16:
         """The value in fp32, exact."""
         return parts[0].float()
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
         """Round by 16 random bits an element."""
-        words = required(words, self.name)
-        parts[0].copy_(upper_half(round_by(bits_of(value), words, 16)))
+        return (upper_half(round_by(bits_of(value), required(words, self.name), 16)),)
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,6 @@ class UpwardBfloat16:
         """The value in fp32, exact."""
         return parts[0].float()
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
         """Round to the least bf16 number that is not below the value."""
-        parts[0].copy_(upper_half(round_up(bits_of(value))))
+        return (upper_half(round_up(bits_of(value))),)

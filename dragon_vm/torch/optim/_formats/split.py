@@ -59,11 +59,10 @@ class Split16:
         """Write what a half, which stays as it is, lacks of a master: see `_distances`."""
         remainder.copy_(_distances(value, half).clamp_(max=0x7FFF))
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
         """Split the bits; a NaN becomes the one whose half is a NaN too."""
         bits = bits_of(value)
-        parts[0].copy_(upper_half(bits + _HALF))
-        parts[1].copy_(bits.to(torch.int16))
+        return upper_half(bits + _HALF), bits.to(torch.int16)
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,11 @@ class Split8:
         """Write what a half, which stays as it is, lacks of a master, to nearest: see `_distances`."""
         remainder.copy_(((_distances(value, half) + 0x80) >> 8).clamp_(max=127))
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
         """Round to 24 bits, by the upper 8 bits of the words if stochastic, and split them."""
         bits = bits_of(value)
         bits = round_by(bits, required(words, self.name) >> 8 if self.stochastic else 0x80, 8)
-        parts[0].copy_(upper_half(bits + _HALF))
-        parts[1].copy_((bits >> 8).to(torch.int8))
+        return upper_half(bits + _HALF), (bits >> 8).to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,6 @@ class Master:
         is_nearest = (rounded == half) | ((value - own).abs() <= (value - rounded.to(value.dtype)).abs())
         master.copy_(torch.where(is_nearest, value, own))
 
-    def encode(self, value: Tensor, parts: Sequence[Tensor], words: Tensor | None = None) -> None:
-        """Keep the master, and round it for the forward pass."""
-        parts[1].copy_(value)
-        parts[0].copy_(value)
+    def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The master twice: copying rounds it for the forward pass."""
+        return value, value

@@ -126,10 +126,10 @@ def encode_entry(
     parts = [walked(shard, part) if part.shape == shard.shape else part for part in parts]
     if isinstance(form, (Split8, Split16, Master)):
         form.encode_rest(value.float(), half, *parts)
-    elif isinstance(form, Plain):
-        parts[0].copy_(value)
     else:
-        nearest(form).encode(value.float(), parts)
+        encoded = nearest(form).encode(value if isinstance(form, Plain) else value.float())
+        for part, stored in zip(parts, encoded, strict=True):
+            part.copy_(stored.view(part.shape))
 
 
 def has_blocks(form: Format) -> bool:

@@ -15,10 +15,9 @@ def random_words(n: int) -> Tensor:
 
 
 def encoded(form: Form, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    # Poisoned: an element that is not written shows.
-    codes = torch.full(value.shape, 77, dtype=form.parts[0].dtype)
-    scale = torch.full((value.numel() // BLOCK,), torch.nan)
-    form.encode(value, (codes, scale), random_words(value.numel()) if words is None else words.reshape(-1))
+    codes, scale = form.encode(value, random_words(value.numel()) if words is None else words.reshape(-1))
+    assert (codes.shape, scale.shape) == (value.shape, (value.numel() // BLOCK,))
+    assert [codes.dtype, scale.dtype] == [part.dtype for part in form.parts]
     return codes, scale
 
 
@@ -141,9 +140,9 @@ def test_a_block_depends_on_its_own_elements_alone(form: Form) -> None:
 @FORMS
 def test_parts_of_matrices_are_matrices(form: Form) -> None:
     shape = torch.Size((6, 2, BLOCK))
-    codes, scale = (torch.empty(part.shape(shape), dtype=part.dtype) for part in form.parts)
-    assert scale.shape == (6, 2)
     value = values(form, 12).view(shape)
-    form.encode(value, (codes, scale), random_words(value.numel()).view(shape))
+    codes, scale = form.encode(value, random_words(value.numel()).view(shape))
+    scale = scale.view(form.parts[1].shape(shape))
+    assert scale.shape == (6, 2)
     assert form.decode((codes, scale)).shape == shape
     assert same((codes.view(-1), scale.view(-1)), encoded(form, value.view(-1)))

@@ -21,8 +21,8 @@ def patterns(n: int) -> Iterator[Tensor]:
 
 
 def parts_of(form: Split16 | Split8, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    half, remainder = (torch.empty(value.shape, dtype=part.dtype) for part in form.parts)
-    form.encode(value, (half, remainder), words)
+    half, remainder = form.encode(value, words)
+    assert [half.dtype, remainder.dtype] == [part.dtype for part in form.parts]
     return half, remainder
 
 
@@ -118,9 +118,8 @@ def test_no_finite_master_gets_infinite(stochastic: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_master_is_kept_beside_the_parameter(dtype: torch.dtype) -> None:
     form = Master(dtype)
-    param, master = torch.empty(1000, dtype=dtype), torch.empty(1000)
     value = torch.randn(1000)
-    form.encode(value, (param, master))
+    param, master = (each.to(part.dtype) for each, part in zip(form.encode(value), form.parts, strict=True))
     assert torch.equal(param, value.to(dtype))
     assert torch.equal(form.decode((param, master)), value)
     assert [part.suffix for part in form.parts] == ["", "_master"]

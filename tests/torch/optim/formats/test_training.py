@@ -28,7 +28,7 @@ def train(
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """Both moments as they are used, and the bound, after each step."""
     forms = MODES[mode]
-    stored = [[torch.zeros(part.numel(numel), dtype=part.dtype) for part in form.parts] for form in forms]
+    stored = [tuple(torch.zeros(part.numel(numel), dtype=part.dtype) for part in form.parts) for form in forms]
     for step, gradient in enumerate(gradients, 1):
         exp_avg, exp_avg_sq = (form.decode(parts) for form, parts in zip(forms, stored, strict=True))
         exp_avg = BETA1 * exp_avg + (1 - BETA1) * gradient
@@ -38,8 +38,11 @@ def train(
             exp_avg = clamp_moment(exp_avg, square_root(exp_avg_sq), bound)
         yield exp_avg, exp_avg_sq, bound
         words = random_words([(Rounding(0, 0, step, 0), numel)])[1] if forms[1].stochastic else None
-        forms[0].encode(exp_avg, stored[0])
-        forms[1].encode(exp_avg_sq, stored[1], words)
+        encoded = forms[0].encode(exp_avg), forms[1].encode(exp_avg_sq, words)
+        stored = [
+            tuple(value.to(part.dtype) for value, part in zip(values, form.parts, strict=True))
+            for form, values in zip(forms, encoded, strict=True)
+        ]
 
 
 def sparse_rows(value: Tensor, step: int, draw: torch.Generator) -> Tensor:

@@ -50,14 +50,14 @@ def test_small_tensors_are_updated_together_with_the_bits_of_each(
     else:
         shapes, expected = ((3, 5, 7), (), (64,), (0,), (65, 64), (64, 64), (192,), (64, 64)), [1, 5, 2]
     pieces: list[int] = []
-    update_piece = host.HostGroup._update_piece
+    updated = host.HostGroup._updated
 
-    def counted(self: host.HostGroup, piece: host.Piece, groups: Any) -> None:
+    def counted(self: host.HostGroup, piece: host.Piece, *arguments: Any) -> Any:
         if self._piece:
             pieces.append(len(piece.spans))
-        update_piece(self, piece, groups)
+        return updated(self, piece, *arguments)
 
-    monkeypatch.setattr(host.HostGroup, "_update_piece", counted)
+    monkeypatch.setattr(host.HostGroup, "_updated", counted)
     runs = [make(mode, shapes, backend, max_grad_norm=1.0) for backend in ("native", "eager")]
     for step, chosen in enumerate([range(8), range(8), range(1, 6), range(8), range(8)]):
         for params, optimizer in runs:
