@@ -41,29 +41,31 @@ class GroupTable:
         self._table, self._device, self._columns_of = device_table, device, columns_of
         self._rows: list[list[float]] = []
         self._sources: list[list[int]] = []
-        self._written_for: tuple[Version, Settings] | None = None
+        self._written_for: Version | None = None
         self.clips_each = self.is_live = False
 
     def write(self, groups: Sequence[Group], version: Version, settings: Settings) -> None:
         """Write the hyperparameters, if they are of another version than those written last.
 
+        The settings are the same at each call.
+
         Raises:
             ValueError: for a hyperparameter on a device that kernels cannot read.
         """
         written_for, self._written_for = self._written_for, None
-        if written_for is None or (written_for[0][0], written_for[1]) != (version[0], settings):
+        if written_for is None or written_for[0] != version[0]:
             rows = [_group_row(group, self._columns_of, settings) for group in groups]
             self.write_rows(rows, [_source_row(group, self._device) for group in groups])
             self.clips_each = any(group["clip_norm"] for group in groups)
             self.is_live = any(group["capturable"] for group in groups)
-        elif written_for[0] != version:
+        elif written_for != version:
             rows, self._rows = self._rows, []
             rates = [float(group["lr"]) for group in groups]
             self._table.write("groups", words_of(rates), _LR, _N_COLUMNS)
             for row, rate in zip(rows, rates, strict=True):
                 row[_LR] = rate
             self._rows = rows
-        self._written_for = (version, settings)
+        self._written_for = version
 
     def write_one(self, index: int, group: Group, settings: Settings) -> bool:
         """Write the hyperparameters of one group between steps; False if none were written yet."""

@@ -45,6 +45,7 @@ def test_known_bounds() -> None:
     assert moment_bound(0.9, 0.81, 4) == pytest.approx(0.1 * math.sqrt(4 / 0.19))
     assert moment_bound(0.5, 0.0, 1) == 0.5
     assert moment_bound(0.5, 0.0, 2) == math.inf
+    assert moment_bound(0.0, 0.0, 2) == 1.0
     assert moment_bound(0.99, 0.5, 10**6) == math.inf
     # r = 1 - 1e-9: the plain quotient would have lost half of its digits.
     beta2 = 0.81 * (1 + 1e-9)

@@ -95,6 +95,20 @@ def test_24_bits_are_within_half_a_unit() -> None:
         assert (error <= 2.0**-16 * value.double().abs()).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("form", "unit"), [(Split16(), 1), (Split8(False), 2**8), (Split8(True), 2**8)])
+def test_what_a_half_lacks_is_rounded_to_the_nearest_that_fits(
+    form: Split16 | Split8, unit: int, sign: int
+) -> None:
+    half = torch.tensor(1.5 * sign, dtype=torch.bfloat16)
+    distances = torch.arange(-(2**15) - 2, 2**15 + 3)
+    masters = (half.float().view(torch.int32) + distances.to(torch.int32)).view(torch.float32)
+    rest = torch.empty(masters.shape, dtype=form.parts[1].dtype)
+    form.encode_rest(masters, half.expand_as(masters), rest)
+    expected = (distances / unit + 0.5).floor().clamp(max=2**15 // unit - 1)
+    assert torch.equal(rest.double(), expected.double().where(distances.abs() <= 2**15, 0.0))
+
+
 def test_the_mean_of_24_bits_over_all_bytes_is_the_number_itself() -> None:
     bits = torch.arange(255)[:, None] << 23 | torch.randint(0, 2**23, (255, 16))
     value = bits.to(torch.int32).view(torch.float32).reshape(-1)

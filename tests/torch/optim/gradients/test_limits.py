@@ -87,3 +87,11 @@ def test_a_step_without_gradients_has_a_norm_of_zero(backend, options):
         norms.append(optimizer.grad_norm)
     assert norms[0].dtype == torch.float64
     assert [bool(norm > 0) for norm in norms] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_a_factor_without_an_inverse_in_fp32_is_multiplied_by(backend):
+    param = torch.nn.Parameter(torch.zeros(1))
+    param.grad = torch.full((1,), 2e38)
+    SGD([param], lr=1.0, grad_scale=1e-39, backend=backend).step()
+    assert param.item() == pytest.approx(-0.2, rel=1e-5)

@@ -70,7 +70,8 @@ def test_pieces_change_no_bit(
     assert max(cuts) == [1200 * numel_of_pair]
 
 
-@pytest.mark.parametrize("options", [{"grad_scale": 0.1}, {"grad_scale": 0.1, "clip_value": 0.05}], ids=str)
+# As fp32 its inverse is another number.
+@pytest.mark.parametrize("options", [{"grad_scale": 0.3}, {"grad_scale": 0.3, "clip_value": 0.05}], ids=str)
 @pytest.mark.parametrize("numel", [10, 10_000])
 def test_a_factor_of_fp64_gradients_is_fp64(numel: int, options: dict[str, Any]) -> None:
     param, grad = (
@@ -80,4 +81,4 @@ def test_a_factor_of_fp64_gradients_is_fp64(numel: int, options: dict[str, Any])
     param.grad = grad.clone()
     SGD([param], lr=1.0, backend="native", **options).step()
     bound = options.get("clip_value", float("inf"))
-    torch.testing.assert_close(param.detach(), -(grad * 0.1).clamp(-bound, bound), rtol=1e-15, atol=0)
+    torch.testing.assert_close(param.detach(), -(grad * 0.3).clamp(-bound, bound), rtol=1e-15, atol=0)

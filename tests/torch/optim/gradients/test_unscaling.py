@@ -237,3 +237,35 @@ def test_every_number_of_half_precision_is_divided_in_float32_and_rounded_once(
             wrong = found.isnan() != expected.isnan()
             assert not wrong.any()
             assert torch.equal(found[~expected.isnan()], expected[~expected.isnan()])
+
+
+@each_backend
+@pytest.mark.parametrize(("dtype", "grad_dtype"), [(FP32, BF16), (BF16, FP32), (FP16, FP32)])
+def test_gradients_of_another_dtype_are_left_divided_by_the_scale_and_rounded_once(
+    backend: str, dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
+    params = parameters([(5,), (9000,)], dtype, home(backend))
+    optimizer = ours.Adam(params, lr=0.1, backend=backend, fused=True)
+    for param in params:
+        param.grad_dtype = None
+        param.grad = numbers(1, *param.shape, dtype=grad_dtype, device=home(backend))
+    expected = [(param.grad.float() / 8).to(grad_dtype) for param in params]
+    optimizer.grad_scale = torch.tensor(8.0, device=home(backend))
+    optimizer.step()
+    assert [bits(param.grad) for param in params] == list(map(bits, expected))
+
+
+@each_backend
+def test_a_scale_of_zero_leaves_what_pytorch_leaves(backend: str) -> None:
+    results = []
+    for kind, options in ((torch.optim.Adam, {}), (ours.Adam, {"backend": backend})):
+        params = parameters([(3,), (9000,)], device=home(backend))
+        optimizer = kind(params, fused=True, **options)
+        for param in params:
+            param.grad = numbers(1, *param.shape, device=home(backend))
+            param.grad[0] = 0.0
+        optimizer.grad_scale = torch.zeros((), device=home(backend))
+        optimizer.step()
+        results.append([*params, *(param.grad for param in params)])
+    for theirs, own in zip(*results, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=0, atol=0, equal_nan=True)

@@ -8,6 +8,7 @@ import torch
 
 from dragon.kernels.config import LaunchConfig
 from dragon.vm.torch.optim._backends import host, launches
+from dragon.vm.torch.optim._plan import preparation
 
 from .modes import MODES, bits, give_gradients, make, train
 
@@ -36,6 +37,16 @@ def test_pieces_of_a_tensor_have_the_bits_of_the_whole(mode: str, monkeypatch: p
     train(*ours, 3)
     train(*theirs, 3)
     assert bits(*ours) == bits(*theirs)
+
+
+def test_pieces_of_a_shard_have_the_random_bits_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "PIECE", 1024)
+    # As if other processes held what comes before.
+    monkeypatch.setattr(preparation, "first_index", lambda param: 4096)
+    runs = [make("bf16 stochastic, bf16 states", ((81, 64),), backend) for backend in ("native", "eager")]
+    for run in runs:
+        train(*run, 2)
+    assert bits(*runs[0]) == bits(*runs[1])
 
 
 @pytest.mark.parametrize("mode", MODES)

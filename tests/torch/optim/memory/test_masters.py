@@ -12,7 +12,7 @@ from dragon.vm.torch.optim._backends.host import HostGroup
 from dragon.vm.torch.optim._formats.bits import square_root
 from dragon.vm.torch.optim._groups.entries import decode_master
 
-from .modes import BF16, FP32, give_gradients, make, train
+from .modes import BF16, FP32, bits, give_gradients, make, train
 
 SPLITS: list[Any] = ["split16", "split8", FP32]
 
@@ -149,6 +149,26 @@ def test_weights_may_be_loaded_after_the_optimizer(master: Any) -> None:
     assert (theirs[0] == 0.25).all()
     assert (masters[0] - 0.25).abs().max() <= 2**-10
     assert torch.equal(masters[1], expected[1])
+
+
+@pytest.mark.parametrize("master", SPLITS)
+@pytest.mark.parametrize("is_native", [False, True])
+@pytest.mark.parametrize("weights_first", [False, True])
+def test_a_run_goes_back_to_its_checkpoint_bit_by_bit(master: Any, is_native: bool, weights_first: bool) -> None:
+    params, optimizer = make("split16", [(64, 64)], master_weights=master, native_state_dict=is_native)
+    train(params, optimizer, 2)
+    weight, saved = params[0].detach().clone(), copy.deepcopy(optimizer.state_dict())
+    results = []
+    for _ in range(2):
+        train(params, optimizer, 2, first=2)
+        results.append(bits(params, optimizer))
+        if not weights_first:
+            optimizer.load_state_dict(saved)
+        with torch.no_grad():
+            params[0].copy_(weight)
+        if weights_first:
+            optimizer.load_state_dict(saved)
+    assert results[0] == results[1]
 
 
 def test_a_dict_of_averages_leaves_masters_alone() -> None:

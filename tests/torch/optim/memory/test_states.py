@@ -309,3 +309,19 @@ def test_a_default_device_of_others_does_not_matter(mode: str, backend: str) -> 
             optimizer.load_state_dict(optimizer.state_dict())
         found.append(params)
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+def test_a_file_in_the_other_form_counts_where_it_was_written_beside_what_was_there(is_native: bool) -> None:
+    """As `torch.distributed.checkpoint` does it, which writes over what it finds and adds the rest."""
+    params, there = make("8bit", native_state_dict=is_native)
+    train(params, there, 2)
+    theirs, other = make("8bit", native_state_dict=not is_native)
+    train(theirs, other, 2, first=2)
+    saved, own = other.state_dict(), there.state_dict()
+    own["state"] = {key: {**entries, **saved["state"][key]} for key, entries in own["state"].items()}
+    there.load_state_dict(own)
+    other.load_state_dict(saved)
+    for param, its in zip(params, theirs, strict=True):
+        for key in ("exp_avg_q8", "exp_avg_scale", "exp_avg_sq_q8", "exp_avg_sq_scale"):
+            assert torch.equal(there.state[param][key], other.state[its][key])

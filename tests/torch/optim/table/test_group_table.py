@@ -1,0 +1,118 @@
+from array import array
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dragon.kernels import table
+from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._algorithms.adam import ADAM
+from dragon.vm.torch.optim._options import Settings, complete
+from dragon.vm.torch.optim._table.group_table import GroupTable
+from dragon.vm.torch.optim._table.table import DeviceTable
+
+# No kernel runs: any device will do whose tensors the host does not read.
+DEVICE = torch.device("meta")
+SETTINGS = Settings()
+N_GROUPS = 2
+# Both at address 0.
+NARROW = torch.zeros((), dtype=torch.float32, device=DEVICE)
+WIDE = torch.zeros((), dtype=torch.float64, device=DEVICE)
+
+
+def new_groups():
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(N_GROUPS)]
+    groups = Adam([{"params": [param]} for param in params], epsilon_hat=False).param_groups
+    return [{**complete(group, ADAM.own_defaults), "betas": (0.5, NARROW)} for group in groups]
+
+
+def new_tables():
+    columns = {"groups": int(table.GROUP_COLUMNS), "sources": int(table.SOURCE_COLUMNS)}
+    sections = {name: array("q", [-1] * N_GROUPS * width) for name, width in columns.items()}
+    device_table = DeviceTable(sections, torch.device("cpu"))
+    return device_table, GroupTable(device_table, DEVICE, ADAM.columns)
+
+
+def uploaded(device_table):
+    device_table.upload()
+    return [device_table.section(name).tolist() for name in ("groups", "sources")]
+
+
+def fresh(groups):
+    """What a table has that these groups are the first to be written to."""
+    device_table, written = new_tables()
+    written.write(groups, (0, 0), SETTINGS)
+    return uploaded(device_table)
+
+
+changes = st.one_of(
+    st.tuples(st.just("lr"), st.sampled_from([0.125, 0.25])),
+    st.tuples(st.just("lr"), st.sampled_from([0.125, 0.25])),
+    st.tuples(st.just("betas"), st.sampled_from([(0.5, 0.75), (0.5, NARROW), (0.5, WIDE)])),
+    st.tuples(st.just("weight_decay"), st.sampled_from([0.0, 0.5])),
+    st.tuples(st.just("foreach"), st.sampled_from([None, False])),
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, N_GROUPS - 1), changes, st.booleans()), max_size=8))
+def test_kernels_read_the_hyperparameters_of_now_whatever_came_before(history):
+    (device_table, written), groups, version = new_tables(), new_groups(), (0, 0)
+    written.write(groups, version, SETTINGS)
+    for index, (name, value), is_published in history:
+        groups[index][name] = value
+        version = (version[0], version[1] + 1) if name == "lr" else (version[0] + 1, version[1])
+        if is_published:
+            assert all(written.write_one(index, group, SETTINGS) for index, group in enumerate(groups))
+        else:
+            written.write(groups, version, SETTINGS)
+        assert uploaded(device_table) == fresh(groups)
+
+
+# A rate, another number, and a tensor in place of a tensor.
+changed = pytest.mark.parametrize("change", [{"lr": 0.5}, {"weight_decay": 0.5}, {"betas": (0.5, WIDE)}], ids=str)
+
+
+@changed
+def test_numbers_that_return_behind_an_interrupted_write_are_written(change, monkeypatch):
+    (device_table, written), groups = new_tables(), new_groups()
+    written.write(groups, (0, 0), SETTINGS)
+    write, before = device_table.write, dict(groups[1])
+
+    def interrupted(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    groups[1].update(change)
+    monkeypatch.setattr(device_table, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        written.write(groups, (0, 1) if "lr" in change else (1, 0), SETTINGS)
+    monkeypatch.undo()
+    groups[1].update(before)
+    written.write(groups, (2, 0), SETTINGS)
+    assert uploaded(device_table) == fresh(groups)
+
+
+@changed
+def test_a_group_may_be_written_between_steps(change):
+    (device_table, written), groups = new_tables(), new_groups()
+    assert not written.write_one(1, groups[1], SETTINGS)
+    written.write(groups, (0, 0), SETTINGS)
+    groups[1].update(change)
+    assert written.write_one(1, groups[1], SETTINGS)
+    assert uploaded(device_table) == fresh(groups)
+
+
+def test_a_tensor_on_the_device_is_read_by_its_address_with_a_bit_for_fp64():
+    groups = new_groups()
+    groups[0].update(lr=WIDE, betas=(NARROW, WIDE))
+    assert fresh(groups)[1] == [1, 0, 1, 0, 0, 0]
+
+
+def test_a_tensor_that_kernels_cannot_read_is_refused_before_anything_is_written():
+    (device_table, written), groups = new_tables(), new_groups()
+    before = uploaded(device_table)
+    groups[1]["lr"] = torch.zeros((), dtype=torch.float16, device=DEVICE)
+    with pytest.raises(ValueError, match="lr must be a number, or a float32 or float64 tensor on meta"):
+        written.write(groups, (0, 0), SETTINGS)
+    assert uploaded(device_table) == before
