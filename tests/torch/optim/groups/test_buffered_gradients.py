@@ -27,12 +27,14 @@ def test_a_gradient_object_that_moves_away_is_not_followed():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("is_first", [False, True])
 @pytest.mark.parametrize(("scale", "zero_grad"), [(4.0, False), (4.0, True), (1.0, True)])
-def test_a_gradient_that_is_shared_is_unscaled_and_zeroed_once(backend, flatten, scale, zero_grad):
+def test_a_gradient_that_is_shared_is_unscaled_and_zeroed_once(backend, flatten, is_first, scale, zero_grad):
     where = home(backend)
     params = [torch.nn.Parameter(torch.zeros(4, device=where)) for _ in range(3)]
     # The third is in no buffer.
     groups = [{"params": params[:2]}, {"params": params[2:]}]
+    groups = groups[::-1] if is_first else groups
     optimizer = SGD(groups, lr=1.0, flatten=flatten, backend=backend)
     for param in params:
         param.grad = torch.zeros_like(param)
