@@ -70,7 +70,7 @@ class HostStep:
             return Outcome(factors.norm), Scaling()
         # Kernels divide by a loss scale; a norm of infinity leaves a factor of 0.
         divisor = 1 / factors.common if factors.common else math.inf
-        return Outcome(factors.norm), Scaling(torch.tensor([divisor], dtype=torch.float32, device="cpu"))
+        return Outcome(factors.norm), Scaling(torch.tensor([divisor], dtype=torch.float64, device="cpu"))
 
     def shared(self, recipe: Recipe, tensors: Gathered) -> SharedNorm | None:
         """Sums over the processes that share the gradients of a step; None if there are no others."""
