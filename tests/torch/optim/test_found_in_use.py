@@ -20,6 +20,18 @@ def one(backend: str = "native") -> Any:
 
 
 @each_backend
+@pytest.mark.parametrize("yes", [1, np.True_])
+def test_a_flag_may_be_anything_that_is_true(backend: str, yes: Any) -> None:
+    flags = {Adam: ("amsgrad", "maximize", "decoupled_weight_decay", "epsilon_hat"), SGD: ("nesterov", "maximize")}
+    for algorithm, names in flags.items():
+        options = {"momentum": 0.9} if algorithm is SGD else {}
+        params = [one(backend), one(backend)]
+        for param, value in zip(params, (yes, True), strict=True):
+            algorithm([param], lr=0.1, backend=backend, **options, **dict.fromkeys(names, value)).step()
+        assert torch.equal(*params)
+
+
+@each_backend
 @pytest.mark.parametrize("algorithm", [Adam, SGD])
 def test_a_property_grad_of_a_subclass_set_after_the_first_step_is_read(algorithm: Any, backend: str) -> None:
     class Late(torch.nn.Parameter):
