@@ -76,3 +76,20 @@ def test_parameters_may_exchange_their_places_for_gradients(backend):
     params[0].grad, params[1].grad = params[1].grad, params[0].grad
     optimizer.step()
     assert [param.detach().tolist() for param in params] == [[-2.0] * 4, [-1.0] * 4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 2)])
+@pytest.mark.parametrize(("scale", "zero_grad"), [(4.0, False), (1.0, True)])
+def test_of_a_gradient_and_its_beginning_no_part_is_left(backend, sizes, scale, zero_grad):
+    params = [torch.nn.Parameter(torch.zeros(size, device=home(backend))) for size in sizes]
+    whole = torch.full((4,), 8.0, device=home(backend))
+    for param in params:
+        param.grad = whole[: len(param)]
+    optimizer = SGD(params, lr=1.0, backend=backend)
+    if scale != 1:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor([scale]), torch.tensor([0.0])
+    optimizer.step(zero_grad=zero_grad)
+    for param in params:
+        assert torch.equal(param.detach(), torch.full_like(param, -8.0 / scale))
+    assert torch.equal(whole, torch.full_like(whole, 0.0 if zero_grad else 8.0 / scale))
