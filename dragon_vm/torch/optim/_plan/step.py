@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,8 +41,6 @@ class StepPlan:
     def __init__(self, recipe: Recipe, prepared: Prepared, zero_grad: bool, *, takes_parts: bool) -> None:
         self._joined, self._strays = prepared.joined, prepared.strays
         self._outside = [i for i in range(len(prepared.keys)) if i not in prepared.inside]
-        # A gradient in a flat buffer stays there, whoever else has it.
-        self._inside_first = [*sorted(prepared.inside), *self._outside]
         n_gathered = len(prepared.keys) + len(prepared.joined)
         self._host = HostStep(recipe, prepared, n_gathered)
         self._zero_grad = zero_grad
@@ -134,7 +133,10 @@ class StepPlan:
                 if grads[position] is not None:
                     grads[position] = in_layout_of(tensors.shards[position], grads[position])
         if writes:
-            grads = apart(grads, [position for position in self._inside_first if grads[position] is not None])
+            # A gradient in a flat buffer stays there, whoever else has it.
+            inside = chain.from_iterable(each.positions for each in self._joined)
+            ordered = chain(inside, self._outside)
+            grads = apart(grads, [position for position in ordered if grads[position] is not None])
         ready = tensors._replace(grads=grads, states=states)
         return with_buffers(self._joined, ready, are_own) if self._joined else ready
 
