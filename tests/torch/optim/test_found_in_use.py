@@ -20,6 +20,18 @@ def one(backend: str = "native") -> Any:
 
 
 @each_backend
+@pytest.mark.parametrize("yes", [1, np.True_])
+def test_a_flag_may_be_anything_that_is_true(backend: str, yes: Any) -> None:
+    flags = {Adam: ("amsgrad", "maximize", "decoupled_weight_decay", "epsilon_hat"), SGD: ("nesterov", "maximize")}
+    for algorithm, names in flags.items():
+        options = {"momentum": 0.9} if algorithm is SGD else {}
+        params = [one(backend), one(backend)]
+        for param, value in zip(params, (yes, True), strict=True):
+            algorithm([param], lr=0.1, backend=backend, **options, **dict.fromkeys(names, value)).step()
+        assert torch.equal(*params)
+
+
+@each_backend
 @pytest.mark.parametrize("algorithm", [Adam, SGD])
 def test_a_property_grad_of_a_subclass_set_after_the_first_step_is_read(algorithm: Any, backend: str) -> None:
     class Late(torch.nn.Parameter):
@@ -289,3 +301,28 @@ def test_what_a_release_left_to_the_step_goes_with_it(is_scaled):
             assert all(param.grad is None for param in model.parameters())
         runs.append(list(model.parameters()))
     assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("backend", ["native", "eager", None])
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.float32}], ids=str)
+@pytest.mark.parametrize("algorithm", [Adam, SGD])
+def test_parameters_of_one_byte_are_updated_in_float32(algorithm: Any, options: Any, backend: str | None) -> None:
+    dtype = torch.float8_e4m3fn
+    param, wide = (torch.nn.Parameter(torch.ones(20).to(each)) for each in (dtype, torch.float32))
+    for each in (param, wide):
+        each.grad = torch.full((20,), 2.0).to(each.dtype)
+        algorithm([each], lr=0.25, backend=backend, **options).step()
+    assert torch.equal(param.float(), wide.detach().to(dtype).float())
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float8_e4m3fn, torch.float32), (torch.float32, torch.float8_e5m2)], ids=str
+)
+def test_dtypes_that_kernels_do_not_know_are_refused_before_a_step_counts(dtypes: Any) -> None:
+    param = torch.nn.Parameter(torch.ones(20, device=home("triton")).to(dtypes[0]))
+    param.grad_dtype = None  # any
+    param.grad = torch.ones(20, device=home("triton")).to(dtypes[1])
+    optimizer = Adam([param], backend="triton", state_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"backend='triton' is impossible here: .* are of torch.float8"):
+        optimizer.step()
+    assert not optimizer.state[param]

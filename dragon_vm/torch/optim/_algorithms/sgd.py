@@ -97,7 +97,7 @@ def _fused(
 
 def _fused_numbers(group: Group) -> dict[str, Any]:
     numbers = {name: float(group[name]) for name in ("momentum", "dampening")}
-    return {**numbers, "nesterov": group["nesterov"]}
+    return {**numbers, "nesterov": bool(group["nesterov"])}
 
 
 SGD = Algorithm(

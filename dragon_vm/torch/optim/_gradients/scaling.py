@@ -27,7 +27,7 @@ class Scaling(NamedTuple):
     """What a `GradScaler` hands to an optimizer.
 
     Attributes:
-        grad_scale: fp32 [1], gradients are divided by it; None for 1.
+        grad_scale: fp32 [1], gradients are divided by it; None for 1. A decision of the host's is fp64.
         found_inf: fp32 [1], positive if the step is to be skipped; None for 0.
     """
 

@@ -66,7 +66,7 @@ def zero_or_remove(params: Iterable[Tensor], set_to_none: bool | None) -> None:
 
 
 def apart(grads: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
-    """Gradients of which no two at these positions are the same memory; the very sequence if that holds.
+    """Gradients of which no two at these positions start at the same memory; the very sequence if that holds.
 
     So one may be written after it was read. Empty ones and those without memory of their own have address 0.
     """
@@ -75,7 +75,8 @@ def apart(grads: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
         return grads
     seen: set[int] = set()
     grads = list(grads)
-    for position, address in zip(positions, addresses, strict=True):
+    # The longest one stays: what is written to it reaches the others.
+    for position, address in sorted(zip(positions, addresses, strict=True), key=lambda at: -grads[at[0]].nbytes):
         if address and address in seen:
             grads[position] = grads[position].clone()
         seen.add(address)

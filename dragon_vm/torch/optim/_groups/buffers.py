@@ -216,21 +216,19 @@ def make_buffers(groups: Iterable[Mapping[str, Any]]) -> list[FlatBuffer]:
     has no buffers: each of its gradients is clipped on its own.
 
     Raises:
-        ValueError: for a parameter in shared memory, which a move would take out of it.
+        ValueError: for a parameter in shared memory, which a move would take out of it. Nothing has moved then.
     """
-    return [buffer for group in groups if not group.get("clip_norm") for buffer in _buffers_of(group["params"])]
-
-
-def _buffers_of(params: Sequence[Tensor]) -> list[FlatBuffer]:
-    members: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for param in params:
-        if not (param.requires_grad and param.numel() and has_memory(param) and is_dense(param)):
-            continue
-        if param.device.type == "cpu" and param.is_shared():
-            raise ValueError(
-                "flatten=True moves parameters into buffers of this process, but one of shape "
-                f"{tuple(param.shape)} is in shared memory: leave flatten=False, or share the memory afterwards"
-            )
-        members.setdefault((param.device, param.dtype), []).append(param)
+    members: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
+    for index, group in enumerate(groups):
+        for param in () if group.get("clip_norm") else group["params"]:
+            if not (param.requires_grad and param.numel() and has_memory(param) and is_dense(param)):
+                continue
+            if param.device.type == "cpu" and param.is_shared():
+                raise ValueError(
+                    "flatten=True moves parameters into buffers of this process, but one of shape "
+                    f"{tuple(param.shape)} is in shared memory: leave flatten=False, or share the memory "
+                    "afterwards"
+                )
+            members.setdefault((index, param.device, param.dtype), []).append(param)
     # One tensor alone gains nothing.
     return [FlatBuffer(chosen) for chosen in members.values() if len(chosen) > 1]

@@ -74,16 +74,18 @@ def choose_backend(
     if differentiable or not has_memory(param) or not is_dense(param) or param.is_neg():
         return "eager"
     check_backend(backend, param.device)
-    unknown = [dtype for dtype in state_dtypes if dtype not in _KERNEL_DTYPES]
+    unknown = {param.dtype, grad_dtype, *state_dtypes}.difference(_KERNEL_DTYPES)
     if backend == "triton" and unknown:
-        raise ValueError(f"backend='triton' is impossible here: a parameter has states of {unknown}")
+        names = ", ".join(sorted(map(str, unknown)))
+        raise ValueError(
+            f"backend='triton' is impossible here: a parameter, its gradient or states are of {names}"
+        )
     if backend is not None:
         return backend
     if param.device.type in _TRITON_DEVICES and why_not("triton", param.device) is None:
         return "eager" if unknown else "triton"
     is_mixed = in_parts or bool(state_dtypes - {param.dtype})
-    is_known = param.dtype in _KERNEL_DTYPES and not unknown
-    is_native = param.device.type == "cpu" and is_known and (is_mixed or grad_dtype == param.dtype)
+    is_native = param.device.type == "cpu" and not unknown and (is_mixed or grad_dtype == param.dtype)
     return "native" if is_native else "eager"
 
 

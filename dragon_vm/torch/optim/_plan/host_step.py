@@ -70,7 +70,7 @@ class HostStep:
             return Outcome(factors.norm), Scaling()
         # Kernels divide by a loss scale; a norm of infinity leaves a factor of 0.
         divisor = 1 / factors.common if factors.common else math.inf
-        return Outcome(factors.norm), Scaling(torch.tensor([divisor], dtype=torch.float32, device="cpu"))
+        return Outcome(factors.norm), Scaling(torch.tensor([divisor], dtype=torch.float64, device="cpu"))
 
     def shared(self, recipe: Recipe, tensors: Gathered) -> SharedNorm | None:
         """Sums over the processes that share the gradients of a step; None if there are no others."""
@@ -107,8 +107,10 @@ class HostStep:
 
 def _on_host(recipe: Recipe, group: FlattenedGroup, n_gathered: int) -> NativeGroup | HostGroup:
     is_native, signature = group.signature.backend == "native", group.signature
-    # Torch's fused operations take gradients of the parameter's dtype, to which wider ones would be rounded.
-    takes_grads = signature.grad_dtype == signature.param_dtype or signature.param_dtype.itemsize >= 4
+    # Torch's fused operations take gradients of the parameter's dtype, to which wider ones would be rounded. They
+    # do not know the dtypes of one byte.
+    itemsize = signature.param_dtype.itemsize
+    takes_grads = itemsize >= 4 or (itemsize == 2 and signature.grad_dtype == signature.param_dtype)
     if is_native and signature.is_uniform and takes_grads:
         return NativeGroup(group, recipe.algorithm, n_gathered)
     return HostGroup(group, recipe.algorithm, n_gathered, recipe.settings.rounding_seed, in_pieces=is_native)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,7 +133,10 @@ class StepPlan:
                 if grads[position] is not None:
                     grads[position] = in_layout_of(tensors.shards[position], grads[position])
         if writes:
-            grads = apart(grads, [position for position, grad in enumerate(grads) if grad is not None])
+            # A gradient in a flat buffer stays there, whoever else has it.
+            inside = chain.from_iterable(each.positions for each in self._joined)
+            ordered = chain(inside, self._outside)
+            grads = apart(grads, [position for position in ordered if grads[position] is not None])
         ready = tensors._replace(grads=grads, states=states)
         return with_buffers(self._joined, ready, are_own) if self._joined else ready
 

@@ -7,7 +7,7 @@ import torch
 
 from dragon.vm.torch.optim import SGD, Adam
 
-from ..support import BACKENDS, bits, home, parameters
+from ..support import BACKENDS, bits, home, numbers, parameters
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -95,3 +95,19 @@ def test_a_factor_without_an_inverse_in_fp32_is_multiplied_by(backend):
     param.grad = torch.full((1,), 2e38)
     SGD([param], lr=1.0, grad_scale=1e-39, backend=backend).step()
     assert param.item() == pytest.approx(-0.2, rel=1e-5)
+
+
+@each_backend
+@pytest.mark.parametrize("size", [10.0, 1e60])
+def test_a_norm_that_the_host_decides_clips_float64_as_exactly_as_others(backend, size):
+    base = numbers(3, 6, 2, dtype=torch.float64, device=home(backend))
+    first = numbers(2, 9, dtype=torch.float64, device=home(backend))
+    params = [torch.nn.Parameter(first), torch.nn.Parameter(base[:, 0])]
+    before, sizes = [param.detach().clone() for param in params], (1.0, size)
+    for i, param in enumerate(params):
+        param.grad = numbers(5 + i, *param.shape, dtype=torch.float64, device=home(backend)) * sizes[i]
+    norm = math.sqrt(sum(param.grad.square().sum() for param in params))
+    SGD(params, lr=1.0, max_grad_norm=size / 4, backend=backend).step()
+    for param, old in zip(params, before, strict=True):
+        expected = old - param.grad * (size / 4 / (norm + 1e-6))
+        torch.testing.assert_close(param.detach(), expected, rtol=1e-14, atol=0)

@@ -27,12 +27,14 @@ def test_a_gradient_object_that_moves_away_is_not_followed():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("is_first", [False, True])
 @pytest.mark.parametrize(("scale", "zero_grad"), [(4.0, False), (4.0, True), (1.0, True)])
-def test_a_gradient_that_is_shared_is_unscaled_and_zeroed_once(backend, flatten, scale, zero_grad):
+def test_a_gradient_that_is_shared_is_unscaled_and_zeroed_once(backend, flatten, is_first, scale, zero_grad):
     where = home(backend)
     params = [torch.nn.Parameter(torch.zeros(4, device=where)) for _ in range(3)]
     # The third is in no buffer.
     groups = [{"params": params[:2]}, {"params": params[2:]}]
+    groups = groups[::-1] if is_first else groups
     optimizer = SGD(groups, lr=1.0, flatten=flatten, backend=backend)
     for param in params:
         param.grad = torch.zeros_like(param)
@@ -74,3 +76,20 @@ def test_parameters_may_exchange_their_places_for_gradients(backend):
     params[0].grad, params[1].grad = params[1].grad, params[0].grad
     optimizer.step()
     assert [param.detach().tolist() for param in params] == [[-2.0] * 4, [-1.0] * 4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 2)])
+@pytest.mark.parametrize(("scale", "zero_grad"), [(4.0, False), (1.0, True)])
+def test_of_a_gradient_and_its_beginning_no_part_is_left(backend, sizes, scale, zero_grad):
+    params = [torch.nn.Parameter(torch.zeros(size, device=home(backend))) for size in sizes]
+    whole = torch.full((4,), 8.0, device=home(backend))
+    for param in params:
+        param.grad = whole[: len(param)]
+    optimizer = SGD(params, lr=1.0, backend=backend)
+    if scale != 1:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor([scale]), torch.tensor([0.0])
+    optimizer.step(zero_grad=zero_grad)
+    for param in params:
+        assert torch.equal(param.detach(), torch.full_like(param, -8.0 / scale))
+    assert torch.equal(whole, torch.full_like(whole, 0.0 if zero_grad else 8.0 / scale))

@@ -129,14 +129,16 @@ def test_each_tensor_has_a_storage_of_its_own_all_the_same(backend):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def test_shared_memory_is_refused_with_the_reason():
-    params = [torch.nn.Parameter(torch.randn(4)) for _ in range(2)]
-    params[1].share_memory_()
+@pytest.mark.parametrize("sizes", [[4], [2, 2]], ids=str)
+def test_shared_memory_is_refused_with_the_reason(sizes):
+    params = [torch.nn.Parameter(torch.randn(4)) for _ in range(4)]
+    params[3].share_memory_()
     before = [param.data_ptr() for param in params]
+    rest = iter(params)
     with pytest.raises(ValueError, match=r"flatten=True .* one of shape \(4,\) is in shared memory"):
-        Adam(params, flatten=True)
+        Adam([{"params": [next(rest) for _ in range(size)]} for size in sizes], flatten=True)
     assert [param.data_ptr() for param in params] == before
-    assert params[1].is_shared()
+    assert params[3].is_shared()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
