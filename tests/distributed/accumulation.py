@@ -132,6 +132,23 @@ def wrapped_anew(name: str) -> list[float]:
     return model.weight[0].tolist()
 
 
+def wrapped_later(name: str) -> list[float]:
+    """Weights after sums of gradients that differ by process, of a model that is wrapped after a first sum."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    optimizer = make(name, model.parameters())
+    model(torch.eye(3)).square().sum().backward()
+    optimizer.sum_grad()
+    optimizer.step()
+    wrapper = nn.parallel.DistributedDataParallel(model)
+    for _ in range(3):
+        with wrapper.no_sync():
+            wrapper(torch.eye(3)[: 1 + dist.get_rank()]).square().sum().backward()
+        optimizer.sum_grad()
+        optimizer.step()
+    return model.weight[0].tolist()
+
+
 def looked_at_between(name: str) -> list[float]:
     """Weights after steps in which a forward pass without gradients comes between backward pass and `sum_grad`."""
     torch.manual_seed(0)

@@ -55,8 +55,9 @@ def test_a_forward_pass_without_gradients_leaves_sums_unreduced(cluster: Cluster
     assert first == second
 
 
-def test_sums_of_a_model_that_is_wrapped_anew_are_reduced(cluster: Cluster) -> None:
-    first, second = cluster.run(2, "accumulation:wrapped_anew", name=OPT)
+@pytest.mark.parametrize("when", ["anew", "later"])
+def test_sums_of_a_model_that_is_wrapped_anew_or_later_are_reduced(cluster: Cluster, when: str) -> None:
+    first, second = cluster.run(2, f"accumulation:wrapped_{when}", name=OPT)
     assert first == second
 
 
