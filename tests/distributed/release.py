@@ -1,5 +1,6 @@
 """Scenarios: parameters that are updated in the backward pass under a wrapper."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dragon.vm.torch.optim import _release
+from dragon.vm.torch.optim._distributed import owners
 
 from .factories import largest_difference, make, params_of, whole
 from .training import N_STEPS, trained
@@ -66,6 +68,23 @@ def scaled(kind: str, name: str) -> tuple[list[float], bool, list[tuple[str, int
     finally:
         _release.BUCKET_BYTES = whole_buckets
     return scales, changes, watch.collectives
+
+
+def searches(name: str) -> int:
+    """How often steps look for gradients that FSDP2 has not reduced, where all were released."""
+    found: list[str] = []
+
+    def instances(module: str, kind: str) -> Iterator[Any]:
+        found.append(kind)
+        yield from plain(module, kind)
+
+    plain, owners.instances = owners.instances, instances
+    try:
+        wrapped = WRAPPERS["fsdp2"]()
+        trained(wrapped, make(name, wrapped.groups, release_gradients=True))
+    finally:
+        owners.instances = plain
+    return found.count("FSDPParamGroup")
 
 
 class _Rows(nn.Module):

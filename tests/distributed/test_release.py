@@ -17,6 +17,10 @@ def test_released_gradients_give_the_bits_of_the_plain_step(cluster: Cluster, ki
         assert n_left == 0
 
 
+def test_a_step_behind_a_release_searches_for_no_module(cluster: Cluster) -> None:
+    assert cluster.run(1, "release:searches", name=OPT) == [0]
+
+
 @pytest.mark.parametrize("n_processes", [1, 2, 3])
 def test_a_scaler_skips_on_all_processes(cluster: Cluster, n_processes: int) -> None:
     for scales, changes, collectives in cluster.run(n_processes, "release:scaled", kind="fsdp2", name=OPT):
