@@ -42,6 +42,10 @@ def test_processes_with_uneven_shards_have_the_same_buckets(cluster: Cluster, bu
     assert results[0] == results[1]
 
 
+def test_buckets_are_filled_by_shards_of_all_kinds(cluster: Cluster) -> None:
+    assert cluster.run(2, "release:shard_nbytes") == [[32.0, 16.0, 16.0]] * 2
+
+
 def test_a_model_that_is_wrapped_later_is_refused_too(cluster: Cluster) -> None:
     for first, *later in cluster.run(2, "release:wrapped_later", name=OPT):
         assert first == "accepted"
