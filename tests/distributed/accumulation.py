@@ -72,11 +72,13 @@ class _Scaled(nn.Module):
         return self.param * x
 
 
-def never_reduced(kind: str, name: str) -> str:
-    """What is said of a step after backward passes of which none was synchronized."""
+def never_reduced(kind: str, name: str, is_among_replicas: bool = False) -> str:
+    """What is said of a step after backward passes of which none was synchronized, or not among replicas."""
     wrapped = WRAPPERS[kind]()
     optimizer = make(name, wrapped.groups)
-    with wrapped.unsynchronized():
+    if is_among_replicas:
+        wrapped.model.set_requires_all_reduce(False)
+    with nullcontext() if is_among_replicas else wrapped.unsynchronized():
         backward(wrapped, 0)
     try:
         optimizer.sum_grad()

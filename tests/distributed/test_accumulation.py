@@ -36,10 +36,15 @@ def test_half_precision_gradients_are_summed_in_float32(cluster: Cluster, n_proc
     )
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2 hsdp"])
+@pytest.mark.parametrize(
+    ("kind", "is_among_replicas"), [("fsdp2", False), ("fsdp2 hsdp", False), ("fsdp2 hsdp", True)]
+)
 @pytest.mark.parametrize("n_processes", [1, 2])
-def test_a_step_without_any_reduced_gradient_is_refused(cluster: Cluster, kind: str, n_processes: int) -> None:
-    for text in cluster.run(n_processes, "accumulation:never_reduced", kind=kind, name=OPT):
+def test_a_step_without_any_reduced_gradient_is_refused(
+    cluster: Cluster, kind: str, is_among_replicas: bool, n_processes: int
+) -> None:
+    arguments = {"kind": kind, "name": OPT, "is_among_replicas": is_among_replicas}
+    for text in cluster.run(n_processes, "accumulation:never_reduced", **arguments):
         assert "set_requires_gradient_sync(True)" in text
 
 
