@@ -52,8 +52,8 @@ def check_accumulated(params: Sequence[Tensor]) -> None:
             if id(each.sharded_param) in wanted and any(grad is not None for grad in held):
                 raise RuntimeError(
                     "step() finds no gradient, for FSDP2 has not reduced those of the last backward passes: "
-                    "call set_requires_gradient_sync(True), and set_requires_all_reduce(True), before the last one of "
-                    "a step"
+                    "before the last one of a step call set_requires_gradient_sync(True), and "
+                    "set_requires_all_reduce(True) if replicas were left out"
                 )
 
 
