@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import io
 import os
@@ -9,6 +10,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.machinery import ModuleSpec, SourcelessFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
@@ -63,11 +65,13 @@ class Program(NamedTuple):
     spec: ModuleSpec | None
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
     """Run a script, or a module after ``-m``, as `python` would, and report what was replaced.
 
     Args:
         arguments: options of `swap`, then the script and its arguments.
+        end: closed by the caller when the program's threads and exit handlers are done too: the swap is in force
+            until then, and the report is printed there. None for the end of this call.
 
     Returns:
         The exit code: 0, 1 after an uncaught exception or without the module, 2 without the script and for a wrong
@@ -76,6 +80,9 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         SystemExit: what the script raised.
     """
+    if end is None:
+        with ExitStack() as end:
+            return main(arguments, end)
     if list(arguments[:1]) in (["-h"], ["--help"]):
         print(HELP)
         return 0
@@ -83,30 +90,25 @@ def main(arguments: Sequence[str]) -> int:
         options, argv, as_module = parse(arguments)
         if not argv:
             raise UsageError("there is nothing to run")
-        swapped = swap(**options)
+        swapped = end.enter_context(swap(**options))
     except (UsageError, TypeError, ValueError) as error:
         print(f"{USAGE}\npython -m dragon.vm.run: error: {error}", file=sys.stderr)
         return 2
-    undo = include_children(swapped)
+    end.callback(include_children(swapped))
     try:
-        _run(argv, as_module)
+        program = _prepared(argv, as_module)
+        end.callback(_report, swapped)
+        exec(program.code, vars(sys.modules["__main__"]))
     except CannotRunError as error:
         print(f"{sys.executable}: {error}", file=sys.stderr)
         return error.status
     except SystemExit:
-        _report(swapped)
         raise
     # Some scripts raise classes of their own beside `Exception`.
     except BaseException as error:
         flush_stdout()
         _print_error(error)
-        _report(swapped)
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
-    else:
-        _report(swapped)
-    finally:
-        undo()
-        swapped.undo()
     return 0
 
 
@@ -116,7 +118,8 @@ def _report(swapped: Swap) -> None:
         say(HINT)
 
 
-def _run(argv: list[str], as_module: bool) -> None:
+def _prepared(argv: list[str], as_module: bool) -> Program:
+    """The program, for which ``sys`` has its arguments, its folder and its ``__main__``."""
     sys.argv = argv
     name = argv[0]
     is_script = not as_module and pkgutil.get_importer(name) is None
@@ -135,7 +138,7 @@ def _run(argv: list[str], as_module: bool) -> None:
     module.__loader__ = program.spec.loader if program.spec else None
     # It stays: exit handlers and threads may outlast the script, and pickle its classes.
     sys.modules["__main__"] = module
-    exec(program.code, module.__dict__)
+    return program
 
 
 def _script(path: str) -> Program:
@@ -208,7 +211,10 @@ def _inside(trace: TracebackType | None) -> TracebackType | None:
 
 
 if __name__ == "__main__":
-    exit_code = main(sys.argv[1:])
+    end = ExitStack()
+    # Registered before the script's handlers, it is called behind them.
+    atexit.register(end.close)
+    exit_code = main(sys.argv[1:], end)
     if exit_code == INTERRUPTED:
         # `python` ends by the signal, after its exit handlers. The traceback has been printed.
         sys.excepthook = lambda *_: None

@@ -33,6 +33,7 @@ PRIVATE_TORCH_ATTRIBUTES = {
     "_fsdp_flattened": "marks the parameters of FSDP1",
     "_join_config": "whether DDP is inside of Join",
     "_unsharded_param": "the whole parameter that FSDP2 left in memory",
+    "_partial_reduce_output": "what FSDP2 has not reduced among replicas",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group": "whose it is",
     "torch.distributed.fsdp._flat_param": "which parameters FSDP1 splits",
     "torch.distributed._functional_collectives": "tensors that wait for a collective",

@@ -53,24 +53,6 @@ REPORT = """dragon.vm.run: 1 optimizer replaced
   torch.optim.AdamW: 8 parameters in 2 tensors, 5 steps
 """
 NOTHING = f"dragon.vm.run: no optimizer was replaced in this process\n{HINT}\n"
-SPAWNING = """
-import sys
-
-import torch
-import torch.distributed as dist
-
-
-def work(rank, rendezvous):
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
-    torch.optim.SGD([torch.nn.Parameter(torch.ones(rank + 2))], lr=0.1)
-    dist.barrier()  # a process that leaves while the other still connects would end that one
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    method, rendezvous = sys.argv[1:]
-    torch.multiprocessing.start_processes(work, args=(rendezvous,), nprocs=2, start_method=method)
-"""
 AT_EXIT = """
 import atexit
 import pickle
@@ -370,16 +352,15 @@ def test_a_process_ends_as_with_python(script: str, forking: Forking, tmp_path: 
     assert (code, out, err.replace(NOTHING, "")) == python(script, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_processes_of_multiprocessing_swap_too_and_the_first_reports(
-    method: str, forking: Forking, tmp_path: Path
-) -> None:
-    (tmp_path / "many.py").write_text(SPAWNING)
-    arguments = ["-m", "dragon.vm.run", "many.py", method, tmp_path / "meeting"]
-    code, _, err = forking.run(*arguments, cwd=tmp_path)
-    assert code == 0, err
-    report = "dragon.vm.run: 1 optimizer replaced\n  torch.optim.SGD: 2 parameters in 1 tensors, 0 steps\n"
-    assert err == report + NOTHING
+@pytest.mark.parametrize(
+    "start", ["threading.Thread(target=lambda: (threading.main_thread().join(), build())).start()",
+              "atexit.register(build)"],
+)  # fmt: skip
+def test_what_outlasts_the_script_builds_ours_too(start: str, forking: Forking, tmp_path: Path) -> None:
+    build = "torch.optim.AdamW([torch.nn.Parameter(torch.ones(4, 2))])"
+    (tmp_path / "outlasted.py").write_text(f"import atexit, threading, torch\ndef build(): {build}\n{start}\n")
+    _, _, err = forking.run("-m", "dragon.vm.run", "outlasted.py", cwd=tmp_path)
+    assert err == "dragon.vm.run: 1 optimizer replaced\n  torch.optim.AdamW: 8 parameters in 1 tensors, 0 steps\n"
 
 
 @pytest.mark.parametrize("in_front", [True, False], ids=["in front", "behind"])

@@ -39,12 +39,6 @@ def smallest_subnormal(dtype: torch.dtype) -> float:
     return info.smallest_normal * info.eps
 
 
-def rounded(value: WideArray, dtype: torch.dtype) -> Tensor:
-    """Round to `dtype`; returns a CPU tensor of the same shape."""
-    with np.errstate(over="ignore"):
-        return torch.from_numpy(np.asarray(value, dtype=np.float64)).to(dtype)
-
-
 def real_view(tensor: Tensor) -> Tensor:
     """Return a complex tensor as real [..., 2], any other as it is; Adam treats complex numbers as pairs."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -72,11 +72,13 @@ class _Scaled(nn.Module):
         return self.param * x
 
 
-def never_reduced(kind: str, name: str) -> str:
-    """What is said of a step after backward passes of which none was synchronized."""
+def never_reduced(kind: str, name: str, is_among_replicas: bool = False) -> str:
+    """What is said of a step after backward passes of which none was synchronized, or not among replicas."""
     wrapped = WRAPPERS[kind]()
     optimizer = make(name, wrapped.groups)
-    with wrapped.unsynchronized():
+    if is_among_replicas:
+        wrapped.model.set_requires_all_reduce(False)
+    with nullcontext() if is_among_replicas else wrapped.unsynchronized():
         backward(wrapped, 0)
     try:
         optimizer.sum_grad()
@@ -129,6 +131,23 @@ def wrapped_anew(name: str) -> list[float]:
         optimizer.step()
         del wrapper
         gc.collect()
+    return model.weight[0].tolist()
+
+
+def wrapped_later(name: str) -> list[float]:
+    """Weights after sums of gradients that differ by process, of a model that is wrapped after a first sum."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    optimizer = make(name, model.parameters())
+    model(torch.eye(3)).square().sum().backward()
+    optimizer.sum_grad()
+    optimizer.step()
+    wrapper = nn.parallel.DistributedDataParallel(model)
+    for _ in range(3):
+        with wrapper.no_sync():
+            wrapper(torch.eye(3)[: 1 + dist.get_rank()]).square().sum().backward()
+        optimizer.sum_grad()
+        optimizer.step()
     return model.weight[0].tolist()
 
 

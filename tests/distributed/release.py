@@ -1,18 +1,23 @@
 """Scenarios: parameters that are updated in the backward pass under a wrapper."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from dragon.vm.torch.optim import _release
+from dragon.vm.torch.optim._distributed import owners
+from dragon.vm.torch.optim._distributed.shards import mean_shard_nbytes
 
 from .factories import largest_difference, make, params_of, whole
 from .training import N_STEPS, trained
 from .watching import Watch
-from .wrappers import WRAPPERS, backward
+from .wrappers import WRAPPERS, backward, world_mesh
 
 # Buckets of one or two shards.
 SMALL = 64
@@ -68,6 +73,23 @@ def scaled(kind: str, name: str) -> tuple[list[float], bool, list[tuple[str, int
     return scales, changes, watch.collectives
 
 
+def searches(name: str) -> int:
+    """How often steps look for gradients that FSDP2 has not reduced, where all were released."""
+    found: list[str] = []
+
+    def instances(module: str, kind: str) -> Iterator[Any]:
+        found.append(kind)
+        yield from plain(module, kind)
+
+    plain, owners.instances = owners.instances, instances
+    try:
+        wrapped = WRAPPERS["fsdp2"]()
+        trained(wrapped, make(name, wrapped.groups, release_gradients=True))
+    finally:
+        owners.instances = plain
+    return found.count("FSDPParamGroup")
+
+
 class _Rows(nn.Module):
     """Parameters of which processes get different numbers of rows, in an order that makes the last one decide."""
 
@@ -97,6 +119,12 @@ def uneven(name: str, bucket_bytes: int) -> tuple[list[int], list[float]]:
         return sizes, [float(whole(param)[0, 0]) for param in model.params]
     finally:
         _release.BUCKET_BYTES = whole_buckets
+
+
+def shard_nbytes() -> list[float]:
+    """Mean bytes of shards by which buckets are filled, of 8 elements in fp32."""
+    placements = Replicate(), Shard(0), _StridedShard(0, split_factor=2)
+    return [mean_shard_nbytes(distribute_tensor(torch.zeros(8), world_mesh(), [each])) for each in placements]
 
 
 def all_released(name: str) -> tuple[list[float], list[bool], bool]:

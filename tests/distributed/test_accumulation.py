@@ -36,10 +36,15 @@ def test_half_precision_gradients_are_summed_in_float32(cluster: Cluster, n_proc
     )
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2 hsdp"])
+@pytest.mark.parametrize(
+    ("kind", "is_among_replicas"), [("fsdp2", False), ("fsdp2 hsdp", False), ("fsdp2 hsdp", True)]
+)
 @pytest.mark.parametrize("n_processes", [1, 2])
-def test_a_step_without_any_reduced_gradient_is_refused(cluster: Cluster, kind: str, n_processes: int) -> None:
-    for text in cluster.run(n_processes, "accumulation:never_reduced", kind=kind, name=OPT):
+def test_a_step_without_any_reduced_gradient_is_refused(
+    cluster: Cluster, kind: str, is_among_replicas: bool, n_processes: int
+) -> None:
+    arguments = {"kind": kind, "name": OPT, "is_among_replicas": is_among_replicas}
+    for text in cluster.run(n_processes, "accumulation:never_reduced", **arguments):
         assert "set_requires_gradient_sync(True)" in text
 
 
@@ -55,8 +60,9 @@ def test_a_forward_pass_without_gradients_leaves_sums_unreduced(cluster: Cluster
     assert first == second
 
 
-def test_sums_of_a_model_that_is_wrapped_anew_are_reduced(cluster: Cluster) -> None:
-    first, second = cluster.run(2, "accumulation:wrapped_anew", name=OPT)
+@pytest.mark.parametrize("when", ["anew", "later"])
+def test_sums_of_a_model_that_is_wrapped_anew_or_later_are_reduced(cluster: Cluster, when: str) -> None:
+    first, second = cluster.run(2, f"accumulation:wrapped_{when}", name=OPT)
     assert first == second
 
 

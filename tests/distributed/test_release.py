@@ -17,6 +17,10 @@ def test_released_gradients_give_the_bits_of_the_plain_step(cluster: Cluster, ki
         assert n_left == 0
 
 
+def test_a_step_behind_a_release_searches_for_no_module(cluster: Cluster) -> None:
+    assert cluster.run(1, "release:searches", name=OPT) == [0]
+
+
 @pytest.mark.parametrize("n_processes", [1, 2, 3])
 def test_a_scaler_skips_on_all_processes(cluster: Cluster, n_processes: int) -> None:
     for scales, changes, collectives in cluster.run(n_processes, "release:scaled", kind="fsdp2", name=OPT):
@@ -36,6 +40,10 @@ def test_a_scaler_finds_on_all_processes_what_was_released(cluster: Cluster, n_p
 def test_processes_with_uneven_shards_have_the_same_buckets(cluster: Cluster, bucket_bytes: int) -> None:
     results = cluster.run(2, "release:uneven", name=OPT, bucket_bytes=bucket_bytes)
     assert results[0] == results[1]
+
+
+def test_buckets_are_filled_by_shards_of_all_kinds(cluster: Cluster) -> None:
+    assert cluster.run(2, "release:shard_nbytes") == [[32.0, 16.0, 16.0]] * 2
 
 
 def test_a_model_that_is_wrapped_later_is_refused_too(cluster: Cluster) -> None:

@@ -66,10 +66,13 @@ def test_dir_lists_pytorchs_names_and_dragons():
     assert {"SGD", "lr_scheduler"} <= set(dir(torch.optim))
 
 
-def test_a_star_import_gives_dragons_names():
+def test_a_star_import_gives_dragons_names_and_pytorchs():
     namespace = {}
-    exec("from dragon.vm.torch import *\nfrom dragon.vm.torch.nn import *", namespace)
+    for name in ("dragon.vm.torch", "dragon.vm.torch.nn", "dragon.vm.torch.optim"):
+        exec(f"from {name} import *", namespace)
 
+    assert namespace["AdamW"] is torch.optim.AdamW
+    assert namespace["RMSprop"] is real.optim.RMSprop
     assert namespace["ones"] is torch.ones
     assert namespace["Linear"] is torch.nn.Linear
     assert namespace["matmul"] is real.matmul

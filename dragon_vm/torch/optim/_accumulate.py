@@ -58,7 +58,8 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         Call it after each backward pass; the next `step` uses the sum, together with any gradient that came after
         the last call, and starts a new one. The gradients themselves are dropped. Sums of half precision gradients
         are kept in float32. Gradients that DDP has not reduced, inside `no_sync`, are reduced once, by the step.
-        With `find_unused_parameters` they stay as zeros until then.
+        With `find_unused_parameters` they stay as zeros until then. Wrap the model before the first call: a search
+        for DDP takes long, so that a later one finds a new wrapper only now and then.
         DDP tells only of its last forward pass. So no forward pass with gradients and outside of `no_sync` may
         come between the backward pass inside and this call: the step would not reduce, and replicas would diverge.
 

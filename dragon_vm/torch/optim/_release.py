@@ -173,11 +173,14 @@ class GradientRelease:
             if param not in self._handles:
                 self._handles[param] = param.register_post_accumulate_grad_hook(hook)
 
-    def begin(self, grad_scale: Tensor | None = None) -> None:
+    def begin(self, grad_scale: Tensor | None = None) -> bool:
         """Wait for the gradients of the next backward pass.
 
         Args:
             grad_scale: what a `GradScaler` hands to the step after this one.
+
+        Returns:
+            Whether gradients have arrived since the last call.
 
         Raises:
             RuntimeError: if a `GradScaler` scaled the gradients of this one that this object does not know.
@@ -187,10 +190,11 @@ class GradientRelease:
                 "release_gradients=True has updated parameters from gradients that a GradScaler had scaled: "
                 "give release_gradients=scaler"
             )
-        self._is_under_way = False
+        was_under_way, self._is_under_way = self._is_under_way, False
         for bucket in self._buckets:
             bucket.begin()
         self._report.begin()
+        return was_under_way
 
     def untold(self) -> list[Tensor]:
         """What was found in gradients that are gone, where none was left to tell a scaler."""

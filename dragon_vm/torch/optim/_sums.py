@@ -34,8 +34,9 @@ class GradientSums:
         self.are_outside = False
         self._launches: dict[Signature, SumLaunch] = {}
         self._unreduced: list[UnreducedSums] = []
-        # The DDP modules of parameters, which are kept by id.
+        # The DDP modules of parameters, which are kept by id, and how often they were asked for.
         self._replicas: tuple[list[int], Replicas] = ([], Replicas([]))
+        self._n_asked = 0
         # Whose gradients stay until the step, as zeros.
         self._zeroed: list[Tensor] = []
 
@@ -125,7 +126,9 @@ class GradientSums:
         if not (dist.is_available() and dist.is_initialized()):
             return params
         ids = list(map(id, params))
-        if self._replicas[0] != ids or self._replicas[1].are_gone:
+        self._n_asked += 1
+        # Now and then too, for a model may be wrapped later.
+        if self._replicas[0] != ids or self._replicas[1].are_gone or self._n_asked.bit_count() == 1:
             self._replicas = ids, Replicas(params)
         groups = self._replicas[1].unreduced()
         chosen = [param for param in params if id(param) in groups and param.requires_grad]

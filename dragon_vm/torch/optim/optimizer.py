@@ -182,8 +182,7 @@ class Optimizer(StoringOptimizer):
     def _update(self, zero_grad: bool) -> None:
         groups, settings = self._read_groups(), self._settings
         scaling = self._scaling()
-        if self._release is not None:
-            self._release.begin(scaling.grad_scale)
+        has_released = self._release is not None and self._release.begin(scaling.grad_scale)
         members = self._members.read(self.param_groups)
         # A step that is to create states uses no sum up.
         summed = bool(self._sums) and (bool(self.state) or not is_state_asked_for())
@@ -194,7 +193,7 @@ class Optimizer(StoringOptimizer):
             check_capture(
                 type(self).__name__, groups, settings.backend, members.have_grads, self._sums.are_outside
             )
-        if members.are_distributed and not members.have_grads:
+        if members.are_distributed and not (has_released or members.have_grads):
             check_accumulated(members.params)
         step = members, self.param_groups, self.state, settings, scaling
         self._updater.update(*step, zero_grad=zero_grad, are_own=not summed)

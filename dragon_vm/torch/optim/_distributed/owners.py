@@ -44,13 +44,16 @@ def check_accumulated(params: Sequence[Tensor]) -> None:
     """
     wanted = set(map(id, params))
     for group in instances("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup"):
+        # Sums over the shards of one replica.
+        partial = getattr(group, "_partial_reduce_output", None)
         for each in group.fsdp_params:
             whole = getattr(each, "_unsharded_param", None)
-            held = each.unsharded_accumulated_grad, None if whole is None else whole.grad
+            held = partial, each.unsharded_accumulated_grad, None if whole is None else whole.grad
             if id(each.sharded_param) in wanted and any(grad is not None for grad in held):
                 raise RuntimeError(
                     "step() finds no gradient, for FSDP2 has not reduced those of the last backward passes: "
-                    "call set_requires_gradient_sync(True) before the last one of a step"
+                    "before the last one of a step call set_requires_gradient_sync(True), and "
+                    "set_requires_all_reduce(True) if replicas were left out"
                 )
 
 

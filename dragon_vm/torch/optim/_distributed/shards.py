@@ -48,7 +48,9 @@ def mean_shard_nbytes(tensor: Any) -> float:
     nbytes = float(tensor.numel() * tensor.element_size())
     if is_distributed(tensor):
         mesh = tensor.device_mesh
-        nbytes /= prod(mesh.size(dim) for dim, placement in enumerate(tensor.placements) if placement.is_shard())
+        # FSDP2 beside tensor parallelism has shards that are no `Shard`.
+        cut = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+        nbytes /= prod(map(mesh.size, cut))
     return nbytes
 
 
