@@ -70,7 +70,7 @@ def advance_kernel(
     sources_ptr,  # int64 [n_groups, SOURCE_COLUMNS]
     scalars_ptr,  # float64 [n_tensors, SCALAR_COLUMNS], written; rows without WIDE hold float32
     partials_ptr,  # float64 [n_partials], of `norm_kernel`
-    grad_scale_ptr,  # fp32 [1], gradients are divided by it
+    grad_scale_ptr,  # fp32 or fp64 [1], gradients are divided by it
     found_inf_ptr,  # fp32 [1], positive to skip the step
     status_ptr,  # float64 [STATUS_COLUMNS], written by the first program
     ALGORITHM: tl.constexpr,

@@ -193,34 +193,6 @@ def test_wide_states_of_narrow_parameters_stay_wide() -> None:
     assert same_bits(everything(narrow), everything(wide))
 
 
-@pytest.mark.parametrize(
-    ("saved", "param", "asked", "expected"),
-    [
-        (torch.bfloat16, torch.float32, None, torch.float32),
-        (torch.float32, torch.bfloat16, None, torch.float32),
-        (torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.bfloat16, None, torch.float32),
-        (torch.float64, torch.float32, None, torch.float64),
-        (torch.float64, torch.float32, torch.float32, torch.float32),
-    ],
-)
-def test_loaded_states_take_the_asked_dtype_or_the_wider_one(
-    saved: torch.dtype, param: torch.dtype, asked: torch.dtype | None, expected: torch.dtype
-) -> None:
-    theirs = torch.optim.Adam(make_params(saved))
-    run(theirs, range(1))
-    ours = Adam(make_params(param), state_dtype=asked, ema_decay=0.5)
-    dict_of_theirs = theirs.state_dict()
-    for state in dict_of_theirs["state"].values():
-        state["ema"] = state["exp_avg"].clone()
-    ours.load_state_dict(dict_of_theirs)
-    assert {state["exp_avg"].dtype for state in ours.state.values()} == {expected}
-    # Averages are no narrower than fp32 beside narrow states.
-    average = torch.float32 if asked == torch.bfloat16 else expected
-    assert {state["ema"].dtype for state in ours.state.values()} == {average}
-    run(ours, range(1, 2))
-
-
 def test_nothing_shares_memory_with_a_loaded_dict() -> None:
     lr = torch.tensor(0.1)
     first = Adam(make_params(), lr=lr)
