@@ -221,15 +221,18 @@ def own_tensors(group: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> N
 
 
 def by_value(value: Any) -> Any:
-    """A hyperparameter in a form that tells whether it changed: a tensor's number, or its address on a device."""
+    """A hyperparameter in a form that tells whether it changed: a tensor's numbers, or its address on a device."""
     if type(value) in PLAIN_TYPES:
         return value
     if isinstance(value, Tensor):
-        on_host = value.device.type == "cpu" and value.numel() == 1
-        return float(value.detach()) if on_host else (value.data_ptr(), value.dtype, value.device)
+        if value.device.type != "cpu":
+            return value.data_ptr(), value.dtype, value.device
+        return float(value.detach()) if value.numel() == 1 else by_value(value.tolist())
     if isinstance(value, tuple | list):
         return tuple(map(by_value, value))
     if isinstance(value, Mapping):
         return tuple((name, by_value(entry)) for name, entry in value.items())
-    # An array without dimensions may change in place.
+    # An array may change in place.
+    if getattr(value, "ndim", 0):
+        return by_value(value.tolist())
     return value if isinstance(value, float | int | str) or not hasattr(value, "__float__") else float(value)

@@ -78,3 +78,20 @@ def test_a_rate_that_comes_back_with_another_option_is_the_one_of_the_step(backe
         before, param.grad = param.detach().clone(), torch.ones_like(param)
         optimizer.step()
         assert torch.equal(param, before - rate)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make", [torch.tensor, np.array])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_betas_of_one_array_may_change_in_place(dtype: torch.dtype | None, make: Any, backend: str) -> None:
+    runs = []
+    for changing in (make([0.9, 0.99]), [0.9, 0.99]):
+        param = torch.nn.Parameter(torch.zeros(3, device=home(backend)))
+        optimizer = Adam([param], backend=backend, state_dtype=dtype)
+        optimizer.param_groups[0]["betas"] = changing
+        for size in (1.0, 2.0, 3.0):
+            changing[0] = 0.5 / size
+            param.grad = torch.full_like(param, size)
+            optimizer.step()
+        runs.append(param.detach())
+    torch.testing.assert_close(*runs)

@@ -34,8 +34,9 @@ def widen_bounds(
     for group in groups:
         if group.get("state_dtype") is None:
             continue
-        betas = group.get("betas", ())
-        if not betas or any(map(is_on_device, betas)):
+        betas = group.get("betas")
+        # The step refuses fewer than two.
+        if betas is None or len(betas) < 2 or any(map(is_on_device, betas)):
             continue
         now = float(betas[0]), float(betas[1])
         if not 0 <= min(now) <= max(now) < 1:
