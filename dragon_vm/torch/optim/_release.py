@@ -120,14 +120,20 @@ class ReleasingOptimizer(Protocol):
         """Read and check the hyperparameters of all groups."""
 
 
-# For each parameter the release that updates it, if that is still there: the latest one.
-_latest: MutableMapping[Tensor, weakref.ref[GradientRelease]] = WeakIdKeyDictionary()
+# For each parameter with a release, the latest one or the latest optimizer without, which may be gone.
+_latest: MutableMapping[Tensor, weakref.ref[Any]] = WeakIdKeyDictionary()
+
+
+def keep_gradients(groups: Sequence[Mapping[str, Any]], optimizer: object) -> None:
+    """Leave gradients to an optimizer that releases none, while it is there, where an earlier one releases them."""
+    for param in (param for group in groups for param in group["params"] if param in _latest):
+        _latest[param] = weakref.ref(optimizer)
 
 
 class GradientRelease:
     """The buckets of one optimizer, and the hooks that update them on the backward pass's thread and stream.
 
-    Of several optimizers that release the gradient of a parameter the latest updates it, while it is there.
+    Of several optimizers of a parameter the latest decides about its gradient, while it is there.
     """
 
     def __init__(self, optimizer: ReleasingOptimizer, updater: Updater) -> None:
@@ -283,7 +289,6 @@ def _remove(handles: WeakIdKeyDictionary) -> None:
     for param, handle in list(handles.items()):
         handle.remove()
         # A weak reference that is left would keep `torch.utils.swap_tensors` from the parameter.
-        latest = _latest.get(param)
-        if latest is not None and latest() is None:
+        if param in _latest and not isinstance(_latest[param](), GradientRelease):
             del _latest[param]
     handles.clear()
