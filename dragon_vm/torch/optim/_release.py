@@ -125,7 +125,7 @@ _latest: MutableMapping[Tensor, weakref.ref[Any]] = WeakIdKeyDictionary()
 
 
 def keep_gradients(groups: Sequence[Mapping[str, Any]], optimizer: object) -> None:
-    """Leave gradients to an optimizer that releases none, while it is there, where an earlier one releases them."""
+    """Leave gradients to an optimizer that releases none, while it is there, where an earlier one would."""
     for param in (param for group in groups for param in group["params"] if param in _latest):
         _latest[param] = weakref.ref(optimizer)
 
