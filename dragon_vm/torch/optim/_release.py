@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -120,8 +120,21 @@ class ReleasingOptimizer(Protocol):
         """Read and check the hyperparameters of all groups."""
 
 
+# For each parameter with a release, the latest one or the latest optimizer without, which may be gone.
+_latest: MutableMapping[Tensor, weakref.ref[Any]] = WeakIdKeyDictionary()
+
+
+def keep_gradients(groups: Sequence[Mapping[str, Any]], optimizer: object) -> None:
+    """Leave gradients to an optimizer that releases none, while it is there, where an earlier one would."""
+    for param in (param for group in groups for param in group["params"] if param in _latest):
+        _latest[param] = weakref.ref(optimizer)
+
+
 class GradientRelease:
-    """The buckets of one optimizer, and the hooks that update them on the backward pass's thread and stream."""
+    """The buckets of one optimizer, and the hooks that update them on the backward pass's thread and stream.
+
+    Of several optimizers of a parameter the latest decides about its gradient, while it is there.
+    """
 
     def __init__(self, optimizer: ReleasingOptimizer, updater: Updater) -> None:
         # The hooks must not keep the optimizer alive.
@@ -163,8 +176,8 @@ class GradientRelease:
         reference = weakref.ref(self)
 
         def hook(param: Tensor) -> None:
-            release = reference()
-            if release is not None:
+            release, latest = reference(), _latest.get(param, reference)()
+            if release is not None and latest in (None, release):
                 release._arrived(param)
 
         for param in [param for param in self._handles if id(param) not in self._bucket_of]:
@@ -172,6 +185,7 @@ class GradientRelease:
         for param in (param for bucket in self._buckets for param in bucket.params):
             if param not in self._handles:
                 self._handles[param] = param.register_post_accumulate_grad_hook(hook)
+                _latest[param] = reference
 
     def begin(self, grad_scale: Tensor | None = None) -> bool:
         """Wait for the gradients of the next backward pass.
@@ -272,6 +286,9 @@ class GradientRelease:
 
 
 def _remove(handles: WeakIdKeyDictionary) -> None:
-    for handle in list(handles.values()):
+    for param, handle in list(handles.items()):
         handle.remove()
+        # A weak reference that is left would keep `torch.utils.swap_tensors` from the parameter.
+        if param in _latest and not isinstance(_latest[param](), GradientRelease):
+            del _latest[param]
     handles.clear()

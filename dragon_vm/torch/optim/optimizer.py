@@ -34,7 +34,7 @@ from dragon.vm.torch.optim._hooks import hooked_step, recorded
 from dragon.vm.torch.optim._modes import undisturbed, with_plain_tensors
 from dragon.vm.torch.optim._options import Settings, check_common, check_keys, complete, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.updater import Updater
-from dragon.vm.torch.optim._release import GradientRelease, check_release
+from dragon.vm.torch.optim._release import GradientRelease, check_release, keep_gradients
 from dragon.vm.torch.optim._storage import StoringOptimizer
 from dragon.vm.torch.optim._sums import GradientSums
 
@@ -91,6 +91,7 @@ class Optimizer(StoringOptimizer):
     def _watch(self) -> None:
         """Update parameters in backward passes from here on, if `release_gradients` asks for it."""
         if self._settings.release_gradients is False:
+            keep_gradients(self.param_groups, self)
             return
         if self._release is None:
             # A scaler leaves unscaling to the step: it says so by what it hands over.

@@ -103,3 +103,20 @@ def test_the_epsilon_of_an_optimizer_of_this_library_is_taken_over(asked: dict[s
     original = Adam(make_params(), epsilon_hat=True)
     ours = Adam.from_torch(original, **asked)
     assert ours.param_groups[0].get("epsilon_hat", False) is (not asked)
+
+
+@pytest.mark.parametrize("releases", [True, False])
+@pytest.mark.parametrize("takes_over", [False, True])
+def test_the_latest_optimizer_of_a_parameter_decides_about_its_gradient(takes_over: bool, releases: bool) -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizers = [Adam([param], lr=0.25, release_gradients=True)]
+    options = {"lr": 1.0, "release_gradients": releases}
+    optimizers.append(Adam.from_torch(optimizers[0], **options) if takes_over else Adam([param], **options))
+    for expected, is_released in ((-1.0, releases), (-1.25, True)):
+        param.sum().backward()
+        assert (param.grad is None) is is_released
+        optimizers[-1].step()
+        assert param.tolist() == pytest.approx([expected] * 3)
+        optimizers.pop().zero_grad()
+    # Nothing of an optimizer that is gone keeps PyTorch from this.
+    torch.utils.swap_tensors(param, torch.nn.Parameter(torch.ones(3)))
