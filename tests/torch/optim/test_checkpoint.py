@@ -193,6 +193,28 @@ def test_wide_states_of_narrow_parameters_stay_wide() -> None:
     assert same_bits(everything(narrow), everything(wide))
 
 
+@pytest.mark.parametrize(
+    ("saved", "param", "asked", "expected"),
+    [
+        (torch.bfloat16, torch.float32, None, torch.float32),
+        (torch.float32, torch.bfloat16, None, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.bfloat16, None, torch.float32),
+        (torch.float64, torch.float32, None, torch.float64),
+        (torch.float64, torch.float32, torch.float32, torch.float32),
+    ],
+)
+def test_loaded_states_take_the_asked_dtype_or_the_wider_one(
+    saved: torch.dtype, param: torch.dtype, asked: torch.dtype | None, expected: torch.dtype
+) -> None:
+    theirs = torch.optim.Adam(make_params(saved))
+    run(theirs, range(1))
+    ours = Adam(make_params(param), state_dtype=asked)
+    ours.load_state_dict(theirs.state_dict())
+    assert {state["exp_avg"].dtype for state in ours.state.values()} == {expected}
+    run(ours, range(1, 2))
+
+
 def test_nothing_shares_memory_with_a_loaded_dict() -> None:
     lr = torch.tensor(0.1)
     first = Adam(make_params(), lr=lr)

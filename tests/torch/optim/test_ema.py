@@ -106,3 +106,27 @@ def test_averages_are_in_checkpoints(backend):
         its.step()
     for param, other in zip(params, twins, strict=True):
         assert torch.equal(optimizer.state[param]["ema"], twin.state[other]["ema"])
+
+
+@pytest.mark.parametrize(
+    ("saved", "param", "asked", "expected"),
+    [
+        (torch.bfloat16, torch.float32, None, torch.float32),
+        (torch.float32, torch.bfloat16, None, torch.float32),
+        (torch.float64, torch.float32, None, torch.float64),
+        (torch.float64, torch.float32, torch.float32, torch.float32),
+        # No narrower than fp32 beside narrow states.
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32),
+    ],
+)
+def test_a_loaded_average_takes_the_asked_dtype_or_the_wider_one(saved, param, asked, expected):
+    theirs, own = (torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (saved, param))
+    theirs.grad = torch.ones_like(theirs)
+    optimizer = Adam([theirs])
+    optimizer.step()
+    states = optimizer.state_dict()
+    states["state"][0]["ema"] = torch.full((3,), 2.0, dtype=saved)
+    other = Adam([own], state_dtype=asked, ema_decay=0.5)
+    other.load_state_dict(states)
+    assert other.state[own]["ema"].dtype == expected
+    assert other.state[own]["ema"].tolist() == [2.0] * 3

@@ -11,7 +11,6 @@ from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._groups.layout import same_walk
 from dragon.vm.torch.optim._groups.states import CounterPlace, _buffer_of, counter_buffer, step_counters, zeros_for
 
-from ..judging import make_params, params_of, set_grads
 from ..support import BACKENDS, home, parameters, take_steps
 
 CPU = torch.device("cpu")
@@ -102,34 +101,3 @@ def test_parameters_that_were_given_one_counter_count_each_for_itself(backend, f
         state["step"] = optimizer.state[params[0]]["step"]
     take_steps(optimizer, params, [0b111, 0b110, 0b101])
     assert [float(optimizer.state[param]["step"]) for param in params] == [3, 3, 4]
-
-
-def step(optimizer: torch.optim.Optimizer) -> None:
-    set_grads(params_of(optimizer), 0)
-    optimizer.step()
-
-
-@pytest.mark.parametrize(
-    ("saved", "param", "asked", "expected"),
-    [
-        (torch.bfloat16, torch.float32, None, torch.float32),
-        (torch.float32, torch.bfloat16, None, torch.float32),
-        (torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.bfloat16, None, torch.float32),
-        (torch.float64, torch.float32, None, torch.float64),
-        (torch.float64, torch.float32, torch.float32, torch.float32),
-    ],
-)
-def test_loaded_states_take_the_asked_dtype_or_the_wider_one(
-    saved: torch.dtype, param: torch.dtype, asked: torch.dtype | None, expected: torch.dtype
-) -> None:
-    theirs = torch.optim.Adam(make_params(saved))
-    step(theirs)
-    ours = Adam(make_params(param), state_dtype=asked, ema_decay=0.5)
-    own = theirs.state_dict()
-    own["state"] = {i: {**state, "ema": state["exp_avg"].clone()} for i, state in own["state"].items()}
-    ours.load_state_dict(own)
-    # Averages are no narrower than fp32 beside narrow states.
-    dtypes = {(state["exp_avg"].dtype, state["ema"].dtype) for state in ours.state.values()}
-    assert dtypes == {(expected, torch.float32 if asked == torch.bfloat16 else expected)}
-    step(ours)

@@ -1,0 +1,32 @@
+"""Buckets of released gradients: how they are filled, and what a scaler is told of them."""
+
+import pytest
+import torch
+from torch import nn
+
+from dragon.vm.torch.optim import SGD, _release
+
+
+def test_each_bucket_is_filled_before_the_next_begins(monkeypatch):
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 16)
+    params = [nn.Parameter(torch.ones(4)) for _ in range(9)]
+    optimizer = SGD(params, release_gradients=True)
+    sum(param.sum() for param in params).backward()
+    assert [len(bucket.params) for bucket in optimizer._release._buckets] == [4, 4, 1]
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_scaler_that_unscales_finds_what_was_released_before_and_behind_the_last_bucket(is_first, monkeypatch):
+    """Gradients of the last bucket, the first parameters, arrive before the others here, or behind them."""
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
+    kept, others = nn.Parameter(torch.ones(4)), [nn.Parameter(torch.ones(64)) for _ in range(2)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = SGD([kept, *others], lr=1.0, release_gradients=scaler)
+    losses = [kept.sum(), sum((other * torch.inf).sum() for other in others)]
+    for loss in losses if is_first else reversed(losses):
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+    assert torch.equal(kept, torch.ones(4))
