@@ -168,10 +168,11 @@ class HostGroup:
                 (rounding._replace(step=0 if step is None else step), numel) for rounding, numel in piece.spans
             ]
             words = [word.view(ready.shape) for word in random_words(spans, ready.device)]
-        encoded = [
-            form.encode(value, words[min(place, 1)] if form.stochastic else None)
-            for place, (form, value) in enumerate(zip(formats, (param, *states), strict=True))
-        ]
+        values, encoded = [param, *states], []
+        # What is encoded is freed.
+        del param, states
+        for place, form in enumerate(formats):
+            encoded.append(form.encode(values.pop(0), words[min(place, 1)] if form.stochastic else None))
         for average in averages:
             # Of the parameter as it is stored.
             rounded = [each.to(part.dtype) for each, part in zip(encoded[0], formats[0].parts, strict=True)]
