@@ -160,10 +160,11 @@ class HostGroup:
             # What the dtype cannot hold only an infinity exceeds.
             bound = min(bound, torch.finfo(ready.dtype).max)
             ready = ready.clamp(-bound, bound)
-        param, *states = (self._wide(form.decode(each)) for form, each in zip(formats, stored, strict=True))
+        param, *states = [self._wide(form.decode(each)) for form, each in zip(formats, stored, strict=True)]
         param, states = self._algorithm.update(param, ready, states, step, group, self._maths)
         words: list[Tensor] = []
-        if any(form.stochastic for form in formats):
+        # A list: an interrupt is lost in a generator that ends early.
+        if [form for form in formats if form.stochastic]:
             spans = [
                 (rounding._replace(step=0 if step is None else step), numel) for rounding, numel in piece.spans
             ]
