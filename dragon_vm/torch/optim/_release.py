@@ -120,14 +120,18 @@ class ReleasingOptimizer(Protocol):
         """Read and check the hyperparameters of all groups."""
 
 
-# For each parameter with a release, the latest one or the latest optimizer without, which may be gone.
-_latest: MutableMapping[Tensor, weakref.ref[Any]] = WeakIdKeyDictionary()
+# For each parameter with a release: all of them, and the later optimizers without, which may be gone; latest last.
+_deciders: MutableMapping[Tensor, list[weakref.ref[Any]]] = WeakIdKeyDictionary()
 
 
 def keep_gradients(groups: Sequence[Mapping[str, Any]], optimizer: object) -> None:
     """Leave gradients to an optimizer that releases none, while it is there, where an earlier one would."""
-    for param in (param for group in groups for param in group["params"] if param in _latest):
-        _latest[param] = weakref.ref(optimizer)
+    for param in (param for group in groups for param in group["params"] if param in _deciders):
+        _deciders[param] = [*_living_deciders(param), weakref.ref(optimizer)]
+
+
+def _living_deciders(param: Tensor) -> list[weakref.ref[Any]]:
+    return [each for each in _deciders.get(param, ()) if each() is not None]
 
 
 class GradientRelease:
@@ -176,16 +180,16 @@ class GradientRelease:
         reference = weakref.ref(self)
 
         def hook(param: Tensor) -> None:
-            release, latest = reference(), _latest.get(param, reference)()
-            if release is not None and latest in (None, release):
+            release = reference()
+            if release is not None and _living_deciders(param)[-1:] == [reference]:
                 release._arrived(param)
 
-        for param in [param for param in self._handles if id(param) not in self._bucket_of]:
-            self._handles.pop(param).remove()
+        left = [param for param in self._handles if id(param) not in self._bucket_of]
+        _remove(self._handles, left, self)
         for param in (param for bucket in self._buckets for param in bucket.params):
             if param not in self._handles:
                 self._handles[param] = param.register_post_accumulate_grad_hook(hook)
-                _latest[param] = reference
+                _deciders[param] = [*_living_deciders(param), reference]
 
     def begin(self, grad_scale: Tensor | None = None) -> bool:
         """Wait for the gradients of the next backward pass.
@@ -285,10 +289,11 @@ class GradientRelease:
         self._updater.update(*step, zero_grad=False, part=bucket.index)
 
 
-def _remove(handles: WeakIdKeyDictionary) -> None:
-    for param, handle in list(handles.items()):
-        handle.remove()
+def _remove(handles: WeakIdKeyDictionary, params: Sequence[Tensor] | None = None, gone: object = None) -> None:
+    """Remove all hooks of a release that is gone, or those of parameters that have left the one given."""
+    for param in list(handles) if params is None else params:
+        handles.pop(param).remove()
+        _deciders[param] = left = [each for each in _living_deciders(param) if each() is not gone]
         # A weak reference that is left would keep `torch.utils.swap_tensors` from the parameter.
-        if param in _latest and not isinstance(_latest[param](), GradientRelease):
-            del _latest[param]
-    handles.clear()
+        if not any(isinstance(each(), GradientRelease) for each in left):
+            del _deciders[param]

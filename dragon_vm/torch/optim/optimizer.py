@@ -70,7 +70,7 @@ class Optimizer(StoringOptimizer):
         self._convert_first()
         self._is_built = True
         self._make_buffers(self.param_groups)
-        self._watch()
+        self._watch(self.param_groups)
 
     def _reset(self) -> None:
         """Forget everything that is derived: plans, buffers and sums."""
@@ -88,10 +88,10 @@ class Optimizer(StoringOptimizer):
         check_sharding(self.param_groups, self._settings)
         check_release(self.param_groups, self._settings)
 
-    def _watch(self) -> None:
-        """Update parameters in backward passes from here on, if `release_gradients` asks for it."""
+    def _watch(self, groups: list[dict[str, Any]]) -> None:
+        """From here on decide about the gradients of new groups: release them if `release_gradients` says so."""
         if self._settings.release_gradients is False:
-            keep_gradients(self.param_groups, self)
+            keep_gradients(groups, self)
             return
         if self._release is None:
             # A scaler leaves unscaling to the step: it says so by what it hands over.
@@ -129,7 +129,7 @@ class Optimizer(StoringOptimizer):
             raise
         make_live(self.param_groups, self._publish)
         if self._is_built:
-            self._watch()
+            self._watch([group])
 
     def _settle_group(self, group: dict[str, Any]) -> None:
         """Check a group, decide what its parameters decide, and leave only options of groups in it."""
@@ -296,4 +296,4 @@ class Optimizer(StoringOptimizer):
         if is_copy:
             self._convert_first()
             self._make_buffers(self.param_groups)
-            self._watch()
+            self._watch(self.param_groups)

@@ -33,6 +33,16 @@ def test_the_average_starts_at_the_parameter_and_follows_it(backend, make, flatt
         torch.testing.assert_close(optimizer.state[param]["ema"].double(), average, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_the_average_of_complex_parameters_is_complex(dtype):
+    # A cast of complex numbers to real ones would warn, which is an error here.
+    param = torch.nn.Parameter(torch.tensor([1 + 2j, -3j], dtype=dtype))
+    optimizer = Adam([param], lr=0.1, ema_decay=0.5, backend="eager")
+    first, param.grad = param.detach().clone(), torch.ones_like(param)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[param]["ema"], (first + param.detach()) / 2)
+
+
 def test_pytorchs_averaged_model_is_the_same_if_it_begins_before_the_first_step():
     model = torch.nn.Linear(5, 3)
     optimizer = Adam(model.parameters(), lr=0.1, ema_decay=0.9)

@@ -120,3 +120,52 @@ def test_the_latest_optimizer_of_a_parameter_decides_about_its_gradient(takes_ov
         optimizers.pop().zero_grad()
     # Nothing of an optimizer that is gone keeps PyTorch from this.
     torch.utils.swap_tensors(param, torch.nn.Parameter(torch.ones(3)))
+
+
+def released(param: torch.nn.Parameter) -> bool:
+    """Whether a backward pass leaves no gradient."""
+    param.sum().backward()
+    is_released, param.grad = param.grad is None, None
+    return is_released
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_one_that_keeps_gradients_keeps_them_whatever_other_optimizer_goes(gone: int) -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    releasing = [Adam([param], release_gradients=True) for _ in range(2)]
+    keeping = Adam([param])
+    del releasing[gone]
+    assert not released(param)
+    del keeping
+    assert released(param)
+
+
+def test_the_latest_but_one_decides_once_the_latest_is_gone() -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizers = [SGD([param], lr=lr, release_gradients=True) for lr in (4.0, 2.0, 1.0)]
+    del optimizers[-1]
+    assert released(param)
+    assert param.tolist() == [-2.0] * 3
+
+
+def test_a_new_group_takes_no_gradients_of_others_from_a_later_optimizer() -> None:
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    keeping = SGD(params[:1], lr=1.0)
+    releasing = SGD(params[:1], lr=1.0, release_gradients=True)
+    keeping.add_param_group({"params": params[1:]})
+    assert released(params[0])
+    del releasing
+    assert not released(params[0])
+
+
+def test_an_optimizer_does_not_decide_about_parameters_that_have_left_it() -> None:
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    earlier = SGD(params[:1], lr=1.0, release_gradients=True)
+    later = SGD(params, lr=1.0, release_gradients=True)
+    later.param_groups[0]["params"] = params[2:]
+    # It looks for them in a backward pass.
+    assert released(params[2])
+    assert released(params[0])
+    earlier.step()
+    assert not released(params[1])
+    torch.utils.swap_tensors(params[1], torch.nn.Parameter(torch.ones(3)))

@@ -176,7 +176,7 @@ class HostGroup:
             encoded.append(form.encode(values.pop(0), words[min(place, 1)] if form.stochastic else None))
         for average in averages:
             # Of the parameter as it is stored.
-            rounded = [each.to(part.dtype) for each, part in zip(encoded[0], formats[0].parts, strict=True)]
+            rounded = [each.to(part.dtype) for each, part in zip(encoded[0], stored[0], strict=True)]
             value, ema = self._wide(formats[0].decode(rounded)), self._wide(average)
             encoded.append((ema + (1 - float(group["ema_decay"])) * (value - ema),))
         return list(chain(*encoded))
