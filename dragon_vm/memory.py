@@ -58,8 +58,8 @@ def make_on_meta(path: str) -> torch.nn.Module:
 
     Raises:
         ModelError: for a path without ":" or with a relative module, for a module or a factory that does not
-            exist, and for a factory that needs arguments, returns no module, or one whose parameters are lazy or
-            complex.
+            exist, and for a factory that needs arguments, is itself a module, returns no module, or one whose
+            parameters are lazy, complex or sparse.
     """
     module, colon, name = path.partition(":")
     if not colon or not module or not name:
@@ -78,6 +78,9 @@ def make_on_meta(path: str) -> torch.nn.Module:
     odd = [name for name, param in model.named_parameters() if param.is_complex()]
     if odd:
         raise ModelError(f"--model: {path} has complex parameters, for which there are no modes: {', '.join(odd)}")
+    sparse = [name for name, param in model.named_parameters() if param.layout != torch.strided]
+    if sparse:
+        raise ModelError(f"--model: {path} has sparse parameters, which Adam does not take: {', '.join(sparse)}")
     return model
 
 
@@ -94,6 +97,8 @@ def _find(module: str, name: str) -> Callable[[], Any]:
     if not hasattr(found, name):
         raise ModelError(f"--model: {module} has no {name!r}")
     factory: Callable[[], Any] = getattr(found, name)
+    if isinstance(factory, torch.nn.Module):
+        raise ModelError(f"--model: {module}:{name} is a module already: name a function or a class that makes it")
     try:
         inspect.signature(factory).bind()
     except TypeError as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +20,11 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 def seconds(text: str) -> float:
     """A time such as "90", "90s", "10m" or "1h" in seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if found is None or float(found[1]) == 0:
+    time = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    # No lock of Python's waits longer.
+    if not 0 < time <= threading.TIMEOUT_MAX:
         raise argparse.ArgumentTypeError(f'expected a time like "90s" or "10m", got {text!r}')
-    return float(found[1]) * _UNITS[found[2]]
+    return time
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -63,7 +67,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def console(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status."""
+    """Run a command and return its exit status: 1 if whoever reads the output has gone, as ``head`` does."""
+    try:
+        status = _console(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python writes the rest of the output when it ends, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _console(arguments: Sequence[str] | None) -> int:
     parser = make_parser()
     if importlib.util.find_spec("argcomplete") is not None:
         import argcomplete
@@ -87,6 +103,8 @@ def console(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         return _tune(options)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except ModuleNotFoundError as error:
@@ -151,8 +169,10 @@ def _measure(options: argparse.Namespace) -> int:
     if machine is None:
         print("There is no CUDA or ROCm GPU here to time kernels on.")
         return 1
+    from dragon.vm.tuning import store
     from dragon.vm.tuning.run import run, tools_of
 
+    store.check_writable()
     try:
         results = run(jobs, options.time_budget, machine, tools_of(machine), lambda line: print(line, flush=True))
     except KeyboardInterrupt:

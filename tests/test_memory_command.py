@@ -28,6 +28,13 @@ def odd():
     module.weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     return module
 
+def sparse():
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.empty(5, layout=torch.sparse_coo))
+    return module
+
+made = make()
+
 def wrong():
     raise ValueError("an error of the model's own")
 """
@@ -72,6 +79,11 @@ def test_a_model_of_the_present_folder_is_found(folder: Path, forking: Forking) 
             "my_package.model:odd",
             "my_package.model:odd has complex parameters, for which there are no modes: weight",
         ),
+        (
+            "my_package.model:sparse",
+            "my_package.model:sparse has sparse parameters, which Adam does not take: weight",
+        ),
+        ("my_package.model:made", "my_package.model:made is a module already: name a function or a class"),
         (".model:make", "the module must be absolute, got '.model:make'"),
         ("builtins:dict", "builtins:dict must return a torch.nn.Module, got dict"),
         ("argparse:Namespace", "argparse:Namespace must return a torch.nn.Module, got Namespace"),

@@ -217,7 +217,8 @@ def check_adam(
         make_optimizer: Called with a list of groups and the drawn keyword arguments; gives any optimizer
             whose state has step, exp_avg, exp_avg_sq and, with AMSGrad, max_exp_avg_sq.
         case: What to run, from `adam_cases`.
-        epsilon_hat: Which form of epsilon the optimizer implements; it is not passed to it.
+        epsilon_hat: Which form of epsilon the optimizer implements; it is not passed to it. `defaults` may say it
+            too.
         defaults: What the optimizer takes for arguments that are left out; None for PyTorch's Adam.
         budget: Slack by field, in units of the operand's eps.
         state_dtype: Dtype that the states must have, None for the parameter's.
@@ -232,7 +233,8 @@ def check_adam(
             parameter or gradient lies in other memory after a step.
         FenceError: Memory outside of a parameter or gradient was written.
     """
-    options = replace(defaults or AdamOptions(), epsilon_hat=epsilon_hat)
+    options = defaults or AdamOptions()
+    options = replace(options, epsilon_hat=epsilon_hat or options.epsilon_hat)
     run = _Run(AdamRule(), make_optimizer, case, options, budget, state_dtype, compute_dtype, may_move)
     _check(run, make_parameter, device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -11,12 +12,36 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dragon.vm.torch.optim._backends.configs import SCHEMA, check_result, path_of, read_json, tuning_dir
+from dragon.vm.torch.optim._backends.configs import (
+    FOLDER_VARIABLE,
+    SCHEMA,
+    check_result,
+    path_of,
+    read_json,
+    tuning_dir,
+)
 
 # A file is written within milliseconds: an older part is left from a run that was killed.
 STALE_SECONDS = 60.0
 
 Result = dict[str, Any]
+
+
+def check_writable() -> None:
+    """Make the folder of results and write in it, so that no search is in vain.
+
+    Raises:
+        ValueError: if that fails.
+    """
+    folder = tuning_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"results cannot be stored in {folder} ({FOLDER_VARIABLE} names another): {error}"
+        ) from None
 
 
 def save(result: Result) -> Path:

@@ -43,6 +43,14 @@ def test_torchs_for_loop_adam_passes(case):
     check_adam(adam(foreach=False), case)
 
 
+@pytest.mark.parametrize("told", [{"epsilon_hat": True}, {"defaults": AdamOptions(epsilon_hat=True)}], ids=str)
+def test_either_argument_tells_the_form_of_epsilon(told):
+    case = one_step({"eps": 0.5})
+    check_adam(lambda groups, **options: Adam(groups, epsilon_hat=True, **options), case, **told)
+    with pytest.raises(ParityError):
+        check_adam(adam(), case, **told)
+
+
 @few
 @given(adam_cases(options=ALL_OPTIONS))
 def test_torchs_foreach_adam_passes(case):

@@ -1,6 +1,9 @@
 """``dragon-vm``: every option does what it says, prints it, and tells it by its exit status."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +118,8 @@ def test_results_move_between_machines(
         (("--kernel", "lion"), "adam fp32"),
         (("--kernel", "norm"), "is not tuned"),
         (("--time-budget", "soon"), "90s"),
+        (("--time-budget", "99999999h"), "90s"),
+        (("--kernel", ""), "--kernel ''"),
         (("--import", "here.json", "--export", "there.json"), "not allowed with argument --import"),
         (("--import", "/nowhere/at/all"), "--import /nowhere/at/all: "),
         (("--import", __file__), f"--import {__file__}: it is not JSON: "),
@@ -157,3 +162,28 @@ def test_the_guide_explains_every_option() -> None:
     commands = next(action for action in tune.make_parser()._actions if action.dest == "command")
     options = set(re.findall(r"--[a-z-]+", commands.choices["tune"].format_help())) - {"--help"}
     assert {option for option in options if f"`{option}" not in GUIDE} == set()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    planted_gpu: dict[str, PlantedBench],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv(configs.FOLDER_VARIABLE, str(file))
+    with pytest.raises(SystemExit) as stopped:
+        call("--kernel", "accumulate fp32")
+    assert stopped.value.code == 2
+    assert f"results cannot be stored in {file}" in capsys.readouterr().err
+    assert not planted_gpu
+
+
+def test_a_reader_that_leaves_is_no_wrong_argument() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys; from dragon.vm.tune import console; sys.exit(console(['tune', '--show']))"
+    ended = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
