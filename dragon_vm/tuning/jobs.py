@@ -64,10 +64,8 @@ def select_specs(kernels: Sequence[str]) -> dict[str, Spec]:
                 f"--kernel {text}: the reduction is not tuned, since its spans and threads set the order of its "
                 "additions, and with it the last bits of a gradient norm"
             )
-        found = (
-            [text] if text in UPDATES else [name for name in UPDATES if text == "all" or (text and text in name)]
-        )
-        if not found:
+        found = [text] if text in UPDATES else [name for name in UPDATES if text == "all" or text in name]
+        if not text or not found:
             raise ValueError(f"--kernel {text!r}: there is no such kernel; there are {', '.join(UPDATES)}")
         chosen.update(found)
     return {name: spec for name, spec in UPDATES.items() if name in chosen}
