@@ -15,6 +15,7 @@ TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".json", ".jsonl", ".sh", ".txt"
 
 LONGEST_FILE = 300
 LONGEST_TEST_FILE = 400
+LARGEST_FOLDER = {"dragon_vm/tuning": 1000}
 LONGEST_FUNCTION = 60  # without its docstring, so that nobody saves on that
 
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home|Users|mnt|opt)/\w")
@@ -65,6 +66,12 @@ def test_files_and_functions_fit_on_a_few_screens(path: Path) -> None:
         node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     assert [node.name for node in functions if length(node) >= LONGEST_FUNCTION] == []
+
+
+@pytest.mark.parametrize(("folder", "limit"), LARGEST_FOLDER.items())
+def test_a_folder_beside_the_heart_stays_small(folder: str, limit: int) -> None:
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / folder).rglob("*.py")]
+    assert 0 < sum(len(text.splitlines()) for text in texts) <= limit
 
 
 def test_no_committed_file_is_outside_of_the_projects_folders() -> None:

@@ -36,12 +36,9 @@ def check_writable() -> None:
     folder = tuning_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(
-            f"results cannot be stored in {folder} ({FOLDER_VARIABLE} names another): {error}"
-        ) from None
+        raise ValueError(f"cannot store results in {folder} ({FOLDER_VARIABLE} names another): {error}") from None
 
 
 def save(result: Result) -> Path:

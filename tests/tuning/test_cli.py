@@ -176,7 +176,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     with pytest.raises(SystemExit) as stopped:
         call("--kernel", "accumulate fp32")
     assert stopped.value.code == 2
-    assert f"results cannot be stored in {file}" in capsys.readouterr().err
+    assert f"cannot store results in {file}" in capsys.readouterr().err
     assert not planted_gpu
 
 
