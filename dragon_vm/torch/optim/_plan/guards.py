@@ -27,8 +27,8 @@ _LAYOUT: tuple[Callable[[Tensor], object], ...] = (
 class Guard:
     """Compares the tensors of a step with those that a plan was made for: layouts, and addresses but of gradients.
 
-    Gradients may lie elsewhere at each step, and states that `placed` does not name. With `takes_parts`
-    some gradients may be absent.
+    Gradients may lie elsewhere at each step, and states that `placed` does not name. Of step counters, each
+    of which is one number, addresses alone are compared. With `takes_parts` some gradients may be absent.
     """
 
     def __init__(
@@ -42,9 +42,11 @@ class Guard:
     ) -> None:
         self._placed = placed
         self._layouts = layout_guard([*grads, *params])
-        self._state_layouts = layout_guard(list(chain(*states.values())))
+        self._laid_out = [key for key in states if key != "step"]
+        laid_out = [states[key] for key in self._laid_out]
+        self._state_layouts = layout_guard(list(chain(*laid_out)))
         self._are_complete = all(len(column) == len(params) for column in states.values())
-        own = states.values() if self._are_complete else ()
+        own = laid_out if self._are_complete else ()
         self._part_layouts = PartLayouts(grads, params, *own) if takes_parts else None
         self._addresses = list(map(_data_ptr, self._fixed(params, states)))
         self._shapes = list(map(_shape_of, params))
@@ -72,18 +74,19 @@ class Guard:
             tensors, seen = compress(tensors, present * n_columns), list(compress(seen, present * n_columns))
         if list(map(_data_ptr, tensors)) != seen:
             return False
+        laid_out = map(states.__getitem__, self._laid_out)
         if is_whole:
-            return self._layouts(*grads, *params) and self._state_layouts(*chain(*states.values()))
+            return self._layouts(*grads, *params) and self._state_layouts(*chain(*laid_out))
         assert self._part_layouts is not None
         if self._are_complete:
-            return self._part_layouts.check(present, grads, params, *states.values())
-        return self._part_layouts.check(present, grads, params) and self._state_layouts(*chain(*states.values()))
+            return self._part_layouts.check(present, grads, params, *laid_out)
+        return self._part_layouts.check(present, grads, params) and self._state_layouts(*chain(*laid_out))
 
     def holds(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> bool:
         """Whether parameters and states, as many as then, are where they were, and fit each other as then."""
         addresses, shapes = list(map(_data_ptr, self._fixed(params, states))), list(map(_shape_of, params))
         are_there = addresses == self._addresses and shapes == self._shapes
-        return are_there and self._state_layouts(*chain(*states.values()))
+        return are_there and self._state_layouts(*chain(*map(states.__getitem__, self._laid_out)))
 
 
 class PartLayouts:
