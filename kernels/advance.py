@@ -111,7 +111,7 @@ def advance_kernel(
     step_ptr = tl.load(tensor_ptr + table.STEP, mask=present, other=0).to(tl.pointer_type(tl.float32))
     has_step = present & (step_ptr.to(tl.int64) != 0)
     step = tl.load(step_ptr, mask=has_step, other=0.0) + 1
-    active = present & (skip == 0)
+    active = tl.where(skip, False, present)
     tl.store(step_ptr, step, mask=has_step & active)
 
     wide = tl.load(tensor_ptr + table.WIDE, mask=mask, other=0) != 0

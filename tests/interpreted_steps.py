@@ -1,6 +1,7 @@
 """A digest of interpreted steps, by triton's own interpreter: ``python interpreted_steps.py``."""
 
 import hashlib
+from typing import Any
 
 import torch
 
@@ -38,5 +39,24 @@ def digest() -> str:
     return found.hexdigest()
 
 
+def demand_bools() -> None:
+    """Let the interpreter refuse masks that are not made of bools, as that of triton 3.9 does."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def checked_load(self: Any, ptrs: Any, mask: Any, *others: Any) -> Any:
+        assert mask.data.dtype == bool, mask.data.dtype
+        return load(self, ptrs, mask, *others)
+
+    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *others: Any) -> Any:
+        assert mask.data.dtype == bool, mask.data.dtype
+        return store(self, ptrs, value, mask, *others)
+
+    InterpreterBuilder.create_masked_load = checked_load
+    InterpreterBuilder.create_masked_store = checked_store
+
+
 if __name__ == "__main__":
+    demand_bools()
     print(digest())
