@@ -57,7 +57,8 @@ def report(spec: Spec, arch: str) -> dict[str, float]:
     listing = compile_kernel(vector_kernel, constants, options, arch).machine_code
     code = [name for piece in straight_pieces(listing) for name in piece]
     # The functions that the kernel calls come behind it: of quotients and roots of numbers out of the usual range.
-    usual = [piece for piece in straight_pieces(listing.split(".weak")[0]) if "CALL" not in " ".join(piece)]
+    own = listing.split("\n$__internal")[0]
+    usual = [piece for piece in straight_pieces(own) if "CALL" not in " ".join(piece)]
     whole = compile_kernel(update_kernel, {**constants, "grad_scale_ptr": None}, options, arch)
     elements = config.chunk / (config.n_warps * 32)
     return {
