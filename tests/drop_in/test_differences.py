@@ -64,8 +64,8 @@ def test_a_compiled_function_cannot_read_groups_that_a_graph_follows() -> None:
         found = scaled(torch.ones(2))
     except torch._dynamo.exc.InternalTorchDynamoError:
         return
-    # Dynamo of torch 2.11 can.
-    assert torch.__version__ < "2.12"
+    # Dynamo of torch 2.11 can, and that of 2.15 again.
+    assert not (2, 12) <= tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)
     assert torch.equal(found, torch.full((2,), 1e-3))
 
 

@@ -72,7 +72,7 @@ class Tracer:
             self(frame, "opcode", None)
 
     def run(self, call: Callable[[], Any]) -> None:
-        if sys.version_info >= (3, 14):
+        if sys.version_info >= (3, 13):
             # There `sys.settrace` forgets about bytecodes once something was raised.
             monitoring, tool = sys.monitoring, sys.monitoring.DEBUGGER_ID
             monitoring.use_tool_id(tool, "tests")
