@@ -54,7 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
     instead.add_argument(
         "--import", type=Path, metavar="FILE", dest="imported", help="store an exported file's results"
     )
-    add("doctor", "print versions, devices, backends and tuning files, and test each backend")
+    doctor = add("doctor", "print versions, devices, backends and tuning files, and test each backend")
+    doctor.epilog = "The exit code is 1 if something is wrong, and 2 if a possible test was not run."
     memory = add("memory", "print the bytes that each memory mode takes for a model")
     memory.add_argument(
         "--model",
