@@ -150,8 +150,7 @@ def own_options(original: type[torch.optim.Optimizer] = torch.optim.Adam) -> set
 
 def _check_options(options: dict[str, Any]) -> None:
     known = own_options()
-    unknown = sorted(set(options) - known)
-    if unknown:
+    if unknown := sorted(set(options) - known):
         names = ", ".join(map(repr, unknown))
         raise TypeError(f"swap() got unexpected keyword arguments: {names}{hint(unknown[0], known)}")
     # The trial is on the CPU, where triton is impossible; the real parameters may be on a GPU.
@@ -187,6 +186,8 @@ def _uninstall() -> None:
 
 def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) -> Callable[..., None]:
     """What initialises `original` while a swap is in force."""
+    # Options that PyTorch's other classes have are none of SGD's.
+    known = own_options() | set(inspect.signature(plain).parameters)
 
     @_disable_dynamo
     def init(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -197,7 +198,7 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
         elif isinstance(self, Optimizer):
             _begin_anew(self, original, args, {**_options_for(original, swaps), **kwargs})
             _record(self, original.__name__, swaps)
-        elif type(self) is original:
+        elif type(self) is original and kwargs.keys() <= known:
             args, kwargs = _repeatable(args, kwargs)
             refusal = _become_ours(self, original, args, {**_options_for(original, swaps), **kwargs})
             if refusal is None:
@@ -281,9 +282,8 @@ def _repeatable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
         args = (_listed(args[0]), *args[1:])
     elif "params" in kwargs:
         kwargs = {**kwargs, "params": _listed(kwargs["params"])}
-    for group in _groups(args, kwargs):
-        if "params" in group:
-            group["params"] = _listed(group["params"])
+    for group in (group for group in _groups(args, kwargs) if "params" in group):
+        group["params"] = _listed(group["params"])
     return args, kwargs
 
 
