@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
 from dragon.vm.torch.optim._distributed.shards import local
@@ -33,6 +34,7 @@ class StoringOptimizer(AccumulatingOptimizer):
     _updater: Updater
     _has_warned = False
 
+    @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """Return the state in PyTorch's format, with a "grad_sum" for each parameter whose sum no step has used.
 

@@ -117,3 +117,21 @@ def test_gradients_are_released_in_a_compiled_training_step(autograd: bool) -> N
         return weights(model)
 
     assert same_bits(trained(compiled=True), trained(compiled=False))
+
+
+@pytest.mark.parametrize("method", ["state_dict", "swap_ema"])
+def test_the_compiler_has_nothing_to_say_about_what_a_compiled_function_calls(method: str) -> None:
+    model = torch.nn.Linear(3, 4)
+    optimizer = Adam(model.parameters(), ema_decay=0.9)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+
+    @torch.compile(backend="eager")
+    def look(inputs: torch.Tensor) -> torch.Tensor:
+        if method == "swap_ema":
+            with optimizer.swap_ema():
+                return model(inputs)
+        optimizer.state_dict()
+        return model(inputs)
+
+    assert look(torch.ones(2, 3)).shape == (2, 4)
