@@ -14,7 +14,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._hints import hint
-from dragon.vm.torch.optim._introspection import hide_ours, show_ours, with_parameters_of
+from dragon.vm.torch.optim._introspection import hide_ours, show_ours, takes, with_parameters_of
 from dragon.vm.torch.optim.adam import Adam, AdamW
 from dragon.vm.torch.optim.optimizer import Optimizer
 from dragon.vm.torch.optim.sgd import SGD
@@ -186,8 +186,6 @@ def _uninstall() -> None:
 
 def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) -> Callable[..., None]:
     """What initialises `original` while a swap is in force."""
-    # Options that PyTorch's other classes have are none of SGD's.
-    known = own_options() | set(inspect.signature(plain).parameters)
 
     @_disable_dynamo
     def init(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -198,7 +196,8 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
         elif isinstance(self, Optimizer):
             _begin_anew(self, original, args, {**_options_for(original, swaps), **kwargs})
             _record(self, original.__name__, swaps)
-        elif type(self) is original and kwargs.keys() <= known:
+        # Ours knows options of PyTorch's other classes: its SGD has no `capturable`.
+        elif type(self) is original and takes(plain, kwargs.keys() - own_options()):
             args, kwargs = _repeatable(args, kwargs)
             refusal = _become_ours(self, original, args, {**_options_for(original, swaps), **kwargs})
             if refusal is None:
