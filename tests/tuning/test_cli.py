@@ -212,6 +212,18 @@ def test_a_full_disk_is_no_wrong_argument(unbuffered: str) -> None:
     assert (status, said) == (1, f"dragon-vm: error: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}\n")
 
 
+@pytest.mark.usefixtures("planted_gpu")
+def test_a_disk_that_fills_up_ends_a_run_with_its_own_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path, data: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(store, "write_atomically", fail)
+    assert call("--kernel", "accumulate fp32", "--case", "small") == 1
+    assert capsys.readouterr().err.startswith(f"dragon-vm: error: [Errno {errno.ENOSPC}]")
+
+
 def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
     folder = {configs.FOLDER_VARIABLE: str(tmp_path / "t\u00fcning"), "PYTHONIOENCODING": "ascii"}
     with (tmp_path / "shown").open("w+") as file:
