@@ -87,3 +87,13 @@ def test_gradients_that_autograd_sees_are_checked_without_a_warning(norm_type, f
     optimizer.step()
     (found,) = torch.autograd.grad(sum(param.sum() for param in params), rate)
     assert found.item() == pytest.approx(-0.1 * 3 * sum(factors))
+
+
+def test_betas_that_autograd_sees_are_read_without_a_warning(always_warning):
+    betas = [torch.tensor(beta, requires_grad=True) for beta in (0.9, 0.99)]
+    weight = torch.ones(3, requires_grad=True).clone()
+    optimizer = Adam([weight], betas=tuple(betas), differentiable=True, state_dtype=torch.float32)
+    weight.grad = torch.arange(3.0)
+    for _ in range(2):
+        optimizer.step()
+    assert all(torch.autograd.grad(optimizer.state[weight]["exp_avg_sq"].sum(), betas[1]))
