@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing.spawn
 import multiprocessing.util
+import os
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -61,6 +63,9 @@ def include_children(swapped: Swap) -> Callable[[], None]:
     multiprocessing.spawn.get_preparation_data = with_swap
     # A forked child has the swap already, with what its parent has built.
     multiprocessing.util.register_after_fork(swapped, _begin_anew)
+    reference = weakref.ref(swapped)
+    # Of a child by `os.fork` too, which ends as its parent does.
+    os.register_at_fork(after_in_child=lambda: _forget(reference()))
 
     def undo() -> None:
         multiprocessing.spawn.get_preparation_data = plain
@@ -68,10 +73,16 @@ def include_children(swapped: Swap) -> Callable[[], None]:
     return undo
 
 
+def _forget(swapped: Swap | None) -> None:
+    """Leave to the parent what it has built."""
+    if swapped is not None:
+        swapped.replaced.clear()
+        swapped.left_alone.clear()
+
+
 def _begin_anew(swapped: Swap) -> None:
-    swapped.replaced.clear()
-    swapped.left_alone.clear()
-    multiprocessing.util.Finalize(None, _print_findings, args=(swapped,), exitpriority=0)
+    _forget(swapped)
+    multiprocessing.util.Finalize(None, print_findings, args=(swapped,), exitpriority=0)
 
 
 def _swap_in_child(options: dict[str, Any]) -> None:
@@ -80,7 +91,7 @@ def _swap_in_child(options: dict[str, Any]) -> None:
     _begin_anew(swapped)
 
 
-def _print_findings(swapped: Swap) -> None:
+def print_findings(swapped: Swap) -> None:
     """Print a child's report if it has built anything: most children load data."""
     if swapped.replaced or swapped.left_alone:
         print_report(swapped)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import NamedTuple
 
-from dragon.vm._children import flush_stdout, include_children, print_report, say
+from dragon.vm._children import flush_stdout, include_children, print_findings, print_report, say
 from dragon.vm._run_options import UsageError, options_help, parse
 from dragon.vm.torch.optim import swap
 from dragon.vm.torch.optim._swap import Swap
@@ -38,6 +38,9 @@ The options are those of swap(), and hold for every optimizer that is replaced:
 {options_help()}"""
 HINT = """  Programs that a script starts build PyTorch's own; a launcher goes in front:
   torchrun -m dragon.vm.run script.py, or accelerate launch --module dragon.vm.run script.py"""
+
+# What stands for the script if it comes from the standard input.
+STDIN = "-"
 
 # Of `main`, for a script that Ctrl-C ended.
 INTERRUPTED = -2
@@ -97,7 +100,7 @@ def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
     end.callback(include_children(swapped))
     try:
         program = _prepared(argv, as_module)
-        end.callback(_report, swapped)
+        end.callback(_report, swapped, os.getpid())
         exec(program.code, vars(sys.modules["__main__"]))
     except CannotRunError as error:
         print(f"{sys.executable}: {error}", file=sys.stderr)
@@ -112,7 +115,11 @@ def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
     return 0
 
 
-def _report(swapped: Swap) -> None:
+def _report(swapped: Swap, process: int) -> None:
+    if os.getpid() != process:
+        # The script has forked it: a child that says what itself has built.
+        print_findings(swapped)
+        return
     print_report(swapped)
     if not swapped.replaced and swapped.rank == 0:
         say(HINT)
@@ -122,12 +129,12 @@ def _prepared(argv: list[str], as_module: bool) -> Program:
     """The program, for which ``sys`` has its arguments, its folder and its ``__main__``."""
     sys.argv = argv
     name = argv[0]
-    is_script = not as_module and pkgutil.get_importer(name) is None
+    is_script = not as_module and (name == STDIN or pkgutil.get_importer(name) is None)
     # Python 3.10 has no flag of its own for it.
     if not getattr(sys.flags, "safe_path", sys.flags.isolated):
         # The folder in which `python` would look for the script's own modules.
         folder = Path(name).resolve().parent if is_script else Path.cwd() if as_module else Path(name).absolute()
-        sys.path[0] = str(folder)
+        sys.path[0] = "" if is_script and name == STDIN else str(folder)
     program = _script(name) if is_script else _module(name) if as_module else _folder(os.path.abspath(name))
     if as_module:
         argv[0] = program.path
@@ -142,6 +149,9 @@ def _prepared(argv: list[str], as_module: bool) -> Program:
 
 
 def _script(path: str) -> Program:
+    if path == STDIN:
+        name = "<stdin>"
+        return Program(compile(sys.stdin.buffer.read(), name, "exec", dont_inherit=True), name, None)
     absolute = os.path.abspath(path)
     if path.endswith(".pyc"):
         code = SourcelessFileLoader("__main__", absolute).get_code("__main__")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import os
 import re
 import sys
@@ -54,7 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
     instead.add_argument(
         "--import", type=Path, metavar="FILE", dest="imported", help="store an exported file's results"
     )
-    add("doctor", "print versions, devices, backends and tuning files, and test each backend")
+    doctor = add("doctor", "print versions, devices, backends and tuning files, and test each backend")
+    doctor.epilog = "The exit code is 1 if something is wrong, and 2 if a possible test was not run."
     memory = add("memory", "print the bytes that each memory mode takes for a model")
     memory.add_argument(
         "--model",
@@ -67,16 +69,31 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def console(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 1 if whoever reads the output has gone, as ``head`` does."""
+    """Run a command and return its exit status.
+
+    It is 1 if the output cannot be written, or if whoever reads it has gone, as ``head`` does.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A folder may have a name that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _console(arguments)
+    except BrokenPipeError:
+        status = 1
+    try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            _complain(error)
         # Python writes the rest of the output when it ends, and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
+
+
+def _complain(error: OSError) -> None:
+    print(f"dragon-vm: error: {error}", file=sys.stderr)
 
 
 def _console(arguments: Sequence[str] | None) -> int:
@@ -105,7 +122,10 @@ def _console(arguments: Sequence[str] | None) -> int:
         return _tune(options)
     except BrokenPipeError:
         raise
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        _complain(error)
+        return 1
+    except ValueError as error:
         parser.error(str(error))
     except ModuleNotFoundError as error:
         print(f'{error.name} is not installed: pip install "dragon-vm-torch[cli]"')
@@ -115,6 +135,9 @@ def _console(arguments: Sequence[str] | None) -> int:
 def _tune(options: argparse.Namespace) -> int:
     from dragon.vm.tuning import store
 
+    is_stored = options.show or options.export is not None or options.imported is not None
+    if is_stored and (options.kernel or options.case):
+        raise ValueError("--kernel and --case choose searches: leave them out with --show, --export and --import")
     if options.imported is not None:
         try:
             stored = store.import_results(options.imported)

@@ -35,3 +35,20 @@ def test_processes_of_multiprocessing_swap_too_and_the_first_reports(
     assert code == 0, err
     report = "dragon.vm.run: 1 optimizer replaced\n  torch.optim.SGD: 2 parameters in 1 tensors, 0 steps\n"
     assert err == report + NOTHING
+
+
+@pytest.mark.parametrize("builds", [True, False])
+def test_a_child_of_a_bare_fork_reports_what_itself_has_built(
+    builds: bool, forking: Forking, tmp_path: Path
+) -> None:
+    (tmp_path / "forked.py").write_text(
+        "import os, torch\n"
+        "param = torch.nn.Parameter(torch.ones(2))\n"
+        "torch.optim.Adam([param])\n"
+        "if os.fork(): os.wait()\n"
+        f"elif {builds}: torch.optim.SGD([param])\n"
+    )
+    code, _, err = forking.run("-m", "dragon.vm.run", "forked.py", cwd=tmp_path)
+    assert code == 0, err
+    report = "dragon.vm.run: 1 optimizer replaced\n  torch.optim.{}: 2 parameters in 1 tensors, 0 steps\n"
+    assert err == builds * report.format("SGD") + report.format("Adam")

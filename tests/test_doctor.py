@@ -1,5 +1,7 @@
 """The doctor says what is wrong, what passed, and what was not tested and why."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from dragon.vm import doctor
 from dragon.vm.doctor import Verdict
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._groups.eligibility import why_not
+
+from .forking import Forking
 
 
 class Clock:
@@ -149,17 +153,23 @@ def test_the_whole_examination_finds_this_installation_sound(monkeypatch: pytest
     assert {f"{backend} on cpu" for backend in BACKENDS_HERE} <= {finding.topic for finding in findings}
 
 
-def test_help_is_printed_and_nothing_is_examined(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        doctor.main(["--help"])
-    assert stopped.value.code == 0
-    out = capsys.readouterr().out
-    assert out.startswith("usage: python -m dragon.vm.doctor")
+def test_help_is_printed_and_nothing_is_examined(forking: Forking, tmp_path: Path) -> None:
+    code, out, _ = forking.run("-m", "dragon.vm.doctor", "--help", cwd=tmp_path)
+    assert code == 0
+    assert out.startswith("usage: dragon-vm doctor")
     assert "python   " not in out
 
 
-def test_an_unknown_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        doctor.main(["--verbose"])
-    assert stopped.value.code == 2
-    assert "unrecognized arguments: --verbose" in capsys.readouterr().err
+def test_an_unknown_argument_is_refused(forking: Forking, tmp_path: Path) -> None:
+    code, _, err = forking.run("-m", "dragon.vm.doctor", "--verbose", cwd=tmp_path)
+    assert code == 2
+    assert "unrecognized arguments: --verbose" in err
+
+
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dragon.vm.doctor"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")

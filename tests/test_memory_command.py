@@ -61,6 +61,12 @@ def test_a_model_of_the_present_folder_is_found(folder: Path, forking: Forking) 
     assert "state_dtype='8bit', master_weights='split8'" in ended.out
 
 
+def test_it_is_a_module_too(folder: Path, forking: Forking) -> None:
+    ended = forking.run("-m", "dragon.vm.memory", "--model", "my_package.model:make", cwd=folder)
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith("my_package.model:make: 4,160 trained parameters in 2 tensors\n")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -363,6 +363,18 @@ def test_what_outlasts_the_script_builds_ours_too(start: str, forking: Forking, 
     assert err == "dragon.vm.run: 1 optimizer replaced\n  torch.optim.AdamW: 8 parameters in 1 tensors, 0 steps\n"
 
 
+def test_a_script_comes_from_the_standard_input_as_with_python(tmp_path: Path) -> None:
+    text = FILES["names.py"] + "raise ValueError('wrong')\n"
+
+    def ended(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *arguments, "-", "a", "-b"]
+        return subprocess.run(command, cwd=tmp_path, input=text, capture_output=True, text=True)
+
+    expected, found = ended(), ended("-m", "dragon.vm.run")
+    assert (found.returncode, found.stdout) == (expected.returncode, expected.stdout) == (1, found.stdout)
+    assert found.stderr == expected.stderr + NOTHING
+
+
 @pytest.mark.parametrize("in_front", [True, False], ids=["in front", "behind"])
 def test_a_launcher_goes_in_front(in_front: bool, forking: Forking, folder: Path) -> None:
     n_processes = 2 if in_front else 1

@@ -1,10 +1,12 @@
 """``dragon-vm``: every option does what it says, prints it, and tells it by its exit status."""
 
+import errno
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,6 +123,8 @@ def test_results_move_between_machines(
         (("--time-budget", "99999999h", "--dry-run"), "90s"),
         (("--kernel", "", "--dry-run"), "--kernel ''"),
         (("--import", "here.json", "--export", "there.json"), "not allowed with argument --import"),
+        (("--show", "--kernel", "foo"), "leave them out with --show"),
+        (("--export", "there.json", "--case", "small"), "leave them out with --show"),
         (("--import", "/nowhere/at/all"), "--import /nowhere/at/all: "),
         (("--import", __file__), f"--import {__file__}: it is not JSON: "),
     ],
@@ -180,10 +184,48 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert not planted_gpu
 
 
+def show(stdout: Any, **environment: str) -> tuple[int, str]:
+    """Exit status and complaints of a process that prints stored results to a file."""
+    code = "import sys; from dragon.vm.tune import console; sys.exit(console(['tune', '--show']))"
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    return ended.returncode, ended.stderr
+
+
 def test_a_reader_that_leaves_is_no_wrong_argument() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    code = "import sys; from dragon.vm.tune import console; sys.exit(console(['tune', '--show']))"
-    ended = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    assert show(writer) == (1, "")
     os.close(writer)
-    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_no_wrong_argument(unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        status, said = show(full, PYTHONUNBUFFERED=unbuffered)
+    assert (status, said) == (1, f"dragon-vm: error: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}\n")
+
+
+@pytest.mark.usefixtures("planted_gpu")
+def test_a_disk_that_fills_up_ends_a_run_with_its_own_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path, data: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(store, "write_atomically", fail)
+    assert call("--kernel", "accumulate fp32", "--case", "small") == 1
+    assert capsys.readouterr().err.startswith(f"dragon-vm: error: [Errno {errno.ENOSPC}]")
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    folder = {configs.FOLDER_VARIABLE: str(tmp_path / "t\u00fcning"), "PYTHONIOENCODING": "ascii"}
+    with (tmp_path / "shown").open("w+") as file:
+        assert show(file, **folder) == (0, "")
+    assert (tmp_path / "shown").read_text() == f"0 results are in {tmp_path}/t\\xfcning\n"

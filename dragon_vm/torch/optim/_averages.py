@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
 from dragon.vm.torch.optim._distributed.hidden import split_by_fsdp1
@@ -42,6 +43,7 @@ def exchanged(state: Mapping[Any, Any], originals: dict[Tensor, Tensor]) -> Iter
         _restore(originals)
 
 
+@_disable_dynamo
 def _exchange(state: Mapping[Any, Any], originals: dict[Tensor, Tensor]) -> None:
     params = [p for p, entries in state.items() if isinstance(entries, Mapping) and "ema" in entries]
     if not params:
@@ -58,6 +60,7 @@ def _exchange(state: Mapping[Any, Any], originals: dict[Tensor, Tensor]) -> None
     without_torch_function(_write, (), (params, averages), {})
 
 
+@_disable_dynamo
 def _restore(originals: dict[Tensor, Tensor]) -> None:
     """Give each parameter its own value back, and forget the copies."""
     without_torch_function(_write, (), (list(originals), list(originals.values())), {})

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+
+def takes(init: Callable[..., None], names: Iterable[str]) -> bool:
+    """Whether a constructor takes keyword arguments of these names."""
+    parameters = inspect.signature(init).parameters
+    is_open = any(param.kind is param.VAR_KEYWORD for param in parameters.values())
+    return is_open or parameters.keys() >= set(names)
 
 
 def with_parameters_of(init: Callable[..., None], call: Callable[..., None]) -> Callable[..., None]:

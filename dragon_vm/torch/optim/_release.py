@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from dragon.vm.torch.optim._distributed.lanes import has_others
@@ -57,9 +58,7 @@ def check_release(groups: Sequence[Mapping[str, Any]], settings: Settings) -> No
         raise ValueError("release_gradients with differentiable=True: a backward pass cannot see its own update")
     params = [param for group in groups for param in group["params"]]
     if any(map(torch.nn.parameter.is_lazy, params)):
-        raise ValueError(
-            "release_gradients with parameters that have no shape yet: call the model once before that"
-        )
+        raise ValueError("release_gradients with parameters that have no shape yet: call the model once before")
     if any(getattr(param, "_fsdp_flattened", False) for param in params):
         raise ValueError(
             "release_gradients with FullyShardedDataParallel: its hooks run before the reduction. "
@@ -179,6 +178,7 @@ class GradientRelease:
         self._updater.plans.n_kept = N_LATEST + 2 * len(self._buckets)
         reference = weakref.ref(self)
 
+        @_disable_dynamo
         def hook(param: Tensor) -> None:
             release = reference()
             if release is not None and _living_deciders(param)[-1:] == [reference]:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
+from dragon.vm.torch.optim._algorithms.algorithm import host_number
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats.resolve import cannot_forget
 from dragon.vm.torch.optim._groups.bounds import is_on_device
@@ -33,6 +35,7 @@ class StoringOptimizer(AccumulatingOptimizer):
     _updater: Updater
     _has_warned = False
 
+    @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """Return the state in PyTorch's format, with a "grad_sum" for each parameter whose sum no step has used.
 
@@ -153,12 +156,12 @@ class StoringOptimizer(AccumulatingOptimizer):
         beta2, names = group["betas"][1], self._algorithm.state_keys(group)
         if is_on_device(beta2):
             return
-        lazy = torch.nn.parameter.is_lazy
+        lazy, beta2 = torch.nn.parameter.is_lazy, host_number(beta2)
         trained = [param for param in group["params"] if param.requires_grad and not lazy(param)]
-        if any(cannot_forget(storage_of(param, group, names), float(beta2)) for param in trained):
+        if any(cannot_forget(storage_of(param, group, names), beta2) for param in trained):
             self._has_warned = True
             warnings.warn(
-                f"exp_avg_sq is rounded to nearest in so few bits that with beta2={float(beta2)} it cannot decay: "
+                f"exp_avg_sq is rounded to nearest in so few bits that with beta2={beta2} it cannot decay: "
                 "learning rates stay too small for thousands of steps, and losses are worse. Leave "
                 'stochastic_rounding=None, or use state_dtype={"exp_avg_sq": torch.float32}',
                 UserWarning,

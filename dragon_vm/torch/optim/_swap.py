@@ -14,7 +14,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._hints import hint
-from dragon.vm.torch.optim._introspection import hide_ours, show_ours, with_parameters_of
+from dragon.vm.torch.optim._introspection import hide_ours, show_ours, takes, with_parameters_of
 from dragon.vm.torch.optim.adam import Adam, AdamW
 from dragon.vm.torch.optim.optimizer import Optimizer
 from dragon.vm.torch.optim.sgd import SGD
@@ -150,8 +150,7 @@ def own_options(original: type[torch.optim.Optimizer] = torch.optim.Adam) -> set
 
 def _check_options(options: dict[str, Any]) -> None:
     known = own_options()
-    unknown = sorted(set(options) - known)
-    if unknown:
+    if unknown := sorted(set(options) - known):
         names = ", ".join(map(repr, unknown))
         raise TypeError(f"swap() got unexpected keyword arguments: {names}{hint(unknown[0], known)}")
     # The trial is on the CPU, where triton is impossible; the real parameters may be on a GPU.
@@ -197,7 +196,8 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
         elif isinstance(self, Optimizer):
             _begin_anew(self, original, args, {**_options_for(original, swaps), **kwargs})
             _record(self, original.__name__, swaps)
-        elif type(self) is original:
+        # Ours knows options of PyTorch's other classes: its SGD has no `capturable`.
+        elif type(self) is original and takes(plain, kwargs.keys() - own_options()):
             args, kwargs = _repeatable(args, kwargs)
             refusal = _become_ours(self, original, args, {**_options_for(original, swaps), **kwargs})
             if refusal is None:
@@ -281,9 +281,8 @@ def _repeatable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
         args = (_listed(args[0]), *args[1:])
     elif "params" in kwargs:
         kwargs = {**kwargs, "params": _listed(kwargs["params"])}
-    for group in _groups(args, kwargs):
-        if "params" in group:
-            group["params"] = _listed(group["params"])
+    for group in (group for group in _groups(args, kwargs) if "params" in group):
+        group["params"] = _listed(group["params"])
     return args, kwargs
 
 

@@ -82,9 +82,9 @@ class Optimizer(StoringOptimizer):
         self._members = MemberReader()
 
     def _check_params(self, groups: list[dict[str, Any]]) -> None:
-        """Check the memory of trained parameters, that of others at their first step, and what sharding allows."""
+        """Check the memory of trained parameters, that of all groups before a buffer parts it, and sharding."""
         check_differentiable(groups, self._settings.max_grad_norm)
-        check_trained(groups)
+        check_trained(self.param_groups if self._settings.flatten else groups)
         check_sharding(self.param_groups, self._settings)
         check_release(self.param_groups, self._settings)
 

@@ -64,3 +64,36 @@ def test_a_step_that_the_host_skips_writes_to_nothing(backend):
     weight.grad = None
     loss.backward()
     assert weight.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.fixture
+def always_warning():
+    """PyTorch gives some warnings once only."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+@pytest.mark.parametrize("factors", [[1.0, 1.0], [1.0, 2.0]], ids=str)
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_gradients_that_autograd_sees_are_checked_without_a_warning(norm_type, factors, always_warning):
+    params = [torch.ones(3, requires_grad=True).clone() for _ in range(2)]
+    groups = [{"params": [param], "grad_scale": factor} for param, factor in zip(params, factors, strict=True)]
+    optimizer = SGD(groups, lr=0.1, differentiable=True, skip_nonfinite=True, norm_type=norm_type)
+    rate = torch.tensor(2.0, requires_grad=True)
+    for param in params:
+        param.grad = rate * torch.ones(3)
+    optimizer.step()
+    (found,) = torch.autograd.grad(sum(param.sum() for param in params), rate)
+    assert found.item() == pytest.approx(-0.1 * 3 * sum(factors))
+
+
+def test_betas_that_autograd_sees_are_read_without_a_warning(always_warning):
+    betas = [torch.tensor(beta, requires_grad=True) for beta in (0.9, 0.99)]
+    weight = torch.ones(3, requires_grad=True).clone()
+    optimizer = Adam([weight], betas=tuple(betas), differentiable=True, state_dtype=torch.float32)
+    weight.grad = torch.arange(3.0)
+    for _ in range(2):
+        optimizer.step()
+    assert all(torch.autograd.grad(optimizer.state[weight]["exp_avg_sq"].sum(), betas[1]))

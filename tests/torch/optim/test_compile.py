@@ -97,3 +97,41 @@ def test_a_compiled_step_alone_gives_the_same_numbers(backend: str, device: torc
             settled = counter.frame_count
     assert counter.frame_count == settled
     assert same_bits(weights(model), eager_run(backend, device, [0.1] * 4))
+
+
+@pytest.mark.parametrize("autograd", [False, True], ids=["autograd", "compiled autograd"])
+def test_gradients_are_released_in_a_compiled_training_step(autograd: bool) -> None:
+    def trained(compiled: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 64)
+        optimizer = Adam(model.parameters(), 0.1, release_gradients=True, state_dtype="8bit")
+
+        def train() -> None:
+            model(torch.ones(2, 64)).square().sum().backward()
+            optimizer.step()
+
+        with torch._dynamo.config.patch(compiled_autograd=compiled and autograd):
+            run = torch.compile(train, backend="aot_eager") if compiled else train
+            for _ in range(3):
+                run()
+        return weights(model)
+
+    assert same_bits(trained(compiled=True), trained(compiled=False))
+
+
+@pytest.mark.parametrize("method", ["state_dict", "swap_ema"])
+def test_the_compiler_has_nothing_to_say_about_what_a_compiled_function_calls(method: str) -> None:
+    model = torch.nn.Linear(3, 4)
+    optimizer = Adam(model.parameters(), ema_decay=0.9)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+
+    @torch.compile(backend="eager")
+    def look(inputs: torch.Tensor) -> torch.Tensor:
+        if method == "swap_ema":
+            with optimizer.swap_ema():
+                return model(inputs)
+        optimizer.state_dict()
+        return model(inputs)
+
+    assert look(torch.ones(2, 3)).shape == (2, 4)

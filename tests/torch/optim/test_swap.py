@@ -137,6 +137,19 @@ def test_options_of_ours_are_passed_on(theirs: Any) -> None:
     assert adam.param_groups[0].get("epsilon_hat", False) is True
 
 
+def test_a_wrapped_constructor_takes_what_it_took(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = theirs.SGD.__init__
+    monkeypatch.setattr(theirs.SGD, "__init__", lambda *args, **kwargs: plain(*args, **kwargs))
+    with swap():
+        assert type(theirs.SGD(make_params(), lr=0.1, momentum=0.9)) is SGD
+
+
+def test_an_option_that_pytorchs_class_lacks_is_pytorchs_error(theirs: Any) -> None:
+    with swap() as swapped, pytest.raises(TypeError, match=r"SGD.__init__\(\) got an unexpected .* 'capturable'"):
+        theirs.SGD(make_params(), capturable=True)
+    assert "no optimizer was replaced" in swapped.report()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [

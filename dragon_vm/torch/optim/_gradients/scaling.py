@@ -181,6 +181,7 @@ def zero_norm(norm: Tensor | None, params: Sequence[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=meeting_device(params))
 
 
+@torch.no_grad()
 def total_norm(
     grads: Sequence[Tensor],
     group_index: Sequence[int],

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dragon.vm.torch.optim._algorithms.algorithm import host_number
 from dragon.vm.torch.optim._formats.bound import moment_bound
 
 # The betas of the last step, and behind them what they and all before allow, once they have changed.
@@ -38,7 +39,7 @@ def widen_bounds(
         # The step refuses fewer than two.
         if betas is None or len(betas) < 2 or any(map(is_on_device, betas)):
             continue
-        now = float(betas[0]), float(betas[1])
+        now = host_number(betas[0]), host_number(betas[1])
         if not 0 <= min(now) <= max(now) < 1:
             continue  # the step refuses them
         before = group.get(_KEY)

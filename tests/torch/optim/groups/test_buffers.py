@@ -347,3 +347,13 @@ def test_each_saved_parameter_has_a_count_of_its_own():
     theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     theirs.step()
     assert [float(theirs.state[param]["step"]) for param in params] == [2, 2, 2, 2]
+
+
+def test_a_buffer_parts_no_later_parameters_from_the_memory_of_earlier_ones():
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = Adam(params, flatten=True)
+    others = [torch.nn.Parameter(param.detach().view(2, 2)) for param in params]
+    with pytest.raises(ValueError, match="parameter 0 and parameter 2 do"):
+        optimizer.add_param_group({"params": others})
+    assert [other.data_ptr() for other in others] == [param.data_ptr() for param in params]
+    assert len(optimizer.param_groups) == 1

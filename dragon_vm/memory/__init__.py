@@ -1,4 +1,7 @@
-"""``dragon-vm memory``: the bytes that each memory mode takes for a model, which is built without memory."""
+"""``dragon-vm memory`` or ``python -m dragon.vm.memory``: the bytes that each memory mode takes for a model.
+
+The model is built without memory.
+"""
 
 from __future__ import annotations
 

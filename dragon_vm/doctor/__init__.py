@@ -1,4 +1,4 @@
-"""Is this installation sound? ``dragon-vm doctor``, or ``python -m dragon.vm.doctor`` without the extra `cli`.
+"""Is this installation sound? ``dragon-vm doctor`` or ``python -m dragon.vm.doctor``.
 
 Every finding is a line. A backend that was not tested is named with the reason. The exit code is 1 if something is
 wrong, 2 if a test that is possible here was not run, else 0.
@@ -6,10 +6,8 @@ wrong, 2 if a test that is possible here was not run, else 0.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
@@ -21,10 +19,6 @@ from dragon.vm.measuring import machine
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, why_not
 
-SUMMARY = (
-    "Print versions, devices, the backend of each device and the tuning files in force. Test each backend for a "
-    "second. The exit code is 1 if something is wrong, and 2 if a possible test was not run."
-)
 BACKENDS = ("triton", "native", "eager")
 PACKAGES = ("dragon-vm-torch", "torch", "triton", "numpy", "hypothesis", "argcomplete", "rich", "matplotlib")
 
@@ -184,9 +178,8 @@ def conclusion(findings: Sequence[Finding]) -> tuple[str, int]:
     return text, 1 if wrong else 2 if untested else 0
 
 
-def main(arguments: Sequence[str] = ()) -> int:
+def main() -> int:
     """Print the findings as they come, and a conclusion; the exit code is that of `conclusion`."""
-    argparse.ArgumentParser(prog="python -m dragon.vm.doctor", description=SUMMARY).parse_args(arguments)
     findings = []
     for finding in examine():
         findings.append(finding)
@@ -194,7 +187,3 @@ def main(arguments: Sequence[str] = ()) -> int:
     text, status = conclusion(findings)
     print(text)
     return status
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
