@@ -71,29 +71,29 @@ def make_parser() -> argparse.ArgumentParser:
 def console(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    It is 1 if the output cannot be written, or if whoever reads it has gone, as ``head`` does.
+    It is 1 if a file or the output cannot be written, or if whoever reads it has gone, as ``head`` does.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A folder may have a name that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
+    failure: OSError | None = None
+    status = 1
     try:
         status = _console(arguments)
-    except BrokenPipeError:
-        status = 1
+    except OSError as error:
+        failure = error
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):
-            _complain(error)
+        failure = failure or error
         # Python writes the rest of the output when it ends, and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return status
-
-
-def _complain(error: OSError) -> None:
-    print(f"dragon-vm: error: {error}", file=sys.stderr)
+    if failure is None:
+        return status
+    if not isinstance(failure, BrokenPipeError):
+        print(f"dragon-vm: error: {failure}", file=sys.stderr)
+    return 1
 
 
 def _console(arguments: Sequence[str] | None) -> int:
@@ -120,11 +120,6 @@ def _console(arguments: Sequence[str] | None) -> int:
         return 1
     try:
         return _tune(options)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _complain(error)
-        return 1
     except ValueError as error:
         parser.error(str(error))
     except ModuleNotFoundError as error:

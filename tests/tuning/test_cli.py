@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +185,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert not planted_gpu
 
 
-def show(stdout: Any, **environment: str) -> tuple[int, str]:
-    """Exit status and complaints of a process that prints stored results to a file."""
-    code = "import sys; from dragon.vm.tune import console; sys.exit(console(['tune', '--show']))"
+def show(stdout: Any, command: Sequence[str] = ("tune", "--show"), **environment: str) -> tuple[int, str]:
+    """Exit status and complaints of a process that prints to a file: stored results, or what a command prints."""
+    code = f"import sys; from dragon.vm.tune import console; sys.exit(console({[*command]}))"
     ended = subprocess.run(
         [sys.executable, "-c", code],
         stdout=stdout,
@@ -205,10 +206,12 @@ def test_a_reader_that_leaves_is_no_wrong_argument() -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_full_disk_is_no_wrong_argument(unbuffered: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "unbuffered"), [(("tune", "--show"), ""), (("tune", "--show"), "1"), (("doctor",), "")]
+)
+def test_a_full_disk_is_no_wrong_argument(command: tuple[str, ...], unbuffered: str) -> None:
     with open("/dev/full", "w") as full:
-        status, said = show(full, PYTHONUNBUFFERED=unbuffered)
+        status, said = show(full, command, PYTHONUNBUFFERED=unbuffered)
     assert (status, said) == (1, f"dragon-vm: error: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}\n")
 
 
