@@ -281,17 +281,28 @@ def test_a_step_takes_8_mib_of_scratch_memory_at_most(mode: str) -> None:
     assert abs(held[-1]) < 4096
 
 
-def test_betas_that_change_widen_the_bound() -> None:
-    params, optimizer = make("8bit", betas=(0.85, 0.999))
+@pytest.mark.parametrize("are_tensors", [False, True])
+def test_betas_that_change_widen_the_bound(are_tensors: bool) -> None:
+    own = [torch.tensor(beta, dtype=torch.float64) for beta in (0.85, 0.999)]
+    params, optimizer = make("8bit", betas=own if are_tensors else (0.85, 0.999))
+
+    def change(betas: tuple[float, float]) -> None:
+        if are_tensors:
+            for tensor, beta in zip(own, betas, strict=True):
+                tensor.fill_(beta)
+        else:
+            optimizer.param_groups[0]["betas"] = betas
+
     train(params, optimizer, 1)
-    optimizer.param_groups[0]["betas"] = (0.95, 0.999)
+    # One that the betas imply is not saved.
+    assert "bound_betas" not in optimizer.state_dict()["param_groups"][0]
+    change((0.95, 0.999))
     train(params, optimizer, 1, 1)
-    assert "bound_betas" not in make("8bit")[1].state_dict()["param_groups"][0]
     expected = (0.95, 0.999, moment_bound(0.85, 0.999, math.inf))
     assert optimizer.param_groups[0]["bound_betas"] == expected
     assert optimizer.state_dict()["param_groups"][0]["bound_betas"] == expected
     # Moments of the first betas are still among those that are made with the third.
-    optimizer.param_groups[0]["betas"] = (0.97, 0.99)
+    change((0.97, 0.99))
     train(params, optimizer, 1, 2)
     assert moment_bound(0.97, 0.99, math.inf) < expected[2]
     assert optimizer.param_groups[0]["bound_betas"] == (0.97, 0.99, expected[2])
