@@ -188,6 +188,16 @@ def test_betas_that_changed_before_the_first_moment_bound_nothing(is_idle: bool)
     assert optimizer.param_groups[0]["bound_betas"] == (0.5, 0.5)
 
 
+def test_what_others_keep_in_a_loaded_state_is_a_copy() -> None:
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = Adam([param])
+    theirs = {"tensor": torch.ones(2), "list": [1]}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: theirs}})
+    optimizer.state[param]["tensor"].fill_(7.0)
+    optimizer.state[param]["list"].append(7)
+    assert (theirs["tensor"].tolist(), theirs["list"]) == ([1, 1], [1])
+
+
 @pytest.mark.parametrize("betas", [(0.9,), (0.9, 1.0), (1.5, 0.9)])
 def test_betas_that_no_step_takes_are_loaded_as_pytorchs_are(betas: tuple[float, ...]) -> None:
     param = torch.nn.Parameter(torch.zeros(64, 64))
