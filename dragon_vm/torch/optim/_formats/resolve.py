@@ -205,7 +205,5 @@ def resolve(
 
 def cannot_forget(storage: Storage, beta2: float) -> bool:
     """Whether the second moment is rounded to nearest in steps too large for it to decay."""
-    square = storage.states.get("exp_avg_sq")
-    if square is None or square.stochastic or beta2 <= LARGEST_BETA2:
-        return False
-    return square in (Plain(torch.bfloat16), SquareQ8(False))
+    is_nearest = storage.states.get("exp_avg_sq") in (Plain(torch.bfloat16), SquareQ8(False))
+    return is_nearest and beta2 > LARGEST_BETA2
