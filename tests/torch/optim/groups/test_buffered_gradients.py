@@ -50,6 +50,19 @@ def test_a_gradient_that_is_shared_is_unscaled_and_zeroed_once(backend, flatten,
         assert torch.equal(param.grad, torch.full_like(param, 0.0 if zero_grad else 8.0 / scale))
 
 
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_gradient_in_its_place_stays_there_while_another_one_moves(backend):
+    params = [torch.nn.Parameter(torch.ones(4, device=home(backend))) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, backend=backend, flatten=True)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    kept, params[1].grad = params[0].grad, torch.ones_like(params[1])
+    optimizer.step(zero_grad=True)
+    assert params[0].grad is kept
+    assert not any(param.grad.any() for param in params)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_from_sums_leaves_gradients_beside_a_buffer_alone(backend):
     params = [torch.nn.Parameter(torch.zeros(4, device=home(backend))) for _ in range(2)]
