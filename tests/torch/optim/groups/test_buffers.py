@@ -286,7 +286,7 @@ def test_an_empty_parameter_does_not_hold_the_buffer():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("what", ["states", "moments", "parameters", "gradients"])
+@pytest.mark.parametrize("what", ["states", "moments", "moments of all", "parameters", "gradients"])
 @pytest.mark.parametrize("sizes", [[4], [2, 2], [3, 1]], ids=str)
 def test_states_may_exchange_their_places(backend, what, sizes):
     found = []
@@ -311,6 +311,10 @@ def test_states_may_exchange_their_places(backend, what, sizes):
                     states[first]["exp_avg"], states[last]["exp_avg"] = (
                         states[last]["exp_avg"], states[first]["exp_avg"],
                     )  # fmt: skip
+                elif what == "moments of all":
+                    moments = [states[param]["exp_avg"] for param in params]
+                    for index, param in enumerate(params):
+                        states[param]["exp_avg"] = moments[index - 1]
                 elif what == "gradients":
                     first.grad, last.grad = last.grad, first.grad
                 else:
