@@ -328,6 +328,19 @@ def test_a_saved_sum_of_another_kind_is_refused_before_anything_changes(total):
     assert not optimizer._sums
 
 
+def test_saved_sums_take_the_place_of_all_that_there_are():
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0)
+    params[0].grad = torch.ones(3)
+    optimizer.sum_grad()
+    saved = copy.deepcopy(optimizer.state_dict())
+    params[1].grad = torch.ones(3)
+    optimizer.sum_grad()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert [param.tolist() for param in params] == [[-1.0] * 3, [0.0] * 3]
+
+
 def test_a_saved_sum_is_refused_by_an_optimizer_that_releases_gradients():
     param = torch.nn.Parameter(torch.zeros(3))
     optimizer = SGD([param], lr=1.0)
