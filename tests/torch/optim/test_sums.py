@@ -247,6 +247,29 @@ def test_sums_of_half_precision_are_handed_to_a_scaler_in_the_dtype_of_gradients
     assert param.tolist() == [-3, -3, -3]
 
 
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32, None])
+def test_sums_are_handed_over_in_the_dtype_that_gradients_may_have(grad_dtype):
+    param = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    param.grad_dtype = grad_dtype
+    optimizer = SGD([param], lr=1.0)
+    param.grad = torch.ones(3, dtype=grad_dtype or torch.float32)
+    optimizer.sum_grad()
+    assert optimizer._step_supports_amp_scaling
+    assert param.grad.dtype == (grad_dtype or torch.float32)
+
+
+def test_a_step_that_is_refused_adds_nothing_to_a_sum():
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = Adam([param])
+    param.grad = torch.ones(3)
+    optimizer.sum_grad()
+    param.grad = torch.ones(3)
+    optimizer.state[param]["exp_avg"] = torch.zeros(7)
+    with pytest.raises(ValueError, match="exp_avg"):
+        optimizer.step()
+    assert optimizer._sums.totals[param].tolist() == [1.0] * 3
+
+
 def test_sums_that_a_scaler_found_end_with_the_step_that_used_or_skipped_them():
     for broken in (None, 1):
         param = torch.nn.Parameter(torch.zeros(3))
@@ -261,6 +284,19 @@ def test_sums_that_a_scaler_found_end_with_the_step_that_used_or_skipped_them():
             scaler.update()
             assert param.grad is None
         assert param.tolist() == [-8.0 if broken is None else -6.0] * 3
+
+
+def test_a_scaler_leaves_gradients_beside_sums():
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    optimizer = SGD(params, lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(params[0].sum()).backward()
+    optimizer.sum_grad()
+    scaler.scale(params[1].sum()).backward()
+    scaler.step(optimizer)
+    assert [param.tolist() for param in params] == [[-1.0] * 3, [-1.0] * 3, [0.0] * 3]
+    assert [param.grad is None for param in params] == [True, False, True]
+    assert params[1].grad.tolist() == [1.0] * 3
 
 
 def test_who_only_looks_whether_a_step_unscales_loses_no_sum():
