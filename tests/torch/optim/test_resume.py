@@ -127,23 +127,6 @@ def test_a_maximum_that_was_saved_first_in_inference_mode_can_be_written(options
     assert optimizer.state[param]["max_exp_avg_sq"].any()
 
 
-@pytest.mark.parametrize("backend", ["triton", "native", "eager"])
-@pytest.mark.parametrize("is_saved", [False, True])
-def test_a_maximum_begins_as_wide_as_the_second_moments(is_saved: bool, backend: str) -> None:
-    param = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16, device=home(backend)))
-    wide, optimizer = Adam([param], state_dtype=torch.float32), Adam([param], backend=backend)
-    param.grad = torch.full_like(param, 0.3)
-    wide.step()
-    optimizer.load_state_dict(wide.state_dict())
-    optimizer.param_groups[0]["amsgrad"] = True
-    if is_saved:
-        optimizer.state_dict()
-    optimizer.step()
-    state = optimizer.state[param]
-    assert state["max_exp_avg_sq"].dtype == torch.float32
-    assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
-
-
 def test_hooks_may_save_too() -> None:
     param = torch.nn.Parameter(torch.ones(64, 64))
     optimizer = Adam([param], state_dtype="8bit")

@@ -258,18 +258,6 @@ def test_sums_are_handed_over_in_the_dtype_that_gradients_may_have(grad_dtype):
     assert param.grad.dtype == (grad_dtype or torch.float32)
 
 
-def test_a_step_that_is_refused_adds_nothing_to_a_sum():
-    param = torch.nn.Parameter(torch.zeros(3))
-    optimizer = Adam([param])
-    param.grad = torch.ones(3)
-    optimizer.sum_grad()
-    param.grad = torch.ones(3)
-    optimizer.state[param]["exp_avg"] = torch.zeros(7)
-    with pytest.raises(ValueError, match="exp_avg"):
-        optimizer.step()
-    assert optimizer._sums.totals[param].tolist() == [1.0] * 3
-
-
 def test_sums_that_a_scaler_found_end_with_the_step_that_used_or_skipped_them():
     for broken in (None, 1):
         param = torch.nn.Parameter(torch.zeros(3))
