@@ -20,10 +20,9 @@ from dragon.vm.torch.optim._distributed.hidden import (
     is_flat_dict_asked_for,
 )
 from dragon.vm.torch.optim._distributed.shards import distributed_like
-from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon
 from dragon.vm.torch.optim._groups.bounds import add_places, drop_places, widen_bounds
-from dragon.vm.torch.optim._groups.entries import held_format, stored_entries
+from dragon.vm.torch.optim._groups.entries import stored_entries
 from dragon.vm.torch.optim._groups.exchange import pytorch_state, tagged_state
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS
 from dragon.vm.torch.optim._groups.restored import restored_states
@@ -124,9 +123,6 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 state = self.state.get(param)
                 if state and "max_exp_avg_sq" not in state:
                     storage = storage_of(param, complete(group, self._algorithm.own_defaults), names)
-                    square = held_format(state, "exp_avg_sq")
-                    if isinstance(square, Plain) and isinstance(storage.states["max_exp_avg_sq"], Plain):
-                        storage = storage._replace(states={"max_exp_avg_sq": square})
                     state.update(stored_entries(param, state, storage, ("max_exp_avg_sq",))[0])
 
 

@@ -223,8 +223,8 @@ def _own_part(param: Tensor) -> Tensor | None:
 def _as_sum(param: Tensor, grad: Tensor) -> Tensor:
     """A first gradient as a sum: a copy, since others may hold the gradient, as DDP does its buckets."""
     dtype = SUM_DTYPES.get(grad.dtype, grad.dtype)
-    copy = grad.to(dtype, copy=True) if grad.layout == torch.strided else grad.clone()
-    return in_layout_of(param, copy) if copy.layout == torch.strided and is_dense(param) else copy
+    copy = grad.to(dtype, copy=True)
+    return in_layout_of(param, copy) if is_dense(param) else copy
 
 
 def _check_grad(param: Tensor) -> None:

@@ -64,6 +64,15 @@ def test_an_average_in_fp32_keeps_what_bf16_parameters_lose(backend):
         torch.testing.assert_close(optimizer.state[param]["ema"].double(), average, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_average_is_fp32_where_narrow_states_are_asked_for(backend, momentum):
+    params, optimizer, averages = trained(backend, SGD, momentum=momentum, state_dtype=torch.bfloat16)
+    for param, average in zip(params, averages, strict=True):
+        assert optimizer.state[param]["ema"].dtype == torch.float32
+        torch.testing.assert_close(optimizer.state[param]["ema"].double(), average, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_swap_ema_exchanges_for_the_length_of_the_block(backend):
     params, optimizer, _ = trained(backend)

@@ -150,3 +150,15 @@ def test_an_error_leaves_the_sums_of_gradients(backend):
     expected.step()
     assert everything(optimizer) == everything(expected)
     assert all(param_.grad is not None for param_ in params)
+
+
+def test_a_step_that_is_refused_adds_nothing_to_a_sum():
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = Adam([param])
+    param.grad = torch.ones(3)
+    optimizer.sum_grad()
+    param.grad = torch.ones(3)
+    optimizer.state[param]["exp_avg"] = torch.zeros(7)
+    with pytest.raises(ValueError, match="exp_avg"):
+        optimizer.step()
+    assert optimizer._sums.totals[param].tolist() == [1.0] * 3

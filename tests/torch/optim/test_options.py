@@ -259,3 +259,21 @@ def test_rates_and_decays_are_as_free_in_mid_run_as_with_pytorch():
         optimizer.step()
         found.append(param.detach())
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_groups_share_no_betas_that_are_tensors(kind: type) -> None:
+    betas = kind([torch.tensor(0.9), torch.tensor(0.99)])
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = Adam([{"params": [param], "betas": betas} for param in params])
+    first, second = (group["betas"] for group in optimizer.param_groups)
+    assert type(first) is type(second) is kind
+    first[0].fill_(0.5)
+    assert float(second[0]) == pytest.approx(0.9)
+
+
+def test_what_autograd_sees_and_a_list_without_tensors_stay_the_users() -> None:
+    lr, betas = torch.tensor(0.1, requires_grad=True), [0.9, 0.99]
+    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    optimizer = Adam([{"params": [param], "betas": betas} for param in params], lr=lr, differentiable=True)
+    assert all(group["lr"] is lr and group["betas"] is betas for group in optimizer.param_groups)

@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
 from dragon.vm.torch.optim import SGD, Adam
 from dragon.vm.torch.optim._formats.bound import moment_bound
 
+from .support import home
+
 
 @pytest.mark.parametrize(
     ("name", "off"), [("clip_value", 0), ("clip_norm", 0), ("grad_scale", 1), ("ema_decay", 0)]
@@ -82,6 +84,22 @@ def test_momentum_that_was_switched_on_beside_an_average_begins_as_pytorchs(
             optimizer.step()
         found.append(param.tolist())
     assert found[1] == pytest.approx(found[0])
+
+
+@pytest.mark.parametrize("backend", ["triton", "native", "eager"])
+def test_momentum_that_a_skipped_first_step_left_begins_as_pytorchs(backend: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3, device=home(backend)))
+    optimizer = SGD([param], lr=1.0, momentum=0.5, dampening=0.5, skip_nonfinite=True, backend=backend)
+    param.grad = torch.full_like(param, math.inf)
+    optimizer.step()
+    theirs = torch.nn.Parameter(torch.ones(3))
+    other = torch.optim.SGD([theirs])
+    # PyTorch's would share the buffer.
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((optimizer, param), (other, theirs)):
+        its.grad = torch.ones_like(its)
+        each.step()
+        assert its.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "8bit"}, {"ema_decay": 0.9}], ids=str)
@@ -168,6 +186,30 @@ def test_betas_that_changed_before_the_first_moment_bound_nothing(is_idle: bool)
     param.grad = torch.ones(64, 64)
     optimizer.step()
     assert optimizer.param_groups[0]["bound_betas"] == (0.5, 0.5)
+
+
+def test_what_others_keep_in_a_loaded_state_is_a_copy() -> None:
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = Adam([param])
+    theirs = {"tensor": torch.ones(2), "list": [1]}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: theirs}})
+    optimizer.state[param]["tensor"].fill_(7.0)
+    optimizer.state[param]["list"].append(7)
+    assert (theirs["tensor"].tolist(), theirs["list"]) == ([1, 1], [1])
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 1.0), (1.5, 0.9)])
+def test_betas_that_no_step_takes_are_loaded_as_pytorchs_are(betas: tuple[float, ...]) -> None:
+    param = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = Adam([param], state_dtype="8bit")
+    param.grad = torch.ones(64, 64)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["betas"] = betas
+    optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"betas must be two|Invalid beta parameter at index"):
+        optimizer.step()
+    assert "bound_betas" not in optimizer.param_groups[0]
 
 
 @pytest.mark.parametrize("gives_sums", [False, True])

@@ -247,6 +247,17 @@ def test_sums_of_half_precision_are_handed_to_a_scaler_in_the_dtype_of_gradients
     assert param.tolist() == [-3, -3, -3]
 
 
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32, None])
+def test_sums_are_handed_over_in_the_dtype_that_gradients_may_have(grad_dtype):
+    param = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    param.grad_dtype = grad_dtype
+    optimizer = SGD([param], lr=1.0)
+    param.grad = torch.ones(3, dtype=grad_dtype or torch.float32)
+    optimizer.sum_grad()
+    assert optimizer._step_supports_amp_scaling
+    assert param.grad.dtype == (grad_dtype or torch.float32)
+
+
 def test_sums_that_a_scaler_found_end_with_the_step_that_used_or_skipped_them():
     for broken in (None, 1):
         param = torch.nn.Parameter(torch.zeros(3))
@@ -261,6 +272,19 @@ def test_sums_that_a_scaler_found_end_with_the_step_that_used_or_skipped_them():
             scaler.update()
             assert param.grad is None
         assert param.tolist() == [-8.0 if broken is None else -6.0] * 3
+
+
+def test_a_scaler_leaves_gradients_beside_sums():
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    optimizer = SGD(params, lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(params[0].sum()).backward()
+    optimizer.sum_grad()
+    scaler.scale(params[1].sum()).backward()
+    scaler.step(optimizer)
+    assert [param.tolist() for param in params] == [[-1.0] * 3, [-1.0] * 3, [0.0] * 3]
+    assert [param.grad is None for param in params] == [True, False, True]
+    assert params[1].grad.tolist() == [1.0] * 3
 
 
 def test_who_only_looks_whether_a_step_unscales_loses_no_sum():
@@ -326,6 +350,19 @@ def test_a_saved_sum_of_another_kind_is_refused_before_anything_changes(total):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 1.0
     assert not optimizer._sums
+
+
+def test_saved_sums_take_the_place_of_all_that_there_are():
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0)
+    params[0].grad = torch.ones(3)
+    optimizer.sum_grad()
+    saved = copy.deepcopy(optimizer.state_dict())
+    params[1].grad = torch.ones(3)
+    optimizer.sum_grad()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert [param.tolist() for param in params] == [[-1.0] * 3, [0.0] * 3]
 
 
 def test_a_saved_sum_is_refused_by_an_optimizer_that_releases_gradients():

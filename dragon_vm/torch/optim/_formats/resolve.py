@@ -122,7 +122,7 @@ def is_blockwise(shape: Size) -> bool:
 
     Ask with the global shape: the answer is then the same on every mesh.
     """
-    return len(shape) >= 2 and shape.numel() >= SMALLEST_Q8 and shape[1:].numel() % BLOCK == 0
+    return shape.numel() >= SMALLEST_Q8 and shape[1:].numel() % BLOCK == 0
 
 
 def blockwise_format(state: str, stochastic: bool) -> Format:
@@ -139,11 +139,11 @@ def _state_format(state: str, asked: StateDtype, shape: Size, stochastic: bool) 
         shape: of the parameter, global.
         stochastic: whether a narrow second moment is rounded stochastically.
     """
-    if asked == EIGHT_BIT:
+    if not isinstance(asked, torch.dtype):
         return blockwise_format(state, stochastic) if is_blockwise(shape) else Plain(torch.float32)
     if asked == torch.bfloat16 and state == "exp_avg_sq" and stochastic:
         return StochasticBfloat16()
-    return Plain(asked) if isinstance(asked, torch.dtype) else Plain(torch.float32)
+    return Plain(asked)
 
 
 def _maximum_format(square: Format, asked: StateDtype, stochastic: bool) -> Format:
@@ -178,11 +178,11 @@ def resolve(
     if EIGHT_BIT in asked and (dtype == torch.float64 or dtype.is_complex):
         raise ValueError(f'state_dtype="8bit": expected real parameters of 4 bytes or less, got {dtype}')
     usual = dtype if options.master_weights is None else torch.float32
-    single = dtype != torch.float64 and not dtype.is_complex and not differentiable
+    single = dtype != torch.float64 and not differentiable
     formats: dict[str, Format] = {}
     for state, wanted in zip(states, asked, strict=True):
         # By default only what an option made narrow: a bf16 parameter alone means PyTorch's arithmetic.
-        default = wanted is not None or state == "max_exp_avg_sq"
+        default = wanted is not None
         stochastic = single and (default if options.stochastic_rounding is None else options.stochastic_rounding)
         if state == "max_exp_avg_sq":
             formats[state] = _maximum_format(formats["exp_avg_sq"], wanted, stochastic)
@@ -205,7 +205,5 @@ def resolve(
 
 def cannot_forget(storage: Storage, beta2: float) -> bool:
     """Whether the second moment is rounded to nearest in steps too large for it to decay."""
-    square = storage.states.get("exp_avg_sq")
-    if square is None or square.stochastic or beta2 <= LARGEST_BETA2:
-        return False
-    return square in (Plain(torch.bfloat16), SquareQ8(False))
+    is_nearest = storage.states.get("exp_avg_sq") in (Plain(torch.bfloat16), SquareQ8(False))
+    return is_nearest and beta2 > LARGEST_BETA2

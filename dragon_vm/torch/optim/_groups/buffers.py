@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
-from operator import attrgetter, ne
+from operator import attrgetter, is_, ne
 from typing import Any
 
 import torch
@@ -62,15 +62,6 @@ class FlatBuffer:
                 return None
         return found
 
-    def fits(self, states: Sequence[State], keys: Sequence[str], counts_steps: bool) -> bool:
-        """Whether states can be joined: step counts and dtypes agree.
-
-        Reads the step counters, which on an accelerator synchronises.
-        """
-        if counts_steps and len({float(state["step"]) for state in states}) > 1:
-            return False
-        return all(len({state[key].dtype for state in states}) == 1 for key in keys)
-
     def flat_states(self, states: Sequence[State], keys: Sequence[str]) -> dict[str, Tensor]:
         """The flat tensors of states that fit, by name: those that there are, or new ones."""
         flats: dict[str, Tensor] = {}
@@ -82,10 +73,10 @@ class FlatBuffer:
         return flats
 
     def hold(self, flats: dict[str, Tensor], states: Sequence[State], counts_steps: bool) -> list[State]:
-        """Take over flat tensors and the first parameter's counter. Returns the counters to replace."""
+        """Take over flat tensors and the first parameter's counter. Returns each one's counter."""
         counter: State = {"step": states[0]["step"]} if counts_steps else {}
         self.state = {**flats, **counter}
-        return [{} if state.get("step") is counter.get("step") else {**counter} for state in states]
+        return [dict(counter) for _ in states]
 
     def flat_tensors(self) -> list[tuple[str, Tensor]]:
         """All flat tensors, with the names that their pieces have in states."""
@@ -97,7 +88,7 @@ class FlatBuffer:
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Parameters whose gradients lie elsewhere, or otherwise as `strays`; those gradients, their places."""
         addresses = list(map(Tensor.data_ptr, grads))
-        if addresses == self.grad_addresses and not strays:
+        if addresses == self.grad_addresses and not strays and all(map(is_, grads, self.grad_views)):
             return [], [], []
         # Parameters have these very tensors as gradients: somebody may have assigned to their `.data`.
         if _laid_out(self.grad_views) != self._laid_out:

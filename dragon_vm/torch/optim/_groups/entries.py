@@ -55,8 +55,13 @@ def held_format(state: Mapping[str, Any], name: str) -> Format | None:
 
 
 def kept_format(storage: Storage, state: Mapping[str, Any], name: str) -> Format:
-    """The wanted format of a state; where no dtype is asked for, one as wide as what is held or saved."""
+    """The wanted format of a state; where no dtype is asked for, one as wide as what is held or saved.
+
+    A maximum that is still to begin is as wide as the second moments.
+    """
     form, held = storage.states[name], held_format(state, name)
+    if held is None and name == "max_exp_avg_sq":
+        held = held_format(state, "exp_avg_sq")
     if held is None or name in storage.asked or not isinstance(form, Plain):
         return form
     return Plain(torch.promote_types(held.dtype if isinstance(held, Plain) else torch.float32, form.dtype))

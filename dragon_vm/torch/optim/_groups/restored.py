@@ -125,9 +125,9 @@ def _copied(
             dtype = average if group["state_dtype"] else torch.promote_types(state["ema"].dtype, average)
             copy["ema"] = distributed_like(param, zeros_for(local(param), dtype))
         if algorithm.counts_steps(group):
-            dtypes = {value.dtype for value in copy.values() if value.is_floating_point()} - {param.dtype}
+            dtypes = {value.dtype for value in copy.values() if value.is_floating_point()}
             # Should its gradient be of its own dtype.
-            wanted = local(param), param.dtype, dtypes or {param.dtype}, group["differentiable"]
+            wanted = local(param), param.dtype, dtypes, group["differentiable"]
             backend = settings.backend or choose_backend(None, *wanted, in_parts=in_parts)
             copy = {"step": None, **copy}
             counted.append((copy, 0.0, counter_place(param, backend, group)))

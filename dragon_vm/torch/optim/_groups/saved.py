@@ -49,7 +49,7 @@ def checked_state(
     if not algorithm.counts_steps(group):
         return {name: value for name, value in state.items() if algorithm.saves_steps or name != "step"}
     has_begun = any(held_format(state, key) is not None for key in algorithm.state_keys(group))
-    step = state.get("step", algorithm.uncounted_steps if has_begun or algorithm.saves_steps else 0.0)
+    step = state.get("step", algorithm.uncounted_steps if has_begun else 0.0)
     if step is None:
         raise ValueError(f"loaded state dict has no step for {label}: it has {', '.join(state)}")
     if isinstance(step, Tensor) and step.numel() != 1:

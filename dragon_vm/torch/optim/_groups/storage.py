@@ -57,7 +57,7 @@ def storage_of(param: Tensor, group: Mapping[str, Any], states: Sequence[str]) -
         options = _changed(options, lambda value: value if value == EIGHT_BIT else None)
     storage = resolve(options, param.dtype, param.shape, states, differentiable=group["differentiable"])
     if not states and isinstance(asked, torch.dtype) and not param.is_complex():
-        storage = storage._replace(average=Plain(asked))
+        storage = storage._replace(average=Plain(torch.promote_types(asked, torch.float32)))
     if any(len(form.parts) > 1 for form in storage.states.values()) and not _has_whole_blocks(param):
         options = _changed(options, lambda value: torch.float32 if value == EIGHT_BIT else value)
         storage = resolve(options, param.dtype, param.shape, states)

@@ -46,7 +46,9 @@ def join(
             signature = signatures[positions[0]]
             keys = [key for key in signature.all_keys if key != "step"]
             own = [states[i] for i in positions]
-            if buffer.fits(own, keys, signature.counts_steps):
+            # On an accelerator this waits for the device.
+            counts = {float(state["step"]) for state in own} if signature.counts_steps else set()
+            if len(counts) <= 1:
                 members.append((buffer, own, keys, signature.counts_steps))
                 pick = picker(positions, len(states))
                 pairs = [(chosen.shards[i], chosen.grads[i]) for i in positions]

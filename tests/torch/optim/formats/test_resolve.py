@@ -103,6 +103,7 @@ def test_small_and_odd_tensors_keep_fp32_states() -> None:
     [
         (options(BF16), FP32, FP32),
         (options(BF16, False), FP32, FP32),
+        (options({"exp_avg": FP16}), FP32, FP32),
         (options(FP32), BF16, FP32),
         (options("8bit"), BF16, FP32),
         (options(None, True), BF16, FP32),
@@ -125,7 +126,7 @@ def test_what_a_dtype_is_asked_for() -> None:
     ("asked", "message"),
     [
         (options("4bit"), "state_dtype: expected .* got '4bit'"),
-        (options(torch.int8), "state_dtype: expected .* got torch.int8"),
+        (options(torch.int32), "state_dtype: expected .* got torch.int32"),
         (options(torch.float8_e4m3fn), "state_dtype: expected .* got torch.float8_e4m3fn"),
         (options({"exp_avgs": BF16}), "state_dtype: expected states among .* got 'exp_avgs'"),
         (options({"max_exp_avg_sq": "8bit"}), "no 8-bit form"),

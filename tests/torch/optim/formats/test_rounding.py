@@ -91,7 +91,9 @@ def test_plain_storage_is_a_cast(dtype: torch.dtype) -> None:
     value = torch.randn(1000, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     stored = [each.to(dtype) for each in Plain(dtype).encode(value)]
     assert torch.equal(stored[0], value.to(dtype))
-    assert torch.equal(Plain(dtype).decode(stored), stored[0].to(value.dtype))
+    decoded = Plain(dtype).decode(stored)
+    assert decoded.dtype == value.dtype
+    assert torch.equal(decoded, stored[0].to(value.dtype))
     assert Plain(dtype).name == str(dtype).removeprefix("torch.")
 
 

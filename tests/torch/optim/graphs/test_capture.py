@@ -1,5 +1,6 @@
 """Steps in CUDA graphs."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from ..judging import judged_step, make_params, params_of, same_bits, set_grads,
 
 TEXTS = {
     "sums": "uses sums from before the capture",
+    "sums of a copy": "uses sums from before the capture",
+    "sums of a dict": "uses sums from before the capture",
     "capturable": "instance of Adam but param_groups' capturable is False",
     "rate": "lr is a tensor on the CPU",
     "betas": "betas is a tensor on the CPU",
@@ -30,8 +33,12 @@ def test_what_a_replay_could_not_repeat_is_refused_with_a_reason(
     set_grads(params_of(optimizer), 0)
     judged_step(optimizer)
     before = snapshots(optimizer)
-    if what == "sums":
+    if what.startswith("sums"):
         optimizer.sum_grad()
+    if what == "sums of a copy":
+        optimizer = copy.deepcopy(optimizer)
+    if what == "sums of a dict":
+        optimizer.load_state_dict(optimizer.state_dict())
     if what == "rate":
         optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
     if what == "betas":

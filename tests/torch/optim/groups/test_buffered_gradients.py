@@ -26,6 +26,42 @@ def test_a_gradient_object_that_moves_away_is_not_followed():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_another_new", [False, True])
+def test_a_gradient_in_the_place_of_an_object_that_moved_away_is_zeroed(backend, is_another_new):
+    params = [torch.nn.Parameter(torch.zeros(2, device=home(backend))) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, backend=backend, flatten=True)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    moved = params[0].grad
+    params[0].grad = moved.detach()
+    moved.data = torch.full_like(moved, -100.0)
+    if is_another_new:
+        params[1].grad = torch.ones_like(params[1])
+    optimizer.step(zero_grad=True)
+    assert [param.tolist() for param in params] == [[-2.0] * 2] * 2
+    assert [param.grad.tolist() for param in params] == [[0.0] * 2] * 2
+    assert moved.tolist() == [-100.0] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_another_object", [False, True])
+def test_a_gradient_that_lies_otherwise_in_its_own_place_is_moved(backend, is_another_object):
+    params = [torch.nn.Parameter(torch.zeros(2, 2, device=home(backend))) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, backend=backend, flatten=True)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    if is_another_object:
+        params[0].grad = params[0].grad.detach().t()
+    else:
+        params[0].grad.data = params[0].grad.data.t()
+    params[0].grad.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    optimizer.step()
+    assert params[0].tolist() == [[-1.0, -2.0], [-3.0, -4.0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("is_first", [False, True])
 @pytest.mark.parametrize(("scale", "zero_grad"), [(4.0, False), (4.0, True), (1.0, True)])
@@ -48,6 +84,19 @@ def test_a_gradient_that_is_shared_is_unscaled_and_zeroed_once(backend, flatten,
     for param in params:
         assert torch.equal(param.detach(), torch.full_like(param, -8.0 / scale))
         assert torch.equal(param.grad, torch.full_like(param, 0.0 if zero_grad else 8.0 / scale))
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_gradient_in_its_place_stays_there_while_another_one_moves(backend):
+    params = [torch.nn.Parameter(torch.ones(4, device=home(backend))) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, backend=backend, flatten=True)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    kept, params[1].grad = params[0].grad, torch.ones_like(params[1])
+    optimizer.step(zero_grad=True)
+    assert params[0].grad is kept
+    assert not any(param.grad.any() for param in params)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -213,6 +213,33 @@ def test_groups_added_later_and_loaded_states_stay_right(backend):
         assert same(params, flat_params, backend)
 
 
+def transpose(params, optimizer):
+    params[0].data = params[0].data.t()
+
+
+def widen_states(params, optimizer):
+    optimizer.param_groups[0]["state_dtype"] = torch.float64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", [transpose, widen_states])
+def test_what_changes_in_the_memory_of_a_buffer_is_seen(backend, change):
+    found = []
+    for flatten in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.ones(4, 4, device=home(backend))) for _ in range(2)]
+        optimizer = Adam(params, lr=0.1, backend=backend, flatten=flatten)
+        for step in range(4):
+            if step == 2:
+                change(params, optimizer)
+            for param in params:
+                param.grad = torch.randn(4, 4, generator=generator).to(param)
+            optimizer.step()
+        found.append([*params, *(value for state in optimizer.state.values() for value in state.values())])
+    assert [tensor.dtype for tensor in found[0]] == [tensor.dtype for tensor in found[1]]
+    assert same(*found, backend)
+
+
 def test_tied_weights_stay_tied():
     embedding = torch.nn.Embedding(7, 5)
     head = torch.nn.Linear(5, 7, bias=False)
@@ -259,7 +286,7 @@ def test_an_empty_parameter_does_not_hold_the_buffer():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("what", ["states", "moments", "parameters", "gradients"])
+@pytest.mark.parametrize("what", ["states", "moments", "moments of all", "parameters", "gradients"])
 @pytest.mark.parametrize("sizes", [[4], [2, 2], [3, 1]], ids=str)
 def test_states_may_exchange_their_places(backend, what, sizes):
     found = []
@@ -284,6 +311,10 @@ def test_states_may_exchange_their_places(backend, what, sizes):
                     states[first]["exp_avg"], states[last]["exp_avg"] = (
                         states[last]["exp_avg"], states[first]["exp_avg"],
                     )  # fmt: skip
+                elif what == "moments of all":
+                    moments = [states[param]["exp_avg"] for param in params]
+                    for index, param in enumerate(params):
+                        states[param]["exp_avg"] = moments[index - 1]
                 elif what == "gradients":
                     first.grad, last.grad = last.grad, first.grad
                 else:

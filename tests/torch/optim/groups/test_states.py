@@ -91,6 +91,15 @@ def test_counters_have_the_dtype_that_pytorchs_have_or_kernels_read(default, for
     assert counting.takes(counter.double()) != for_kernels
 
 
+def test_a_counter_that_requires_a_gradient_is_not_counted_in_place():
+    param = torch.ones(3, requires_grad=True).clone()
+    optimizer = Adam([param], differentiable=True)
+    take_steps(optimizer, [param], [1])
+    count = optimizer.state[param]["step"] = torch.tensor(1.0, requires_grad=True)
+    take_steps(optimizer, [param], [1])
+    assert (float(optimizer.state[param]["step"]), count.item()) == (2, 1)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("flatten", [False, True])
 def test_parameters_that_were_given_one_counter_count_each_for_itself(backend, flatten):

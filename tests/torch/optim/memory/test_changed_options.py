@@ -113,3 +113,20 @@ def test_an_extremal_moment_behind_changed_betas_is_cut_by_no_backend(backend: s
     (eager, grad), (other, _) = run("eager"), run(backend)
     assert torch.equal(eager, grad)
     assert torch.equal(other, eager)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_a_maximum_begins_as_wide_as_the_second_moments(is_saved: bool, backend: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3, dtype=BF16, device=home(backend)))
+    wide, optimizer = Adam([param], state_dtype=FP32), Adam([param], backend=backend)
+    param.grad = torch.full_like(param, 0.3)
+    wide.step()
+    optimizer.load_state_dict(wide.state_dict())
+    optimizer.param_groups[0]["amsgrad"] = True
+    if is_saved:
+        optimizer.state_dict()
+    optimizer.step()
+    state = optimizer.state[param]
+    assert state["max_exp_avg_sq"].dtype == FP32
+    assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])

@@ -171,6 +171,17 @@ def test_a_run_goes_back_to_its_checkpoint_bit_by_bit(master: Any, is_native: bo
     assert results[0] == results[1]
 
 
+def test_a_remainder_of_16_bits_is_not_read_as_one_of_8_whatever_its_bits() -> None:
+    params, optimizer = make("split16", [(1,)], native_state_dict=True)
+    train(params, optimizer, 1)
+    # A dict has it as bf16 of the same bits, which are 1.
+    optimizer.state[params[0]]["param_remainder"].fill_(0x3F80)
+    ((_, before),) = optimizer.master_weights()
+    optimizer.load_state_dict(optimizer.state_dict())
+    ((_, after),) = optimizer.master_weights()
+    assert torch.equal(after, before)
+
+
 def test_a_dict_of_averages_leaves_masters_alone() -> None:
     params, optimizer = make("split16", ema_decay=0.5)
     train(params, optimizer, 2)

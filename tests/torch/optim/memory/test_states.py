@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from dragon.vm.memory import rows
-from dragon.vm.torch.optim import Adam, AdamW, swap
+from dragon.vm.torch.optim import SGD, Adam, AdamW, swap
 from dragon.vm.torch.optim._backends.host import PIECE
 from dragon.vm.torch.optim._formats.bound import moment_bound
 
-from .modes import BF16, FP32, MODES, SHAPES, give_gradients, make, train
+from ..support import home
+from .modes import BF16, FP32, MODES, SHAPES, bits, give_gradients, make, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded to nearest")
 
@@ -136,12 +137,32 @@ def test_small_and_odd_tensors_keep_fp32_and_it_is_told() -> None:
     train(params, optimizer, 1)
 
 
-def test_a_transposed_matrix_keeps_fp32() -> None:
-    param = torch.nn.Parameter(torch.randn(64, 128).t())
-    optimizer = AdamW([param], state_dtype="8bit")
-    param.grad = torch.randn(128, 64)
+@pytest.mark.parametrize("value", [torch.randn(64, 128).t(), torch.randn(1, 8192)[:, ::2]], ids=["turned", "gaps"])
+@pytest.mark.parametrize(("asked", "square"), [("8bit", FP32), ({"exp_avg": "8bit", "exp_avg_sq": BF16}, BF16)])
+def test_a_matrix_without_rows_of_blocks_keeps_fp32(value: torch.Tensor, asked: Any, square: torch.dtype) -> None:
+    param = torch.nn.Parameter(value)
+    optimizer = AdamW([param], state_dtype=asked)
+    param.grad = torch.randn(param.shape)
     optimizer.step()
-    assert optimizer.state[param]["exp_avg"].dtype == FP32
+    state = optimizer.state[param]
+    assert (state["exp_avg"].dtype, state["exp_avg_sq"].dtype) == (FP32, square)
+
+
+@pytest.mark.parametrize("make", [AdamW, SGD])
+@pytest.mark.parametrize("backend", [None, "eager", "triton"])
+def test_states_of_complex_parameters_have_their_dtype(make: Any, backend: str | None) -> None:
+    found = []
+    for asked in (None, BF16):
+        param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex128, device=home(backend or "native")))
+        optimizer = make([param], lr=0.1, ema_decay=0.5, state_dtype=asked, backend=backend)
+        for _ in range(2):
+            param.grad = torch.ones_like(param) * 1j
+            optimizer.step()
+        formats = optimizer.state_formats()["0"]
+        found.append([formats, *bits([param], optimizer)])
+        assert set(formats.values()) == {"complex128"}
+        assert optimizer.state[param]["ema"].dtype == torch.complex128
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -281,17 +302,28 @@ def test_a_step_takes_8_mib_of_scratch_memory_at_most(mode: str) -> None:
     assert abs(held[-1]) < 4096
 
 
-def test_betas_that_change_widen_the_bound() -> None:
-    params, optimizer = make("8bit", betas=(0.85, 0.999))
+@pytest.mark.parametrize("are_tensors", [False, True])
+def test_betas_that_change_widen_the_bound(are_tensors: bool) -> None:
+    own = [torch.tensor(beta, dtype=torch.float64) for beta in (0.85, 0.999)]
+    params, optimizer = make("8bit", betas=own if are_tensors else (0.85, 0.999))
+
+    def change(betas: tuple[float, float]) -> None:
+        if are_tensors:
+            for tensor, beta in zip(own, betas, strict=True):
+                tensor.fill_(beta)
+        else:
+            optimizer.param_groups[0]["betas"] = betas
+
     train(params, optimizer, 1)
-    optimizer.param_groups[0]["betas"] = (0.95, 0.999)
+    # One that the betas imply is not saved.
+    assert "bound_betas" not in optimizer.state_dict()["param_groups"][0]
+    change((0.95, 0.999))
     train(params, optimizer, 1, 1)
-    assert "bound_betas" not in make("8bit")[1].state_dict()["param_groups"][0]
     expected = (0.95, 0.999, moment_bound(0.85, 0.999, math.inf))
     assert optimizer.param_groups[0]["bound_betas"] == expected
     assert optimizer.state_dict()["param_groups"][0]["bound_betas"] == expected
     # Moments of the first betas are still among those that are made with the third.
-    optimizer.param_groups[0]["betas"] = (0.97, 0.99)
+    change((0.97, 0.99))
     train(params, optimizer, 1, 2)
     assert moment_bound(0.97, 0.99, math.inf) < expected[2]
     assert optimizer.param_groups[0]["bound_betas"] == (0.97, 0.99, expected[2])

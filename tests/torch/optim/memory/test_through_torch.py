@@ -150,6 +150,28 @@ def test_codes_that_were_put_there_are_walked_as_they_were_saved() -> None:
     assert torch.equal(theirs, param)
 
 
+@pytest.mark.parametrize("backend", ["eager", "native", "triton"])
+def test_scales_that_were_put_there_may_lie_in_any_order(backend: str) -> None:
+    runs = []
+    for is_turned in (False, True):
+        params, optimizer = make("8bit", [(80, 192)], backend)
+        train(params, optimizer, 1)
+        for key in ("exp_avg_scale", "exp_avg_sq_scale") if is_turned else ():
+            optimizer.state[params[0]][key] = optimizer.state[params[0]][key].t().contiguous().t()
+        train(params, optimizer, 1, 1)
+        runs.append(bits(params, optimizer))
+    assert runs[0] == runs[1]
+
+
+def test_a_master_that_was_put_in_front_of_another_one_is_saved() -> None:
+    params, optimizer = make("split16", [(64, 64)])
+    train(params, optimizer, 1)
+    put_there = optimizer.state_dict()["state"][0]["master_param"].clone()
+    train(params, optimizer, 1, 1)
+    optimizer.state[params[0]] = {"master_param": put_there, **optimizer.state[params[0]]}
+    assert torch.equal(optimizer.state_dict()["state"][0]["master_param"], put_there)
+
+
 @pytest.mark.parametrize("master", ["split16", "split8", FP32])
 def test_a_call_drops_a_master_that_was_put_there(master: Any) -> None:
     params, optimizer = make("split16", master_weights=master)

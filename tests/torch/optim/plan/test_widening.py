@@ -12,7 +12,8 @@ pytestmark = pytest.mark.usefixtures("at_once")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_gradient_that_is_copied_may_be_absent(backend):
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_gradient_that_is_copied_may_be_absent(backend, scale):
     """Gradients that lie otherwise than their parameters are copied, each if it is there."""
     params, alone = (parameters([(3, 4)] * 3, device=home(backend)) for _ in range(2))
     optimizer = Adam(params, backend=backend)
@@ -23,8 +24,10 @@ def test_a_gradient_that_is_copied_may_be_absent(backend):
             for param in some:
                 param.grad = None if param.grad is None else param.grad.t().contiguous().t()
         for each in (optimizer, *others):
+            each.grad_scale, each.found_inf = torch.tensor(scale), torch.tensor(0.0)
             each.step()
     assert [bits(param) for param in params] == [bits(param) for param in alone]
+    assert torch.equal(params[1].grad, alone[1].grad)
 
 
 def test_a_plan_for_more_outlasts_others_that_were_used_since(monkeypatch):

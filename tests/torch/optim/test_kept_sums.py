@@ -1,0 +1,53 @@
+"""Sums of gradients that are saved, and that a `GradScaler` has looked at without a step."""
+
+import copy
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, Adam
+
+
+def summed() -> tuple[torch.nn.Parameter, SGD]:
+    """A parameter of zeros, and an optimizer with a sum of ones for it."""
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SGD([param], lr=1.0)
+    param.grad = torch.ones(3)
+    optimizer.sum_grad()
+    return param, optimizer
+
+
+@pytest.mark.parametrize("again", ["sum_grad", "zero_grad"])
+def test_a_sum_that_was_looked_at_takes_no_later_gradient(again: str) -> None:
+    param, optimizer = summed()
+    assert optimizer._step_supports_amp_scaling
+    getattr(optimizer, again)()
+    param.grad = torch.full((3,), 5.0)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert param.tolist() == [-1.0] * 3
+
+
+def test_a_loaded_sum_takes_the_place_of_one_that_was_looked_at() -> None:
+    param, optimizer = summed()
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert optimizer._step_supports_amp_scaling
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert param.tolist() == [-1.0] * 3
+
+
+def test_a_sum_is_saved_beside_a_state_and_ends_with_the_next_step() -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = Adam([param])
+    for _ in range(2):
+        param.grad = torch.ones(3)
+        optimizer.step()
+        param.grad = torch.ones(3)
+        optimizer.sum_grad()
+        saved = optimizer.state_dict()
+        assert saved["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq", "grad_sum"}
+        optimizer.load_state_dict(saved)
+        optimizer.step()
+        assert optimizer.state_dict()["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert float(optimizer.state[param]["step"]) == 4
