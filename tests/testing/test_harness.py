@@ -72,7 +72,8 @@ def test_torchs_adam_passes_in_float64(case):
 @few
 @given(adam_cases(dtypes=[torch.complex64]))
 def test_torchs_adam_passes_in_complex_numbers(case):
-    check_adam(adam(foreach=False), case)
+    # The for-loop decays complex numbers as such: of one that is infinite in one part it makes NaN in the other.
+    check_adam(adam(foreach=True), case)
 
 
 @few
