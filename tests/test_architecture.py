@@ -21,7 +21,7 @@ KERNELS = "dragon.kernels"
 # The floors of the house, from top to bottom: folders, and files that are a station on their own.
 # A station imports from floors below its own.
 FLOORS = (
-    {"_swap"},
+    {"_swap", "adamw"},
     {"adam", "sgd"},
     {"_takeover"},
     {"optimizer"},

@@ -16,8 +16,8 @@ pytestmark = [
 
 
 @cache
-def imported() -> tuple[Any, Any]:
-    """Lightning and the module to train, made by a test: to import it takes every test process seconds."""
+def imported() -> tuple[Any, Any, Any]:
+    """Lightning and the modules to train, made by a test: to import it takes every test process seconds."""
     lightning = pytest.importorskip("lightning", reason="the clients extra is not installed")
 
     class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]  # imported if it is there
@@ -35,18 +35,39 @@ def imported() -> tuple[Any, Any]:
             scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=4 * STEPS)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    return lightning, Module
+    class Manual(Module):
+        """Optimized by hand, without the wrapper that gives each step a closure."""
+
+        def __init__(self, make: Any) -> None:
+            super().__init__(make)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, number: int) -> None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            self.manual_backward(super().training_step(batch, number))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return lightning, Module, Manual
 
 
-def fit(make: Any, precision: str, folder: Path, epochs: int = 1, resume: str | None = None) -> Any:
-    lightning, kind = imported()
-    module = kind(make)
+def fit(
+    make: Any,
+    precision: str,
+    folder: Path,
+    epochs: int = 1,
+    resume: str | None = None,
+    *,
+    by_hand: bool = False,
+) -> Any:
+    lightning, automatic, manual = imported()
+    module = (manual if by_hand else automatic)(make)
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         devices=1,
         precision=precision,
-        gradient_clip_val=1.0,
+        gradient_clip_val=None if by_hand else 1.0,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -71,6 +92,15 @@ def test_clipping_with_mixed_precision_is_refused_for_fused_alone(make: Any, tmp
     """Lightning clips between unscaling and the step, and lets nobody unscale in the step."""
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         fit(partial(make, fused=True), "bf16-mixed", tmp_path)
+
+
+def test_gradients_are_released_by_hand_alone(tmp_path: Path) -> None:
+    release = partial(ours, release_gradients=True)
+    _, plain = fit(ours, "32-true", tmp_path, by_hand=True)
+    _, released = fit(release, "32-true", tmp_path, by_hand=True)
+    assert released.losses == plain.losses
+    with pytest.raises(RuntimeError, match="takes no closure"):
+        fit(release, "32-true", tmp_path)
 
 
 def test_a_trainer_saves_and_resumes_ours(tmp_path: Path) -> None:

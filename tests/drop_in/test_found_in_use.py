@@ -242,6 +242,30 @@ def test_states_that_were_taken_away_are_freed(module: ModuleType, name: str, ta
     assert [ref for ref in held if ref() is not None] == []
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this build of torch makes no fake CUDA tensors")
+@pytest.mark.parametrize("option", ["fused", "capturable"])
+@each_module
+def test_fake_parameters_of_a_gpu_step_where_there_is_none(module: ModuleType, option: str) -> None:
+    """Estimates of memory are made so, with the options that the run is to have."""
+    with FakeTensorMode():
+        param = nn.Parameter(torch.ones(4, device="cuda"))
+        optimizer = module.AdamW([param], **{option: True})
+        for _ in range(2):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        assert optimizer.state[param]["exp_avg"].device == param.device
+
+
+@pytest.mark.parametrize("option", ["fused", "capturable"])
+def test_meta_parameters_step_with_options_that_pytorch_refuses_for_them(option: str) -> None:
+    param = nn.Parameter(torch.ones(4, device="meta"))
+    optimizer = ours.AdamW([param], **{option: True})
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert optimizer.state[param]["step"] == 2
+
+
 @each_module
 @each_name
 def test_a_wrapper_subclass_is_one_parameter(module: ModuleType, name: str) -> None:

@@ -30,6 +30,18 @@ def test_import_statements_give_pytorchs_own_modules():
     assert nn is torch.nn
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Optimizer"])
+def test_a_class_in_the_module_where_pytorch_has_it_is_dragons(name):
+    own = importlib.import_module(f"dragon.vm.torch.optim.{name.lower()}")
+    assert getattr(own, name) is getattr(torch.optim, name)
+    theirs = importlib.import_module(f"torch.optim.{name.lower()}")
+    for other in ("_use_grad_for_differentiable", "ParamsT", name.lower()):
+        assert getattr(own, other, None) is getattr(theirs, other, None)
+        assert hasattr(theirs, other) == (other in dir(own))
+    with pytest.raises(AttributeError, match=rf"'dragon\.vm\.torch\.optim\.{name.lower()}' has no attribute"):
+        _ = own.no_such_name
+
+
 @pytest.mark.parametrize(
     "name", ["utils.data", "utils.checkpoint", "nn.modules.linear", "nn.utils", "amp", "autograd", "ops", "linalg"]
 )

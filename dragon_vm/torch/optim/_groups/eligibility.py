@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import is_dense
 from dragon.vm.torch.optim._groups.states import CounterPlace
@@ -90,7 +91,11 @@ def choose_backend(
 
 
 def counter_place(param: Tensor, backend: str, group: dict[str, Any]) -> CounterPlace:
-    """Where a step counter lives: with its parameter for kernels, and where PyTorch's options say so."""
+    """Where a step counter lives: with its parameter for kernels, and where PyTorch's options say so.
+
+    Beside a parameter without memory of its own, a fake one for example, its number may not be readable: there it
+    lives on the CPU.
+    """
     for_kernels = backend == "triton"
-    on_device = for_kernels or group["capturable"] or group["fused"]
+    on_device = for_kernels or ((group["capturable"] or group["fused"]) and has_memory(local(param)))
     return CounterPlace(param.device if on_device else torch.device("cpu"), for_kernels)
