@@ -204,6 +204,7 @@ def test_an_integer_parameter_that_gets_a_gradient_later_is_refused_then():
         ({"ema_decay": NAN}, ("ema_decay", "nan")), ({"state_dtype": torch.int8}, ("state_dtype", "int8")),
         ({"backend": "cuda"}, ("backend", "cuda")),
         ({"backend": "native", "differentiable": True}, ("backend", "native")),
+        ({"backend": "triton", "differentiable": True}, ("backend", "triton")),
     ],
     ids=str,
 )  # fmt: skip
