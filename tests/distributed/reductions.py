@@ -214,6 +214,9 @@ def overlapping() -> tuple[float, float]:
     reduction = together(params, groups[dist.get_rank() // half])
     result = reduction.collapse(squares_of(map(local, params)))
     reduction.all_reduce(result)
+    largest = reduction.collapse(largest_of(map(local, params)), largest=True)
+    reduction.all_reduce(largest, largest=True)
+    assert float(largest[1]) == float(value.amax())
     return float(result[1]), float(value.double().square().sum())
 
 
