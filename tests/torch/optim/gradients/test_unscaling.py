@@ -279,3 +279,9 @@ def test_a_conjugated_gradient_is_divided_as_one_that_is_not(dtype, scale):
     unscale_all([values.conj()], scale)
     unscale_all([plain], scale)
     assert torch.equal(values, plain)
+
+
+def test_an_expanded_gradient_without_elements_and_a_sparse_one_are_divided_too():
+    sparse = torch.tensor([0.0, 6.0]).to_sparse()
+    unscale_all([torch.ones(()).expand(0), sparse], 2.0)
+    assert sparse.to_dense().tolist() == [0.0, 3.0]
