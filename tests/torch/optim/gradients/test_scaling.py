@@ -75,3 +75,13 @@ def test_a_loss_scale_that_underflowed_to_zero_leaves_nothing_finite(backend, op
     optimizer.grad_scale, optimizer.found_inf = (torch.zeros(1, device=home(backend)) for _ in range(2))
     optimizer.step()
     assert not param.isfinite().any()
+
+
+@each_backend
+def test_a_gradient_of_another_dtype_than_its_parameter_has_its_own_norm(backend):
+    param = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16, device=home(backend)))
+    param.grad_dtype = None
+    param.grad = torch.tensor([3.0, 4.0], device=home(backend))
+    optimizer = SGD([param], lr=1.0, backend=backend, max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 5
