@@ -85,3 +85,17 @@ def test_a_gradient_of_another_dtype_than_its_parameter_has_its_own_norm(backend
     optimizer = SGD([param], lr=1.0, backend=backend, max_grad_norm=1.0)
     optimizer.step()
     assert optimizer.grad_norm == 5
+
+
+@each_backend
+def test_a_norm_that_was_read_stays_when_another_step_has_another(backend):
+    param = torch.nn.Parameter(torch.zeros(2, device=home(backend)))
+    optimizer = SGD([param], lr=1.0, backend=backend, max_grad_norm=1.0)
+    found = []
+    for size in (1.0, 2.0):
+        param.grad = size * torch.tensor([3.0, 4.0], device=home(backend))
+        optimizer.step()
+        found.append(optimizer.grad_norm)
+    param.grad = None
+    optimizer.step()
+    assert [norm.item() for norm in found] == [5.0, 10.0]
