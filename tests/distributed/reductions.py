@@ -159,8 +159,11 @@ def sharded(value: Tensor, mesh: Any, *placements: Any) -> nn.Parameter:
     return nn.Parameter(distribute_tensor(value, mesh, placements))
 
 
-def mixed() -> tuple[float, float]:
-    """Parameters on the whole mesh, on each of its dimensions, and plain: the sum, and that in one process."""
+def mixed() -> tuple[float, float, float]:
+    """Parameters on the whole mesh, on each of its dimensions, and plain: the sum, and that in one process.
+
+    Last the sum where one process has an infinity in the plain one.
+    """
     mesh = square_mesh()
     generator = torch.Generator().manual_seed(1)
     values = [torch.randn(5, 6, generator=generator) for _ in range(6)]
@@ -173,9 +176,15 @@ def mixed() -> tuple[float, float]:
         nn.Parameter(values[5]),
     ]
     reduction = together(params)
-    result = reduction.collapse(squares_of(map(local, params)))
+    squares = squares_of(map(local, params))
+    result = reduction.collapse(squares)
     reduction.all_reduce(result)
-    return float(result[1]), float(sum(value.double().square().sum() for value in values))
+    if dist.get_rank() == dist.get_world_size() - 1:
+        squares[-1] = torch.inf
+    spoilt = reduction.collapse(squares)
+    reduction.all_reduce(spoilt)
+    expected = float(sum(value.double().square().sum() for value in values))
+    return float(result[1]), expected, float(spoilt[1])
 
 
 def stages() -> tuple[float, float]:
@@ -205,6 +214,9 @@ def overlapping() -> tuple[float, float]:
     reduction = together(params, groups[dist.get_rank() // half])
     result = reduction.collapse(squares_of(map(local, params)))
     reduction.all_reduce(result)
+    largest = reduction.collapse(largest_of(map(local, params)), largest=True)
+    reduction.all_reduce(largest, largest=True)
+    assert float(largest[1]) == float(value.amax())
     return float(result[1]), float(value.double().square().sum())
 
 

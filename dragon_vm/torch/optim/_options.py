@@ -235,4 +235,4 @@ def by_value(value: Any) -> Any:
     # An array may change in place.
     if getattr(value, "ndim", 0):
         return by_value(value.tolist())
-    return value if isinstance(value, float | int | str) or not hasattr(value, "__float__") else float(value)
+    return float(value) if hasattr(value, "__float__") else value

@@ -204,6 +204,7 @@ def test_an_integer_parameter_that_gets_a_gradient_later_is_refused_then():
         ({"ema_decay": NAN}, ("ema_decay", "nan")), ({"state_dtype": torch.int8}, ("state_dtype", "int8")),
         ({"backend": "cuda"}, ("backend", "cuda")),
         ({"backend": "native", "differentiable": True}, ("backend", "native")),
+        ({"backend": "triton", "differentiable": True}, ("backend", "triton")),
     ],
     ids=str,
 )  # fmt: skip
@@ -216,11 +217,14 @@ def test_an_option_out_of_range_is_named_and_shown(algorithm, arguments, words):
 NUMBERS = ("max_grad_norm", "grad_scale", "clip_norm", "clip_value", "ema_decay", "lr", "weight_decay")
 BAD_NUMBERS = {
     **{bad: (TypeError, f"must be a number, but got {bad!r}") for bad in (None, "1", 1j)},
-    10**5000: (ValueError, f"must fit a float, but got an integer of {(10**5000).bit_length()} bits"),
+    **{
+        bad: (ValueError, f"must fit a float, but got an integer of {bad.bit_length()} bits")
+        for bad in (10**5000, -(10**5000))
+    },
 }
 
 
-@pytest.mark.parametrize("bad", BAD_NUMBERS, ids=["None", "str", "complex", "too large"])
+@pytest.mark.parametrize("bad", BAD_NUMBERS, ids=["None", "str", "complex", "too large", "too low"])
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("algorithm", [Adam, AdamW, SGD])
 def test_an_option_that_is_no_number_is_named_and_shown(algorithm, name, bad):

@@ -105,6 +105,12 @@ def test_sgd_takes_as_many(launches, interpreted):
         assert names(launches) == ["advance", "update"]
 
 
+def test_tensors_without_elements_take_no_launch_that_would_have_no_program(launches, interpreted):
+    optimizer, _ = optimizer_of(3, 1, numel=0, max_grad_norm=1.0)
+    optimizer.step()
+    assert names(launches) == ["advance"]
+
+
 def test_zeroing_gradients_takes_no_launch_of_its_own(launches, interpreted):
     optimizer, _ = optimizer_of(10, 3)
     optimizer.step(zero_grad=True)

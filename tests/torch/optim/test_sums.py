@@ -337,19 +337,20 @@ def test_sums_of_inference_mode_can_be_added_to():
     assert param.tolist() == [-2.0] * 3
 
 
-@pytest.mark.parametrize(
-    "total", [torch.ones(1), torch.ones(4), torch.ones(3).to(int), torch.ones(3) * 1j, 1.0], ids=str
-)
-def test_a_saved_sum_of_another_kind_is_refused_before_anything_changes(total):
-    param = torch.nn.Parameter(torch.zeros(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("total", [torch.ones(1), torch.ones(4), torch.ones(3).to(int), 1.0], ids=str)
+def test_a_saved_sum_of_another_kind_is_refused_before_anything_changes(total, dtype):
+    param = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
     optimizer = SGD([param], lr=1.0)
     saved = optimizer.state_dict()
-    saved["state"] = {0: {"grad_sum": total}}
+    other = torch.ones(3, dtype=torch.complex64 if dtype == torch.float32 else torch.float32)
     saved["param_groups"][0]["lr"] = 3.0
-    with pytest.raises(ValueError, match=r"grad_sum of .* for a parameter of torch.float32 and shape"):
-        optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["lr"] == 1.0
-    assert not optimizer._sums
+    for each in (total, other):
+        saved["state"] = {0: {"grad_sum": each}}
+        with pytest.raises(ValueError, match=rf"grad_sum of .* for a parameter of {dtype} and shape"):
+            optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["lr"] == 1.0
+        assert not optimizer._sums
 
 
 def test_saved_sums_take_the_place_of_all_that_there_are():

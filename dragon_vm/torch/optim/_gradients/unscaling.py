@@ -18,17 +18,17 @@ def unscale_all(grads: Sequence[Tensor], scale: float | Tensor) -> None:
     divisor = scale.reshape(()) if isinstance(scale, Tensor) else scale
     parts = [each_once(grad, grad) for grad in grads]
     with torch.no_grad():
-        parts = [part if part.is_conj() else as_real(part) for part in parts]
+        parts = [as_real(part.conj() if part.is_conj() else part) for part in parts]
         if in_place := [part for part in parts if _is_divided_once(part)]:
             torch._foreach_div_(in_place, divisor)
         for part in parts:
             if not _is_divided_once(part):
-                part.copy_((part if part.is_complex() else part.float()) / divisor)
+                part.copy_(part.float() / divisor)
 
 
 def _is_divided_once(tensor: Tensor) -> bool:
     """Whether an operation in place divides by any number and rounds once. Half precision on a GPU does not."""
-    return not tensor.is_complex() and (tensor.is_cpu or tensor.dtype in (torch.float32, torch.float64))
+    return tensor.is_cpu or tensor.dtype in (torch.float32, torch.float64)
 
 
 def unscale_left(params: Iterable[Tensor], scaling: Scaling) -> None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dragon.vm.torch.optim import SGD, _release
 from dragon.vm.torch.optim._gradients.reporting import ScalerReport, nonfinite, report, stand_in
 
 
@@ -53,3 +54,25 @@ def test_the_smallest_trained_parameter_stands_in():
     assert stand_in(params) is None
     assert stand_in([params[0], frozen]) is frozen
     assert stand_in([params[0]]) is None
+
+
+def test_a_gradient_that_only_a_scaler_finds_goes_with_the_step_that_failed(monkeypatch):
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 1)
+    scaler = torch.amp.GradScaler("cpu")
+    unused, used = (torch.nn.Parameter(torch.zeros(n)) for n in (1, 2))
+    optimizer = SGD([unused, used], lr=1.0, release_gradients=scaler)
+    scaler.scale(used.sum()).backward()
+
+    def fail(*_):
+        raise KeyError
+
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(KeyError):
+        scaler.step(optimizer)
+    handle.remove()
+    assert unused.grad is not None
+    optimizer.zero_grad()
+    unused.grad = torch.ones(1)
+    optimizer.step()
+    # The scale of the step that failed is there still.
+    assert unused.item() == -1 / scaler.get_scale()

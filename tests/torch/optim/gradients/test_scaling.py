@@ -57,3 +57,45 @@ def test_a_norm_near_zero_is_clipped_as_by_pytorch(backend):
 @each_backend
 def test_an_infinite_clip_value_leaves_an_infinite_gradient(backend):
     assert updates(backend, [math.inf], [{"clip_value": math.inf}])[0] == [math.inf]
+
+
+@each_backend
+@pytest.mark.parametrize("options", [{"clip_norm": 3.0}, {"max_grad_norm": 3.0}], ids=str)
+def test_a_gradient_to_maximize_is_clipped_by_its_size_times_the_factor(backend, options):
+    taken, _ = updates(backend, [4.0], [{"grad_scale": 2.0, "maximize": True}], **options)
+    assert taken == pytest.approx([-3.0], rel=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 3.0}, {"max_grad_norm": 3.0}], ids=str)
+def test_a_loss_scale_that_underflowed_to_zero_leaves_nothing_finite(backend, options):
+    param = torch.nn.Parameter(torch.zeros(2, device=home(backend)))
+    param.grad = torch.tensor([1.0, 0.0], device=home(backend))
+    optimizer = SGD([param], lr=1.0, backend=backend, **options)
+    optimizer.grad_scale, optimizer.found_inf = (torch.zeros(1, device=home(backend)) for _ in range(2))
+    optimizer.step()
+    assert not param.isfinite().any()
+
+
+@each_backend
+def test_a_gradient_of_another_dtype_than_its_parameter_has_its_own_norm(backend):
+    param = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16, device=home(backend)))
+    param.grad_dtype = None
+    param.grad = torch.tensor([3.0, 4.0], device=home(backend))
+    optimizer = SGD([param], lr=1.0, backend=backend, max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 5
+
+
+@each_backend
+def test_a_norm_that_was_read_stays_when_another_step_has_another(backend):
+    param = torch.nn.Parameter(torch.zeros(2, device=home(backend)))
+    optimizer = SGD([param], lr=1.0, backend=backend, max_grad_norm=1.0)
+    found = []
+    for size in (1.0, 2.0):
+        param.grad = size * torch.tensor([3.0, 4.0], device=home(backend))
+        optimizer.step()
+        found.append(optimizer.grad_norm)
+    param.grad = None
+    optimizer.step()
+    assert [norm.item() for norm in found] == [5.0, 10.0]

@@ -269,3 +269,19 @@ def test_a_scale_of_zero_leaves_what_pytorch_leaves(backend: str) -> None:
         results.append([*params, *(param.grad for param in params)])
     for theirs, own in zip(*results, strict=True):
         torch.testing.assert_close(own, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("scale", [3.0, torch.full((1,), 7.0)], ids=["number", "tensor"])
+def test_a_conjugated_gradient_is_divided_as_one_that_is_not(dtype, scale):
+    values = numbers(0, 100, dtype=dtype)
+    plain = values.clone()
+    unscale_all([values.conj()], scale)
+    unscale_all([plain], scale)
+    assert torch.equal(values, plain)
+
+
+def test_an_expanded_gradient_without_elements_and_a_sparse_one_are_divided_too():
+    sparse = torch.tensor([0.0, 6.0]).to_sparse()
+    unscale_all([torch.ones(()).expand(0), sparse], 2.0)
+    assert sparse.to_dense().tolist() == [0.0, 3.0]

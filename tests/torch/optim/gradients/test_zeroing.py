@@ -29,3 +29,21 @@ def test_what_is_set_apart_stays_in_the_sequence_that_was_given(positions):
     assert found[0] is shared
     assert found[1].data_ptr() != shared.data_ptr()
     assert torch.equal(found[1], shared)
+
+
+def test_the_longest_of_several_stays_and_so_does_what_has_no_memory():
+    base, empty = torch.ones(4), torch.empty(0)
+    grads = [base[:2], base, base[:3], empty, empty]
+    found = apart(grads, range(5))
+    assert [each is grad for each, grad in zip(found, grads, strict=True)] == [False, True, False, True, True]
+
+
+def test_conjugated_and_negated_gradients_are_zeroed_with_the_others():
+    base = torch.full((2,), 1 + 2j)
+    zero_all([base.conj(), torch.ones(2)])
+    assert not base.any()
+    base = torch.full((2,), 1 + 2j)
+    negated = base.conj().imag
+    assert negated.is_neg()
+    zero_all([negated, torch.ones(2)])
+    assert base.tolist() == [1, 1]

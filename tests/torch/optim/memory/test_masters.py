@@ -197,13 +197,26 @@ def test_a_dict_of_averages_leaves_masters_alone() -> None:
 
 
 @pytest.mark.parametrize("master", SPLITS)
-def test_what_pytorch_does_not_count_needs_a_call(master: Any) -> None:
+@pytest.mark.parametrize("is_saved", [False, True], ids=["ours", "put there as saved"])
+def test_what_pytorch_does_not_count_needs_a_call(is_saved: bool, master: Any) -> None:
     params, optimizer = make("split16", master_weights=master)
     train(params, optimizer, 2)
+    if is_saved:
+        optimizer.state.update(zip(params, optimizer.state_dict()["state"].values(), strict=True))
     params[0].data.fill_(0.5)
     optimizer.resync_master()
     for (_, value), param in zip(optimizer.master_weights(), params, strict=True):
         assert torch.equal(value, param.float())
+
+
+def test_a_write_is_noticed_once() -> None:
+    params, optimizer = make("split16", master_weights=FP32)
+    train(params, optimizer, 2)
+    with torch.no_grad():
+        params[0].fill_(0.5)
+    optimizer.state_dict()
+    optimizer.state[params[0]]["param_master"].fill_(0.5 + 2**-12)
+    assert (dict(optimizer.master_weights())["0"] == 0.5 + 2**-12).all()
 
 
 @pytest.mark.parametrize("master", SPLITS)

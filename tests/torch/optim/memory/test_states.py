@@ -228,6 +228,7 @@ def test_bytes_of_a_large_model_are_those_of_the_table() -> None:
         (FP32, {"state_dtype": torch.float16}, "float16 loses second moments"),
         (BF16, {"master_weights": "split16", "stochastic_rounding": True}, "an fp32 master is not rounded"),
         (FP32, {"rounding_seed": -1}, "rounding_seed must be an integer"),
+        (FP32, {"rounding_seed": 2**63}, "rounding_seed must be an integer of 0 to"),
         (FP32, {"rounding_seed": True}, "rounding_seed must be an integer"),
     ],
 )
