@@ -53,6 +53,19 @@ class MasterVersions:
             reconcile(doubted, state)
             self._doubted.difference_update(map(id, doubted))
 
+    def check_capture(self, params: Sequence[Tensor]) -> None:
+        """Check within a capture that no parameter was written to since `note`.
+
+        Raises:
+            RuntimeError: if one was. A graph would take its old master at each replay.
+        """
+        versions = _versions(params)
+        if list(map(self._seen.get, map(id, params), versions)) != versions:
+            raise RuntimeError(
+                "a parameter with a master was written to since the last step, which a captured step cannot take "
+                "over: call resync_master() before the capture"
+            )
+
     def note(self, params: Sequence[Tensor]) -> None:
         """Take what is in the parameters now for this optimizer's own doing."""
         self._seen.update(zip(map(id, params), _versions(params), strict=True))

@@ -109,7 +109,9 @@ class Updater:
         )
         key = (zero_grad, are_own, values.structure, reductions is not None, part, *members.lengths)
         with_masters = _with_masters(members, values.groups)
-        if with_masters and not is_capturing():
+        if with_masters and is_capturing():
+            self.masters.check_capture(with_masters)
+        elif with_masters:
             self.masters.notice(with_masters, state)
         found = self.plans.find(recipe, members, key, zero_grad)
         if found is None:

@@ -106,3 +106,22 @@ def test_a_write_between_replays_needs_a_call(mode: str, graphed: Any) -> None:
     for param, (_, master) in zip(params, optimizer.master_weights(), strict=True):
         assert (param == 0.5).all()
         assert (master == 0.5).all()
+
+
+@pytest.mark.parametrize("mode", MASTERS)
+def test_a_write_before_a_capture_needs_a_call(mode: str, graphed: Any) -> None:
+    """As where a script warms a model up, puts its weights back and captures a step."""
+    where, capture = graphed
+    params, optimizer = placed(mode, where, capturable=True)
+    with torch.no_grad():
+        params[0].fill_(0.5)
+        params[0].grad.zero_()
+    before = stored(params, optimizer)
+    with pytest.raises(RuntimeError, match="call resync_master"):
+        capture(optimizer.step)
+    assert stored(params, optimizer) == before
+    optimizer.resync_master()
+    optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    capture(optimizer.step)()
+    assert (params[0] == 0.5).all()
+    assert (next(optimizer.master_weights())[1] == 0.5).all()
