@@ -117,18 +117,21 @@ def _laid_out(tensors: Sequence[Tensor]) -> list[object]:
 def gather(
     members: Iterable[tuple[FlatBuffer, Sequence[Tensor], Sequence[Tensor], Sequence[int]]],
     others: Iterable[Tensor],
-) -> None:
+) -> bool:
     """Move gradients that lie elsewhere into the buffers, and give the parameters views of them.
 
     Args:
         members: each buffer with its parameters, their gradients, of the buffer's dtype and device, and the
             indices of those that are laid out otherwise than their parameters.
         others: parameters outside of them. A gradient that is in the way of another gets memory of its own.
+
+    Returns:
+        Whether some gradient has moved.
     """
     moves = [(buffer.grads, *buffer.moves(params, grads, strays)) for buffer, params, grads, strays in members]
     moves = [move for move in moves if move[1]]
     if not moves:
-        return
+        return False
     written = _Memory(flat for flat, *_ in moves)
     read = [written.apart(sources) for _, _, sources, _ in moves]
     for param in others:
@@ -138,6 +141,7 @@ def gather(
         torch._foreach_copy_(views, sources)
         for param, view in zip(moved, views, strict=True):
             param.grad = view
+    return True
 
 
 def take_states(

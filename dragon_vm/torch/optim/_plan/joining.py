@@ -100,7 +100,8 @@ def in_buffers(joined: Sequence[Joined], outside: Sequence[int], tensors: Gather
     """
     params, grads = tensors.params, list(tensors.grads)
     members = [(each.buffer, each.pick(params), each.pick(grads), each.strays) for each in joined]
-    gather(members, [params[position] for position in outside])
+    if not gather(members, [params[position] for position in outside]):
+        return tensors
     for position in outside:
         if grads[position] is not None:
             grads[position] = params[position].grad
