@@ -38,6 +38,7 @@ class Case:
         chain: unscale, clip by the global norm and check for non-finite gradients before the update.
         amsgrad: keep the largest second moment, a third state.
         changing: half of the gradients are there, another half at each step, as with a mixture of experts.
+        kept: gradients stay where they are, as after ``zero_grad(set_to_none=False)``.
         quick: part of the quick set.
         scaled: shapes of the model with this many layers; None for a case that cannot be scaled.
         n_layers, n_layers_of_model: how many it has, and how many the whole model has; 0 if it is none.
@@ -50,6 +51,7 @@ class Case:
     chain: bool = False
     amsgrad: bool = False
     changing: bool = False
+    kept: bool = False
     quick: bool = False
     scaled: Callable[[int], Shapes] | None = None
     n_layers: int = 0

@@ -31,6 +31,9 @@ NUMEL = 16
 
 REFERENCE = "torch fused-host"
 
+# How the name of a case ends in which gradients stay where they are.
+KEPT = "kept gradients"
+
 CONTENDERS: dict[str, Callable[[Workload], Step]] = {
     REFERENCE: foreign(torch.optim.Adam, fused=True),
     "ours native-host": ours(backend="native"),
@@ -93,16 +96,23 @@ def measure_all(n_rounds: int, environment: dict[str, Any], note: str | None = N
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        environment = {**environment, "n_threads": 1}
         return [
-            record for n in N_TENSORS for record in measure(n, n_rounds, {**environment, "n_threads": 1}, note)
+            record
+            for kept in (False, True)
+            for n in N_TENSORS
+            for record in measure(n, n_rounds, environment, note, kept=kept)
         ]
     finally:
         torch.set_num_threads(n_threads)
 
 
-def measure(n_tensors: int, n_rounds: int, environment: dict[str, Any], note: str | None = None) -> list[Record]:
-    """Measure every contender with `n_tensors` tensors; see `measure_all`."""
-    case = Case(f"host, {n_tensors} x {NUMEL}", equal(n_tensors, NUMEL))
+def measure(
+    n_tensors: int, n_rounds: int, environment: dict[str, Any], note: str | None = None, *, kept: bool = False
+) -> list[Record]:
+    """Measure every contender with `n_tensors` tensors, whose gradients are new or `kept`; see `measure_all`."""
+    name = f"host, {n_tensors} x {NUMEL}"
+    case = Case(f"{name}, {KEPT}" if kept else name, equal(n_tensors, NUMEL), kept=kept)
     origin = make_origin(case, FP32, torch.device("cpu"))
     has_triton = importlib.util.find_spec("triton") is not None
     names = [name for name in CONTENDERS if has_triton or "triton" not in name]

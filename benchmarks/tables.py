@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from benchmarks.contenders import TORCH_FUSED
-from benchmarks.host import REFERENCE
+from benchmarks.host import KEPT, REFERENCE
 from benchmarks.records import SKIPPED, TIMED, Record
 from dragon.vm.measuring.timer import Spread
 
@@ -106,11 +106,15 @@ def is_host_work(record: Record) -> bool:
 
 
 def host_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Host work by contender, with few tensors and with many, and what each further tensor adds."""
+    """Host work by contender, with few tensors and with many, and what each further tensor adds.
+
+    Contenders stand there once more for gradients that stay where they are.
+    """
     found: dict[str, dict[int, Record]] = {}
     for record in records:
         if record.status == TIMED and is_host_work(record):
-            found.setdefault(record.contender, {})[record.n_tensors] = record
+            kept = f", {KEPT}" if record.case.endswith(KEPT) else ""
+            found.setdefault(record.contender + kept, {})[record.n_tensors] = record
     rows: list[tuple[str, ...]] = []
     for contender, by_count in found.items():
         few, many = by_count[min(by_count)], by_count[max(by_count)]

@@ -1,6 +1,7 @@
 """Parameters and gradients of a case: made once, and copied for each contender.
 
-Every step meets what training gives it: gradients at new addresses, and another learning rate.
+Every step meets what training gives it: gradients at new addresses, unless the case keeps them, and another
+learning rate.
 """
 
 from __future__ import annotations
@@ -91,11 +92,15 @@ class Workload:
     def before_step(self) -> None:
         """What a backward pass and a scheduler would do, outside of the time that is measured."""
         self._n_steps += 1
+        case = self.origin.case
         for i, (param, grad) in enumerate(zip(self.params, self.origin.grads, strict=True)):
+            if case.kept and param.grad is not None:
+                param.grad.copy_(grad)
+                continue
             # The old gradient is still there: the new one has another address.
-            param.grad = grad.clone() if has_grad(self.origin.case, i, self._n_steps) else None
+            param.grad = grad.clone() if has_grad(case, i, self._n_steps) else None
         for i, group in enumerate(self._scheduled):
-            lr = lr_of(i, self.origin.case.n_groups, self._n_steps)
+            lr = lr_of(i, case.n_groups, self._n_steps)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:

@@ -37,7 +37,8 @@ def test_host_work_is_a_command(
     out = tmp_path / "lines.jsonl"
     assert benchmarks.main(["host", "--rounds", "2", "--out", str(out)]) == 0
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert {line["case"] for line in lines} == {"host, 2 x 16", "host, 3 x 16"}
+    cases = {"host, 2 x 16", "host, 3 x 16"}
+    assert {line["case"] for line in lines} == cases | {f"{name}, kept gradients" for name in cases}
     assert {line["contender"] for line in lines} == set(host.CONTENDERS)
     assert "host work" in capsys.readouterr().out
 

@@ -57,7 +57,10 @@ def test_every_contender_is_measured_with_few_and_many_tensors(monkeypatch: pyte
     n_threads = torch.get_num_threads()
     found = host.measure_all(3, {"device": "a CPU"}, "a test")
     assert torch.get_num_threads() == n_threads
-    assert Counter(record.contender for record in found) == dict.fromkeys(host.CONTENDERS, 2)
+    assert Counter(record.case for record in found) == dict.fromkeys(
+        [f"host, {n} x 16{end}" for end in ("", ", kept gradients") for n in (2, 5)], len(host.CONTENDERS)
+    )
+    assert Counter(record.contender for record in found) == dict.fromkeys(host.CONTENDERS, 4)
     for record in found:
         assert record.host_ms is not None
         assert record.host_ms.n == 3

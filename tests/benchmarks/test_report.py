@@ -174,17 +174,21 @@ def test_the_rival_is_the_fastest_other_with_states_of_equal_size() -> None:
 def test_host_work_is_shown_for_few_and_many_tensors() -> None:
     found = [
         record(
-            f"host, {n} x 16",
+            f"host, {n} x 16{end}",
             "ours triton-host",
             cold_ms=None,
-            host_ms=Spread((20 + 0.5 * n) / 1000, 0, 9, 3),
+            host_ms=Spread((20 + each * n) / 1000, 0, 9, 3),
             ratio=Spread(ratio, 0, 9, 3),
             n_tensors=n,
             reference=REFERENCE,
         )
+        for end, each in (("", 0.5), (", kept gradients", 0.25))
         for n, ratio in ((10, 1.5), (1000, 2.5))
     ]
-    assert host_rows(found) == [("ours triton-host", "25.0", "1.50", "520", "2.50", "0.500")]
+    assert host_rows(found) == [
+        ("ours triton-host", "25.0", "1.50", "520", "2.50", "0.500"),
+        ("ours triton-host, kept gradients", "22.5", "1.50", "270", "2.50", "0.250"),
+    ]
     page = report.render(found)
     assert "### Host work" in page
     assert "ms a step | 20th" not in page

@@ -47,6 +47,16 @@ def test_each_step_meets_whole_gradients_at_new_addresses() -> None:
         assert all(param.grad.data_ptr() != old for param, old in zip(workload.params, before, strict=True))
 
 
+def test_each_step_meets_whole_gradients_in_their_place_in_a_case_that_keeps_them() -> None:
+    workload = Workload(make_origin(Case("", equal(3, 10), kept=True), FP32, CPU))
+    before = [param.grad for param in workload.params]
+    for _ in range(3):
+        workload.params[0].grad.zero_()
+        workload.before_step()
+        assert torch.equal(workload.params[0].grad, workload.origin.grads[0])
+        assert all(param.grad is old for param, old in zip(workload.params, before, strict=True))
+
+
 def test_each_step_meets_a_new_learning_rate_in_each_group() -> None:
     workload = Workload(make_origin(Case("", equal(4, 2), n_groups=2), FP32, CPU))
     optimizer = torch.optim.Adam([{**group, "lr": torch.tensor(group["lr"])} for group in workload.groups[:1]])
