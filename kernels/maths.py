@@ -26,8 +26,8 @@ def one_minus_power(base, exponent):
     expm1(x) = (u - 1) x / log(u) with u = exp(x): W. Kahan, in N. Higham, Accuracy and Stability of Numerical
     Algorithms, section 1.14.1, https://doi.org/10.1137/1.9780898718027.
     """
-    x = exponent * tl.log(tl.where(base > 0, base, 0.5))
+    # Not so far that the power becomes subnormal, which has few digits.
+    x = tl.maximum(exponent * tl.log(tl.where(base > 0, base, 0.5)), -700.0)
     power = tl.exp(x)
-    ordinary = (power > 0) & (power < 1)
-    quotient = (1 - power) * x / tl.log(tl.where(ordinary, power, 0.5))
-    return tl.where((base > 0) & (power > 0), tl.where(ordinary, quotient, -x), 1.0)
+    quotient = (1 - power) * x / tl.log(tl.where(power < 1, power, 0.5))
+    return tl.where(base > 0, tl.where(power < 1, quotient, -x), 1.0)
