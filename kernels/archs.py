@@ -7,6 +7,10 @@ import re
 # What is compiled and checked by default: Ampere, Hopper and Blackwell of NVIDIA, CDNA 3 of AMD.
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
+# NVIDIA's architectures that compute in float64 at half the speed of float32; of all others it is 1/32 or less:
+# https://docs.nvidia.com/cuda/cuda-c-programming-guide/#arithmetic-instructions
+_FAST_FLOAT64 = (60, 70, 72, 80, 90, 100)
+
 
 def arch_name(arch: str | int) -> str:
     """The name in files and on the command line: "sm_90" for triton's 90 or "90", and "gfx942" as it is."""
@@ -32,3 +36,13 @@ def compute_capability(arch: str) -> int | None:
 def warp_size(arch: str) -> int:
     """Threads of a warp: 64 on GCN and CDNA, else 32."""
     return 64 if arch.startswith("gfx9") else 32
+
+
+def sum_dtype(arch: str) -> str:
+    """The dtype in which `norm_kernel` sums squares: "float32" where float64 takes longer than reading gradients.
+
+    That is so on NVIDIA's consumer GPUs and sm_103, and on AMD's RDNA. Names of other kinds mean "float64".
+    """
+    capability = compute_capability(arch)
+    is_slow = arch.startswith("gfx1") if capability is None else capability not in _FAST_FLOAT64
+    return "float32" if is_slow else "float64"

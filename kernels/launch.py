@@ -10,7 +10,7 @@ import triton
 
 from dragon.kernels.advance import advance_kernel
 from dragon.kernels.config import LaunchConfig
-from dragon.kernels.norm import norm_kernel
+from dragon.kernels.norm import L2_NORM, norm_kernel
 from dragon.kernels.spec import Spec
 from dragon.kernels.update import update_kernel
 
@@ -51,9 +51,11 @@ def advance_constants(algorithm: str, norm_kind: int, clip_each: bool) -> dict[s
     }
 
 
-def norm_constants(grad_dtype: str, norm_kind: int) -> dict[str, Any]:
-    """Compile-time constants of `norm_kernel`."""
-    return {"GRAD_DTYPE": grad_dtype, "NORM": norm_kind}
+def norm_constants(grad_dtype: str, norm_kind: int, sum_dtype: str = "float64") -> dict[str, Any]:
+    """Compile-time constants of `norm_kernel`: squares of float64 gradients are summed in float64 everywhere."""
+    if norm_kind != L2_NORM.value or grad_dtype == "float64":
+        sum_dtype = "float64"
+    return {"GRAD_DTYPE": grad_dtype, "NORM": norm_kind, "SUM_DTYPE": sum_dtype}
 
 
 def update_options(config: LaunchConfig) -> dict[str, Any]:
@@ -163,7 +165,9 @@ def advance_launcher(
     return Launcher("advance", advance_kernel, n_programs, constants, reduction_options(warp_size))
 
 
-def norm_launcher(grad_dtype: str, norm_kind: int, n_spans: int, warp_size: int = 32) -> Launcher:
+def norm_launcher(
+    grad_dtype: str, norm_kind: int, n_spans: int, warp_size: int = 32, sum_dtype: str = "float64"
+) -> Launcher:
     """Launches `norm_kernel` on the spans of all gradients of a dtype.
 
     Args:
@@ -171,10 +175,10 @@ def norm_launcher(grad_dtype: str, norm_kind: int, n_spans: int, warp_size: int 
         norm_kind: L2_NORM or INF_NORM.
         n_spans: spans in the table; at least 1.
         warp_size: threads of a warp.
+        sum_dtype: "float64", or "float32" to sum squares so where they fit; see `archs.sum_dtype`.
 
     Returns:
         What takes the tables: the dtype's spans, tensors, grads, groups, partials.
     """
-    return Launcher(
-        "norm", norm_kernel, n_spans, norm_constants(grad_dtype, norm_kind), reduction_options(warp_size)
-    )
+    constants = norm_constants(grad_dtype, norm_kind, sum_dtype)
+    return Launcher("norm", norm_kernel, n_spans, constants, reduction_options(warp_size))

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.probe.harness import Probe
 from dragon.kernels import norm, table
+from dragon.kernels.archs import sum_dtype
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.inspect import UPDATES
 from dragon.kernels.launch import advance_launcher, norm_launcher
@@ -127,7 +128,8 @@ def _norms(probe: Probe, dtype: torch.dtype, dtype_name: str, n: int, numel: int
     tables = (spans, tensors.to(device), addresses, group_table({}, device), partials)
 
     def launch_of(kind: int) -> Callable[[], None]:
-        launch = norm_launcher(dtype_name, kind, n * n_spans, probe.machine.warp_size)
+        sums = sum_dtype(probe.machine.arch)
+        launch = norm_launcher(dtype_name, kind, n * n_spans, probe.machine.warp_size, sums)
         return lambda: launch(*tables)
 
     kinds = {"L2": int(norm.L2_NORM), "inf": int(norm.INF_NORM)}

@@ -78,8 +78,10 @@ def _update(
 
 def _norm(name: str, constants: Mapping[str, Any], arch: str) -> tuple[Report, Compiled]:
     compiled = compile_kernel(norm.norm_kernel, constants, reduction_options(warp_size(arch)), arch)
-    calls = calls_in(norm.norm_kernel, norm.take_tiles.__name__)
-    paths = dict(zip(("vector", "tail", "misaligned"), calls, strict=True))
+    paths = dict(
+        zip(("vector", "misaligned"), calls_in(norm.norm_kernel, norm.take_tiles.__name__), strict=True),
+        tail=lines_of(norm.take_rest),
+    )
     elements = norm.TILES_IN_FLIGHT.value * norm.TILE.value / REDUCTION_THREADS
     return _report(name, compiled, paths, elements=elements), compiled
 

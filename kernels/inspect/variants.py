@@ -44,6 +44,10 @@ NORMS = {
     for dtype in (FP32, BF16)
     for order, norm in (("L2", L2_NORM.value), ("inf", INF_NORM.value))
 }
+# For architectures on which float64 is slow.
+NORMS |= {
+    f"norm L2 {dtype} summed in fp32": norm_constants(dtype, L2_NORM.value, "float32") for dtype in (FP32, BF16)
+}
 
 ADVANCES = {
     f"advance {algorithm}{label}": advance_constants(algorithm, norm.value, clip_each)

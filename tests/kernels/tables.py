@@ -143,10 +143,10 @@ class Tables:
                 self.chunk_table, self.tensors, self.grads, self.scalars, self.grad_scale if unscales else None
             )
 
-    def reduce(self, norm: int, dtype: str = "float32") -> None:
+    def reduce(self, norm: int, dtype: str = "float32", sum_dtype: str = "float64") -> None:
         """Launch `norm_kernel`."""
         if self.spans:
-            launch.norm_launcher(dtype, norm, len(self.spans))(
+            launch.norm_launcher(dtype, norm, len(self.spans), sum_dtype=sum_dtype)(
                 self.span_table, self.tensors, self.grads, self.hyper, self.partials
             )
 

@@ -60,6 +60,7 @@ def test_no_norm_reaches_past_a_gradient() -> None:
     norm = """
         Tables(list(rows(0, torch.float32))).reduce(1)
         Tables(list(rows(0, torch.bfloat16))).reduce(2, "bfloat16")
+        Tables(list(rows(0, torch.float32))).reduce(1, "float32", "float32")
     """
     done = run(PRELUDE, norm)
     assert done.returncode == 0, done.stderr

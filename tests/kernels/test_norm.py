@@ -6,28 +6,35 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragon.kernels import table
-from dragon.kernels.norm import INF_NORM, L2_NORM, SPAN, TILE
+from dragon.kernels import launch, table
+from dragon.kernels.archs import sum_dtype
+from dragon.kernels.norm import INF_NORM, L2_NORM, SPAN, TILE, TILES_IN_FLIGHT
+from dragon.kernels.tile import VECTOR_NUMEL
 
 from .tables import Row, Tables, name_of, place
 
 L2, INF = L2_NORM.value, INF_NORM.value
 NAN = float("nan")
+SUM_DTYPES = ("float64", "float32")
+# Of 4,000 random numbers those of which the norm of a span of equal elements is worst.
+EQUAL = (1.8181209564208984, 1.2748074531555176, 1.4150524139404297)
 
 
-def partials_of(grads: list[Tensor], order: int, **group: float) -> list[float]:
+def reduced(grads: list[Tensor], order: int, sum_dtype: str, group: dict[str, float]) -> Tables:
+    columns = {getattr(table, name): value for name, value in group.items()}
+    tables = Tables([Row(grad=grad) for grad in grads], [columns], device=grads[0].device)
+    tables.reduce(order, name_of(grads[0].dtype), sum_dtype)
+    return tables
+
+
+def partials_of(grads: list[Tensor], order: int, sum_dtype: str = "float64", **group: float) -> list[float]:
     """What `norm_kernel` writes for gradients of one group."""
-    columns = {getattr(table, name): value for name, value in group.items()}
-    tables = Tables([Row(grad=grad) for grad in grads], [columns], device=grads[0].device)
-    tables.reduce(order, name_of(grads[0].dtype))
-    return tables.partials.tolist()
+    return reduced(grads, order, sum_dtype, group).partials.tolist()
 
 
-def norm_of(grads: list[Tensor], order: int, **group: float) -> float:
+def norm_of(grads: list[Tensor], order: int, sum_dtype: str = "float64", **group: float) -> float:
     """The norm that `advance_kernel` reports for gradients of one group."""
-    columns = {getattr(table, name): value for name, value in group.items()}
-    tables = Tables([Row(grad=grad) for grad in grads], [columns], device=grads[0].device)
-    tables.reduce(order, name_of(grads[0].dtype))
+    tables = reduced(grads, order, sum_dtype, group)
     tables.advance("sgd", norm=order)
     return tables.status[table.GRAD_NORM.value].item()
 
@@ -45,7 +52,7 @@ def test_every_element_enters_its_partial_result_once(device, dtype, offset):
     sums = partials_of(grads, L2)
     largest = partials_of(grads, INF)
     for grad, total, peak in zip((g for g in grads if len(g)), sums, largest, strict=True):
-        assert total == pytest.approx((grad.double() ** 2).sum().item(), rel=1e-14)
+        assert total == pytest.approx((grad.double() ** 2).sum().item(), rel=1e-14, abs=0)
         assert peak == grad.double().abs().max().item()
 
 
@@ -59,34 +66,40 @@ def test_elements_around_the_border_of_a_span_are_in_one_span_each(device, offse
     assert partials_of([grad], INF) == [2.0, 4.0]
 
 
-@pytest.mark.parametrize("size", [1e30, 1e-30, 3e38])
-def test_squares_neither_overflow_nor_vanish(device, size):
+@np.errstate(over="ignore")  # of sums that are not used then
+@pytest.mark.parametrize("sum_dtype", SUM_DTYPES)
+@pytest.mark.parametrize("size", [1e30, 1e-30, 3e38, 1e-40])
+def test_squares_neither_overflow_nor_vanish(device, size, sum_dtype):
     grads = [place(torch.full((n,), size, device=device)) for n in (100, 21)]
     size = grads[0][0].item()
-    assert norm_of(grads, L2) == pytest.approx(size * 11, rel=1e-14)
-    assert norm_of(grads, INF) == size
+    assert norm_of(grads, L2, sum_dtype) == pytest.approx(size * 11, rel=1e-14, abs=0)
+    assert norm_of(grads, INF, sum_dtype) == size
 
 
+@pytest.mark.parametrize("sum_dtype", SUM_DTYPES)
 @pytest.mark.parametrize("order", [L2, INF])
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), NAN])
 @pytest.mark.parametrize("offset", [0, 1])
-def test_one_bad_element_among_many_shows(device, order, bad, offset):
+def test_one_bad_element_among_many_shows(device, order, bad, offset, sum_dtype):
     grads = random_grads(device, offset=offset)
     grads[7][-1] = bad
-    norm = norm_of(grads, order)
+    norm = norm_of(grads, order, sum_dtype)
     assert math.isnan(norm) if math.isnan(bad) else norm == float("inf")
 
 
+@pytest.mark.parametrize("sum_dtype", SUM_DTYPES)
 @pytest.mark.parametrize("order", [L2, INF])
-def test_nan_wins_over_inf(device, order):
+def test_nan_wins_over_inf(device, order, sum_dtype):
     grads = random_grads(device)
     grads[2][0], grads[7][3], grads[9][1] = float("inf"), NAN, float("inf")
-    assert math.isnan(norm_of(grads, order))
+    assert math.isnan(norm_of(grads, order, sum_dtype))
 
 
-def test_the_factor_of_a_group_scales_its_gradients_whatever_its_sign(device):
+@pytest.mark.parametrize("sum_dtype", SUM_DTYPES)
+def test_the_factor_of_a_group_scales_its_gradients_whatever_its_sign(device, sum_dtype):
     grads = random_grads(device)
-    assert norm_of(grads, L2, GRAD_FACTOR=-0.5) == pytest.approx(norm_of(grads, L2) / 2, rel=1e-15)
+    halved = norm_of(grads, L2, sum_dtype, GRAD_FACTOR=-0.5)
+    assert halved == pytest.approx(norm_of(grads, L2, sum_dtype) / 2, rel=1e-15, abs=0)
     assert norm_of(grads, INF, GRAD_FACTOR=-0.5) == norm_of(grads, INF) / 2
 
 
@@ -109,6 +122,22 @@ def test_the_same_gradients_give_the_same_bits_beside_any_others(device):
     grads = random_grads(device)
     alone = [partials_of([grad], L2)[0] for grad in grads if len(grad)]
     assert partials_of(grads, L2) == alone
+
+
+def in_lanes_of_float32(grad: Tensor) -> np.ndarray:
+    """The same in float32: of each few tiles first, and of what is behind the last whole vector at the end."""
+    values = grad.float().cpu().numpy()
+    whole = len(values) // VECTOR_NUMEL.value * VECTOR_NUMEL.value
+    rest = np.zeros(TILE.value, np.float32)
+    rest[np.arange(whole, len(values)) % TILE.value] = values[whole:]
+    tiles = np.pad(values[:whole], (0, -whole % (TILES_IN_FLIGHT.value * TILE.value)))
+    sums = np.zeros(TILE.value, np.float32)
+    for few in tiles.reshape(-1, TILES_IN_FLIGHT.value, TILE.value):
+        squares = np.zeros(TILE.value, np.float32)
+        for tile in few:
+            squares = squares + tile * tile
+        sums = sums + squares
+    return (sums + rest * rest).astype(np.float64)
 
 
 def in_lanes(grad: Tensor) -> np.ndarray:
@@ -141,6 +170,57 @@ def test_a_partial_result_has_the_bits_of_the_reference_order(device, dtype, off
     spans = [span for grad in grads for span in grad.split(SPAN.value)]
     expected = [np.sum(in_lanes(span)) * 0.37 * 0.37 for span in spans]
     assert bits_of(partials_of(grads, L2, GRAD_FACTOR=-0.37)) == bits_of(expected)
+
+
+@pytest.mark.usefixtures("interpreted")  # as above
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_sums_in_float32_have_the_bits_of_their_own_order_wherever_a_gradient_starts(device, dtype, offset):
+    generator = torch.Generator().manual_seed(12)
+    values = [torch.randn(n, generator=generator) for n in (1, 15, 16, 17, 1039, 4096, 5121, 32755, 40000)]
+    grads = [place(value.to(device, dtype), offset) for value in values]
+    spans = [span for grad in grads for span in grad.split(SPAN.value)]
+    expected = [np.sum(in_lanes_of_float32(span)) * 0.37 * 0.37 for span in spans]
+    assert bits_of(partials_of(grads, L2, "float32", GRAD_FACTOR=-0.37)) == bits_of(expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-40, 2.0**59])
+def test_sums_in_float32_are_right_to_three_eps(device, scale):
+    # Of equal elements all lanes have the same error; some of these come close to the bound.
+    values = [torch.full((SPAN.value,), value * scale) for value in EQUAL]
+    values.append(torch.randn(2**17 + 77, generator=torch.Generator().manual_seed(2)) * scale)
+    errors = []
+    for value in values:
+        exact = math.sqrt(math.fsum(element * element for element in value.tolist()))
+        errors.append(abs(norm_of([place(value.to(device))], L2, "float32") / exact - 1) / 2.0**-23)
+    assert max(errors) <= 3
+    assert max(errors) > 0.5, "sums in float64 are better"
+
+
+@pytest.mark.parametrize("peak", [2.0**-41, 2.0**-40, 2.0**60, 2.0**61])
+def test_a_span_is_right_around_the_ends_of_the_range_of_sums_in_float32(device, peak):
+    generator = torch.Generator().manual_seed(5)
+    for value in (torch.rand(4111, generator=generator), torch.ones(4111)):
+        value = (value * peak).nextafter(torch.tensor(math.inf))
+        exact = math.sqrt(math.fsum(element * element for element in value.tolist()))
+        assert norm_of([place(value.to(device))], L2, "float32") == pytest.approx(exact, rel=3 * 2.0**-23, abs=0)
+
+
+def test_squares_of_float64_and_largest_values_are_found_in_one_way_everywhere():
+    assert launch.norm_constants("float64", L2, "float32") == launch.norm_constants("float64", L2)
+    assert launch.norm_constants("float32", INF, "float32") == launch.norm_constants("float32", INF)
+    assert launch.norm_constants("float32", L2, "float32") != launch.norm_constants("float32", L2)
+
+
+@pytest.mark.parametrize(
+    ("archs", "expected"),
+    [
+        (("sm_70", "sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950", "cpu", "xpu"), "float64"),
+        (("sm_75", "sm_86", "sm_89", "sm_103", "sm_120", "sm_121", "gfx1100", "gfx1201"), "float32"),
+    ],
+)
+def test_squares_are_summed_in_float32_where_float64_is_slow(archs, expected):
+    assert {arch: sum_dtype(arch) for arch in archs} == dict.fromkeys(archs, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

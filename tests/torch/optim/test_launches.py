@@ -5,10 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dragon.kernels import launch
 from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim._backends import context
 from dragon.vm.torch.optim._table.table import DeviceTable
 
 from .support import give_gradients, parameters
@@ -103,6 +105,28 @@ def test_sgd_takes_as_many(launches, interpreted):
         launches.clear()
         optimizer.step()
         assert names(launches) == ["advance", "update"]
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [("sm_90", "float64"), ("sm_103", "float32")])
+def test_squares_are_summed_as_the_architecture_does_it_fast(monkeypatch, launches, interpreted, arch, dtype):
+    monkeypatch.setattr(context, "describe", lambda device: context.Hardware("a GPU", arch, 1, 32))
+    optimizer, _ = optimizer_of(3, 1, max_grad_norm=1.0)
+    optimizer.step()
+    assert [found["SUM_DTYPE"] for name, _, _, found in launches if name == "norm"] == [dtype]
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"clip_norm": 0.5}], ids=str)
+def test_a_step_clips_by_sums_in_float32_as_by_those_in_float64(monkeypatch, interpreted, options):
+    found = []
+    for arch in ("sm_90", "sm_103"):
+        monkeypatch.setattr(context, "describe", lambda device, arch=arch: context.Hardware("", arch, 1, 32))
+        optimizer, params = optimizer_of(5, 2, numel=5000, eps=1e-2, **options)
+        for seed in range(3):
+            give_gradients(params, seed)
+            optimizer.step()
+        found.append(params)
+    for left, right in zip(*found, strict=True):
+        assert_close(left, right, rtol=4 * 2.0**-23, atol=0)
 
 
 def test_tensors_without_elements_take_no_launch_that_would_have_no_program(launches, interpreted):

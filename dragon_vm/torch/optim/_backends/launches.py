@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dragon.kernels import norm, table
+from dragon.kernels.archs import sum_dtype
 from dragon.kernels.launch import Launcher, advance_launcher, norm_launcher, update_launcher
 from dragon.kernels.spec import Spec
 from dragon.vm.torch.optim._backends.configs import config_for
@@ -134,7 +135,10 @@ def plan_launches(
     norms = [
         NormLaunch(
             # The section may be longer than its spans.
-            {kind: norm_launcher(dtype, kind, len(pairs) // 2, hardware.warp_size) for kind in NORMS},
+            {
+                kind: norm_launcher(dtype, kind, len(pairs) // 2, hardware.warp_size, sum_dtype(hardware.arch))
+                for kind in NORMS
+            },
             device_table.section(f"spans {dtype}", torch.int32),
         )
         for dtype, pairs in spans.items()
