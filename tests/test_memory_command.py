@@ -37,6 +37,9 @@ made = make()
 
 def wrong():
     raise ValueError("an error of the model's own")
+
+def absent_file():
+    open("absent.json")
 """
 
 
@@ -125,6 +128,9 @@ def test_an_error_inside_of_the_model_keeps_its_traceback() -> None:
         tune.console(["memory", "--model", "my_package.broken:make"])
     with pytest.raises(ValueError, match="an error of the model's own"):
         tune.console(["memory", "--model", "my_package.model:wrong"])
+    with pytest.raises(RuntimeError, match=r"my_package\.model:absent_file failed: .*absent\.json") as raised:
+        tune.console(["memory", "--model", "my_package.model:absent_file"])
+    assert isinstance(raised.value.__cause__, FileNotFoundError)
 
 
 @pytest.mark.parametrize(

@@ -64,15 +64,20 @@ def make_on_meta(path: str) -> torch.nn.Module:
         ModelError: for a path without ":" or with a relative module, for a module or a factory that does not
             exist, and for a factory that needs arguments, is itself a module, returns no module, or one whose
             parameters are lazy, complex or sparse.
+        RuntimeError: for an `OSError` of the module or the factory.
     """
     module, colon, name = path.partition(":")
     if not colon or not module or not name:
         raise ModelError(f'--model: expected "module:factory", got {path!r}')
     if module.startswith("."):
         raise ModelError(f"--model: the module must be absolute, got {path!r}")
-    factory = _find(module, name)
-    with torch.device("meta"):
-        model = factory()
+    try:
+        factory = _find(module, name)
+        with torch.device("meta"):
+            model = factory()
+    except OSError as error:
+        # Not one of this command, which would be a line without a traceback.
+        raise RuntimeError(f"--model: {path} failed: {error}") from error
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"--model: {path} must return a torch.nn.Module, got {type(model).__name__}")
     lazy = [name for name, param in model.named_parameters() if torch.nn.parameter.is_lazy(param)]
