@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,7 +115,7 @@ class GradientSums:
         grads = {param: grad for param, grad in parts if grad is not None}
         begun = {param: _as_sum(local(param), grad) for param, grad in grads.items() if param not in self.totals}
         added = [param for param in grads if param not in begun]
-        calls = [partial(self.totals.update, begun), *(partial(setattr, param, "grad", None) for param in grads)]
+        calls = [partial(self.totals.update, begun), _set_grads(list(grads), repeat(None))]
         if added:
             totals = [self.totals[param] for param in added]
             if launch and not is_capturing():
@@ -202,8 +203,8 @@ class GradientSums:
         handed = []
         for param, grad in zip(chosen, self.added_to(chosen, list(map(_own_part, chosen))), strict=True):
             dtype = getattr(param, "grad_dtype", param.dtype) or grad.dtype
-            handed.append(partial(setattr, param, "grad", distributed_like(param, grad.to(dtype))))
-        _at_once([*handed, partial(note, chosen), partial(self.totals.clear)])
+            handed.append(distributed_like(param, grad.to(dtype)))
+        _at_once([_set_grads(chosen, handed), partial(note, chosen), partial(self.totals.clear)])
         self.clear()
 
     def _launch(self, totals: list[Tensor], grads: list[Tensor]) -> None:
@@ -217,6 +218,11 @@ class GradientSums:
             launch = self._launches.setdefault(signature, SumLaunch(signature))
             chosen = [totals[i] for i in indices]
             launch.add(chosen, [in_layout_of(total, grads[i]) for total, i in zip(chosen, indices, strict=True)])
+
+
+def _set_grads(params: Sequence[Tensor], grads: Iterable[Tensor | None]) -> partial[Any]:
+    """A call that gives parameters these gradients."""
+    return partial(list, map(setattr, params, repeat("grad"), grads))
 
 
 def _at_once(calls: Sequence[partial[Any]]) -> None:
