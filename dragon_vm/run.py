@@ -151,7 +151,9 @@ def _prepared(argv: list[str], as_module: bool) -> Program:
 def _script(path: str) -> Program:
     if path == STDIN:
         name = "<stdin>"
-        return Program(compile(sys.stdin.buffer.read(), name, "exec", dont_inherit=True), name, None)
+        # There is none if it was closed: to `python` that is an empty script.
+        source = b"" if sys.stdin is None else sys.stdin.buffer.read()
+        return Program(compile(source, name, "exec", dont_inherit=True), name, None)
     absolute = os.path.abspath(path)
     if path.endswith(".pyc"):
         code = SourcelessFileLoader("__main__", absolute).get_code("__main__")

@@ -37,6 +37,9 @@ made = make()
 
 def wrong():
     raise ValueError("an error of the model's own")
+
+def absent_file():
+    open("absent.json")
 """
 
 
@@ -125,3 +128,27 @@ def test_an_error_inside_of_the_model_keeps_its_traceback() -> None:
         tune.console(["memory", "--model", "my_package.broken:make"])
     with pytest.raises(ValueError, match="an error of the model's own"):
         tune.console(["memory", "--model", "my_package.model:wrong"])
+    with pytest.raises(RuntimeError, match=r"my_package\.model:absent_file failed: .*absent\.json") as raised:
+        tune.console(["memory", "--model", "my_package.model:absent_file"])
+    assert isinstance(raised.value.__cause__, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (1, "float32              12.000     0.023          0.031"),
+        (64, "float32              12.000    48.750         65.000"),
+        (1024, "float32              12.000    12.012         16.016"),
+        (2**14, "float32              12.000     3.000          4.000"),
+    ],
+)
+def test_sizes_are_in_a_unit_that_fits_the_model(
+    width: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unit = {1: "KiB", 64: "KiB", 1024: "MiB", 2**14: "GiB"}[width]
+    monkeypatch.setattr(memory, "make_on_meta", lambda path: torch.nn.Linear(width, width, device="meta"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert memory.main("a:model") == 0
+    _, head, first, *_ = capsys.readouterr().out.splitlines()
+    assert head.split()[4:8] == [unit, unit, "with", "grads"]
+    assert first.rstrip() == line

@@ -375,6 +375,13 @@ def test_a_script_comes_from_the_standard_input_as_with_python(tmp_path: Path) -
     assert found.stderr == expected.stderr + NOTHING
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no shell that closes the standard input")
+def test_a_closed_standard_input_is_an_empty_script_as_with_python(tmp_path: Path) -> None:
+    command = ["sh", "-c", '"$0" -m dragon.vm.run - <&-', sys.executable]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", NOTHING)
+
+
 @pytest.mark.parametrize("in_front", [True, False], ids=["in front", "behind"])
 def test_a_launcher_goes_in_front(in_front: bool, forking: Forking, folder: Path) -> None:
     n_processes = 2 if in_front else 1

@@ -18,7 +18,8 @@ from dragon.vm.torch.optim._formats.resolve import StorageOptions
 from dragon.vm.torch.optim._groups.storage import storage_of
 
 STATES = ("exp_avg", "exp_avg_sq")
-GIB = 2**30
+# Largest first; bytes of each.
+UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 class ModelError(ValueError):
@@ -63,15 +64,20 @@ def make_on_meta(path: str) -> torch.nn.Module:
         ModelError: for a path without ":" or with a relative module, for a module or a factory that does not
             exist, and for a factory that needs arguments, is itself a module, returns no module, or one whose
             parameters are lazy, complex or sparse.
+        RuntimeError: for an `OSError` of the module or the factory.
     """
     module, colon, name = path.partition(":")
     if not colon or not module or not name:
         raise ModelError(f'--model: expected "module:factory", got {path!r}')
     if module.startswith("."):
         raise ModelError(f"--model: the module must be absolute, got {path!r}")
-    factory = _find(module, name)
-    with torch.device("meta"):
-        model = factory()
+    try:
+        factory = _find(module, name)
+        with torch.device("meta"):
+            model = factory()
+    except OSError as error:
+        # Not one of this command, which would be a line without a traceback.
+        raise RuntimeError(f"--model: {path} failed: {error}") from error
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"--model: {path} must return a torch.nn.Module, got {type(model).__name__}")
     lazy = [name for name, param in model.named_parameters() if torch.nn.parameter.is_lazy(param)]
@@ -125,6 +131,11 @@ def rows(params: Sequence[Tensor]) -> list[Row]:
     return found
 
 
+def unit_of(nbytes: int) -> str:
+    """The largest unit of which a number of bytes is a tenth or more: three decimals are three digits then."""
+    return next((name for name, scale in UNITS.items() if nbytes >= scale / 10), "KiB")
+
+
 def main(path: str) -> int:
     """Print the table; modules of the present folder are found, as with ``python -m``."""
     sys.path.insert(0, "")
@@ -133,9 +144,12 @@ def main(path: str) -> int:
     print(f"{path}: {numel:,} trained parameters in {len(params)} {'tensor' if len(params) == 1 else 'tensors'}")
     if not numel:
         return 1
-    print(f"{'weights':9} {'bytes a parameter':>17} {'GiB':>9} {'GiB with grads':>14}  arguments of Adam")
-    for row in rows(params):
+    table = rows(params)
+    unit = unit_of(min(row.kept for row in table))
+    scale = UNITS[unit]
+    print(f"{'weights':9} {'bytes a parameter':>17} {unit:>9} {f'{unit} with grads':>14}  arguments of Adam")
+    for row in table:
         dtype = str(row.dtype).removeprefix("torch.")
-        sizes = f"{row.kept / numel:17.3f} {row.kept / GIB:9.3f} {(row.kept + row.gradients) / GIB:14.3f}"
+        sizes = f"{row.kept / numel:17.3f} {row.kept / scale:9.3f} {(row.kept + row.gradients) / scale:14.3f}"
         print(f"{dtype:9} {sizes}  {row.arguments}")
     return 0

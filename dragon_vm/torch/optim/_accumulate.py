@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -94,7 +95,8 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         if self._sums:
             if not is_shared and scaler is not None:
                 check_scaled_sums(self._all_params())
-            self._handed_over = without_torch_function(self._sums.hand_over, (), (self._all_params(),), {})
+            note = partial(setattr, self, "_handed_over")
+            without_torch_function(self._sums.hand_over, (), (self._all_params(), note), {})
         if (is_shared or self._release is not None) and scaler is not None:
             without_torch_function(self._report, (), (is_shared,), {})
         return bool(self._handed_over) or self._handles_scaling or is_shared

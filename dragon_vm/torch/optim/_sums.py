@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,13 +115,15 @@ class GradientSums:
         grads = {param: grad for param, grad in parts if grad is not None}
         begun = {param: _as_sum(local(param), grad) for param, grad in grads.items() if param not in self.totals}
         added = [param for param in grads if param not in begun]
+        calls = [partial(self.totals.update, begun), _set_grads(list(grads), repeat(None))]
         if added:
-            add = self._launch if launch and not is_capturing() else torch._foreach_add_
-            add([self.totals[param] for param in added], [grads[param] for param in added])
-        self.totals |= begun
+            totals = [self.totals[param] for param in added]
+            if launch and not is_capturing():
+                self._launch(totals, [grads[param] for param in added])
+            else:
+                calls.insert(0, partial(torch._foreach_add_, totals, [grads[param] for param in added]))
         # Whatever fails above, no gradient is lost.
-        for param in grads:
-            param.grad = None
+        _at_once(calls)
 
     def _take_unreduced(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """Take the gradients that DDP has not reduced, and return the other parameters."""
@@ -187,20 +191,21 @@ class GradientSums:
             )
 
     @torch.no_grad()
-    def hand_over(self, params: Sequence[Tensor]) -> list[Tensor]:
+    def hand_over(self, params: Sequence[Tensor], note: Callable[[Sequence[Tensor]], None]) -> None:
         """Make the sums, with the gradients that came after them, the gradients of their parameters.
 
-        Returns:
-            The parameters that had a sum.
+        Args:
+            params: all parameters.
+            note: called with those that had a sum.
         """
         self.reduce()
         chosen = [param for param in params if param in self.totals]
-        grads = self.added_to(chosen, [_own_part(param) for param in chosen])
-        for param, grad in zip(chosen, grads, strict=True):
+        handed = []
+        for param, grad in zip(chosen, self.added_to(chosen, list(map(_own_part, chosen))), strict=True):
             dtype = getattr(param, "grad_dtype", param.dtype) or grad.dtype
-            param.grad = distributed_like(param, grad.to(dtype))
+            handed.append(distributed_like(param, grad.to(dtype)))
+        _at_once([_set_grads(chosen, handed), partial(note, chosen), partial(self.totals.clear)])
         self.clear()
-        return chosen
 
     def _launch(self, totals: list[Tensor], grads: list[Tensor]) -> None:
         from dragon.vm.torch.optim._backends.sums import SumLaunch
@@ -213,6 +218,16 @@ class GradientSums:
             launch = self._launches.setdefault(signature, SumLaunch(signature))
             chosen = [totals[i] for i in indices]
             launch.add(chosen, [in_layout_of(total, grads[i]) for total, i in zip(chosen, indices, strict=True)])
+
+
+def _set_grads(params: Sequence[Tensor], grads: Iterable[Tensor | None]) -> partial[Any]:
+    """A call that gives parameters these gradients."""
+    return partial(list, map(setattr, params, repeat("grad"), grads))
+
+
+def _at_once(calls: Sequence[partial[Any]]) -> None:
+    """Make calls one after the other without a bytecode between them: an interrupt comes before or after all."""
+    list(map(partial.__call__, calls))
 
 
 def _own_part(param: Tensor) -> Tensor | None:

@@ -326,3 +326,16 @@ def test_dtypes_that_kernels_do_not_know_are_refused_before_a_step_counts(dtypes
     with pytest.raises(ValueError, match=r"backend='triton' is impossible here: .* are of torch.float8"):
         optimizer.step()
     assert not optimizer.state[param]
+
+
+@each_backend
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
+def test_a_state_that_inference_mode_made_is_updated_with_the_others(key, backend):
+    params = [one(backend) for _ in range(3)]
+    optimizer = Adam(params, lr=0.1, backend=backend)
+    optimizer.step()
+    with torch.inference_mode():
+        optimizer.state[params[1]][key] = optimizer.state[params[1]][key].clone()
+    optimizer.step()
+    assert all(torch.equal(param, params[0]) for param in params)
+    assert [float(optimizer.state[param]["step"]) for param in params] == [2, 2, 2]

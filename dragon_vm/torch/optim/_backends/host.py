@@ -194,7 +194,7 @@ class HostGroup:
         for piece in pieces:
             if piece.counter is not None and step is not None:
                 places.append(piece.counter)
-                sources.append(step)
+                sources.append(step.view_as(piece.counter))
         if self._piece:
             torch._foreach_copy_(places, sources)
             return

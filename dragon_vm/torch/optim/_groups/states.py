@@ -62,6 +62,7 @@ class CounterPlace(NamedTuple):
             and (step.dtype == torch.float32 or (step.dtype == torch.float64 and self._may_be_wide))
             and step.numel() == 1
             and not step.requires_grad
+            and not step.is_inference()
         )
 
 
@@ -131,7 +132,8 @@ def settled_entries(
     shard = local(param)
     for key in keys:
         value = local(state[key])
-        settled = value.to(shard.device)
+        # Where inference mode made it, no later step outside could write to it.
+        settled = value.clone() if value.is_inference() else value.to(shard.device)
         if value.shape != shard.shape:
             # Scales of blocks: what is the parameter's own is checked.
             settled = settled.contiguous()

@@ -1,6 +1,7 @@
 """Guards: what a plan was made for, compared before each step by calls that PyTorch offers.
 
-A guard holds no tensor. Another tensor at the same address in the same layout is as good as the old one.
+A guard holds no tensor, and no memory but that of step counters. Another tensor at the same address in the same
+layout is as good as the old one.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Guard:
         own = laid_out if self._are_complete else ()
         self._part_layouts = PartLayouts(grads, params, *own) if takes_parts else None
         self._addresses = list(map(_data_ptr, self._fixed(params, states)))
+        # Kept, so that no counter of another dtype comes to lie at the address of one that was taken away.
+        self._counters = list(map(Tensor.untyped_storage, states.get("step", ())))
         self._shapes = list(map(_shape_of, params))
 
     def _fixed(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> Iterable[Tensor]:

@@ -13,6 +13,7 @@ from dragon.vm.torch.optim._gradients.norms import SquareSum
 from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, gradient_factors, total_norm
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._gradients.zeroing import apart
+from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._options import Version, needs_norm
 from dragon.vm.torch.optim._plan.preparation import Prepared
@@ -88,6 +89,11 @@ class HostStep:
         return [position for position in self._walked if tensors.grads[position] is not None]
 
     def _factors(self, recipe: Recipe, tensors: Gathered, scaling: Scaling) -> Factors:
+        """Decide.
+
+        Raises:
+            ValueError: for gradients whose numbers cannot be read. No step has been counted then.
+        """
         positions, settings = self._present(tensors), recipe.settings
         walked = [tensors.grads[position] for position in positions]
         indices = [self._group_index[position] for position in positions]
@@ -98,7 +104,16 @@ class HostStep:
             return total_norm(walked, indices, recipe.groups, settings.norm_type, self._square_sum[1])
 
         shared = self.shared(recipe, tensors)
-        factors = gradient_factors(walked, indices, recipe.groups, settings, scaling, measure, shared)
+        try:
+            factors = gradient_factors(walked, indices, recipe.groups, settings, scaling, measure, shared)
+        except RuntimeError as error:
+            opaque = next((grad for grad in walked if not has_memory(grad)), None)
+            if opaque is None:
+                raise
+            raise ValueError(
+                "max_grad_norm, clip_norm, skip_nonfinite and a GradScaler need numbers that can be read, but a "
+                f"gradient is of type {type(opaque).__name__} on {opaque.device}: {error}"
+            ) from error
         if not factors.each:
             return factors
         each = dict(zip(positions, factors.each, strict=True))

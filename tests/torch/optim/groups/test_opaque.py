@@ -117,3 +117,19 @@ def test_an_explicit_kernel_is_not_given_what_has_no_memory() -> None:
     # In pieces it would be the native backend.
     assert isinstance(group, HostGroup)
     assert group._piece == 0
+
+
+@each_algorithm
+@pytest.mark.parametrize("option", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}, {"clip_norm": 1.0}])
+@pytest.mark.parametrize("is_fake", [False, True])
+def test_what_needs_norms_is_refused_where_numbers_cannot_be_read(
+    algorithm: Any, option: dict[str, Any], is_fake: bool
+) -> None:
+    with FakeTensorMode() if is_fake else torch.device("meta"):
+        model = torch.nn.Linear(4, 2)
+        optimizer = make(algorithm, model.parameters(), **option)
+        model(torch.ones(1, 4)).sum().backward()
+    where = "type FakeTensor on cpu" if is_fake else "type Tensor on meta"
+    with pytest.raises(ValueError, match=f"need numbers that can be read, but a gradient is of {where}"):
+        optimizer.step()
+    assert all(float(state.get("step", 0)) == 0 for state in optimizer.state.values())

@@ -183,3 +183,16 @@ def test_channels_last_is_walked_as_it_lies(backend: str) -> None:
     optimizer.step()
     other.step()
     assert torch.equal(params[0].permute(0, 2, 3, 1).reshape(8, 1024), flat[0])
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_counter_of_one_dimension_counts_beside_others(mode: str, backend: str) -> None:
+    runs = [make(mode, ((3,), (2, 2)), backend) for _ in range(2)]
+    for run in runs:
+        train(*run, 1)
+    params, optimizer = runs[0]
+    optimizer.state[params[0]]["step"] = optimizer.state[params[0]]["step"].reshape(1)
+    for run in runs:
+        train(*run, 2, first=1)
+    assert bits(*runs[0]) == bits(*runs[1])

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -229,3 +230,19 @@ def test_a_state_dict_that_is_loaded_leaves_no_plan():
     optimizer, _ = warm(Adam, "native")
     optimizer.load_state_dict(optimizer.state_dict())
     assert not optimizer._plans.latest()
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_no_other_number_comes_to_lie_where_a_counter_of_a_plan_was(backend):
+    optimizer, params = warm(Adam, backend)
+    state = optimizer.state[params[0]]
+    memory = np.full((), float(state["step"]), np.float32)
+    state["step"], reference = torch.from_numpy(memory), weakref.ref(memory)
+    del memory
+    attempt(optimizer)
+    assert reference() == float(state["step"])
+    # Allocators give freed memory to the next who asks, for numbers of another dtype too.
+    state["step"] = torch.tensor(int(state["step"]))
+    assert reference() is not None
+    optimizer._plans.forget()
+    assert reference() is None
