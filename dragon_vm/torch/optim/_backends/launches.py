@@ -109,6 +109,7 @@ def plan_launches(
         "tensors": tensor_rows(flattened, numels, partials.columns(), seed),
     }
     hardware, planned, first = context.hardware, [], 0
+    sums = sum_dtype(hardware.arch)
     rows_by_dtype: dict[str, list[int]] = {}
     for index, group in enumerate(flattened):
         rows = range(first, first + len(group.entries))
@@ -135,10 +136,7 @@ def plan_launches(
     norms = [
         NormLaunch(
             # The section may be longer than its spans.
-            {
-                kind: norm_launcher(dtype, kind, len(pairs) // 2, hardware.warp_size, sum_dtype(hardware.arch))
-                for kind in NORMS
-            },
+            {kind: norm_launcher(dtype, kind, len(pairs) // 2, hardware.warp_size, sums) for kind in NORMS},
             device_table.section(f"spans {dtype}", torch.int32),
         )
         for dtype, pairs in spans.items()

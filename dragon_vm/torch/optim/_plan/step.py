@@ -41,7 +41,6 @@ class StepPlan:
     def __init__(self, recipe: Recipe, prepared: Prepared, zero_grad: bool, *, takes_parts: bool) -> None:
         self._joined, self._strays = prepared.joined, prepared.strays
         self._outside = [i for i in range(len(prepared.keys)) if i not in prepared.inside]
-        self._in_buffers = frozenset(chain.from_iterable(each.buffer.grad_addresses for each in self._joined))
         n_gathered = len(prepared.keys) + len(prepared.joined)
         self._host = HostStep(recipe, prepared, n_gathered)
         self._zero_grad = zero_grad
@@ -135,8 +134,9 @@ class StepPlan:
                     grads[position] = in_layout_of(tensors.shards[position], grads[position])
         if writes:
             # A gradient in a flat buffer stays there, whoever else has it.
+            inside = chain.from_iterable(each.buffer.grad_addresses for each in self._joined)
             outside = [position for position in self._outside if grads[position] is not None]
-            grads = apart(grads, outside, self._in_buffers)
+            grads = apart(grads, outside, frozenset(inside)) if outside else grads
         ready = tensors._replace(grads=grads, states=states)
         return with_buffers(self._joined, ready, are_own) if self._joined else ready
 
