@@ -15,7 +15,7 @@ from dragon.kernels.archs import sum_dtype
 from dragon.kernels.launch import Launcher, advance_launcher, norm_launcher, update_launcher
 from dragon.kernels.spec import Spec
 from dragon.vm.torch.optim._backends.configs import config_for
-from dragon.vm.torch.optim._backends.context import DeviceContext
+from dragon.vm.torch.optim._backends.context import DeviceContext, Hardware
 from dragon.vm.torch.optim._backends.partials import PartialNorms
 from dragon.vm.torch.optim._backends.tensor_rows import (
     SPAN,
@@ -45,6 +45,12 @@ class NormLaunch(NamedTuple):
 
     launches: dict[int, Launcher]
     spans: Tensor
+
+    @classmethod
+    def of(cls, grad_dtype: str, n_spans: int, spans: Tensor, hardware: Hardware) -> NormLaunch:
+        """Those of a section of the table, which may be longer than its spans."""
+        how = hardware.warp_size, sum_dtype(hardware.arch)
+        return cls({kind: norm_launcher(grad_dtype, kind, n_spans, *how) for kind in NORMS}, spans)
 
 
 class Sections(NamedTuple):
@@ -109,7 +115,6 @@ def plan_launches(
         "tensors": tensor_rows(flattened, numels, partials.columns(), seed),
     }
     hardware, planned, first = context.hardware, [], 0
-    sums = sum_dtype(hardware.arch)
     rows_by_dtype: dict[str, list[int]] = {}
     for index, group in enumerate(flattened):
         rows = range(first, first + len(group.entries))
@@ -134,11 +139,7 @@ def plan_launches(
         if n_chunks
     ]
     norms = [
-        NormLaunch(
-            # The section may be longer than its spans.
-            {kind: norm_launcher(dtype, kind, len(pairs) // 2, hardware.warp_size, sums) for kind in NORMS},
-            device_table.section(f"spans {dtype}", torch.int32),
-        )
+        NormLaunch.of(dtype, len(pairs) // 2, device_table.section(f"spans {dtype}", torch.int32), hardware)
         for dtype, pairs in spans.items()
         if pairs
     ]
