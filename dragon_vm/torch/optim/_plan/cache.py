@@ -92,6 +92,8 @@ class PlanCache:
 
     def _keep(self, key: tuple[Hashable, bytes | None], found: Found) -> Found:
         """Keep a plan as the last one used, which stands at the end."""
+        if next(reversed(self._latest.values()), None) is found.plan:
+            return found
         self._latest.pop(key, None)
         self._latest[key] = found.plan
         while len(self._latest) > self.n_kept:

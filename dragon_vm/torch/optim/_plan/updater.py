@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 
 Group = dict[str, Any]
+
+_average_of = itemgetter("ema_decay")
 
 
 class Updater:
@@ -137,7 +140,7 @@ class Updater:
     def _settle_averages(self, members: Members, groups: Sequence[Group], state: Mapping[Any, Any]) -> bool:
         """Let averages begin anew that began too early, and tell whether a step is about to begin such."""
         # A saved step count shows whether an average was loaded in place.
-        if not self._algorithm.saves_steps or not any(group["ema_decay"] for group in groups):
+        if not self._algorithm.saves_steps or not any(map(_average_of, groups)):
             return False
         is_asked = is_state_asked_for()
         if not (is_asked or is_capturing()):
