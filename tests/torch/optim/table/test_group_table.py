@@ -89,7 +89,7 @@ def test_numbers_that_return_behind_an_interrupted_write_are_written(change, mon
         written.write(groups, (0, 1) if "lr" in change else (1, 0), SETTINGS)
     monkeypatch.undo()
     groups[1].update(before)
-    written.write(groups, (2, 0), SETTINGS)
+    written.write(groups, (0, 2) if "lr" in change else (2, 0), SETTINGS)
     assert uploaded(device_table) == fresh(groups)
 
 
