@@ -6,13 +6,7 @@ import torch
 
 from dragon.vm.torch.optim import SGD, Adam, AdamW
 
-from .judging import judged_step, make_params, params_of, same_bits, set_grads
-
-
-def run(optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for number in steps:
-        set_grads(params_of(optimizer), number)
-        optimizer.step()
+from .judging import judged_step, make_params, params_of, run, same_bits, set_grads
 
 
 @pytest.mark.parametrize("make", [Adam, AdamW])
