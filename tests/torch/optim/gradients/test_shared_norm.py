@@ -14,20 +14,27 @@ from dragon.vm.torch.optim._gradients.shared_norm import Reductions
 
 from ..support import home, numbers
 
-# The table of a device has the two of float32 side by side.
-TENSORS = [(5, torch.float32), (SPAN + 3, torch.bfloat16), (0, torch.float32), (9, torch.float32)]
+# The first has two partial norms, and one of the others has none.
+TENSORS = [(SPAN + 3, torch.bfloat16), (5, torch.float32), (0, torch.float32), (9, torch.float32)]
 # Of the gradients that are there, by step.
-PRESENT = [(0, 1, 2, 3), (1, 2), (0, 1, 2, 3), (0, 3), (2,), (0, 1, 2, 3)]
+PRESENT = [(0, 1, 2, 3), (0, 2), (0, 1, 2, 3), (1, 3), (2,), (0, 1, 2, 3)]
+
+# One plan for all sets of gradients.
+pytestmark = pytest.mark.usefixtures("at_once")
 
 
 @pytest.fixture
 def other(monkeypatch):
-    """Another process with equal halves; its `flag` is positive where it must skip."""
-    process = SimpleNamespace(flag=0.0)
+    """Another process with equal halves; its `flag` is positive where it must skip.
+
+    `must_skip` tells whether this process says so, or gives a norm of all gradients that is not finite.
+    """
+    process = SimpleNamespace(flag=0.0, must_skip=False)
     lanes = Lanes((Lane((None,)),), (0,) * len(TENSORS), (1.0,) * len(TENSORS))
     made = Reductions(reduction.Reduction(lanes), reduction.TensorReduction(lanes), torch.device("cpu"))
 
     def all_reduce(values, groups, op=None):
+        process.must_skip = bool(values[0] > 0) or (len(values) == 2 and not math.isfinite(values[1]))
         if op is None:
             values *= 2
         values[0] += process.flag
@@ -89,6 +96,8 @@ def test_a_step_of_two_processes_is_that_of_one_with_whole_tensors(backend, opti
             half.step()
             whole.step()
             assert half.n_skipped_steps == whole.n_skipped_steps, step
+            if "skip_nonfinite" in options and step == 2:
+                assert other.must_skip == (value != 1.0)
             if half.grad_norm is not None:
                 torch.testing.assert_close(half.grad_norm, whole.grad_norm, rtol=1e-6, atol=0, equal_nan=True)
             for param, same in zip(params, others, strict=True):
