@@ -279,6 +279,9 @@ def test_tensors_are_classed_by_their_mean() -> None:
     sizes = {"small": ([1], [2**14 - 1]), "transformer": ([1, 2**15 - 1], [2**23 - 1]), "large": ([2**23],)}
     for size, lists in sizes.items():
         assert [configs.size_class(numels) for numels in lists] == [size] * len(lists)
+    store.save(result(NEW))
+    assert configs.config_for(SPEC, "sm_90", "Planted GPU", [1, 2**15 - 3]) == NEW
+    assert configs.config_for(SPEC, "sm_90", "Planted GPU", [1, 2**15 - 1]) == DEFAULT
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,18 @@ def test_sgd_takes_as_many(launches, interpreted):
         assert names(launches) == ["advance", "update"]
 
 
+def test_sums_take_one_launch_each_after_the_first(launches, interpreted):
+    optimizer, params = optimizer_of(10, 3)
+    found = []
+    for seed in range(3):
+        launches.clear()
+        give_gradients(params, seed)
+        optimizer.sum_grad()
+        found.append(names(launches))
+    # The first one copies, and the second one leaves its scalars to all others.
+    assert found == [[], ["advance", "update"], ["update"]]
+
+
 def test_tensors_without_elements_take_no_launch_that_would_have_no_program(launches, interpreted):
     optimizer, _ = optimizer_of(3, 1, numel=0, max_grad_norm=1.0)
     optimizer.step()
