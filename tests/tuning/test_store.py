@@ -263,7 +263,8 @@ def test_nothing_in_a_file_is_more_than_no_result(place: str | tuple[str, str], 
 )
 def test_a_configuration_is_within_what_triton_and_a_device_take(field: str, least: int, most: int) -> None:
     base = LaunchConfig(chunk=2048, n_warps=1)
-    for value, is_good in ((least, True), (most, True), (least // 2 - 1, False), (most * 2, False), (-1, False)):
+    below = least // 2 if least > 1 else least - 1
+    for value, is_good in ((least, True), (most, True), (below, False), (most * 2, False), (most + 1, False)):
         assert configs.is_launchable(replace(base, **{field: value}), 32) == is_good, value
     assert not configs.is_launchable(replace(base, n_warps=3), 32)
 
