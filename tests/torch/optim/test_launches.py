@@ -11,7 +11,7 @@ from dragon.kernels import launch
 from dragon.vm.torch.optim import SGD, Adam
 from dragon.vm.torch.optim._table.table import DeviceTable
 
-from .support import give_gradients, parameters
+from .support import everything, give_gradients, parameters, twin
 
 
 class Recorder:
@@ -183,6 +183,28 @@ def test_memory_is_reserved_for_graphs_only_where_steps_may_be_captured(
     optimizer, _ = optimizer_of(3, 1, capturable=capturable)
     optimizer.step()
     assert reserved == ["grads"] * capturable
+
+
+def test_gradients_that_return_behind_an_interrupted_write_are_read(monkeypatch, interpreted):
+    optimizer, params = optimizer_of(2, 1, numel=3)
+    optimizer.step()
+    before, write = [param.grad for param in params], DeviceTable.write
+
+    def interrupted(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    give_gradients(params, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceTable, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    for param, grad in zip(params, before, strict=True):
+        param.grad = grad
+    same = twin(optimizer)
+    for each in (optimizer, same):
+        each.step()
+    assert everything(same) == everything(optimizer)
 
 
 def holds_addresses(operand):
