@@ -19,8 +19,8 @@ class Kernel:
         self.ran: list[tuple[Any, ...]] = []
         self.compiled: list[tuple[Any, ...]] = []
 
-    def warmup(self, *tables: Any, **constants: Any) -> None:
-        self.compiled.append(tables)
+    def warmup(self, *tables: Any, grid: Any, **constants: Any) -> None:
+        self.compiled.append((grid, tables, constants))
 
     def __getitem__(self, grid: Any) -> Any:
         def look_up(*tables: Any, **constants: Any) -> "Code":
@@ -98,9 +98,48 @@ def test_what_a_launch_needs_is_compiled_once_with_the_last_table_and_once_witho
     for given in ([own[0], None], own) * 2:
         launcher.compile(*given)
         launcher(*given)
-    assert kernel.compiled == [(own[0], None), tuple(own)]
+    assert kernel.compiled == kernel.looked_up
+    assert [given for _, given, _ in kernel.compiled] == [(own[0], None), tuple(own)]
     first, second = addresses(own)
     assert [arguments for _, arguments in kernel.ran] == [(first, None, SPEC, 8), (first, second, SPEC, 8)]
+
+
+@pytest.mark.parametrize(
+    ("n_chunks", "programs_per_processor", "n_programs"), [(7, 0, 7), (7, 1, 2), (7, 2, 4), (3, 2, 3)]
+)
+def test_a_persistent_grid_has_some_programs_for_each_processor_and_no_more_than_chunks(
+    n_chunks: int, programs_per_processor: int, n_programs: int
+) -> None:
+    config = LaunchConfig(programs_per_processor=programs_per_processor)
+    assert launch.update_launcher(SPEC, config, n_chunks, 2)._grid == (n_programs, 1, 1)
+
+
+@pytest.mark.parametrize("clip_each", [False, True])
+@pytest.mark.parametrize("n_tensors", [1, 3, 4, 5, 128, 129, 1000])
+def test_no_program_of_advance_is_without_a_row_and_no_row_without_a_program(
+    n_tensors: int, clip_each: bool
+) -> None:
+    launcher = launch.advance_launcher("adam", int(L2_NORM), clip_each, n_tensors)
+    n_rows = launcher._constants["ROWS"]
+    assert (launcher._grid[0] - 1) * n_rows < n_tensors <= launcher._grid[0] * n_rows
+
+
+@pytest.mark.parametrize("warp_size", [32, 64])
+def test_programs_have_the_threads_that_are_asked_for_on_any_warp(warp_size: int) -> None:
+    config = LaunchConfig(n_warps=2, n_stages=3)
+    update = launch.update_launcher(SPEC, config, 7, 2, warp_size)
+    assert update._constants["WARP_SIZE"] == warp_size
+    assert (update._options["num_warps"], update._options["num_stages"]) == (2, 3)
+    for launcher in (
+        launch.advance_launcher("adam", int(L2_NORM), False, 300, warp_size),
+        launch.norm_launcher("float32", int(L2_NORM), 5, warp_size),
+    ):
+        assert launcher._options["num_warps"] * warp_size == launch.REDUCTION_THREADS
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_no_kernel_contracts_what_another_path_would_round(name: str) -> None:
+    assert LAUNCHERS[name]._options["enable_fp_fusion"] is False
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

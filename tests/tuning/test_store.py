@@ -1,18 +1,27 @@
 """Stored results are readable at every moment; a file that cannot be used is named and ignored."""
 
+import importlib.machinery
+import importlib.util
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dragon import kernels
 from dragon.kernels.config import LaunchConfig, default_config
 from dragon.vm.torch.optim._backends import configs
 from dragon.vm.tuning import store
@@ -83,6 +92,8 @@ def config_of(device: str = "Planted GPU", arch: str = "sm_90", numel: int = 100
 def test_without_a_result_the_default_of_the_architecture_is_in_force() -> None:
     assert config_of() == DEFAULT
     assert config_of(arch="gfx942") == default_config("gfx942") != DEFAULT
+    blocks = replace(SPEC, states=("q8_signed", "float32"))
+    assert configs.config_for(blocks, "sm_90", "Planted GPU", [100]) == default_config("sm_90", blocks) != DEFAULT
 
 
 def test_a_stored_result_is_in_force_for_its_kernel_device_and_size() -> None:
@@ -184,7 +195,10 @@ BREAKS = {
     "of another kernel": (lambda path: edited(path, spec=result()["spec"] | {"zero_grad": True}), "foreign"),
     "without times": (lambda path: edited(path, best_ms=None), "incomplete"),
     "with a text for a time": (lambda path: edited(path, copy_ms="0.8"), "'0.8' is no time"),
+    "with true for a time": (lambda path: edited(path, copy_ms=True), "True is no time"),
+    "with a time without end": (lambda path: edited(path, default_ms={"median": math.inf}), "inf is no time"),
     "with a time of 0": (lambda path: edited(path, best_ms={"median": 0}), "0 is no time"),
+    "without a name": (lambda path: edited(path, kernel=None), "None is no text"),
     "without a reason": (lambda path: edited(path, reason=None), "None is no text"),
     "without a device": (lambda path: edited(path, device=None), "incomplete"),
     "with a strange spec": (lambda path: edited(path, spec=3), "incomplete"),
@@ -223,6 +237,54 @@ def test_a_folder_that_cannot_be_searched_holds_no_file_to_warn_of(tuning_folder
     assert list(store.scan()) == []
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from([*result(), *(("spec", name) for name in result()["spec"]), "config", "best_ms"]), JSON)
+def test_nothing_in_a_file_is_more_than_no_result(place: str | tuple[str, str], value: object) -> None:
+    data = result()
+    path = configs.path_of(data["spec"], data["arch"], data["device"], data["size"])
+    if isinstance(place, tuple):
+        data[place[0]] = data[place[0]] | {place[1]: value}
+    else:
+        data[place] = value
+    for own in (path, None):
+        with suppress(ValueError):
+            assert isinstance(configs.check_result(data, own), LaunchConfig)
+
+
+@pytest.mark.parametrize(
+    ("field", "least", "most"),
+    [("n_warps", 1, 32), ("chunk", 128, 2**16), ("n_stages", 1, 8), ("programs_per_processor", 0, 64)],
+)
+def test_a_configuration_is_within_what_triton_and_a_device_take(field: str, least: int, most: int) -> None:
+    base = LaunchConfig(chunk=2048, n_warps=1)
+    below = least // 2 if least > 1 else least - 1
+    for value, is_good in ((least, True), (most, True), (below, False), (most * 2, False), (most + 1, False)):
+        assert configs.is_launchable(replace(base, **{field: value}), 32) == is_good, value
+    assert not configs.is_launchable(replace(base, n_warps=3), 32)
+
+
+def test_each_thread_of_a_warp_of_64_has_an_element() -> None:
+    config = LaunchConfig(chunk=128, n_warps=4)
+    assert configs.check_result(result(config)) == config
+    with pytest.raises(ValueError, match="no kernel can be launched"):
+        configs.check_result(result(config, arch="gfx942"))
+
+
+def test_tensors_are_classed_by_their_mean() -> None:
+    sizes = {"small": ([1], [2**14 - 1]), "transformer": ([1, 2**15 - 1], [2**23 - 1]), "large": ([2**23],)}
+    for size, lists in sizes.items():
+        assert [configs.size_class(numels) for numels in lists] == [size] * len(lists)
+    store.save(result(NEW))
+    assert configs.config_for(SPEC, "sm_90", "Planted GPU", [1, 2**15 - 3]) == NEW
+    assert configs.config_for(SPEC, "sm_90", "Planted GPU", [1, 2**15 - 1]) == DEFAULT
+
+
 @pytest.mark.parametrize(
     "device", ["NVIDIA H200", "../../etc", "a/b\\c", "..", "", "名前", "x" * 500, "\ud800", "a\0b"]
 )
@@ -230,17 +292,24 @@ def test_no_device_name_leaves_the_folder_or_is_too_long(device: str, tuning_fol
     path = store.save(result(NEW, device=device))
     assert path.resolve().is_relative_to(tuning_folder.resolve())
     assert len(path.relative_to(tuning_folder).parts) == 3
-    assert max(len(part) for part in path.relative_to(tuning_folder).parts) <= configs.LONGEST_NAME + 5
+    for part in path.relative_to(tuning_folder).parts:
+        assert len(part) <= configs.LONGEST_NAME + 5
+        # Neither hidden nor an option of a command.
+        assert not part.startswith((".", "-"))
     assert config_of(device=device) == NEW
 
 
 def test_every_kernel_and_size_has_a_file_of_its_own() -> None:
-    specs = [
-        {**configs.spec_fields(SPEC), "average": average, "zero_grad": zero_grad, "states": states}
-        for average in (None, "float32", "bfloat16")
-        for zero_grad in (False, True)
-        for states in ([], ["float32"], ["float32", "bfloat16"])
-    ]
+    values = {
+        "algorithm": ("adam", "sgd"),
+        "param": ("float32", "bfloat16"),
+        "grad": ("float32", "bfloat16"),
+        "average": (None, "float32", "bfloat16"),
+        "zero_grad": (False, True),
+        "states": ([], ["float32"], ["float32", "bfloat16"]),
+    }
+    specs = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+    assert values.keys() == configs.spec_fields(SPEC).keys()
     paths = {configs.path_of(spec, "sm_90", "x", size) for spec in specs for size in ("small", "large")}
     assert len(paths) == 2 * len(specs)
 
@@ -280,6 +349,17 @@ def test_the_folder_is_in_the_users_cache_unless_it_is_named(monkeypatch: pytest
         assert configs.tuning_dir() == Path("/somebody/.cache/dragon-vm/tuning")
 
 
-def test_the_hash_is_of_every_kernel_and_of_no_default() -> None:
-    assert configs.kernel_hash() == configs.kernel_hash()
-    assert len(configs.kernel_hash()) == 64
+def test_the_hash_is_of_every_kernel_and_of_no_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "kernels"
+    shutil.copytree(Path(kernels.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    found = importlib.machinery.ModuleSpec("dragon.kernels", None, origin=str(folder / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    new_hash = configs.kernel_hash.__wrapped__
+    assert new_hash() == configs.kernel_hash()
+    for path in folder.glob("*.py"):
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"\n", b"\r\n"))
+        assert new_hash() == configs.kernel_hash(), "another system's ends of lines count"
+        path.write_bytes(content + b"# changed")
+        assert (new_hash() == configs.kernel_hash()) == (path.name == "config.py")
+        path.write_bytes(content)

@@ -11,6 +11,7 @@ from triton.runtime import interpreter
 
 from dragon.vm.torch.optim._plan import widening
 
+from .judging import make_params
 from .recorded import RecordedGraph
 
 _plain_convert = interpreter._convert_float
@@ -59,3 +60,11 @@ def graphed(request: Any, device: torch.device) -> Iterator[Any]:
         pytest.skip("a graph is captured rather than recorded")
     else:
         yield device, RecordedGraph().capture
+
+
+@pytest.fixture
+def theirs() -> Iterator[Any]:
+    """PyTorch's module; whatever a test swaps in it is undone."""
+    yield torch.optim
+    for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+        assert type(kind(make_params())) is kind, "a swap was left in force"

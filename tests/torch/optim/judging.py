@@ -112,3 +112,10 @@ def same_bits(left: Any, right: Any) -> bool:
     if isinstance(left, tuple | list) and isinstance(right, tuple | list):
         return len(left) == len(right) and all(map(same_bits, left, right))
     return bool(left == right)
+
+
+def run(optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Take a step for each number, with the gradients of that number."""
+    for number in steps:
+        set_grads(params_of(optimizer), number)
+        optimizer.step()

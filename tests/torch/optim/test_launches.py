@@ -13,7 +13,7 @@ from dragon.vm.torch.optim import SGD, Adam
 from dragon.vm.torch.optim._backends import context
 from dragon.vm.torch.optim._table.table import DeviceTable
 
-from .support import give_gradients, parameters
+from .support import everything, give_gradients, parameters, twin
 
 
 class Recorder:
@@ -129,6 +129,18 @@ def test_a_step_clips_by_sums_in_float32_as_by_those_in_float64(monkeypatch, int
         assert_close(left, right, rtol=4 * 2.0**-23, atol=0)
 
 
+def test_sums_take_one_launch_each_after_the_first(launches, interpreted):
+    optimizer, params = optimizer_of(10, 3)
+    found = []
+    for seed in range(3):
+        launches.clear()
+        give_gradients(params, seed)
+        optimizer.sum_grad()
+        found.append(names(launches))
+    # The first one copies, and the second one leaves its scalars to all others.
+    assert found == [[], ["advance", "update"], ["update"]]
+
+
 def test_tensors_without_elements_take_no_launch_that_would_have_no_program(launches, interpreted):
     optimizer, _ = optimizer_of(3, 1, numel=0, max_grad_norm=1.0)
     optimizer.step()
@@ -195,6 +207,28 @@ def test_memory_is_reserved_for_graphs_only_where_steps_may_be_captured(
     optimizer, _ = optimizer_of(3, 1, capturable=capturable)
     optimizer.step()
     assert reserved == ["grads"] * capturable
+
+
+def test_gradients_that_return_behind_an_interrupted_write_are_read(monkeypatch, interpreted):
+    optimizer, params = optimizer_of(2, 1, numel=3)
+    optimizer.step()
+    before, write = [param.grad for param in params], DeviceTable.write
+
+    def interrupted(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    give_gradients(params, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceTable, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    for param, grad in zip(params, before, strict=True):
+        param.grad = grad
+    same = twin(optimizer)
+    for each in (optimizer, same):
+        each.step()
+    assert everything(same) == everything(optimizer)
 
 
 def holds_addresses(operand):

@@ -6,13 +6,61 @@ import torch
 
 from dragon.vm.torch.optim import SGD, Adam, AdamW
 
-from .judging import make_params, params_of, same_bits, set_grads
+from .judging import judged_step, make_params, params_of, run, same_bits, set_grads
 
 
-def run(optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for number in steps:
-        set_grads(params_of(optimizer), number)
-        optimizer.step()
+@pytest.mark.parametrize("make", [Adam, AdamW])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_running_optimizer_is_taken_over(make: type[Adam], amsgrad: bool) -> None:
+    original_class = {Adam: torch.optim.Adam, AdamW: torch.optim.AdamW}[make]
+    lr = torch.tensor(0.01)
+    params = make_params()
+    groups = [
+        {"params": [("a", params[0])], "lr": lr},
+        {"params": [("b", params[1]), ("c", params[2]), ("d", params[3])], "betas": (0.8, 0.95), "maximize": True},
+    ]
+    original = original_class(groups, weight_decay=0.1, amsgrad=amsgrad)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(original, 0.5)
+    run(original, range(2))
+    params[3].grad = None
+    original.step()
+    scheduler.step()
+    saved = copy.deepcopy(original.state_dict())
+
+    ours = make.from_torch(original, max_grad_norm=1e9)
+    assert type(ours) is make
+    assert params_of(ours) == params_of(original)
+    assert same_bits(ours.state_dict()["state"], saved["state"])
+    for new, old in zip(ours.state_dict()["param_groups"], saved["param_groups"], strict=True):
+        assert same_bits({name: new[name] for name in old}, old)
+    assert [group.get("epsilon_hat", False) for group in ours.param_groups] == [False, False]
+    assert ours.param_groups[0]["lr"] is lr
+    set_grads(params, 3)
+    judged_step(ours)
+    assert same_bits(original.state_dict()["state"], saved["state"]), "the original's state was written"
+    torch.optim.lr_scheduler.ExponentialLR(ours, 0.5, last_epoch=1)
+
+
+def test_a_fresh_optimizer_is_taken_over_too() -> None:
+    ours = Adam.from_torch(torch.optim.AdamW(make_params(), lr=0.5))
+    assert (ours.defaults["lr"], ours.defaults["decoupled_weight_decay"], len(ours.state)) == (0.5, True, 0)
+
+
+def test_sgd_is_taken_over() -> None:
+    original = torch.optim.SGD(make_params(torch.float64), lr=0.1, momentum=0.9, dampening=0.1, nesterov=False)
+    run(original, range(2))
+    ours = SGD.from_torch(copy.deepcopy(original))
+    for optimizer in (original, ours):
+        run(optimizer, range(2, 4))
+    for left, right in zip(params_of(original), params_of(ours), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-14, atol=1e-14)
+
+
+def test_what_is_no_adam_or_not_decoupled_is_not_taken_over() -> None:
+    with pytest.raises(TypeError, match=r"takes a torch\.optim\.Adam, but got torch\.optim\.\S+NAdam"):
+        Adam.from_torch(torch.optim.NAdam(make_params()))
+    with pytest.raises(ValueError, match="decoupled_weight_decay must be True for AdamW"):
+        AdamW.from_torch(torch.optim.Adam(make_params()))
 
 
 @pytest.mark.parametrize(

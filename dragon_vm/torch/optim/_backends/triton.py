@@ -84,11 +84,9 @@ class TritonDevice:
         check_device(context.device)
         self._groups.write(groups, version, settings)
         kind = NO_NORM
-        # All processes skip the step that one must skip.
-        decides = shared is not None and scaling.found_inf is not None
-        if decides or needs_norm(settings) or self._groups.clips_each:
-            infinite = settings.norm_type == math.inf and not self._groups.clips_each
-            kind = INF_NORM if infinite else L2_NORM
+        # All processes skip the step that one must skip: where there are others, a norm is summed with a flag.
+        if shared is not None or needs_norm(settings) or self._groups.clips_each:
+            kind = INF_NORM if settings.norm_type == math.inf else L2_NORM
         if scaling.grad_scale is not None or scaling.found_inf is not None or kept_scale is not None:
             scaling, kept_scale = Scaling(*map(context.here, scaling)), context.here(kept_scale)
         own = _addresses_of(self._pick_own(grads))
@@ -136,7 +134,7 @@ class TritonDevice:
             if kind:
                 for each in launches.norms:
                     each.launches[kind](each.spans, tensors, grads, groups, partials)
-            if kind and shared is not None:
+            if shared is not None:
                 read = self._partials.sums(tensors).take(
                     *(shared, partials, kind, scaling.found_inf),
                     clip_each=self._groups.clips_each,

@@ -33,7 +33,7 @@ def make_reductions(params: Sequence[Tensor], process_group: Any, clips_each: bo
     """
     total = Reduction(make_lanes(params, process_group, per_tensor=False))
     each = TensorReduction(make_lanes(params, process_group, per_tensor=True)) if clips_each else None
-    return Reductions(total, each, meeting_device(params, process_group)) if total or each else None
+    return Reductions(total, each, meeting_device(params, process_group)) if total else None
 
 
 class SharedNorm:

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dragon.kernels import launch
 from dragon.vm.torch import optim as ours
 from dragon.vm.torch.optim._gradients.unscaling import unscale_all
 
-from ..support import BACKENDS, bits, home, numbers, parameters, patient
+from ..support import BACKENDS, bits, everything, home, numbers, parameters, patient
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -285,3 +286,20 @@ def test_an_expanded_gradient_without_elements_and_a_sparse_one_are_divided_too(
     sparse = torch.tensor([0.0, 6.0]).to_sparse()
     unscale_all([torch.ones(()).expand(0), sparse], 2.0)
     assert sparse.to_dense().tolist() == [0.0, 3.0]
+
+
+def test_an_interrupt_while_the_kernel_that_unscales_is_compiled_counts_no_step(monkeypatch):
+    def interrupted(*args, **named):
+        raise KeyboardInterrupt
+
+    (param,) = parameters([(3,)], device=home("triton"))
+    optimizer = ours.Adam([param], backend="triton")
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = everything(optimizer)
+    one = torch.ones(1, device=param.device)
+    optimizer.grad_scale, optimizer.found_inf = 2 * one, 0 * one
+    monkeypatch.setattr(launch.update_kernel, "warmup", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert everything(optimizer) == before

@@ -2,7 +2,7 @@ from array import array
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dragon.kernels import table
@@ -27,11 +27,11 @@ def new_groups():
     return [{**complete(group, ADAM.own_defaults), "betas": (0.5, NARROW)} for group in groups]
 
 
-def new_tables():
+def new_tables(device=DEVICE):
     columns = {"groups": int(table.GROUP_COLUMNS), "sources": int(table.SOURCE_COLUMNS)}
     sections = {name: array("q", [-1] * N_GROUPS * width) for name, width in columns.items()}
     device_table = DeviceTable(sections, torch.device("cpu"))
-    return device_table, GroupTable(device_table, DEVICE, ADAM.columns)
+    return device_table, GroupTable(device_table, device, ADAM.columns)
 
 
 def uploaded(device_table):
@@ -55,6 +55,8 @@ changes = st.one_of(
 )
 
 
+# A rate returns that a step has changed alone.
+@example([(0, ("lr", 0.5), True), (0, ("foreach", 1), False), (0, ("lr", 0.25), False), (0, ("lr", 0.5), True)])
 @given(st.lists(st.tuples(st.integers(0, N_GROUPS - 1), changes, st.booleans()), max_size=8))
 def test_kernels_read_the_hyperparameters_of_now_whatever_came_before(history):
     (device_table, written), groups, version = new_tables(), new_groups(), (0, 0)
@@ -89,14 +91,14 @@ def test_numbers_that_return_behind_an_interrupted_write_are_written(change, mon
         written.write(groups, (0, 1) if "lr" in change else (1, 0), SETTINGS)
     monkeypatch.undo()
     groups[1].update(before)
-    written.write(groups, (2, 0), SETTINGS)
+    written.write(groups, (0, 2) if "lr" in change else (2, 0), SETTINGS)
     assert uploaded(device_table) == fresh(groups)
 
 
 @changed
 def test_a_group_may_be_written_between_steps(change):
     (device_table, written), groups = new_tables(), new_groups()
-    assert not written.write_one(1, groups[1], SETTINGS)
+    assert not any(written.write_one(index, group, SETTINGS) for index, group in enumerate(groups))
     written.write(groups, (0, 0), SETTINGS)
     groups[1].update(change)
     assert written.write_one(1, groups[1], SETTINGS)
@@ -109,10 +111,19 @@ def test_a_tensor_on_the_device_is_read_by_its_address_with_a_bit_for_fp64():
     assert fresh(groups)[1] == [1, 0, 1, 0, 0, 0]
 
 
-def test_a_tensor_that_kernels_cannot_read_is_refused_before_anything_is_written():
-    (device_table, written), groups = new_tables(), new_groups()
+def test_a_tensor_on_the_host_is_read_by_its_number():
+    groups, same = new_groups(), new_groups()
+    groups[0].update(lr=torch.tensor(0.25), betas=(torch.tensor(0.5), torch.tensor(0.75)))
+    same[0].update(lr=0.25, betas=(0.5, 0.75))
+    assert fresh(groups) == fresh(same)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [(DEVICE, torch.float16), (torch.device("cuda", 1), torch.float32)])
+def test_a_tensor_that_kernels_cannot_read_is_refused_before_anything_is_written(device, dtype):
+    device_table, written = new_tables(device)
+    groups = [{**group, "betas": (0.5, 0.5)} for group in new_groups()]
     before = uploaded(device_table)
-    groups[1]["lr"] = torch.zeros((), dtype=torch.float16, device=DEVICE)
-    with pytest.raises(ValueError, match="lr must be a number, or a float32 or float64 tensor on meta"):
+    groups[1]["lr"] = torch.zeros((), dtype=dtype, device=DEVICE)
+    with pytest.raises(ValueError, match=f"lr must be a number, or a float32 or float64 tensor on {device}"):
         written.write(groups, (0, 0), SETTINGS)
     assert uploaded(device_table) == before

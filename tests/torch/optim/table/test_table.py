@@ -48,6 +48,17 @@ def test_an_upload_copies_all_that_was_written_and_little_else(sections, data):
         assert table.section(str(index)).tolist()[: len(section)] == copied
 
 
+def test_each_upload_copies_what_was_written_since_the_last_one():
+    table = DeviceTable({name: array("q", [0, 0]) for name in "abc"}, CPU)
+    expected = {}
+    for number, names in enumerate(("abc", "b", "bc", "b", "c", "bc", "abc")):
+        for name in names:
+            table.write(name, array("q", [number, -number]))
+            expected[name] = [number, -number]
+        table.upload()
+        assert {name: table.section(name).tolist() for name in "abc"} == expected
+
+
 @given(st.lists(words, min_size=1, max_size=9))
 def test_an_upload_without_a_change_copies_nothing(section):
     table = DeviceTable({"a": array("q", section)}, CPU)
@@ -109,14 +120,14 @@ class FakeDevice:
         monkeypatch.setattr(torch, "Event", Event)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.is_capturing)
         empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kwargs: empty(*args, **kwargs))
+        monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=True, **kwargs: empty(*args, **kwargs))
         monkeypatch.setattr(
             staging, "_copy_to_device", lambda buffer, target: self.copies.append((buffer, target))
         )
 
-    def run(self):
-        """Do the copies that wait, in order."""
-        for index, copy in enumerate(self.copies):
+    def run(self, n_left=0):
+        """Do the copies that wait, in order, but for the last ones."""
+        for index, copy in enumerate(self.copies[: len(self.copies) - n_left]):
             if copy is not None:
                 copy[1].copy_(copy[0])
                 self.copies[index] = None
@@ -142,10 +153,21 @@ def test_a_buffer_is_not_written_while_its_copy_waits(fake):
     assert sum(map(len, ring._slots.values())) == n_slots
 
 
-def test_a_buffer_that_inference_mode_made_is_written_outside_of_it(fake):
+@pytest.mark.parametrize("n_behind", [0, 1, 3])
+def test_a_device_that_is_some_copies_behind_needs_a_few_buffers(fake, n_behind):
+    ring, targets = StagingRing(), [torch.zeros(n, dtype=torch.int64) for n in (3, 5)]
+    for number in range(20):
+        for target in targets:
+            ring.copy(torch.full_like(target, number), target)
+        fake.run(len(targets) * n_behind)
+        assert all(target.tolist() == [max(number - n_behind, 0)] * len(target) for target in targets)
+    assert [len(slots) for slots in ring._slots.values()] == [n_behind + 1] * 2
+
+
+def test_a_buffer_that_modes_of_the_caller_surround_is_plain_memory_of_the_host(fake):
     ring, target = StagingRing(), torch.zeros(2, dtype=torch.int64)
-    with torch.inference_mode():
-        ring.copy(torch.tensor([1, 2]), target)
+    with torch.inference_mode(), torch.device("meta"):
+        ring.copy(torch.tensor([1, 2], device="cpu"), target)
         fake.run()
     ring.copy(torch.tensor([3, 4]), target)
     fake.run()
@@ -155,8 +177,9 @@ def test_a_buffer_that_inference_mode_made_is_written_outside_of_it(fake):
 def test_a_captured_copy_keeps_its_buffer(fake):
     ring, captured, target = StagingRing(), [], torch.zeros(2, dtype=torch.int64)
     ring.copy(torch.tensor([1, 1]), target)
+    ring.expect_capture(2)
+    # Of the second capture nobody knew.
     for number in (2, 3):
-        ring.expect_capture(2)
         fake.is_capturing = True
         ring.copy_captured(torch.tensor([number, number]), target)
         captured.append(fake.copies.pop())
@@ -179,17 +202,21 @@ def test_what_a_graph_reads_outlives_the_optimizer(fake):
     assert buffer() is not None
 
 
-def test_a_buffer_is_ready_before_a_capture(fake, monkeypatch):
-    ring, target = StagingRing(), torch.zeros(2, dtype=torch.int64)
+def test_one_buffer_is_ready_before_a_capture(fake, monkeypatch):
+    table = DeviceTable({"a": array("q", [0]), "b": array("q", [0, 0, 0])}, CPU)
+    table._ring = StagingRing()
 
     def refuse(length):
-        raise AssertionError("pinned memory was allocated within a capture")
+        raise AssertionError("pinned memory was allocated though a buffer is in reserve, or within a capture")
 
-    for _ in range(2):
-        ring.expect_capture(2)
+    for words in ([1, 2, 3], [4, 5, 6]):
+        table.expect_capture("b")
         with monkeypatch.context() as patch:
             patch.setattr(staging, "_new_buffer", refuse)
+            table.expect_capture("b")
             fake.is_capturing = True
-            ring.copy_captured(torch.tensor([1, 2]), target)
+            table.captured_copy("b", array("q", words))
         fake.is_capturing = False
-        ring.copy(torch.tensor([3, 4]), target)
+        assert fake.copies[-1][0].tolist()[:3] == words
+        table.write("b", array("q", [7, 8, 9]))
+        table.upload()
