@@ -92,10 +92,9 @@ class PlanCache:
 
     def _keep(self, key: tuple[Hashable, bytes | None], found: Found) -> Found:
         """Keep a plan as the last one used, which stands at the end."""
-        if next(reversed(self._latest.values()), None) is found.plan:
-            return found
-        self._latest.pop(key, None)
-        self._latest[key] = found.plan
+        if next(reversed(self._latest.values()), None) is not found.plan:
+            self._latest.pop(key, None)
+            self._latest[key] = found.plan
         while len(self._latest) > self.n_kept:
             # One for more parameters took several others to make. It serves steps to come, if not the latest.
             others = [each for each in self._latest if each[1] is not None and each != key]
