@@ -169,6 +169,15 @@ def test_a_look_up_by_exact_type_does_not_find_ours(is_swapped: bool) -> None:
     assert type(optimizer) in supported
 
 
+def test_a_look_up_of_our_class_finds_nothing_but_that_of_a_swapped_class_does() -> None:
+    defaults = {torch.optim.Adam: {"eps": 1e-5}}
+    assert ours.Adam not in defaults
+    with ours.swap():
+        optimizer = torch.optim.Adam([nn.Parameter(torch.ones(3))], **defaults[torch.optim.Adam])
+    assert type(optimizer) is ours.Adam
+    assert optimizer.defaults["eps"] == 1e-5
+
+
 @pytest.mark.parametrize("is_profiled", [False, True])
 @pytest.mark.parametrize("is_ours", [False, True])
 def test_ranges_are_made_for_a_profiler_only(is_ours: bool, is_profiled: bool, tmp_path: Path) -> None:
