@@ -117,9 +117,10 @@ def test_calls_are_found_in_the_order_of_the_source() -> None:
     assert lines_of(caller).first == first.first - 2
 
 
-def test_the_walk_over_a_chunk_and_the_norm_of_a_span_have_three_paths() -> None:
+def test_the_walk_over_a_chunk_has_three_paths_and_the_norm_of_a_span_two_and_a_rest() -> None:
     assert len(calls_in(update.update_chunk, "update_tile")) == 3
-    assert len(calls_in(norm.norm_kernel, "take_tiles")) == 3
+    assert len(calls_in(norm.norm_kernel, "take_tiles")) == 2
+    assert len(calls_in(norm.take_rest, "take_tiles")) == 1
 
 
 def test_loads_are_counted_where_they_stand() -> None:
