@@ -175,7 +175,7 @@ def norm_launcher(
         norm_kind: L2_NORM or INF_NORM.
         n_spans: spans in the table; at least 1.
         warp_size: threads of a warp.
-        sum_dtype: "float64", or "float32" to sum squares so where they fit; see `archs.sum_dtype`.
+        sum_dtype: "float64", or "float32" to sum squares so where they fit: see `dragon.kernels.archs.sum_dtype`.
 
     Returns:
         What takes the tables: the dtype's spans, tensors, grads, groups, partials.
