@@ -1,8 +1,10 @@
 """Graphs of a step: each replay is one step with the hyperparameters of that moment."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -271,7 +273,11 @@ def test_what_is_no_number_is_refused_where_it_is_written(device: torch.device) 
 
 
 def test_groups_do_not_keep_their_optimizer_alive(device: torch.device) -> None:
-    groups = make(device).param_groups
+    optimizer = make(device)
+    groups, kept = optimizer.param_groups, weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert kept() is None
     groups[0]["lr"] = 0.5
     assert groups[0]["lr"] == 0.5
 
