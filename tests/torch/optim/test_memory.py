@@ -69,6 +69,7 @@ def load(optimizer):
 def test_states_that_were_taken_away_are_freed_at_once(take_away, options, backend):
     optimizer, _ = stepped(backend, **options)
     old = storages(optimizer)
+    assert old
     assert all(reference() is not None for reference in old)
     take_away(optimizer)
     assert [reference() for reference in old if reference() is not None] == []
