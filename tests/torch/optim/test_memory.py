@@ -40,9 +40,10 @@ def stepped(backend, **options):
 
 
 def storages(optimizer):
-    """Weak references to the states' tensors, and to what holds their memory."""
-    tensors = [value for state in optimizer.state.values() for value in state.values()]
-    return [weakref.ref(tensor) for tensor in tensors]
+    """Weak references to the states' tensors, and to what holds their memory; a plan keeps that of counters."""
+    entries = [entry for state in optimizer.state.values() for entry in state.items()]
+    held = [value.untyped_storage() for key, value in entries if key != "step"]
+    return [weakref.ref(each) for each in [*held, *(value for _, value in entries)]]
 
 
 def clear(optimizer):
