@@ -83,7 +83,7 @@ def test_a_parameter_that_was_taken_away_is_freed_at_once_with_its_gradient(opti
     give_gradients(params, 5)
     optimizer.step()
     param = params.pop(1)
-    old = weakref.ref(param), weakref.ref(param.grad)
+    old = [weakref.ref(each.untyped_storage()) for each in (param, param.grad)]
     optimizer.param_groups[0]["params"] = [params[0]]
     del optimizer.state[param], param
     assert [reference() for reference in old] == [None, None]
