@@ -142,6 +142,19 @@ def test_an_optimizer_and_all_that_it_made_go_together(backend):
     assert [reference() for reference in old if reference() is not None] == []
 
 
+def test_groups_that_a_graph_follows_do_not_keep_their_optimizer_alive():
+    params = parameters(SHAPES, device=home("triton"))
+    optimizer = Adam(params, backend="triton", capturable=True)
+    give_gradients(params, 0)
+    optimizer.step()
+    groups, old = optimizer.param_groups, weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert old() is None
+    groups[0]["lr"] = 0.5
+    assert groups[0]["lr"] == 0.5
+
+
 def size(saved):
     file = io.BytesIO()
     torch.save(saved, file)
