@@ -308,7 +308,8 @@ def test_groups_made_capturable_later_are_live(flatten: bool, graphed: Any) -> N
     optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.02
     replay = capture(optimizer.step)
-    optimizer.param_groups[0].setdefault("initial_lr", 0.1)
+    assert optimizer.param_groups[0].setdefault("initial_lr", 0.1) == 0.1
+    assert "initial_lr" in optimizer.param_groups[0]
     optimizer.param_groups[0]["lr"] = 0.01
     judged_step(optimizer, replay)
     grads = [param.grad for param in params_of(optimizer)]
