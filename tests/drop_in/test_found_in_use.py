@@ -235,7 +235,7 @@ def test_states_that_were_taken_away_are_freed(module: ModuleType, name: str, ta
     optimizer = stepped(module, name)
     optimizer.zero_grad(set_to_none=True)
     key = "momentum_buffer" if name == "SGD" else "exp_avg"
-    held = [weakref.ref(state[key]) for state in optimizer.state.values()]
+    held = [weakref.ref(state[key].untyped_storage()) for state in optimizer.state.values()]
     take_away(optimizer.state)
     gc.collect()
     assert len(held) == 40

@@ -58,7 +58,9 @@ def assert_same(found: list[Any], expected: list[Any], part: str) -> None:
     assert len(found) == len(expected) == STEPS
     for number, (left, right) in enumerate(zip(found, expected, strict=True)):
         for one, other in zip(left[part], right[part], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True, msg=f"step {number}")
+            # Clipped gradients have squares below 1e-6.
+            atol = 1e-5 * float(other.nan_to_num(0, 0, 0).abs().max())
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=atol, equal_nan=True, msg=f"step {number}")
 
 
 @each_name

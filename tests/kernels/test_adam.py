@@ -61,7 +61,8 @@ def check_step(row: Row, settings: AdamSettings) -> None:
     tables.update(spec_of("adam", row))
     assert row.step.item() == settings.steps_before + 1
     names = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    for name, right, actual in zip(names, expected, (row.param, *row.states), strict=False):
+    pairs = zip(expected, (row.param, *row.states), strict=True)
+    for name, (right, actual) in zip(names, pairs, strict=False):
         right.check(actual, name)
 
 

@@ -141,6 +141,7 @@ def test_a_norm_takes_at_most_60_instructions_a_thread_and_tile(inspected) -> No
 
 def test_registers_leave_room_for_eight_programs(inspected) -> None:
     _, reports, _ = inspected
+    assert N_REGISTERS.keys() <= EVERY
     registers = {name: reports[name]["registers"] for name in reports.keys() & N_REGISTERS}
     assert {name: n for name, n in registers.items() if n > N_REGISTERS[name]} == {}
 

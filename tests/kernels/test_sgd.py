@@ -34,7 +34,8 @@ def check_step(row: Row, settings: SGDSettings) -> None:
     tables = Tables([row], [group_of(settings)], device=row.param.device)
     tables.advance("sgd")
     tables.update(spec_of("sgd", row))
-    for name, right, actual in zip(("param", "buffer"), expected, (row.param, *row.states), strict=False):
+    pairs = zip(expected, (row.param, *row.states), strict=True)
+    for name, (right, actual) in zip(("param", "buffer"), pairs, strict=False):
         right.check(actual, name)
 
 

@@ -34,6 +34,7 @@ def reports() -> dict[str, dict[str, float]]:
 
 def test_updates_keep_to_their_budget() -> None:
     found = {name: (report["instructions"], report["usual"]) for name, report in reports().items()}
+    assert found.keys() == BUDGETS.keys()
     assert {name: counts for name, counts in found.items() if any(map(gt, counts, BUDGETS[name]))} == {}
 
 

@@ -59,6 +59,9 @@ def test_a_scaler_drives_ours_as_it_drives_pytorchs(backend: str, device: torch.
     assert {int(state["step"]) for state in ours.state.values()} == {3}
     for mine, their in zip(params_of(ours), params_of(theirs), strict=True):
         torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-6)
+        # Parameters are the same for gradients that are all scaled alike.
+        moments = (optimizer.state[param]["exp_avg"] for optimizer, param in ((ours, mine), (theirs, their)))
+        torch.testing.assert_close(*moments, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_are_divided_by_the_scale_inside_the_step(backend: str, device: torch.device) -> None:

@@ -40,9 +40,10 @@ def stepped(backend, **options):
 
 
 def storages(optimizer):
-    """Weak references to the states' tensors, and to what holds their memory."""
-    tensors = [value for state in optimizer.state.values() for value in state.values()]
-    return [weakref.ref(tensor) for tensor in tensors]
+    """Weak references to the states' tensors, and to what holds their memory; a plan keeps that of counters."""
+    entries = [entry for state in optimizer.state.values() for entry in state.items()]
+    held = [value.untyped_storage() for key, value in entries if key != "step"]
+    return [weakref.ref(each) for each in [*held, *(value for _, value in entries)]]
 
 
 def clear(optimizer):
@@ -69,6 +70,7 @@ def load(optimizer):
 def test_states_that_were_taken_away_are_freed_at_once(take_away, options, backend):
     optimizer, _ = stepped(backend, **options)
     old = storages(optimizer)
+    assert old
     assert all(reference() is not None for reference in old)
     take_away(optimizer)
     assert [reference() for reference in old if reference() is not None] == []
@@ -81,7 +83,7 @@ def test_a_parameter_that_was_taken_away_is_freed_at_once_with_its_gradient(opti
     give_gradients(params, 5)
     optimizer.step()
     param = params.pop(1)
-    old = weakref.ref(param), weakref.ref(param.grad)
+    old = [weakref.ref(each.untyped_storage()) for each in (param, param.grad)]
     optimizer.param_groups[0]["params"] = [params[0]]
     del optimizer.state[param], param
     assert [reference() for reference in old] == [None, None]
@@ -138,6 +140,19 @@ def test_an_optimizer_and_all_that_it_made_go_together(backend):
     # PyTorch's optimizers hold themselves in a cycle, too.
     gc.collect()
     assert [reference() for reference in old if reference() is not None] == []
+
+
+def test_groups_that_a_graph_follows_do_not_keep_their_optimizer_alive():
+    params = parameters(SHAPES, device=home("triton"))
+    optimizer = Adam(params, backend="triton", capturable=True)
+    give_gradients(params, 0)
+    optimizer.step()
+    groups, old = optimizer.param_groups, weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert old() is None
+    groups[0]["lr"] = 0.5
+    assert groups[0]["lr"] == 0.5
 
 
 def size(saved):

@@ -48,7 +48,7 @@ def trained(make, model=None, n_steps=N_STEPS, after=lambda optimizer: None):
 
 
 def same(found, expected):
-    return all(map(torch.equal, found, expected))
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -147,4 +147,5 @@ def test_a_model_is_averaged_over_our_steps() -> None:
         optimizer.zero_grad()
         averaged.update_parameters(model)
         seen.append(model.weight.detach().clone())
+    assert not torch.equal(seen[0], seen[1])
     torch.testing.assert_close(averaged.module.weight.detach(), torch.stack(seen).mean(0))

@@ -111,7 +111,7 @@ def test_sums_that_wait_for_other_processes_lose_no_gradient(monkeypatch):
         with pytest.raises(MemoryError):
             sums.take()
     sums.take()
-    assert all(map(torch.equal, sums._views, map(torch.ones_like, params)))
+    assert all(torch.equal(view, torch.ones_like(param)) for view, param in zip(sums._views, params, strict=True))
     assert all(param.grad is None for param in params)
 
 

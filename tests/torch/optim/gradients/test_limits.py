@@ -55,7 +55,9 @@ def test_a_bound_costs_no_gradient_that_a_scale_made_tiny(backend, dtype, bound)
     expected = torch.tensor([0.9, 1.1, 1.0], dtype=torch.float64)
     torch.testing.assert_close(param.detach().double().cpu(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
     kept = optimizer.state[param]["exp_avg"].double().cpu() / 0.1
-    assert kept[1] == pytest.approx(-min(bound, largest / scale), rel=4 * torch.finfo(dtype).eps, abs=1e-7)
+    # In float16 nothing is left of a moment of 1e-10.
+    floor = 1e-7 if dtype == torch.float16 else 0
+    assert kept[1] == pytest.approx(-min(bound, largest / scale), rel=4 * torch.finfo(dtype).eps, abs=floor)
 
 
 @each_backend

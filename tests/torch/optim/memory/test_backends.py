@@ -164,25 +164,28 @@ def test_hyperparameters_reach_every_backend(backend: str, options: dict) -> Non
 @pytest.mark.parametrize("backend", ["eager", "native", "triton"])
 def test_channels_last_is_walked_as_it_lies(backend: str) -> None:
     """The blocks are of neighbours in memory, whatever the order of the dimensions."""
+
+    def as_it_lies(value: torch.Tensor) -> torch.Tensor:
+        return value.detach().permute(0, 2, 3, 1).reshape(8, 1024).clone() if value.ndim == 4 else value
+
     params, optimizer = make("8bit", ((8, 16, 8, 8),), backend)
     params[0].data = params[0].data.to(memory_format=torch.channels_last)
     train(params, optimizer, 2)
     flat, other = make("8bit", ((8, 1024),), backend)
-    flat[0].data = params[0].data.permute(0, 2, 3, 1).reshape(8, 1024)
     generator = torch.Generator().manual_seed(7)
     gradient = torch.randn(8, 16, 8, 8, generator=generator)
     params[0].grad = gradient.to(memory_format=torch.channels_last)
-    flat[0].grad = gradient.permute(0, 2, 3, 1).reshape(8, 1024).clone()
+    flat[0].grad = as_it_lies(gradient)
     other.step()  # makes the states
     mine, theirs = optimizer.state[params[0]], other.state[flat[0]]
     for name, value in theirs.items():
         if name != "stream":
-            source = mine[name].permute(0, 2, 3, 1).reshape(8, 1024) if mine[name].ndim == 4 else mine[name]
-            value.copy_(source)
-    flat[0].data.copy_(params[0].data.permute(0, 2, 3, 1).reshape(8, 1024))
+            value.copy_(as_it_lies(mine[name]))
+    flat[0].data.copy_(as_it_lies(params[0]))
     optimizer.step()
     other.step()
-    assert torch.equal(params[0].permute(0, 2, 3, 1).reshape(8, 1024), flat[0])
+    assert torch.equal(as_it_lies(params[0]), flat[0])
+    assert all(torch.equal(as_it_lies(mine[name]), theirs[name]) for name in theirs if name != "stream")
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"])

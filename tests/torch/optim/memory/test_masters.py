@@ -12,9 +12,17 @@ from dragon.vm.torch.optim._backends.host import HostGroup
 from dragon.vm.torch.optim._formats.bits import square_root
 from dragon.vm.torch.optim._groups.entries import decode_master
 
+from ..judging import same_bits
 from .modes import BF16, FP32, bits, give_gradients, make, train
 
 SPLITS: list[Any] = ["split16", "split8", FP32]
+
+
+def values(optimizer: Any) -> list[torch.Tensor]:
+    """All masters, of which there are some."""
+    found = [value for _, value in optimizer.master_weights()]
+    assert found
+    return found
 
 
 @pytest.mark.parametrize(("backend", "steps"), [("triton", 100), ("native", 3)])
@@ -142,7 +150,7 @@ def test_weights_may_be_loaded_after_the_optimizer(master: Any) -> None:
         theirs[0].fill_(0.25)
         theirs[1].copy_(params[1])
         theirs[2].copy_(params[2])
-    expected = [value for _, value in optimizer.master_weights()]
+    expected = values(optimizer)
     give_gradients(theirs, 3)
     other.step()
     masters = [value for _, value in other.master_weights()]
@@ -185,15 +193,15 @@ def test_a_remainder_of_16_bits_is_not_read_as_one_of_8_whatever_its_bits() -> N
 def test_a_dict_of_averages_leaves_masters_alone() -> None:
     params, optimizer = make("split16", ema_decay=0.5)
     train(params, optimizer, 2)
-    before = [value for _, value in optimizer.master_weights()]
+    before = values(optimizer)
     with optimizer.swap_ema():
         saved = optimizer.state_dict()["state"]
-        inside = [value for _, value in optimizer.master_weights()]
+        inside = values(optimizer)
         with pytest.raises(RuntimeError, match="inside swap_ema"):
             copy.deepcopy(optimizer)
-    assert all(map(torch.equal, inside, before))
+    assert same_bits(inside, before)
     assert all(torch.equal(saved[i]["master_param"], before[i]) for i in range(3))
-    assert all(map(torch.equal, before, [value for _, value in optimizer.master_weights()]))
+    assert same_bits(before, values(optimizer))
 
 
 @pytest.mark.parametrize("master", SPLITS)
@@ -251,33 +259,33 @@ def test_weights_that_are_assigned_to_data_stay(master: Any, backend: str) -> No
 def test_the_same_weights_in_other_memory_leave_masters_alone() -> None:
     params, optimizer = make("split16", master_weights=FP32)
     train(params, optimizer, 2)
-    before = [value for _, value in optimizer.master_weights()]
+    before = values(optimizer)
     assert not all(torch.equal(value, param.float()) for value, param in zip(before, params, strict=True))
     for param in params:
         param.data = param.data.clone()
     optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
     give_gradients(params, 9)
     optimizer.step()
-    assert all(map(torch.equal, before, [value for _, value in optimizer.master_weights()]))
+    assert same_bits(before, values(optimizer))
 
 
 def test_an_exchange_with_the_averages_leaves_masters_alone() -> None:
     params, optimizer = make("split16", ema_decay=0.5)
     train(params, optimizer, 2)
-    before = [value for _, value in optimizer.master_weights()]
+    before = values(optimizer)
     with optimizer.swap_ema():
         assert torch.equal(params[0], optimizer.state[params[0]]["ema"].to(BF16))
     optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
     give_gradients(params, 9)
     optimizer.step()
-    assert all(map(torch.equal, before, [value for _, value in optimizer.master_weights()]))
+    assert same_bits(before, values(optimizer))
 
 
 @pytest.mark.parametrize("master", SPLITS)
 def test_a_master_travels_in_pytorchs_form(master: Any) -> None:
     params, optimizer = make("split16", master_weights=master)
     train(params, optimizer, 2)
-    masters = [value for _, value in optimizer.master_weights()]
+    masters = values(optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
     assert all(torch.equal(saved["state"][i]["master_param"], masters[i]) for i in range(3))
     for other in SPLITS if master == "split8" else [master]:
@@ -286,7 +294,7 @@ def test_a_master_travels_in_pytorchs_form(master: Any) -> None:
         for mine, param in zip(theirs, params, strict=True):
             mine.data.copy_(param)
         loaded.load_state_dict(saved)
-        assert all(map(torch.equal, masters, [value for _, value in loaded.master_weights()]))
+        assert same_bits(masters, values(loaded))
 
 
 def test_nan_and_infinity_reach_the_parameter() -> None:
@@ -318,12 +326,12 @@ def test_averages_of_a_removed_group_leave_its_masters_alone(master: Any) -> Non
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    before = list(dict(optimizer.master_weights()).values())
+    before = values(optimizer)
     removed = optimizer.param_groups.pop()
     with optimizer.swap_ema():
         pass
     optimizer.param_groups.append(removed)
-    assert all(map(torch.equal, before, dict(optimizer.master_weights()).values()))
+    assert same_bits(before, values(optimizer))
     assert not torch.equal(before[1], params[1].float())
 
 

@@ -33,6 +33,7 @@ def test_pytorchs_adam_goes_on_from_the_default_form(mode: str) -> None:
     give_gradients(theirs, 2)
     other.step()
     mine = saved["state"][0]["exp_avg"].to(theirs[0].dtype)
+    assert mine.any()
     torch.testing.assert_close(other.state[theirs[0]]["exp_avg"], torch.lerp(mine, theirs[0].grad, 0.1))
     # And back again.
     optimizer.load_state_dict(other.state_dict())

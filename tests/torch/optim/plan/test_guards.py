@@ -266,7 +266,8 @@ CASES = [(Adam, change) for change in COMMON + ADAMS] + [(SGD, change) for chang
 def warm(algorithm, backend, shapes=SHAPES, **options):
     """An optimizer of two groups that has taken steps, with gradients for the next one."""
     params = parameters(shapes, device=home(backend))
-    groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.2}]
+    # A decay, so that there is something to decouple.
+    groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.2, "weight_decay": 0.3}]
     momentum = {} if algorithm is Adam else {"momentum": 0.9}
     optimizer = algorithm(groups, backend=backend, **momentum, **options)
     for seed in range(2):
