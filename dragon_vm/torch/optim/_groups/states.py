@@ -133,7 +133,7 @@ def settled_entries(
     for key in keys:
         value = local(state[key])
         # Where inference mode made it, no later step outside could write to it.
-        settled = value.clone() if value.is_inference() else value.to(shard.device)
+        settled = (value.clone() if value.is_inference() else value).to(shard.device)
         if value.shape != shard.shape:
             # Scales of blocks: what is the parameter's own is checked.
             settled = settled.contiguous()
