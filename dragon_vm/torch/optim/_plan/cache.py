@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._graphs.capture import check_live, is_capturing
-from dragon.vm.torch.optim._groups.members import Members
 from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._plan.preparation import prepare
@@ -56,7 +55,7 @@ class PlanCache:
         self._latest.clear()
         self._widening.missed.clear()
 
-    def find(self, recipe: Recipe, members: Members, key: tuple[Hashable, ...], zero_grad: bool) -> Found | None:
+    def find(self, recipe: Recipe, key: tuple[Hashable, ...]) -> Found | None:
         """The plan of a step, prepared if need be; None if no parameter has a gradient. Plans differ by `key`.
 
         Within a capture it is kept for the graph, with the tensors that the graph will read and write.
@@ -66,13 +65,13 @@ class PlanCache:
                 `prepare`.
             ValueError: as `prepare`.
         """
-        present = bytes(map(is_not, members.grads, repeat(None)))
+        present = bytes(map(is_not, recipe.members.grads, repeat(None)))
         if not any(present):
             return None
         # One for exactly these parameters, or one for more.
         for wanted in ((key, present), (key, None)):
             plan = self._latest.get(wanted)
-            tensors = plan.gatherer.gather(recipe.state, members, present) if plan else None
+            tensors = plan.gatherer.gather(recipe, present) if plan else None
             if plan is not None and tensors is not None:
                 found = Found(plan, tensors)
                 if is_capturing():
@@ -87,7 +86,7 @@ class PlanCache:
                 "a first step with these parameters, gradients, states and arguments cannot be captured: "
                 "take one before the capture, as PyTorch's notes on CUDA graphs do"
             )
-        prepared: Found = with_plain_tensors(lambda: self._prepare(recipe, members, key, present, zero_grad))
+        prepared: Found = with_plain_tensors(lambda: self._prepare(recipe, key, present))
         return prepared
 
     def _keep(self, key: tuple[Hashable, bytes | None], found: Found) -> Found:
@@ -101,23 +100,21 @@ class PlanCache:
             self._latest.pop(others[0] if others else next(iter(self._latest)))
         return found
 
-    def _prepare(
-        self, recipe: Recipe, members: Members, key: tuple[Hashable, ...], present: bytes, zero_grad: bool
-    ) -> Found:
+    def _prepare(self, recipe: Recipe, key: tuple[Hashable, ...], present: bytes) -> Found:
         """Prepare a plan for the parameters with a gradient, and some more if that is worth it."""
-        n_buffers = len(recipe.buffers)
-        more = self._widening.worth_adding(recipe, members, key, present, self._latest.get((key, None)))
+        members, n_buffers = recipe.members, len(recipe.buffers)
+        more = self._widening.worth_adding(recipe, key, present, self._latest.get((key, None)))
         positions = sorted({*compress(range(len(present)), present), *more})
         lists: tuple[list[Any], ...] = members.params, members.shards, members.grads, members.group_index()
         prepared = prepare(recipe, Chosen(positions, *map(list, map(picker(positions, len(present)), lists))))
         if len(recipe.buffers) < n_buffers:
             # Joined parameters count as one: those that have parted count each for itself in all plans.
             self._latest.clear()
-        plan = StepPlan(recipe, prepared, zero_grad, takes_parts=bool(more))
+        plan = StepPlan(recipe, prepared, takes_parts=bool(more))
         if not (more or recipe.buffers):
             # A buffer is updated as a whole.
             self._widening.missed.append((key, plan.gatherer))
-        tensors = plan.gatherer.read(recipe.state, members, present)
+        tensors = plan.gatherer.read(recipe, present)
         assert tensors is not None
         return self._keep((key, None if more else present), Found(plan, tensors))
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._distributed.shards import locals_of
-from dragon.vm.torch.optim._groups.members import Members
 from dragon.vm.torch.optim._plan.guards import Guard
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Recipe
@@ -100,7 +99,7 @@ class Gatherer:
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, *, takes_parts: bool) -> None:
-        self.positions, n_all = prepared.chosen.positions, recipe.n_params
+        self.positions, n_all = prepared.chosen.positions, len(recipe.members.params)
         self.takes_parts = takes_parts
         self._pick = picker(self.positions, n_all)
         self._pick_others = picker(sorted({*range(n_all)}.difference(self.positions)), n_all)
@@ -115,22 +114,21 @@ class Gatherer:
             placed = [key for key in states if key == "step" or not hands_on]
             self._guard = Guard(grads, shards, states, placed, takes_parts=takes_parts)
 
-    def gather(self, state: Mapping[Any, Any], members: Members, present: bytes) -> Gathered | None:
+    def gather(self, recipe: Recipe, present: bytes) -> Gathered | None:
         """The tensors of a step; None if they are not what they were.
 
         `present` tells for each parameter of the optimizer whether it has a gradient.
         """
         if self._guard is None or any(self._pick_others(present)):
             return None
-        return _if_there(self.read, state, members, present, self._guard)
+        return _if_there(self.read, recipe, present, self._guard)
 
-    def read(
-        self, state: Mapping[Any, Any], members: Members, present: bytes, guard: Guard | None = None
-    ) -> Gathered | None:
+    def read(self, recipe: Recipe, present: bytes, guard: Guard | None = None) -> Gathered | None:
         """`gather` as far as a guard tells; without one the tensors are those that the plan was just made for."""
+        members = recipe.members
         params, grads, present = self._pick(members.params), self._pick(members.grads), bytes(self._pick(present))
         shards = params if members.shards is members.params else self._pick(members.shards)
-        states = self.states.read(state, params)
+        states = self.states.read(recipe.state, params)
         if states is None:
             return None
         tensors = Gathered(params, shards, grads, states)
@@ -139,13 +137,13 @@ class Gatherer:
         are_same = guard is None or guard.check(tensors.take(grads), shards, states, present)
         return tensors if are_same else None
 
-    def holds(self, state: Mapping[Any, Any], members: Members) -> bool:
+    def holds(self, recipe: Recipe) -> bool:
         """Whether parameters and states are what they were, with a gradient or not."""
-        return self._guard is not None and bool(_if_there(self._holds, self._guard, state, members))
+        return self._guard is not None and bool(_if_there(self._holds, self._guard, recipe))
 
-    def _holds(self, guard: Guard, state: Mapping[Any, Any], members: Members) -> bool:
-        states = self.states.read(state, self._pick(members.params))
-        return states is not None and guard.holds(self._pick(members.shards), states)
+    def _holds(self, guard: Guard, recipe: Recipe) -> bool:
+        states = self.states.read(recipe.state, self._pick(recipe.members.params))
+        return states is not None and guard.holds(self._pick(recipe.members.shards), states)
 
 
 def _if_there(read: Callable[..., T], *arguments: object) -> T | None:

@@ -15,7 +15,7 @@ from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._gradients.zeroing import apart
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
-from dragon.vm.torch.optim._options import Version, needs_norm
+from dragon.vm.torch.optim._options import needs_norm
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 
@@ -43,20 +43,18 @@ class HostStep:
         self._first_of = [*chosen.positions, *(chosen.positions[each.positions[0]] for each in joined)]
         self._shared: tuple[Reductions, list[int], SharedNorm] | None = None
 
-    def run(
-        self, recipe: Recipe, tensors: Gathered, version: Version, scaling: Scaling, kept_scale: float | None
-    ) -> tuple[Outcome, Scaling]:
+    def run(self, recipe: Recipe, tensors: Gathered, kept_scale: float | None) -> tuple[Outcome, Scaling]:
         """Decide, and update the host groups. Flat buffers stand behind the shards.
 
         Returns:
             The outcome, and the decision as the scaling of kernels.
         """
-        groups = recipe.groups
+        groups, version, scaling = recipe.groups, recipe.version, recipe.scaling
         is_scaled = scaling.grad_scale is not None or scaling.found_inf is not None
         decides = is_scaled or self._clips_each or needs_norm(recipe.settings)
         factors = Factors(kept_scale=kept_scale)
         if decides:
-            factors = self._factors(recipe, tensors, scaling)._replace(kept_scale=kept_scale)
+            factors = self._factors(recipe, tensors)._replace(kept_scale=kept_scale)
         if factors.skip:
             return Outcome(factors.norm, 1), Scaling()
         grads = tensors.grads
@@ -81,14 +79,14 @@ class HostStep:
         positions = self._present(tensors)
         if self._shared is None or self._shared[0] is not reductions or self._shared[1] != positions:
             chosen = [self._first_of[position] for position in positions]
-            self._shared = reductions, positions, SharedNorm(reductions, chosen, recipe.n_params)
+            self._shared = reductions, positions, SharedNorm(reductions, chosen, len(recipe.members.params))
         return self._shared[2]
 
     def _present(self, tensors: Gathered) -> list[int]:
         """Positions of the gradients that are there, in the order of the parameters."""
         return [position for position in self._walked if tensors.grads[position] is not None]
 
-    def _factors(self, recipe: Recipe, tensors: Gathered, scaling: Scaling) -> Factors:
+    def _factors(self, recipe: Recipe, tensors: Gathered) -> Factors:
         """Decide.
 
         Raises:
@@ -105,7 +103,7 @@ class HostStep:
 
         shared = self.shared(recipe, tensors)
         try:
-            factors = gradient_factors(walked, indices, recipe.groups, settings, scaling, measure, shared)
+            factors = gradient_factors(walked, indices, recipe.groups, settings, recipe.scaling, measure, shared)
         except RuntimeError as error:
             opaque = next((grad for grad in walked if not has_memory(grad)), None)
             if opaque is None:

@@ -1,4 +1,4 @@
-"""What a plan is told, and what it answers."""
+"""What a step is asked to do, and what it answers."""
 
 from __future__ import annotations
 
@@ -9,25 +9,32 @@ import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
-from dragon.vm.torch.optim._options import Settings
+from dragon.vm.torch.optim._groups.members import Members
+from dragon.vm.torch.optim._options import Settings, Version
 
 
 class Recipe(NamedTuple):
-    """Everything that a plan may know.
+    """Everything that the plan of a step may know. A plan does not keep it.
 
     Attributes:
         owner: name of the optimizer's class, for errors.
         algorithm: what is computed.
         settings: options of the optimizer as a whole.
         groups: parameter groups with all options, without their parameters.
+        version: of these.
         param_groups: those of the optimizer.
         state: states by parameter.
+        members: all parameters and their gradients.
+        scaling: of the gradients.
         buffers: flat buffers; a plan takes out those whose parameters part for good.
         devices: by device, what kernels share from plan to plan.
         reductions: sums over the processes that share the model; None if there are no others or nobody asks.
-        n_params: number of all parameters.
+        zero_grad: whether the step sets the gradients to zero.
+        are_own: whether the gradients are the parameters' own, and not sums of them.
+        are_last: whether nobody reads the gradients after the step.
         are_captured: whether a graph was captured of some plan.
     """
 
@@ -35,12 +42,17 @@ class Recipe(NamedTuple):
     algorithm: Algorithm
     settings: Settings
     groups: list[dict[str, Any]]
+    version: Version
     param_groups: list[dict[str, Any]]
     state: MutableMapping[Any, Any]
+    members: Members
+    scaling: Scaling
     buffers: list[FlatBuffer]
     devices: dict[torch.device, Any]
     reductions: Reductions | None
-    n_params: int
+    zero_grad: bool
+    are_own: bool
+    are_last: bool
     are_captured: bool
 
 

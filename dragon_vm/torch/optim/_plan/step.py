@@ -11,13 +11,12 @@ import torch
 from torch.autograd.graph import increment_version
 
 from dragon.vm.torch.optim._backends.selection import Gathered
-from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.unscaling import assign
 from dragon.vm.torch.optim._gradients.zeroing import apart, detach_all, zero_all
 from dragon.vm.torch.optim._graphs.live import LiveGroup
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import in_layout_of
-from dragon.vm.torch.optim._options import Settings, Version, needs_norm
+from dragon.vm.torch.optim._options import Settings, needs_norm
 from dragon.vm.torch.optim._plan.gathering import Gatherer
 from dragon.vm.torch.optim._plan.host_step import HostStep
 from dragon.vm.torch.optim._plan.joining import in_buffers, with_buffers
@@ -38,14 +37,13 @@ class StepPlan:
         gatherer: gathers the tensors of a step.
     """
 
-    def __init__(self, recipe: Recipe, prepared: Prepared, zero_grad: bool, *, takes_parts: bool) -> None:
+    def __init__(self, recipe: Recipe, prepared: Prepared, *, takes_parts: bool) -> None:
         self._joined, self._strays = prepared.joined, prepared.strays
         self._outside = [i for i in range(len(prepared.keys)) if i not in prepared.inside]
         n_gathered = len(prepared.keys) + len(prepared.joined)
         self._host = HostStep(recipe, prepared, n_gathered)
-        self._zero_grad = zero_grad
         # The kernel zeroes the gradients it reads: not those that it reads copies of.
-        self._kernel_zeroes = zero_grad and not self._strays and not self._host.groups
+        self._kernel_zeroes = recipe.zero_grad and not self._strays and not self._host.groups
         self._devices = _on_devices(recipe, prepared.flattened, n_gathered, self._kernel_zeroes)
         # Host groups, or several devices, need to know what is found in all gradients.
         asks_all = needs_norm(recipe.settings) or recipe.reductions is not None
@@ -57,23 +55,10 @@ class StepPlan:
         # The last write makes the plan valid.
         self.gatherer = Gatherer(recipe, prepared, takes_parts=takes_parts)
 
-    def run(
-        self,
-        recipe: Recipe,
-        tensors: Gathered,
-        version: Version,
-        scaling: Scaling,
-        *,
-        are_own: bool,
-        are_last: bool,
-    ) -> Outcome:
-        """Update the parameters from their gradients.
-
-        With `are_own` the gradients are the parameters' own, and not sums of them. With `are_last` nobody reads
-        them after this step.
-        """
-        settings = recipe.settings
-        are_left = not (self._zero_grad or are_last)
+    def run(self, recipe: Recipe, tensors: Gathered) -> Outcome:
+        """Update the parameters from their gradients."""
+        settings, scaling, are_own = recipe.settings, recipe.scaling, recipe.are_own
+        are_left = not (recipe.zero_grad or recipe.are_last)
         kept_scale = scaling.grad_scale if are_own and are_left else None
         if self._joined and are_own:
             tensors = in_buffers(self._joined, self._outside, tensors)
@@ -82,10 +67,10 @@ class StepPlan:
         writes = bool(self._joined) or (bool(self._devices) and (kept_scale is not None or self._kernel_zeroes))
         ready = self._ready(tensors, are_own, writes=writes)
         outcome, are_zero = Outcome(), self._kernel_zeroes
-        values = recipe.groups, version
+        values = recipe.groups, recipe.version
         if self._decides_on_host:
             kept = (1.0 if kept_scale is None else float(kept_scale)) if are_left else None
-            outcome, decided = self._host.run(recipe, ready, version, scaling, kept)
+            outcome, decided = self._host.run(recipe, ready, kept)
             are_zero &= not outcome.n_skipped
             if self._devices and not outcome.n_skipped:
                 settings = settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
@@ -112,7 +97,7 @@ class StepPlan:
         if are_zero:
             detach_all(grads)
             increment_version(grads)
-        elif self._zero_grad:
+        elif recipe.zero_grad:
             zero_all(grads)
         return outcome
 

@@ -102,13 +102,18 @@ class Updater:
             self._algorithm,
             settings,
             values.groups,
+            values.version,
             param_groups,
             state,
+            members,
+            scaling,
             self.buffers,
             self._devices,
             reductions,
-            len(members.params),
-            self.plans.are_captured,
+            zero_grad,
+            are_own,
+            are_last=bool(part),
+            are_captured=self.plans.are_captured,
         )
         key = (zero_grad, are_own, values.structure, reductions is not None, part, *members.lengths)
         with_masters = _with_masters(members, values.groups)
@@ -116,7 +121,7 @@ class Updater:
             self.masters.check_capture(with_masters)
         elif with_masters:
             self.masters.notice(with_masters, state)
-        found = self.plans.find(recipe, members, key, zero_grad)
+        found = self.plans.find(recipe, key)
         if found is None:
             if reductions is None:
                 if needs_norm(settings):
@@ -124,9 +129,8 @@ class Updater:
                 return
             outcome = Outcome(*take_part(reductions, members.params, values.groups, settings, scaling))
         else:
-            step = recipe, found.tensors, values.version, scaling
             try:
-                outcome = found.plan.run(*step, are_own=are_own, are_last=bool(part))
+                outcome = found.plan.run(recipe, found.tensors)
             finally:
                 if with_masters:
                     # An interrupted step has written some of them, and their masters.

@@ -7,7 +7,6 @@ from itertools import chain, compress
 
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import overlapping_pair
-from dragon.vm.torch.optim._groups.members import Members
 from dragon.vm.torch.optim._plan.gathering import Gatherer
 from dragon.vm.torch.optim._plan.recipe import Recipe
 from dragon.vm.torch.optim._plan.step import StepPlan
@@ -28,9 +27,7 @@ class Widening:
         # How many parameters the last plan for more has.
         self._n_wide = 0
 
-    def worth_adding(
-        self, recipe: Recipe, members: Members, key: Hashable, present: bytes, wide: StepPlan | None
-    ) -> set[int]:
+    def worth_adding(self, recipe: Recipe, key: Hashable, present: bytes, wide: StepPlan | None) -> set[int]:
         """Positions of parameters without a gradient for which a plan is to be prepared all the same.
 
         `present` tells for each parameter whether it has a gradient; `wide` is the last plan for more parameters.
@@ -39,10 +36,10 @@ class Widening:
         if len(self.missed) < N_MISSED or n_prepared < self._n_wide:
             return set()
         earlier = [gatherer for own, gatherer in self.missed if own == key] + ([wide.gatherer] if wide else [])
-        known = [gatherer.positions for gatherer in earlier if gatherer.holds(recipe.state, members)]
+        known = [gatherer.positions for gatherer in earlier if gatherer.holds(recipe)]
         added = {*chain.from_iterable(known)}.difference(compress(range(len(present)), present))
         self._n_wide = sum(present) + len(added)
         self.missed.clear()
-        together = [shard for i, shard in enumerate(members.shards) if present[i] or i in added]
+        together = [shard for i, shard in enumerate(recipe.members.shards) if present[i] or i in added]
         # Those that never step together may share memory.
         return added if overlapping_pair(list(filter(has_memory, together))) is None else set()
