@@ -5,10 +5,31 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
+from functools import wraps
 from typing import Any
 from weakref import WeakMethod
 
 Group = dict[str, Any]
+
+
+def _watched(write: Callable[..., Any]) -> Any:
+    """A method of dict for a live group: one change, however many keys."""
+
+    @wraps(write)
+    def change(group: LiveGroup, *args: Any, **kwargs: Any) -> Any:
+        before = dict(group)
+        result = write(group, *args, **kwargs)
+        changed = group._changed and group._changed()
+        if changed:
+            try:
+                changed(group)
+            except Exception:
+                dict.clear(group)
+                dict.update(group, before)
+                raise
+        return result
+
+    return change
 
 
 class LiveGroup(dict[str, Any]):
@@ -21,44 +42,13 @@ class LiveGroup(dict[str, Any]):
         self._changed = WeakMethod(changed)
         return self
 
-    def _write(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before = dict(self)
-        result = write(*args, **kwargs)
-        changed = self._changed and self._changed()
-        if changed:
-            try:
-                changed(self)
-            except Exception:
-                super().clear()
-                super().update(before)
-                raise
-        return result
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._write(super().__setitem__, key, value)
-
-    def __delitem__(self, key: str) -> None:
-        self._write(super().__delitem__, key)
-
-    def pop(self, *args: Any) -> Any:
-        """As a dict's."""
-        return self._write(super().pop, *args)
-
-    def popitem(self) -> Any:
-        """As a dict's."""
-        return self._write(super().popitem)
-
-    def setdefault(self, key: str, default: Any = None) -> Any:
-        """As a dict's."""
-        return self._write(super().setdefault, key, default)
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """As a dict's; one change, however many keys."""
-        self._write(super().update, *args, **kwargs)
-
-    def __ior__(self, other: Any) -> LiveGroup:  # type: ignore[override,misc]  # a dict's has two signatures
-        self.update(other)
-        return self
+    __setitem__ = _watched(dict.__setitem__)
+    __delitem__ = _watched(dict.__delitem__)
+    pop = _watched(dict.pop)
+    popitem = _watched(dict.popitem)
+    setdefault = _watched(dict.setdefault)
+    update = _watched(dict.update)
+    __ior__ = _watched(dict.__ior__)
 
     def __copy__(self) -> Group:
         return dict(self)
