@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import (
     Algorithm,
-    FusedOptions,
     Group,
     Maths,
+    Tensors,
     check_lr,
     decayed,
     for_maths,
@@ -119,28 +119,21 @@ def adam_update(
 
 
 def _fused(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[list[Tensor]],
-    steps: list[Tensor],
-    options: FusedOptions,
+    params: Tensors,
+    grads: Tensors,
+    states: list[Tensors],
+    steps: Tensors,
+    group: Group,
+    numbers: dict[str, Any],
     step: float,
 ) -> None:
-    numbers, group = options
     if group["epsilon_hat"] and numbers["eps"]:
         # The operation divides sqrt(v) by the correction before it adds its epsilon.
         numbers = {**numbers, "eps": numbers["eps"] / math.sqrt(one_minus_power(numbers["beta2"], step))}
     operation = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
-    operation(
-        params,
-        grads,
-        states[0],
-        states[1],
-        states[2] if len(states) > 2 else [],
-        steps,
-        lr=float(group["lr"]),
-        **numbers,
-    )
+    exp_avgs, exp_avg_sqs, *maxima = states
+    largest = maxima[0] if maxima else []
+    operation(params, grads, exp_avgs, exp_avg_sqs, largest, steps, lr=float(group["lr"]), **numbers)
 
 
 def _fused_numbers(group: Group) -> dict[str, Any]:

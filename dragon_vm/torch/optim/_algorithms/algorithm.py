@@ -12,18 +12,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._options import OWN_GROUP_DEFAULTS
 
 Group = Mapping[str, Any]
-
-
-class FusedOptions(NamedTuple):
-    """What one call of torch's fused CPU operation is told, whatever the algorithm.
-
-    Attributes:
-        numbers: keywords of the operation, as they are at every step; the learning rate is not among them.
-        group: hyperparameters of the tensors, the learning rate of each step among them.
-    """
-
-    numbers: dict[str, Any]
-    group: Group
+Tensors = list[Tensor]
 
 
 class Maths(NamedTuple):
@@ -50,7 +39,8 @@ class Algorithm:
         columns: hyperparameters by the name of their column in the kernels' table.
         update: maps a tensor, its gradient, its states, its step count, the group and `Maths` to the new tensor
             and states. All tensors are real and wide enough for the maths; none is written.
-        fused: updates lists of CPU tensors in place by one fused operation of torch.
+        fused: updates lists of CPU tensors in place by one fused operation of torch, given parameters, gradients,
+            states, counters, the group, keywords of the operation but for the learning rate, and the step count.
         fused_numbers: the algorithm's own keywords of that operation.
         fused_names: the hyperparameters, beside the learning rate, that tensors of one fused call must share.
         depends_on_step: whether what a fused call does depends on the step count.
@@ -66,7 +56,7 @@ class Algorithm:
     check: Callable[[Group], None]
     columns: Callable[[Group], dict[str, float]]
     update: Callable[[Tensor, Tensor, Sequence[Tensor], Tensor | None, Group, Maths], tuple[Tensor, list[Tensor]]]
-    fused: Callable[[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor], FusedOptions, float], None]
+    fused: Callable[[Tensors, Tensors, list[Tensors], Tensors, Group, dict[str, Any], float], None]
     fused_numbers: Callable[[Group], dict[str, Any]]
     fused_names: tuple[str, ...]
     depends_on_step: Callable[[Group], bool]

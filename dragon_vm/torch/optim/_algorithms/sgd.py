@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import (
     Algorithm,
-    FusedOptions,
     Group,
     Maths,
+    Tensors,
     check_lr,
     decayed,
     for_maths,
@@ -72,26 +72,22 @@ def sgd_update(
 
 
 def _fused(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[list[Tensor]],
-    steps: list[Tensor],
-    options: FusedOptions,
+    params: Tensors,
+    grads: Tensors,
+    states: list[Tensors],
+    steps: Tensors,
+    group: Group,
+    numbers: dict[str, Any],
     step: float,
 ) -> None:
-    group, buffers = options.group, states[0] if states else []
+    buffers = states[0] if states else []
     # The fused operation is wrong by whole gradients for half precision of 15 elements and more (torch 2.13).
     half = params[0].dtype in (torch.float16, torch.bfloat16)
     wide = [[t.float() for t in tensors] if half else tensors for tensors in (params, grads, buffers)]
-    torch._fused_sgd_(
-        *wide,
-        lr=float(group["lr"]),
-        is_first_step=step == 1,
-        **options.numbers,
-    )
+    torch._fused_sgd_(*wide, lr=float(group["lr"]), is_first_step=step == 1, **numbers)
     if half:
         # What the operation writes: the gradients only where it scales them.
-        scaled = (grads, wide[1]) if options.numbers["grad_scale"] is not None else ([], [])
+        scaled = (grads, wide[1]) if numbers["grad_scale"] is not None else ([], [])
         torch._foreach_copy_([*params, *buffers, *scaled[0]], [*wide[0], *wide[2], *scaled[1]])
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, FusedOptions
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._backends.pieces import Piece, Scratch
 from dragon.vm.torch.optim._backends.selection import picker
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
@@ -34,7 +34,8 @@ class FusedCall(NamedTuple):
     Attributes:
         pick: selects the tensors among the group's.
         group_index: their parameter groups.
-        options: of the operation.
+        group: hyperparameters of the tensors, the learning rate of each step among them.
+        numbers: keywords of the operation, as they are at every step: all but the learning rate.
         factor: of the gradients, positive: the sign is `maximize`'s.
         bound: of the gradients' magnitudes; 0 for none.
         divisor: what the gradients are divided by after the operation; 1 to leave them as it does.
@@ -44,7 +45,8 @@ class FusedCall(NamedTuple):
 
     pick: Callable[[Sequence[Any]], Sequence[Any]]
     group_index: Sequence[int]
-    options: FusedOptions
+    group: Group
+    numbers: dict[str, Any]
     factor: float
     bound: float
     divisor: float
@@ -58,10 +60,11 @@ class FusedCall(NamedTuple):
     def limited(self, grads: list[Tensor], copies: list[Tensor]) -> list[Tensor]:
         """Copies of gradients, which the operation may write to, clipped, and scaled if it does not scale them."""
         torch._foreach_copy_(copies, grads)
-        if self.factor != 1 and self.options.numbers["grad_scale"] is None:
+        is_scaled = self.numbers["grad_scale"] is not None
+        if self.factor != 1 and not is_scaled:
             torch._foreach_mul_(copies, _number(self.factor, copies[0].dtype))
         if self.bound:
-            bound = self.bound if self.options.numbers["grad_scale"] is None else self.bound / self.factor
+            bound = self.bound / self.factor if is_scaled else self.bound
             # What the dtype cannot hold only an infinity exceeds: it becomes the largest number then.
             bound = min(bound, torch.finfo(copies[0].dtype).max)
             torch._foreach_clamp_max_(copies, bound)
@@ -131,9 +134,7 @@ class FusedPlanner:
                 found.setdefault((key, factor, count, is_small), []).append(row)
         calls = []
         for (_, factor, _, is_small), chosen in found.items():
-            pick = picker(sorted(chosen), len(self._positions))
-            indices = list(set(pick(self._group_index)))
-            calls.append(self._call(pick, indices, groups, factor, factors.kept_scale, is_small))
+            calls.append(self._call(chosen, groups, factor, factors.kept_scale, is_small))
         return calls
 
     def pieces(self, call: FusedCall, columns: Sequence[list[Tensor]]) -> Iterable[Piece]:
@@ -146,14 +147,10 @@ class FusedPlanner:
         return self._scratch.of_small(call.pick, columns) if call.is_small else self._scratch.of_large(columns)
 
     def _call(
-        self,
-        pick: Callable[[Sequence[Any]], Sequence[Any]],
-        group_index: Sequence[int],
-        groups: Sequence[Group],
-        factor: float,
-        kept_scale: float | None,
-        is_small: bool,
+        self, rows: list[int], groups: Sequence[Group], factor: float, kept_scale: float | None, is_small: bool
     ) -> FusedCall:
+        pick = picker(sorted(rows), len(self._positions))
+        group_index = list(set(pick(self._group_index)))
         group = groups[group_index[0]]
         bound = clip_value(group)
         numbers: dict[str, Any] = {
@@ -175,5 +172,4 @@ class FusedPlanner:
         is_right = kept_scale is None or (kept_scale != 0 and factor == 1 / kept_scale)
         divisor = 1.0 if kept_scale is None or (leaves_own and is_right) else kept_scale
         needs_copies = bool(bound) or (factor != 1 and not is_scaled) or (leaves_own and not is_right)
-        options = FusedOptions(numbers, group)
-        return FusedCall(pick, group_index, options, factor, bound, divisor, needs_copies, is_small)
+        return FusedCall(pick, group_index, group, numbers, factor, bound, divisor, needs_copies, is_small)

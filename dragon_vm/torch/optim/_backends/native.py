@@ -108,11 +108,13 @@ class NativeGroup:
             chosen_counters = list(call.pick(counters)) if counters else []
             if not call.needs_copies and call.divisor == 1:
                 params, grads, _, *states = chosen
-                self._algorithm.fused(params, grads, states, chosen_counters, call.options, step)
+                self._algorithm.fused(params, grads, states, chosen_counters, call.group, call.numbers, step)
                 continue
             for rows, (params, grads, own_grads, *states), copies in self._planner.pieces(call, chosen):
                 limited = call.limited(grads, copies) if copies else grads
-                self._algorithm.fused(params, limited, states, chosen_counters[rows], call.options, step)
+                self._algorithm.fused(
+                    params, limited, states, chosen_counters[rows], call.group, call.numbers, step
+                )
                 if call.divisor != 1:
                     # In the layout of a parameter nothing is expanded.
                     call.divide(own_grads)
