@@ -43,8 +43,7 @@ FOLDERS_OF_OPTIM = {
 # a function.
 TRITON_SIDE = {
     f"{OPTIM}._backends.triton", f"{OPTIM}._backends.context", f"{OPTIM}._backends.configs",
-    f"{OPTIM}._backends.partials", f"{OPTIM}._backends.launches", f"{OPTIM}._backends.tensor_rows",
-    f"{OPTIM}._backends.sums",
+    f"{OPTIM}._backends.partials", f"{OPTIM}._backends.launches",
     f"{OPTIM}._table.group_table", f"{OPTIM}._groups.eligibility",
 }  # fmt: skip
 

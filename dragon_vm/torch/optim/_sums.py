@@ -20,7 +20,7 @@ from dragon.vm.torch.optim._groups.flattening import Signature
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense
 
 if TYPE_CHECKING:
-    from dragon.vm.torch.optim._backends.sums import SumLaunch
+    from dragon.vm.torch.optim._backends.triton import SumLaunch
 
 
 class GradientSums:
@@ -208,7 +208,7 @@ class GradientSums:
         self.clear()
 
     def _launch(self, totals: list[Tensor], grads: list[Tensor]) -> None:
-        from dragon.vm.torch.optim._backends.sums import SumLaunch
+        from dragon.vm.torch.optim._backends.triton import SumLaunch
 
         members: dict[Signature, list[int]] = {}
         for index, (total, grad) in enumerate(zip(totals, grads, strict=True)):

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.kernels import table
-from dragon.vm.torch.optim._backends.partials import PartialNorms, Partials
-from dragon.vm.torch.optim._backends.tensor_rows import SPAN
+from dragon.vm.torch.optim._backends.partials import SPAN, PartialNorms, Partials
 from dragon.vm.torch.optim._table.table import DeviceTable
 
 COLUMNS = int(table.TENSOR_COLUMNS)

@@ -21,8 +21,6 @@ from dragon.vm.torch.optim._algorithms.algorithm import (
 )
 from dragon.vm.torch.optim._formats.bound import SLACK, clamp_moment, moment_bound
 
-_PLAIN_MATHS = Maths()
-
 
 def _state_keys(group: Group) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
@@ -80,25 +78,11 @@ def _changed_bound(group: Group) -> float:
 
 
 def adam_update(
-    param: Tensor,
-    grad: Tensor,
-    states: Sequence[Tensor],
-    step: Tensor | None,
-    group: Group,
-    maths: Maths = _PLAIN_MATHS,
+    param: Tensor, grad: Tensor, states: Sequence[Tensor], step: Tensor | None, group: Group, maths: Maths
 ) -> tuple[Tensor, list[Tensor]]:
     """One step of Adam; see `dragon.kernels.adam.adam_update` for the formula and its sources.
 
-    Args:
-        param: real, fp32 or fp64.
-        grad: of the parameter's shape and dtype, already scaled and clipped.
-        states: exp_avg, exp_avg_sq and, for AMSGrad, max_exp_avg_sq, likewise.
-        step: the count of this step, from 1.
-        group: the parameter group's hyperparameters.
-        maths: the root, and whether the first moment is bounded.
-
-    Returns:
-        The new parameter and states.
+    States are exp_avg, exp_avg_sq and, for AMSGrad, max_exp_avg_sq. For the arguments see `Algorithm.update`.
     """
     assert step is not None
     lr, beta1, beta2, eps = (for_maths(param, value) for value in (group["lr"], *group["betas"], group["eps"]))

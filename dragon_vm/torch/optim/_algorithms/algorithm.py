@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._options import OWN_GROUP_DEFAULTS
 
 Group = Mapping[str, Any]
 Tensors = list[Tensor]
+
+_is_tuple: Callable[[Any], bool] = tuple.__instancecheck__
 
 
 class Maths(NamedTuple):
@@ -23,8 +25,8 @@ class Maths(NamedTuple):
         is_bounded: clamp the first moment to what the second one allows.
     """
 
-    root: Callable[[Tensor], Tensor] = torch.sqrt
-    is_bounded: bool = False
+    root: Callable[[Tensor], Tensor]
+    is_bounded: bool
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Algorithm:
         check: raises `ValueError` for hyperparameters out of range, with PyTorch's texts.
         columns: hyperparameters by the name of their column in the kernels' table.
         update: maps a tensor, its gradient, its states, its step count, the group and `Maths` to the new tensor
-            and states. All tensors are real and wide enough for the maths; none is written.
+            and states. All tensors are real, fp32 or fp64, and none is written. The gradient is scaled and
+            clipped. The count is from 1, or None where nothing counts.
         fused: updates lists of CPU tensors in place by one fused operation of torch, given parameters, gradients,
             states, counters, the group, keywords of the operation but for the learning rate, and the step count.
         fused_numbers: the algorithm's own keywords of that operation.
@@ -121,6 +124,12 @@ def host_number(value: Any) -> float:
     if isinstance(value, Tensor):
         return float(value.detach()) if value.device.type == "cpu" else 0.0
     return float(value)
+
+
+def kinds(rows: Sequence[Sequence[Any]]) -> set[type]:
+    """The types of all values of hyperparameters, and of those within tuples."""
+    values = list(chain.from_iterable(rows))
+    return set(map(type, values)) | set(map(type, chain.from_iterable(filter(_is_tuple, values))))
 
 
 def decayed(

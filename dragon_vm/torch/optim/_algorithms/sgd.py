@@ -41,25 +41,12 @@ def _columns(group: Group) -> dict[str, float]:
 
 
 def sgd_update(
-    param: Tensor,
-    grad: Tensor,
-    states: Sequence[Tensor],
-    step: Tensor | None,
-    group: Group,
-    maths: Maths | None = None,
+    param: Tensor, grad: Tensor, states: Sequence[Tensor], step: Tensor | None, group: Group, maths: Maths
 ) -> tuple[Tensor, list[Tensor]]:
     """One step of SGD; see `dragon.kernels.sgd.sgd_update` for the formula.
 
-    Args:
-        param: real, fp32 or fp64.
-        grad: of the parameter's shape and dtype, already scaled and clipped.
-        states: with momentum, the momentum buffer.
-        step: the count of this step, from 1; None without dampening.
-        group: the parameter group's hyperparameters.
-        maths: of no account: there is no root, and nothing to bound.
-
-    Returns:
-        The new parameter and states.
+    With momentum the buffer is a state. For the arguments see `Algorithm.update`; there is no root here, and
+    nothing to bound.
     """
     lr, momentum, dampening = (for_maths(param, group[name]) for name in ("lr", "momentum", "dampening"))
     param, grad = decayed(param, grad, group, lr, False)

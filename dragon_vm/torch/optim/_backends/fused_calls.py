@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
+from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, kinds
 from dragon.vm.torch.optim._backends.pieces import Piece, Scratch
-from dragon.vm.torch.optim._backends.selection import picker
+from dragon.vm.torch.optim._backends.selection import Picker, picker
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._options import by_value
@@ -43,7 +42,7 @@ class FusedCall(NamedTuple):
         is_small: whether one thread is faster.
     """
 
-    pick: Callable[[Sequence[Any]], Sequence[Any]]
+    pick: Picker
     group_index: Sequence[int]
     group: Group
     numbers: dict[str, Any]
@@ -101,10 +100,7 @@ class FusedPlanner:
     def read(self, groups: Sequence[Group]) -> bool:
         """Take all hyperparameters but learning rates; return whether some call depends on the step count."""
         keys = list(map(self._read_key, groups))
-        kinds = set(map(type, chain.from_iterable(keys))) | set(
-            map(type, chain.from_iterable(group.get("betas", ()) for group in groups))
-        )
-        self._keys = keys if kinds <= {float, int, bool, tuple} else list(map(by_value, keys))
+        self._keys = keys if kinds(keys) <= {float, int, bool, tuple} else list(map(by_value, keys))
         return any(map(self._algorithm.depends_on_step, groups))
 
     def plan(

@@ -67,7 +67,7 @@ class HostGroup:
         self._algorithm, self._piece = algorithm, PIECE if in_pieces else 0
         # Without the tensors: those of each step are gathered.
         self._members = [(e.position, e.group_index, Rounding(seed, e.stream, 0, e.first)) for e in group.entries]
-        self.pick = picker([entry.position for entry in group.entries], n_gathered)
+        self._pick = picker([entry.position for entry in group.entries], n_gathered)
         is_wide = signature.param_dtype in (torch.float64, torch.complex128)
         self._dtype = torch.float64 if is_wide else torch.float32
         is_exact = signature.is_narrowed and not is_wide
@@ -77,17 +77,10 @@ class HostGroup:
         self._part_keys = *signature.part_keys, ("ema",) * (signature.ema_dtype is not None)
         self._all_keys, self._formats = signature.all_keys, signature.formats
 
-    def update(
-        self,
-        tensors: Gathered,
-        grads: Sequence[Tensor | None],
-        groups: Sequence[Group],
-        version: Version,
-        factors: Factors,
-    ) -> None:
-        """Advance the counters and update the tensors; `grads` are this group's, None where one takes no part."""
+    def update(self, tensors: Gathered, groups: Sequence[Group], version: Version, factors: Factors) -> None:
+        """Advance the counters and update the tensors that have a gradient."""
         batch: list[Piece] = []
-        room = 0
+        room, grads = 0, self._pick(tensors.grads)
         for (position, index, rounding), grad in zip(self._members, grads, strict=True):
             if grad is None:
                 continue

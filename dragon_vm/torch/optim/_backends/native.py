@@ -27,7 +27,7 @@ class NativeGroup:
 
     def __init__(self, group: FlattenedGroup, algorithm: Algorithm, n_gathered: int) -> None:
         self._algorithm, self._signature = algorithm, group.signature
-        self.pick = picker([entry.position for entry in group.entries], n_gathered)
+        self._pick = picker([entry.position for entry in group.entries], n_gathered)
         self._group_index = [entry.group_index for entry in group.entries]
         self._counters = _Counters(group) if group.signature.counts_steps else None
         self._planner = FusedPlanner(group, algorithm)
@@ -37,23 +37,16 @@ class NativeGroup:
         self._version: Version | None = None
         self._planned_for: object = None
 
-    def update(
-        self,
-        tensors: Gathered,
-        grads: Sequence[Tensor | None],
-        groups: Sequence[Group],
-        version: Version,
-        factors: Factors,
-    ) -> None:
-        """Advance the counters and update the tensors; `grads` are this group's, None where one takes no part."""
+    def update(self, tensors: Gathered, groups: Sequence[Group], version: Version, factors: Factors) -> None:
+        """Advance the counters and update the tensors that have a gradient."""
         signature = self._signature
-        own_grads: Sequence[Any] = grads
+        grads = own_grads = self._pick(tensors.grads)
         if signature.grad_dtype != signature.param_dtype:
             grads = [None if grad is None else grad.to(signature.param_dtype) for grad in grads]
         if version != self._version:
             self._read(groups, version)
         keys = (*signature.state_keys, "step") if self._counters else signature.state_keys
-        params, *states = picked(self.pick, [tensors.shards, *[tensors.states[key] for key in keys]])
+        params, *states = picked(self._pick, [tensors.shards, *[tensors.states[key] for key in keys]])
         counters = states.pop() if self._counters else ()
         rows: Sequence[int] = range(len(params))
         if not tensors.are_all:
@@ -76,7 +69,7 @@ class NativeGroup:
             on_one_thread(lambda: self._run(small, columns, counters, steps))
         self._run(large, columns, counters, steps)
         if signature.ema_dtype is not None:
-            emas = self.pick(tensors.states["ema"])
+            emas = self._pick(tensors.states["ema"])
             for row in rows:
                 param, ema, index = params[row], emas[row], self._group_index[row]
                 as_real(ema).lerp_(as_real(param), 1 - float(groups[index]["ema_decay"]))

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from dragon.kernels import norm, table
-from dragon.vm.torch.optim._backends.tensor_rows import SPAN
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
 from dragon.vm.torch.optim._table.chunks import n_chunks
 from dragon.vm.torch.optim._table.table import DeviceTable
+
+# Elements of a span, which makes one partial norm.
+SPAN = int(norm.SPAN)
 
 
 class PartialNorms(NamedTuple):
@@ -50,15 +52,6 @@ class PartialNorms(NamedTuple):
     def columns(self) -> dict[int, array[int]]:
         """The columns of the tensor section that say it."""
         return {int(table.FIRST_PARTIAL): self.firsts, int(table.END_PARTIAL): self.ends}
-
-
-class AdvanceTables(NamedTuple):
-    """What `advance_kernel` reads of norms: sums in place of partial norms."""
-
-    counts: Tensor
-    tensors: Tensor
-    partials: Tensor
-    found_inf: Tensor
 
 
 class Partials:
@@ -113,15 +106,8 @@ class ProcessSums:
         self._by_row = by_row.reshape(-1)
 
     def take(
-        self,
-        shared: SharedNorm,
-        partials: Tensor,
-        kind: int,
-        found_inf: Tensor | None,
-        *,
-        clip_each: bool,
-        skip_nonfinite: bool,
-    ) -> AdvanceTables:
+        self, shared: SharedNorm, partials: Tensor, kind: int, found_inf: Tensor | None, skip_nonfinite: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sum over processes.
 
         Args:
@@ -129,16 +115,18 @@ class ProcessSums:
             partials: float64, of all rows, in the order of the parameters.
             kind: L2_NORM or INF_NORM.
             found_inf: fp32 [1], positive if this process must skip; None for 0.
-            clip_each: keep the sums of single tensors apart.
             skip_nonfinite: skip on all processes if one of them found an infinity or NaN.
+
+        Returns:
+            What `advance_kernel` reads, with sums in place of partial norms: counts, tensors, sums, and found_inf.
         """
         largest = kind == int(norm.INF_NORM)
         how = "max" if largest else "sum"
         squares = torch.segment_reduce(
             partials[: self._n_partials], how, lengths=self._counts, initial=0.0, unsafe=True
         )
-        if clip_each:
-            sums, flag = shared.each(squares, found_inf, skip_nonfinite=skip_nonfinite)
-            return AdvanceTables(self._each_counts, self._by_row, sums, flag)
-        total, flag = shared.total(squares, found_inf, largest=largest)
-        return AdvanceTables(self._total_counts, self._tensors, total, flag)
+        sums, flag = shared.reduce(squares, found_inf, largest=largest, skip_nonfinite=skip_nonfinite)
+        counts, tensors = (
+            (self._each_counts, self._by_row) if shared.is_of_each else (self._total_counts, self._tensors)
+        )
+        return counts, tensors, sums, flag

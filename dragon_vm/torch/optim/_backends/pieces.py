@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._backends.selection import Picker
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._modes import with_plain_tensors
 
@@ -53,9 +54,7 @@ class Scratch:
         self._numbers: list[int] = []
         self._places: list[Tensor | None] = []
 
-    def of_small(
-        self, pick: Callable[[Sequence[Any]], Sequence[Any]], columns: Sequence[Sequence[Tensor]]
-    ) -> Iterator[Piece]:
+    def of_small(self, pick: Picker, columns: Sequence[Sequence[Tensor]]) -> Iterator[Piece]:
         """Small tensors, some at a time; `pick` selects what belongs to them from a list for all of the group."""
         if not self._places:
             self._lay_out()

@@ -10,6 +10,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# What selects elements at some positions of any sequence of one length.
+Picker = Callable[[Sequence[Any]], Sequence[Any]]
+
 
 def _all(sequence: Sequence[T]) -> Sequence[T]:
     return sequence
@@ -30,7 +33,7 @@ class Gathered(NamedTuple):
     shards: Sequence[Tensor]
     grads: Sequence[Any]
     states: dict[str, list[Any]]
-    take: Callable[[Sequence[Any]], Sequence[Any]] = _all
+    take: Picker = _all
 
     @property
     def are_all(self) -> bool:
@@ -38,7 +41,7 @@ class Gathered(NamedTuple):
         return self.take is _all
 
 
-def picked(pick: Callable[[Sequence[Any]], Sequence[Any]], columns: Sequence[Sequence[Any]]) -> Sequence[Any]:
+def picked(pick: Picker, columns: Sequence[Sequence[Any]]) -> Sequence[Any]:
     """What a picker selects of each column."""
     return columns if pick is _all else [pick(column) for column in columns]
 

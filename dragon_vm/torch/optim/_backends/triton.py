@@ -13,14 +13,13 @@ from torch import Tensor
 
 from dragon.kernels import table
 from dragon.vm.torch.optim._backends.context import DeviceContext
-from dragon.vm.torch.optim._backends.launches import INF_NORM, L2_NORM, NO_NORM, plan_launches
-from dragon.vm.torch.optim._backends.partials import AdvanceTables, Partials
+from dragon.vm.torch.optim._backends.launches import INF_NORM, L2_NORM, NO_NORM, plan_launches, tensor_rows
+from dragon.vm.torch.optim._backends.partials import Partials
 from dragon.vm.torch.optim._backends.selection import picker
-from dragon.vm.torch.optim._backends.tensor_rows import real_numel, tensor_rows
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
 from dragon.vm.torch.optim._graphs.capture import check_device, is_capturing
-from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
+from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature
 from dragon.vm.torch.optim._options import Settings, Version, needs_norm
 from dragon.vm.torch.optim._table.group_table import Columns, GroupTable
 
@@ -99,16 +98,11 @@ class TritonDevice:
 
     def accumulate(self, group: FlattenedGroup, addresses: list[int]) -> None:
         """Add gradients at these addresses to the sums of a group like that of the last call."""
-        numels = [real_numel(entry.param) for entry in group.entries]
-        rows = tensor_rows([group], numels)
-        self._launches.table.write("tensors", rows)
-        kind = None
-        if self._groups.is_empty:
-            row = [0.0] * int(table.GROUP_COLUMNS)
-            row[int(table.GRAD_FACTOR)] = 1.0
-            self._groups.write_rows([row], [[0] * int(table.SOURCE_COLUMNS)])
-            # The scalars of a sum stay as the first launch leaves them.
-            kind = NO_NORM
+        self._launches.table.write("tensors", tensor_rows([group]))
+        row = [0.0] * int(table.GROUP_COLUMNS)
+        row[int(table.GRAD_FACTOR)] = 1.0
+        # The scalars of a sum stay as the first launch leaves them.
+        kind = NO_NORM if self._groups.write_rows([row], [[0] * int(table.SOURCE_COLUMNS)]) else None
         self._context.launch(lambda: self._launch(addresses, kind, Scaling()), in_order=False)
 
     def _launch(
@@ -123,28 +117,24 @@ class TritonDevice:
         context, launches = self._context, self._launches
         grads = self._place(addresses)
         counts, tensors, groups, sources, _ = launches.sections
-        for update in launches.updates:
+        for update, chunks in launches.updates:
             # Who interrupts a compiler must not find steps counted that were not taken.
-            update.launch.compile(update.chunks, tensors, grads, launches.scalars, kept_scale)
+            update.compile(chunks, tensors, grads, launches.scalars, kept_scale)
         if kind is not None:
             # Without a norm there are none to read.
             partials = context.partials(launches.n_partials) if kind else context.status
-            found_inf = context.zero if scaling.found_inf is None else scaling.found_inf
-            read = AdvanceTables(counts, tensors, partials, found_inf)
-            if kind:
-                for each in launches.norms:
-                    each.launches[kind](each.spans, tensors, grads, groups, partials)
+            for take_norms, spans in launches.norms.get(kind, ()):
+                take_norms(spans, tensors, grads, groups, partials)
+            rows, found_inf = tensors, context.zero if scaling.found_inf is None else scaling.found_inf
             if shared is not None:
-                read = self._partials.sums(tensors).take(
-                    *(shared, partials, kind, scaling.found_inf),
-                    clip_each=self._groups.clips_each,
-                    skip_nonfinite=skip_nonfinite,
+                counts, rows, partials, found_inf = self._partials.sums(tensors).take(
+                    shared, partials, kind, scaling.found_inf, skip_nonfinite
                 )
             scale = context.one if scaling.grad_scale is None else scaling.grad_scale
-            tables = read.counts, read.tensors, grads, groups, sources, launches.scalars, read.partials
-            launches.advances[kind, self._groups.clips_each](*tables, scale, read.found_inf, self._status)
-        for update in launches.updates:
-            update.launch(update.chunks, tensors, grads, launches.scalars, kept_scale)
+            tables = counts, rows, grads, groups, sources, launches.scalars, partials
+            launches.advances[kind, self._groups.clips_each](*tables, scale, found_inf, self._status)
+        for update, chunks in launches.updates:
+            update(chunks, tensors, grads, launches.scalars, kept_scale)
 
     def _place(self, addresses: list[int]) -> Tensor:
         """Bring the device's table up to date, in at most one copy; return the section of the gradients."""
@@ -167,12 +157,36 @@ class TritonDevice:
         if self._groups.is_live:
             device_table.expect_capture("grads")
         device_table.upload()
-        return self._launches.sections.grads
+        return self._launches.sections[-1]
 
     def publish(self, index: int, group: Group, settings: Settings) -> None:
         """Bring one group's hyperparameters up to date between steps, in stream order."""
         if self._groups.write_one(index, group, settings):
             self._context.launch(self._launches.table.upload, in_order=True)
+
+
+class SumLaunch:
+    """One launch that adds gradients to sums of one signature."""
+
+    def __init__(self, signature: Signature) -> None:
+        self._signature = signature
+        self._numels: list[int] = []
+        self._device: TritonDevice | None = None
+
+    def add(self, totals: list[Tensor], grads: list[Tensor]) -> None:
+        """Add each gradient to its sum, which stands in the table as the parameter."""
+        group = FlattenedGroup(self._signature, [Entry(total, {}, 0, i) for i, total in enumerate(totals)])
+        numels = [total.numel() for total in totals]
+        device = self._device
+        if device is None or numels != self._numels:
+            context = DeviceContext(self._signature.device)
+            device = TritonDevice(
+                [group], "accumulate", context, 1, len(totals), False, lambda group: {}, counts=False
+            )
+        # Whatever interrupts a first launch, its scalars do not pass for written.
+        self._device = None
+        device.accumulate(group, [grad.data_ptr() for grad in grads])
+        self._device, self._numels = device, numels
 
 
 def _addresses_of(grads: Sequence[Tensor | None]) -> list[int]:

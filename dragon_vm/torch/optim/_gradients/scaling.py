@@ -130,25 +130,19 @@ def _shared_norms(
     if device.type == "cpu":
         # Other processes may have gradients of parameters that are elsewhere.
         device = shared.device
-    if any(group["clip_norm"] for group in groups):
-        # Times the factors, as kernels of other processes sum them.
-        squares = (l2_norms(grads) * factors).square().to(device)
-        whole, flag = shared.each(squares, scaling.found_inf, skip_nonfinite=settings.skip_nonfinite)
-        norms = whole.sqrt().cpu()
-        return (norms / factors).tolist(), float(torch.linalg.vector_norm(norms)), float(flag) > 0
     largest = settings.norm_type == math.inf
+    # Times the factors, as kernels of other processes sum them.
     measured = (inf_norms if largest else l2_norms)(grads) * factors
     squares = (measured if largest else measured.square()).to(device)
-    total, flag = shared.total(squares, scaling.found_inf, largest=largest)
-    return None, float(total if largest else total.sqrt()), float(flag) > 0
+    sums, flag = shared.reduce(squares, scaling.found_inf, largest=largest, skip_nonfinite=settings.skip_nonfinite)
+    norms = (sums if largest else sums.sqrt()).cpu()
+    if not shared.is_of_each:
+        return None, float(norms), float(flag) > 0
+    return (norms / factors).tolist(), float(torch.linalg.vector_norm(norms)), float(flag) > 0
 
 
 def take_part(
-    reductions: Reductions,
-    params: Sequence[Tensor],
-    groups: Sequence[dict[str, Any]],
-    settings: Settings,
-    scaling: Scaling,
+    reductions: Reductions, params: Sequence[Tensor], settings: Settings, scaling: Scaling
 ) -> tuple[Tensor | None, Tensor]:
     """Take part in the sums of a step for which this process has no gradient, without waiting for a device.
 
@@ -156,19 +150,16 @@ def take_part(
         The norm of all gradients, float64 0-dim; None if nothing asked for it.
         1 for a skipped step, else 0; int64 0-dim.
     """
-    clips_each, largest = any(group["clip_norm"] for group in groups), settings.norm_type == math.inf
+    largest = settings.norm_type == math.inf
     # With `clip_norm` the sums of all tensors are asked for, else their total.
-    positions = range(len(params) if clips_each else 0)
-    shared = SharedNorm(reductions, positions, len(params))
+    positions = range(len(params) if reductions.each is not None else 0)
     device = meeting_device(params, settings.process_group)
     none = torch.zeros(len(positions), dtype=torch.float64, device=device)
-    if clips_each:
-        whole, flag = shared.each(none, scaling.found_inf, skip_nonfinite=settings.skip_nonfinite)
-        total = whole.sum()
-    else:
-        total, flag = shared.total(none, scaling.found_inf, largest=largest)
+    sums, flag = SharedNorm(reductions, positions, len(params)).reduce(
+        none, scaling.found_inf, largest=largest, skip_nonfinite=settings.skip_nonfinite
+    )
     scale = 1.0 if scaling.grad_scale is None else scaling.grad_scale.double().to(device).reshape(())
-    norm = (total if largest else total.sqrt()).reshape(()) / scale
+    norm = (sums.sum() if largest else sums.sum().sqrt()) / scale
     skipped = (flag > 0).reshape(()) | (torch.isfinite(norm).logical_not() & settings.skip_nonfinite)
     return norm if needs_norm(settings) else None, skipped.long()
 

@@ -46,42 +46,35 @@ class SharedNorm:
 
     Attributes:
         device: as that of the reductions.
+        is_of_each: whether each gradient has a sum of its own, since some group clips it by that.
     """
 
     def __init__(self, reductions: Reductions, positions: Sequence[int], n_params: int) -> None:
         self.device = reductions.device
         self._total, self._each = reductions.total.part(positions), reductions.each
+        self.is_of_each = self._each is not None
         self._positions, self._n_params = list(positions), n_params
         self._index: dict[torch.device, Tensor] = {}
 
-    def total(self, squares: Tensor, found_inf: Tensor | None, *, largest: bool) -> tuple[Tensor, Tensor]:
-        """The sum over all gradients and processes.
+    def reduce(
+        self, squares: Tensor, found_inf: Tensor | None, *, largest: bool = False, skip_nonfinite: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The sum over all gradients and processes, or that of each gradient over all processes.
 
         Args:
             squares: float64 [n], sums of squares of the gradients' shards; largest magnitudes for `largest`.
             found_inf: one number, positive if this process must skip; None for 0.
-            largest: take the maximum instead.
+            largest: take the maximum instead, if it is one sum.
+            skip_nonfinite: skip on all processes if a sum is infinite or NaN on one, if each has its own.
 
         Returns:
-            float64 [1], the sum; fp32 [1], positive if any process must skip.
+            float64 [1] or [n], the sums; fp32 [1], positive if any process must skip.
         """
-        flag = None if found_inf is None else found_inf.to(squares.device, torch.float64)
-        values = self._total.collapse(squares, flag, largest=largest)
-        self._total.all_reduce(values, largest=largest)
-        return values[1:2], values[:1].float()
-
-    def each(self, squares: Tensor, found_inf: Tensor | None, *, skip_nonfinite: bool) -> tuple[Tensor, Tensor]:
-        """The sums of whole gradients, one for each.
-
-        Args:
-            squares: float64 [n], sums of squares of the gradients' shards.
-            found_inf: one number, positive if this process must skip; None for 0.
-            skip_nonfinite: skip on all processes if a sum is infinite or NaN on one.
-
-        Returns:
-            float64 [n], the sums; fp32 [1], positive if any process must skip.
-        """
-        assert self._each is not None
+        if self._each is None:
+            flag = None if found_inf is None else found_inf.to(squares.device, torch.float64)
+            values = self._total.collapse(squares, flag, largest=largest)
+            self._total.all_reduce(values, largest=largest)
+            return values[1:2], values[:1].float()
         values = squares.new_zeros(1 + self._n_params)
         if found_inf is not None:
             values[0] = found_inf.reshape(()).to(squares.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from itertools import compress, repeat
 from operator import is_not
-from typing import Any, NamedTuple
+from typing import Any
 
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._graphs.capture import check_live, is_capturing
@@ -20,11 +20,8 @@ from dragon.vm.torch.optim._plan.widening import Widening
 N_LATEST = 8
 
 
-class Found(NamedTuple):
-    """A plan with the tensors of the step that it was found for."""
-
-    plan: StepPlan
-    tensors: Gathered
+# A plan with the tensors of the step that it was found for.
+Found = tuple[StepPlan, Gathered]
 
 
 class PlanCache:
@@ -73,14 +70,14 @@ class PlanCache:
             plan = self._latest.get(wanted)
             tensors = plan.gatherer.gather(recipe, present) if plan else None
             if plan is not None and tensors is not None:
-                found = Found(plan, tensors)
                 if is_capturing():
                     plan.check_capture()
-                    self._captured.append(found)
+                    self._captured.append((plan, tensors))
                     # A step with other gradients would number the partial norms anew that the graph reads.
                     del self._latest[wanted]
                     wanted = key, present
-                return self._keep(wanted, found)
+                self._keep(wanted, plan)
+                return plan, tensors
         if is_capturing():
             raise RuntimeError(
                 "a first step with these parameters, gradients, states and arguments cannot be captured: "
@@ -89,16 +86,15 @@ class PlanCache:
         prepared: Found = with_plain_tensors(lambda: self._prepare(recipe, key, present))
         return prepared
 
-    def _keep(self, key: tuple[Hashable, bytes | None], found: Found) -> Found:
+    def _keep(self, key: tuple[Hashable, bytes | None], plan: StepPlan) -> None:
         """Keep a plan as the last one used, which stands at the end."""
-        if next(reversed(self._latest.values()), None) is not found.plan:
+        if next(reversed(self._latest.values()), None) is not plan:
             self._latest.pop(key, None)
-            self._latest[key] = found.plan
+            self._latest[key] = plan
         while len(self._latest) > self.n_kept:
             # One for more parameters took several others to make. It serves steps to come, if not the latest.
             others = [each for each in self._latest if each[1] is not None and each != key]
             self._latest.pop(others[0] if others else next(iter(self._latest)))
-        return found
 
     def _prepare(self, recipe: Recipe, key: tuple[Hashable, ...], present: bytes) -> Found:
         """Prepare a plan for the parameters with a gradient, and some more if that is worth it."""
@@ -116,7 +112,8 @@ class PlanCache:
             self._widening.missed.append((key, plan.gatherer))
         tensors = plan.gatherer.read(recipe, present)
         assert tensors is not None
-        return self._keep((key, None if more else present), Found(plan, tensors))
+        self._keep((key, None if more else present), plan)
+        return plan, tensors
 
     def publish(self, live: dict[str, Any], group: dict[str, Any], settings: Settings) -> None:
         """Upload the hyperparameters of a live group to wherever kernels read them, in stream order.
@@ -127,7 +124,7 @@ class PlanCache:
             RuntimeError: within a capture, for a graph would repeat the upload; once there are graphs, for a
                 tensor that they would not see change.
         """
-        plans = {id(plan): plan for plan in (*self._latest.values(), *(found.plan for found in self._captured))}
+        plans = {id(plan): plan for plan in (*self._latest.values(), *(plan for plan, _ in self._captured))}
         if plans and is_capturing():
             raise RuntimeError(
                 "a hyperparameter cannot change within a capture: set it before, or between replays"

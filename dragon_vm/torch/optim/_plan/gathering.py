@@ -50,15 +50,11 @@ class StateReader:
         self._positions: dict[str, list[int]] = {}
         self._columns: list[tuple[str, Any, Any]] = []
         for key in dict.fromkeys(chain.from_iterable(prepared.keys)):
-            within = [
-                n
-                for n, i in enumerate(holders)
-                if key in prepared.keys[i] and not (key == "step" and i in prepared.inside)
-            ]
-            if not within:
-                continue
-            self._positions[key] = [holders[n] for n in within]
-            self._columns.append((key, itemgetter(key), picker(within, len(holders))))
+            inside = prepared.inside if key == "step" else ()
+            within = [n for n, i in enumerate(holders) if key in prepared.keys[i] and i not in inside]
+            if within:
+                self._positions[key] = [holders[n] for n in within]
+                self._columns.append((key, itemgetter(key), picker(within, len(holders))))
         self.are_complete = all(len(positions) == self._n_params for positions in self._positions.values())
 
     def read(self, state: Mapping[Any, Any], params: Sequence[Tensor]) -> dict[str, list[Any]] | None:

@@ -47,8 +47,9 @@ class Guard:
         laid_out = [states[key] for key in self._laid_out]
         self._state_layouts = layout_guard(list(chain(*laid_out)))
         self._are_complete = all(len(column) == len(params) for column in states.values())
-        own = laid_out if self._are_complete else ()
-        self._part_layouts = PartLayouts(grads, params, *own) if takes_parts else None
+        # Those of what belongs to each parameter, where some may have no gradient and have changed.
+        owned = zip(grads, params, *(laid_out if self._are_complete else ()), strict=True) if takes_parts else ()
+        self._part_layouts = list(map(layout_guard, owned))
         self._addresses = list(map(_data_ptr, self._fixed(params, states)))
         # Kept, so that no counter of another dtype comes to lie at the address of one that was taken away.
         self._counters = list(map(Tensor.untyped_storage, states.get("step", ())))
@@ -77,34 +78,20 @@ class Guard:
             tensors, seen = compress(tensors, present * n_columns), list(compress(seen, present * n_columns))
         if list(map(_data_ptr, tensors)) != seen:
             return False
-        laid_out = map(states.__getitem__, self._laid_out)
+        laid_out = list(map(states.__getitem__, self._laid_out))
         if is_whole:
             return self._layouts(*grads, *params) and self._state_layouts(*chain(*laid_out))
-        assert self._part_layouts is not None
-        if self._are_complete:
-            return self._part_layouts.check(present, grads, params, *laid_out)
-        return self._part_layouts.check(present, grads, params) and self._state_layouts(*chain(*laid_out))
+        columns = [params, *(laid_out if self._are_complete else ())]
+        owned = zip(grads, *(compress(column, present) for column in columns), strict=True)
+        if not all(check(*own) for check, own in zip(compress(self._part_layouts, present), owned, strict=True)):
+            return False
+        return self._are_complete or self._state_layouts(*chain(*laid_out))
 
     def holds(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> bool:
         """Whether parameters and states, as many as then, are where they were, and fit each other as then."""
         addresses, shapes = list(map(_data_ptr, self._fixed(params, states))), list(map(_shape_of, params))
         are_there = addresses == self._addresses and shapes == self._shapes
         return are_there and self._state_layouts(*chain(*map(states.__getitem__, self._laid_out)))
-
-
-class PartLayouts:
-    """Compares the layouts of what belongs to some of the parameters; that of the others may have changed."""
-
-    def __init__(self, *columns: Sequence[Tensor]) -> None:
-        self._checks = [layout_guard(own) for own in zip(*columns, strict=True)]
-
-    def check(self, present: bytes, grads: Sequence[Tensor], *columns: Sequence[Tensor]) -> bool:
-        """Whether all is laid out as it was.
-
-        `grads` are those that are there, as `present` tells for each parameter. The other columns are whole.
-        """
-        owned = zip(grads, *(compress(column, present) for column in columns), strict=True)
-        return all(check(*own) for check, own in zip(compress(self._checks, present), owned, strict=True))
 
 
 def layout_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:

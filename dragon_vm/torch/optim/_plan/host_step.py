@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import torch
 
@@ -31,10 +32,10 @@ class HostStep:
         chosen, joined = prepared.chosen, prepared.joined
         hosts = [group for group in prepared.flattened if group.signature.backend != "triton"]
         self.groups = [_on_host(recipe, group, n_gathered) for group in hosts]
-        # Positions of the entries of all flattened groups: a buffer is one gradient, not its parameters.
+        # Groups of the entries of all flattened groups by position: a buffer is one gradient, not its parameters.
         # In the order of the parameters: a norm's last bits depend on it, and on nothing else of the plan.
-        self._walked = sorted(entry.position for group in prepared.flattened for entry in group.entries)
-        self._group_index = [*chosen.group_index, *(each.group_index for each in joined)]
+        entries = chain.from_iterable(group.entries for group in prepared.flattened)
+        self._group_index = dict(sorted((entry.position, entry.group_index) for entry in entries))
         # What sums the squares of the gradients that the last step had, and their positions.
         self._square_sum: tuple[list[int], SquareSum] = [], SquareSum([])
         self._clips_each = any(group["clip_norm"] for group in recipe.groups)
@@ -57,14 +58,13 @@ class HostStep:
             factors = self._factors(recipe, tensors)._replace(kept_scale=kept_scale)
         if factors.skip:
             return Outcome(factors.norm, 1), Scaling()
-        grads = tensors.grads
         if version[0] != self._read_for:
             self._scales, self._read_for = any(group["grad_scale"] != 1 for group in groups), version[0]
         if decides or self._scales:
             # A gradient may be written to after it was read: no two may be the same memory.
-            grads = apart(grads, self._present(tensors))
+            tensors = tensors._replace(grads=apart(tensors.grads, self._present(tensors)))
         for member in self.groups:
-            member.update(tensors, member.pick(grads), groups, version, factors)
+            member.update(tensors, groups, version, factors)
         if factors.common == 1:
             return Outcome(factors.norm), Scaling()
         # Kernels divide by a loss scale; a norm of infinity leaves a factor of 0.
@@ -84,7 +84,7 @@ class HostStep:
 
     def _present(self, tensors: Gathered) -> list[int]:
         """Positions of the gradients that are there, in the order of the parameters."""
-        return [position for position in self._walked if tensors.grads[position] is not None]
+        return [position for position in self._group_index if tensors.grads[position] is not None]
 
     def _factors(self, recipe: Recipe, tensors: Gathered) -> Factors:
         """Decide.
@@ -115,7 +115,7 @@ class HostStep:
         if not factors.each:
             return factors
         each = dict(zip(positions, factors.each, strict=True))
-        return factors._replace(each=[each.get(position, 1.0) for position in range(len(self._group_index))])
+        return factors._replace(each=[each.get(position, 1.0) for position in range(len(self._first_of))])
 
 
 def _on_host(recipe: Recipe, group: FlattenedGroup, n_gathered: int) -> NativeGroup | HostGroup:

@@ -7,7 +7,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
-from dragon.vm.torch.optim._algorithms.algorithm import host_number
+from dragon.vm.torch.optim._algorithms.algorithm import host_number, kinds
 from dragon.vm.torch.optim._options import PLAIN_TYPES, Version, by_value, check_number, check_numbers, complete
 
 # Of learning rates that need no check.
@@ -16,7 +16,6 @@ _RATE_TYPES = {float}
 _SCALARS = {"weight_decay", "eps", "betas"}
 
 _rate_of = itemgetter("lr")
-_is_tuple: Callable[[Any], bool] = tuple.__instancecheck__
 
 
 class Hyperparameters:
@@ -73,7 +72,7 @@ class Hyperparameters:
     def _read_anew(self, groups: Sequence[Mapping[str, Any]], rates: list[Any], rows: list[Any]) -> None:
         """Compare by value."""
         are_numbers = set(map(type, rates)) <= _RATE_TYPES
-        can_change = not _kinds(rows) <= PLAIN_TYPES | {tuple}
+        can_change = not kinds(rows) <= PLAIN_TYPES | {tuple}
         taken = by_value(rows) if can_change else rows, None if are_numbers else by_value(rates)
         # Whatever interrupts it, nothing counts as seen.
         (values, seen_rates), self._seen = self._seen, (None, [])
@@ -116,12 +115,6 @@ class Hyperparameters:
             self.structure += 1
         self.version = self.version[0] + 1, self.version[1]
         self._structures, self.groups = (options, structures), complete_groups
-
-
-def _kinds(rows: Sequence[Sequence[Any]]) -> set[type]:
-    """The types of all values, and of those within tuples."""
-    values = list(chain.from_iterable(rows))
-    return set(map(type, values)) | set(map(type, chain.from_iterable(filter(_is_tuple, values))))
 
 
 def _check_numbers(group: Mapping[str, Any]) -> None:

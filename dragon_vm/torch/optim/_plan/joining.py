@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._backends.selection import Gathered, picker
+from dragon.vm.torch.optim._backends.selection import Gathered, Picker, picker
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer, gather, take_states
 from dragon.vm.torch.optim._groups.flattening import Signature, State
 from dragon.vm.torch.optim._groups.layout import is_stray
@@ -28,7 +28,7 @@ class Joined(NamedTuple):
 
     buffer: FlatBuffer
     positions: list[int]
-    pick: Callable[[Sequence[Any]], Sequence[Any]]
+    pick: Picker
     group_index: int
     strays: list[int]
 

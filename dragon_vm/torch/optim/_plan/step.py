@@ -66,22 +66,19 @@ class StepPlan:
         # Host groups see to it themselves, but do not look into flat buffers.
         writes = bool(self._joined) or (bool(self._devices) and (kept_scale is not None or self._kernel_zeroes))
         ready = self._ready(tensors, are_own, writes=writes)
-        outcome, are_zero = Outcome(), self._kernel_zeroes
-        values = recipe.groups, recipe.version
+        outcome, shared, devices = Outcome(), None, self._devices
         if self._decides_on_host:
             kept = (1.0 if kept_scale is None else float(kept_scale)) if are_left else None
-            outcome, decided = self._host.run(recipe, ready, kept)
-            are_zero &= not outcome.n_skipped
-            if self._devices and not outcome.n_skipped:
+            outcome, scaling = self._host.run(recipe, ready, kept)
+            devices = [] if outcome.n_skipped else devices
+            if devices:
                 settings = settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
-                for device in self._devices:
-                    device.update(ready.grads, *values, settings, decided, kept_scale=kept_scale)
         else:
             shared = self._host.shared(recipe, ready)
-            for device in self._devices:
-                device.update(ready.grads, *values, settings, scaling, shared, kept_scale)
             if needs_norm(settings):
-                outcome = Outcome(self._devices[0].norm)
+                outcome = Outcome(devices[0].norm)
+        for device in devices:
+            device.update(ready.grads, recipe.groups, recipe.version, settings, scaling, shared, kept_scale)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(tensors.take(tensors.params))
@@ -94,7 +91,7 @@ class StepPlan:
                         # The update read a copy of it.
                         assign(tensors.grads[position], ready.grads[position])
                 increment_version(grads)
-        if are_zero:
+        if self._kernel_zeroes and not outcome.n_skipped:
             detach_all(grads)
             increment_version(grads)
         elif recipe.zero_grad:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -116,30 +116,36 @@ class Updater:
             are_captured=self.plans.are_captured,
         )
         key = (zero_grad, are_own, values.structure, reductions is not None, part, *members.lengths)
-        with_masters = _with_masters(members, values.groups)
-        if with_masters and is_capturing():
-            self.masters.check_capture(with_masters)
-        elif with_masters:
-            self.masters.notice(with_masters, state)
-        found = self.plans.find(recipe, key)
-        if found is None:
-            if reductions is None:
-                if needs_norm(settings):
-                    self._grad_norm = zero_norm(self._grad_norm, members.params)
-                return
-            outcome = Outcome(*take_part(reductions, members.params, values.groups, settings, scaling))
-        else:
-            try:
-                outcome = found.plan.run(recipe, found.tensors)
-            finally:
-                if with_masters:
-                    # An interrupted step has written some of them, and their masters.
-                    self.masters.note(with_masters)
+        outcome = self._run(recipe, key)
+        if outcome is None:
+            if needs_norm(settings):
+                self._grad_norm = zero_norm(self._grad_norm, members.params)
+            return
         if begin_too_early:
             note_early(members.params, state)
         if outcome.grad_norm is not None:
             self._grad_norm = outcome.grad_norm
         self._n_skipped = self._n_skipped + outcome.n_skipped
+
+    def _run(self, recipe: Recipe, key: tuple[Hashable, ...]) -> Outcome | None:
+        """Take a step; None if there is no gradient, and no other process that may have one."""
+        with_masters = _with_masters(recipe.members, recipe.groups)
+        if with_masters and is_capturing():
+            self.masters.check_capture(with_masters)
+        elif with_masters:
+            self.masters.notice(with_masters, recipe.state)
+        found = self.plans.find(recipe, key)
+        if found is None:
+            if recipe.reductions is None:
+                return None
+            return Outcome(*take_part(recipe.reductions, recipe.members.params, recipe.settings, recipe.scaling))
+        plan, tensors = found
+        try:
+            return plan.run(recipe, tensors)
+        finally:
+            if with_masters:
+                # An interrupted step has written some of them, and their masters.
+                self.masters.note(with_masters)
 
     def _settle_averages(self, members: Members, groups: Sequence[Group], state: Mapping[Any, Any]) -> bool:
         """Let averages begin anew that began too early, and tell whether a step is about to begin such."""
@@ -157,7 +163,7 @@ class Updater:
         if reductions is None:
             return found_inf
         none = torch.zeros(0, dtype=torch.float64, device=found_inf.device)
-        return SharedNorm(reductions._replace(each=None), [], 0).total(none, found_inf, largest=False)[1]
+        return SharedNorm(reductions._replace(each=None), [], 0).reduce(none, found_inf)[1]
 
     def _find_reductions(
         self, members: Members, settings: Settings, part: int, *, decides: bool

@@ -60,7 +60,7 @@ class GroupTable:
             self.is_live = any(group["capturable"] for group in groups)
         elif written_for != version:
             rows, self._rows = self._rows, []
-            rates = [float(group["lr"]) for group in groups]
+            rates = array("d", [float(group["lr"]) for group in groups])
             self._table.write("groups", words_of(rates), _LR, _N_COLUMNS)
             for row, rate in zip(rows, rates, strict=True):
                 row[_LR] = rate
@@ -79,21 +79,18 @@ class GroupTable:
         self.write_rows(rows, sources)
         return True
 
-    def write_rows(self, rows: list[list[float]], sources: list[list[int]]) -> None:
-        """Write rows of both sections, as far as they differ from those written last."""
-        if rows != self._rows:
+    def write_rows(self, rows: list[list[float]], sources: list[list[int]]) -> bool:
+        """Write rows of both sections, as far as they differ from those written last; tell whether groups do."""
+        differ = rows != self._rows
+        if differ:
             self._rows = []
-            self._table.write("groups", words_of(list(chain.from_iterable(rows))))
+            self._table.write("groups", words_of(array("d", chain.from_iterable(rows))))
             self._rows = rows
         if sources != self._sources:
             self._sources = []
             self._table.write("sources", array("q", chain.from_iterable(sources)))
             self._sources = sources
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was written yet."""
-        return not self._rows
+        return differ
 
 
 def _group_row(group: Group, columns_of: Columns, settings: Settings) -> list[float]:

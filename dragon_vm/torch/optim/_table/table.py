@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,11 +93,6 @@ class DeviceTable:
         return target
 
 
-def words_of(numbers: Sequence[float]) -> array[int]:
-    """Float64 numbers as 64-bit words."""
-    return array("q", array("d", numbers).tobytes())
-
-
-def packed(pairs: array[int]) -> array[int]:
-    """Pairs of 32-bit integers as 64-bit words."""
-    return array("q", pairs.tobytes())
+def words_of(numbers: array[Any]) -> array[int]:
+    """Float64 numbers, or pairs of 32-bit integers, as 64-bit words."""
+    return array("q", numbers.tobytes())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dragon.vm.testing import bias_correction
 from dragon.vm.torch.optim._algorithms.adam import adam_update, one_minus_power
+from dragon.vm.torch.optim._algorithms.algorithm import Maths
 
 betas = st.sampled_from([0.0, 0.5, 0.9, 0.999, 0.9999, 1 - 2.0**-53]) | st.floats(0, 1, exclude_max=True)
 steps = st.sampled_from([1, 2, 10, 1000, 2**24]) | st.integers(1, 10**6)
@@ -28,7 +29,9 @@ def test_both_forms_of_epsilon_fold_into_one_update(lr, beta1, beta2, eps, step,
         **{"weight_decay": 0.0, "decoupled_weight_decay": False, "amsgrad": False},
     }
     param, grad, *states = (torch.tensor(value, dtype=torch.float64) for value in (0.0, 0.4, 0.3, 0.7))
-    updated, (exp_avg, exp_avg_sq) = adam_update(param, grad, states, torch.tensor(float(step)), group)
+    updated, (exp_avg, exp_avg_sq) = adam_update(
+        param, grad, states, torch.tensor(float(step)), group, Maths(torch.sqrt, False)
+    )
     corrected1, corrected2 = one_minus_power(beta1, step), one_minus_power(beta2, step)
     if epsilon_hat:
         expected = lr * math.sqrt(corrected2) / corrected1 * exp_avg / (math.sqrt(exp_avg_sq) + eps)

@@ -97,12 +97,9 @@ def test_the_host_sums_with_others_where_accelerators_are(clip_norm, of_grads, m
 
     class Shared:
         device = torch.device("meta" if of_grads == "cpu" else "cpu")
+        is_of_each = bool(clip_norm)
 
-        def total(self, squares, found_inf, *, largest):
-            met.append(squares.device.type)
-            return torch.ones(1), torch.zeros(1)
-
-        def each(self, squares, found_inf, *, skip_nonfinite):
+        def reduce(self, squares, found_inf, *, largest, skip_nonfinite):
             met.append(squares.device.type)
             return torch.ones(1), torch.zeros(1)
 

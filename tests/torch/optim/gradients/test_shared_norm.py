@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD
-from dragon.vm.torch.optim._backends.tensor_rows import SPAN
+from dragon.vm.torch.optim._backends.partials import SPAN
 from dragon.vm.torch.optim._distributed import reduction
 from dragon.vm.torch.optim._distributed.lanes import Lane, Lanes
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions
@@ -41,9 +41,12 @@ def other(monkeypatch):
 
     monkeypatch.setattr(reduction, "_all_reduce_sum", all_reduce)
 
-    process.share = lambda optimizer: monkeypatch.setattr(
-        optimizer._updater, "_find_reductions", lambda *args, **kwargs: made
-    )
+    def share(optimizer):
+        clips_each = any(group.get("clip_norm") for group in optimizer.param_groups)
+        found = made if clips_each else made._replace(each=None)
+        monkeypatch.setattr(optimizer._updater, "_find_reductions", lambda *args, **kwargs: found)
+
+    process.share = share
     return process
 
 

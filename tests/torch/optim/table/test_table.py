@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dragon.vm.torch.optim._table import staging
 from dragon.vm.torch.optim._table.staging import StagingRing
-from dragon.vm.torch.optim._table.table import DeviceTable, packed, words_of
+from dragon.vm.torch.optim._table.table import DeviceTable, words_of
 
 CPU = torch.device("cpu")
 
@@ -88,13 +88,13 @@ def test_a_captured_copy_is_another_section_of_these_words(section):
 
 @given(st.lists(st.floats()))
 def test_numbers_are_kept_bit_by_bit(numbers):
-    assert words_of(numbers).tobytes() == struct.pack(f"{len(numbers)}d", *numbers)
+    assert words_of(array("d", numbers)).tobytes() == struct.pack(f"{len(numbers)}d", *numbers)
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 2**31 - 1)] * 2)))
 def test_pairs_are_kept_bit_by_bit(pairs):
     flat = array("i", [number for pair in pairs for number in pair])
-    assert packed(flat).tobytes() == flat.tobytes()
+    assert words_of(flat).tobytes() == flat.tobytes()
 
 
 class FakeDevice:
