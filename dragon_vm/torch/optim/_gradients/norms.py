@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -29,17 +28,12 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def inf_norms(grads: Sequence[Tensor]) -> Tensor:
-    """Largest magnitude of each gradient, 0 for an empty one, float64 [n] on the CPU."""
-    filled = [as_real(grad) if grad.numel() else torch.zeros(1, device="cpu") for grad in grads]
-    norms = torch._foreach_norm(filled, math.inf)
+def norms_of(grads: Sequence[Tensor], norm_type: float) -> Tensor:
+    """Norm of each gradient of type 2 or infinity, float64 [n] on the CPU; 0 for an empty one."""
+    is_l2 = norm_type == 2
+    filled = [as_real(grad) if is_l2 or grad.numel() else torch.zeros(1, device="cpu") for grad in grads]
+    norms = torch._foreach_norm(filled, norm_type, dtype=torch.float64 if is_l2 else None)
     return torch.stack([norm.to("cpu", torch.float64) for norm in norms])
-
-
-def l2_norms(grads: Sequence[Tensor]) -> Tensor:
-    """L2 norm of each gradient, float64 [n] on the CPU."""
-    norms = torch._foreach_norm([as_real(grad) for grad in grads], 2, dtype=torch.float64)
-    return torch.stack([norm.cpu() for norm in norms])
 
 
 class SquareSum:
@@ -72,7 +66,7 @@ class SquareSum:
         pieces += [join([grads[i] for i in indices]) for indices, join in self._joined]
         total = _sum_by_rows(list(map(as_real, pieces))) if pieces else 0.0
         if self._others:
-            total += float(l2_norms([grads[i] for i in self._others]).square().sum())
+            total += float(norms_of([grads[i] for i in self._others], 2).square().sum())
         return total
 
 

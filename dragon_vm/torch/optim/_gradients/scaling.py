@@ -6,7 +6,7 @@ The triton backend does the same inside its kernels; see `dragon.kernels.norm` a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.reduction import meeting_device
 from dragon.vm.torch.optim._distributed.shards import is_distributed
-from dragon.vm.torch.optim._gradients.norms import SquareSum, inf_norms, l2_norms
+from dragon.vm.torch.optim._gradients.norms import SquareSum, norms_of
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._options import Settings, needs_norm
 
@@ -82,13 +82,13 @@ def gradient_factors(
     groups: Sequence[dict[str, Any]],
     settings: Settings,
     scaling: Scaling,
-    measure: Callable[[], float],
+    square_sum: SquareSum,
     shared: SharedNorm | None,
 ) -> Factors:
     """Decide by what each gradient is multiplied, and whether the step is skipped.
 
-    The scaling is read, which synchronises on an accelerator. `measure` returns the norm of all gradients
-    together, see `total_norm`. `shared` is None where no other process has parts of them.
+    The scaling is read, which synchronises on an accelerator. `square_sum` is that of gradients like these, if a
+    norm is asked for. `shared` is None where no other process has parts of them.
     """
     limits = [float(group["clip_norm"]) for group in groups]
     skip = scaling.found_inf is not None and float(scaling.found_inf) > 0
@@ -99,7 +99,7 @@ def gradient_factors(
     if shared is not None:
         norms, total, skip = _shared_norms(grads, group_index, groups, settings, scaling, shared)
     elif needs_norm(settings):
-        total = measure()
+        total = total_norm(grads, group_index, groups, settings.norm_type, square_sum)
     if needs_norm(settings):
         total *= common
         norm = torch.tensor(total, dtype=torch.float64, device="cpu")
@@ -108,7 +108,7 @@ def gradient_factors(
     each: list[float] = []
     if any(limits) and not skip:
         if norms is None:
-            norms = l2_norms(grads).tolist()
+            norms = norms_of(grads, 2).tolist()
         each = [
             _clip_factor(norm_of * abs(group_factor(groups[index]) * common), limits[index], 0.0)
             for norm_of, index in zip(norms, group_index, strict=True)
@@ -132,7 +132,7 @@ def _shared_norms(
         device = shared.device
     largest = settings.norm_type == math.inf
     # Times the factors, as kernels of other processes sum them.
-    measured = (inf_norms if largest else l2_norms)(grads) * factors
+    measured = norms_of(grads, settings.norm_type) * factors
     squares = (measured if largest else measured.square()).to(device)
     sums, flag = shared.reduce(squares, scaling.found_inf, largest=largest, skip_nonfinite=settings.skip_nonfinite)
     norms = (sums if largest else sums.sqrt()).cpu()
@@ -186,7 +186,7 @@ def total_norm(
     """
     if norm_type == math.inf:
         factors = [abs(group_factor(groups[index])) for index in group_index]
-        return float((inf_norms(grads) * torch.tensor(factors, dtype=torch.float64, device="cpu")).max())
+        return float((norms_of(grads, norm_type) * torch.tensor(factors, dtype=torch.float64, device="cpu")).max())
     squares = [group_factor(group) ** 2 for group in groups]
     if len(set(squares)) == 1:
         return math.sqrt(squares[0] * square_sum(grads))

@@ -11,7 +11,7 @@ from dragon.vm.torch.optim._backends.host import HostGroup
 from dragon.vm.torch.optim._backends.native import NativeGroup
 from dragon.vm.torch.optim._backends.selection import Gathered
 from dragon.vm.torch.optim._gradients.norms import SquareSum
-from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, gradient_factors, total_norm
+from dragon.vm.torch.optim._gradients.scaling import Factors, Scaling, gradient_factors
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm
 from dragon.vm.torch.optim._gradients.zeroing import apart
 from dragon.vm.torch.optim._groups.checks import has_memory
@@ -96,14 +96,13 @@ class HostStep:
         walked = [tensors.grads[position] for position in positions]
         indices = [self._group_index[position] for position in positions]
 
-        def measure() -> float:
-            if self._square_sum[0] != positions:
-                self._square_sum = positions, SquareSum(walked)
-            return total_norm(walked, indices, recipe.groups, settings.norm_type, self._square_sum[1])
-
-        shared = self.shared(recipe, tensors)
+        if needs_norm(settings) and self._square_sum[0] != positions:
+            self._square_sum = positions, SquareSum(walked)
+        square_sum, shared = self._square_sum[1], self.shared(recipe, tensors)
         try:
-            factors = gradient_factors(walked, indices, recipe.groups, settings, recipe.scaling, measure, shared)
+            factors = gradient_factors(
+                walked, indices, recipe.groups, settings, recipe.scaling, square_sum, shared
+            )
         except RuntimeError as error:
             opaque = next((grad for grad in walked if not has_memory(grad)), None)
             if opaque is None:
