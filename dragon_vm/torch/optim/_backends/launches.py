@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain, product
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from dragon.kernels.launch import Launcher, advance_launcher, norm_launcher, upd
 from dragon.kernels.spec import Spec
 from dragon.vm.torch.optim._backends.configs import config_for
 from dragon.vm.torch.optim._backends.context import DeviceContext
-from dragon.vm.torch.optim._backends.partials import SPAN, PartialNorms
+from dragon.vm.torch.optim._backends.partials import SPAN, Partials
 from dragon.vm.torch.optim._formats.format import Format
 from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup, Signature
@@ -44,8 +44,7 @@ class Launches(NamedTuple):
         advances: by the kind of norm, and by whether each gradient is clipped by its own.
         updates: launches for the tensors that share a `Spec`, each with all their chunks.
         norms: by the kind of norm, launches for the gradients of one dtype, each with all their spans.
-        numels: elements of each row.
-        n_partials: partial norms of all rows.
+        partials: the numbering of partial norms.
     """
 
     table: DeviceTable
@@ -54,8 +53,7 @@ class Launches(NamedTuple):
     advances: dict[tuple[int, bool], Launcher]
     updates: list[tuple[Launcher, Tensor]]
     norms: dict[int, list[tuple[Launcher, Tensor]]]
-    numels: list[int]
-    n_partials: int
+    partials: Partials
 
 
 def plan_launches(
@@ -69,15 +67,13 @@ def plan_launches(
     """Lay out the table of a device, whose rows are the entries of `flattened`, in order."""
     entries = list(chain.from_iterable(group.entries for group in flattened))
     numels = [_real_numel(entry.param) for entry in entries]
-    partials = PartialNorms.of([entry.position for entry in entries], numels)
-    n_partials = sum(partials.counts)
     contents = {
         # These change from step to step; one copy takes them all.
         "groups": array("q", bytes(8 * n_groups * int(table.GROUP_COLUMNS))),
         "sources": array("q", bytes(8 * n_groups * int(table.SOURCE_COLUMNS))),
         "grads": array("q", bytes(8 * len(entries))),
-        "counts": array("q", [len(entries), n_partials]),
-        "tensors": tensor_rows(flattened, partials.columns(), seed),
+        "counts": array("q", bytes(16)),
+        "tensors": tensor_rows(flattened, seed),
     }
     hardware, first = context.hardware, 0
     updates: dict[str, Launcher] = {}
@@ -112,10 +108,9 @@ def plan_launches(
     def placed(launchers: dict[str, Launcher]) -> list[tuple[Launcher, Tensor]]:
         return [(each, device_table.section(name, torch.int32)) for name, each in launchers.items()]
 
-    return Launches(
-        *(device_table, sections, scalars, advances, placed(updates)),
-        *({kind: placed(own) for kind, own in norms.items()}, numels, n_partials),
-    )
+    placed_norms = {kind: placed(own) for kind, own in norms.items()}
+    partials = Partials([entry.position for entry in entries], numels, device_table)
+    return Launches(device_table, sections, scalars, advances, placed(updates), placed_norms, partials)
 
 
 def _spec(algorithm: str, signature: Signature, zero_grad: bool) -> Spec:
@@ -144,13 +139,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
 
 
-def tensor_rows(
-    flattened: Sequence[FlattenedGroup], partials: Mapping[int, array[int]] | None = None, seed: int = 0
-) -> array[int]:
-    """The tensor section of the table, whose rows are the entries of `flattened`, in order.
-
-    `partials` are the columns of partial norms, where norms may be taken.
-    """
+def tensor_rows(flattened: Sequence[FlattenedGroup], seed: int = 0) -> array[int]:
+    """The tensor section of the table but for partial norms: its rows are the entries of `flattened`, in order."""
     width = int(table.TENSOR_COLUMNS)
     entries = [entry for group in flattened for entry in group.entries]
     words = array("q", bytes(8 * len(entries) * width))
@@ -158,7 +148,6 @@ def tensor_rows(
         table.PARAM: [entry.param.data_ptr() for entry in entries],
         table.NUMEL: [_real_numel(entry.param) for entry in entries],
         table.GROUP: [entry.group_index for entry in entries],
-        **(partials or {}),
     }
     for column, values in columns.items():
         words[int(column) :: width] = array("q", values)

@@ -49,24 +49,22 @@ class PartialNorms(NamedTuple):
         n_present = len(order) - sum(absent)
         return cls(order[:n_present], counts[:n_present], firsts, ends)
 
-    def columns(self) -> dict[int, array[int]]:
-        """The columns of the tensor section that say it."""
-        return {int(table.FIRST_PARTIAL): self.firsts, int(table.END_PARTIAL): self.ends}
-
 
 class Partials:
     """The numbering of a device's partial norms, for the gradients of the last step that had a norm.
 
-    Args:
-        positions: of the rows among the parameters.
-        numels: elements of the rows.
-        device_table: where kernels read the numbering; it holds that for gradients of all rows.
+    It stands in the table, where kernels read it. `positions` are those of the rows among the parameters.
+
+    Attributes:
+        n_partials: partial norms of all rows.
     """
 
     def __init__(self, positions: Sequence[int], numels: Sequence[int], device_table: DeviceTable) -> None:
         self._positions, self._numels, self._table = positions, numels, device_table
-        self._absent: list[bool] | None = []
+        self._absent: list[bool] | None = None
         self._sums: ProcessSums | None = None
+        self.number([])
+        self.n_partials = sum(self._numbered.counts)
 
     def number(self, absent: list[bool]) -> None:
         """Number them as if the rows with a gradient were all that there are; empty if all have one."""
@@ -74,16 +72,16 @@ class Partials:
             return
         # Whatever interrupts this, nothing passes for written before it is.
         self._absent = self._sums = None
-        numbered = PartialNorms.of(self._positions, self._numels, absent)
-        for column, words in numbered.columns().items():
-            self._table.write("tensors", words, column, int(table.TENSOR_COLUMNS))
+        self._numbered = numbered = PartialNorms.of(self._positions, self._numels, absent)
+        for column, words in ((table.FIRST_PARTIAL, numbered.firsts), (table.END_PARTIAL, numbered.ends)):
+            self._table.write("tensors", words, int(column), int(table.TENSOR_COLUMNS))
         self._table.write("counts", array("q", [len(self._positions), sum(numbered.counts)]))
         self._absent = absent
 
     def sums(self, tensors: Tensor) -> ProcessSums:
         """Their sums over processes; `tensors` is the section of the table on the device."""
         if self._sums is None:
-            self._sums = ProcessSums(PartialNorms.of(self._positions, self._numels, self._absent or ()), tensors)
+            self._sums = ProcessSums(self._numbered, tensors)
         return self._sums
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from dragon.kernels import table
 from dragon.vm.torch.optim._backends.context import DeviceContext
 from dragon.vm.torch.optim._backends.launches import INF_NORM, L2_NORM, NO_NORM, plan_launches, tensor_rows
-from dragon.vm.torch.optim._backends.partials import Partials
 from dragon.vm.torch.optim._backends.selection import picker
 from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
@@ -54,15 +53,9 @@ class TritonDevice:
         self.norm = self._status[int(table.GRAD_NORM)]
         self._launches = plan_launches(flattened, algorithm, context, n_groups, zero_grad, seed)
         self._groups = GroupTable(self._launches.table, context.device, columns_of)
-        self._partials = Partials(positions, self._launches.numels, self._launches.table)
         self._stream = context.stream()
         self._captured_grads: list[Tensor] = []
         self._addresses: list[int] = []
-
-    @property
-    def n_uploads(self) -> int:
-        """Host-to-device copies so far."""
-        return self._launches.table.n_uploads
 
     def update(
         self,
@@ -90,7 +83,7 @@ class TritonDevice:
             scaling, kept_scale = Scaling(*map(context.here, scaling)), context.here(kept_scale)
         own = _addresses_of(self._pick_own(grads))
         if kind:
-            self._partials.number([address == _ABSENT for address in own] if _ABSENT in own else [])
+            self._launches.partials.number([address == _ABSENT for address in own] if _ABSENT in own else [])
         context.launch(
             lambda: self._launch(own, kind, scaling, shared, settings.skip_nonfinite, kept_scale),
             in_order=self._groups.is_live,
@@ -122,12 +115,12 @@ class TritonDevice:
             update.compile(chunks, tensors, grads, launches.scalars, kept_scale)
         if kind is not None:
             # Without a norm there are none to read.
-            partials = context.partials(launches.n_partials) if kind else context.status
+            partials = context.partials(launches.partials.n_partials) if kind else context.status
             for take_norms, spans in launches.norms.get(kind, ()):
                 take_norms(spans, tensors, grads, groups, partials)
             rows, found_inf = tensors, context.zero if scaling.found_inf is None else scaling.found_inf
             if shared is not None:
-                counts, rows, partials, found_inf = self._partials.sums(tensors).take(
+                counts, rows, partials, found_inf = launches.partials.sums(tensors).take(
                     shared, partials, kind, scaling.found_inf, skip_nonfinite
                 )
             scale = context.one if scaling.grad_scale is None else scaling.grad_scale
