@@ -139,7 +139,7 @@ class FusedPlanner:
         The columns are parameters, gradients and others.
         """
         if not call.needs_copies:
-            return [Piece(slice(None), columns, [])]
+            return [(slice(None), columns, [])]
         return self._scratch.of_small(call.pick, columns) if call.is_small else self._scratch.of_large(columns)
 
     def _call(

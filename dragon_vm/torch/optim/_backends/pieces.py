@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,18 +19,8 @@ LARGE_PIECE = 2**19
 SMALL_PIECE = 2**16
 
 
-class Piece(NamedTuple):
-    """Corresponding parts of some tensors of each kind.
-
-    Attributes:
-        rows: which of the tensors these are.
-        columns: the parts of each kind.
-        copies: memory for a copy of each gradient, until the next piece.
-    """
-
-    rows: slice
-    columns: Sequence[list[Tensor]]
-    copies: list[Tensor]
+# Parts of some tensors: which these are, the parts of each kind, and memory for a copy of each gradient's.
+Piece = tuple[slice, Sequence[list[Tensor]], list[Tensor]]
 
 
 class Scratch:
@@ -61,7 +50,7 @@ class Scratch:
         places, start = pick(self._places), 0
         for _, members in groupby(pick(self._numbers)):
             rows = slice(start, start + len(list(members)))
-            yield Piece(rows, [list(column[rows]) for column in columns], list(places[rows]))
+            yield rows, [list(column[rows]) for column in columns], list(places[rows])
             start = rows.stop
 
     def _memory(self, numel: int) -> Tensor:
@@ -94,7 +83,7 @@ class Scratch:
         for index, tensors in enumerate(zip(*columns, strict=True)):
             rows = slice(index, index + 1)
             if not all(tensor.is_contiguous() for tensor in tensors):
-                yield Piece(rows, [[tensor] for tensor in tensors], [torch.empty_like(tensors[1])])
+                yield rows, [[tensor] for tensor in tensors], [torch.empty_like(tensors[1])]
                 continue
             for parts in zip(*(tensor.view(-1).split(LARGE_PIECE) for tensor in tensors), strict=True):
-                yield Piece(rows, [[part] for part in parts], [self._row[: len(parts[1])]])
+                yield rows, [[part] for part in parts], [self._row[: len(parts[1])]]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor
-
-T = TypeVar("T")
 
 # What selects elements at some positions of any sequence of one length.
 Picker = Callable[[Sequence[Any]], Sequence[Any]]
 
 
-def _all(sequence: Sequence[T]) -> Sequence[T]:
+def _all(sequence: Sequence[Any]) -> Sequence[Any]:
     return sequence
 
 
@@ -46,7 +44,7 @@ def picked(pick: Picker, columns: Sequence[Sequence[Any]]) -> Sequence[Any]:
     return columns if pick is _all else [pick(column) for column in columns]
 
 
-def picker(positions: list[int], n_all: int) -> Callable[[Sequence[T]], Sequence[T]]:
+def picker(positions: list[int], n_all: int) -> Picker:
     """What selects elements at positions of sequences of length `n_all`; all in order stay the sequence itself."""
     first = positions[0] if positions else 0
     if positions == list(range(first, first + len(positions))):

@@ -29,22 +29,16 @@ def nonfinite(grads: Sequence[Tensor], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def report(params: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
-    """Make an element of a gradient infinite if anything was found; no value is read.
+    """Make an element of a gradient infinite if anything was found, and tell whether there is one for it.
 
-    Args:
-        params: whose gradients a scaler will check.
-        found: each of one element, positive for infinite or NaN gradients elsewhere.
-
-    Returns:
-        Whether some gradient has an element for it.
+    No value is read. What was `found` elsewhere is positive for infinite or NaN gradients, of one element each.
     """
     grads = (local(param.grad) for param in params if param.grad is not None)
     grad = next((each for each in grads if _can_tell(each)), None)
     if grad is not None:
         element = grad[(0,) * grad.dim()]
         for each in found:
-            flag = each.to(grad.device).reshape(()) > 0
-            element.copy_(torch.where(flag, torch.full_like(element, torch.inf), element))
+            element.masked_fill_(each.to(grad.device).reshape(()) > 0, torch.inf)
     return grad is not None
 
 
@@ -104,11 +98,7 @@ def any_of(flags: Sequence[bool], params: Sequence[Tensor], process_group: Any) 
 class ScalerReport:
     """What buckets found in gradients that are gone, for a `GradScaler` that checks those that are left.
 
-    Args:
-        scaler: whose scaled loss is differentiated; None for a loss that is not scaled.
-
-    Attributes:
-        scaler: as given.
+    The scaler is None for a loss that is not scaled.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:

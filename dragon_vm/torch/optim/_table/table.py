@@ -82,10 +82,9 @@ class DeviceTable:
 
     def captured_copy(self, name: str, words: array[int]) -> Tensor:
         """A copy of a section for the graph that is being captured: it holds these words at each replay."""
-        start, end = self._bounds[name]
-        source = torch.zeros(end - start, dtype=torch.int64, device="cpu")
+        target = torch.empty_like(self.section(name))
+        source = torch.zeros(len(target), dtype=torch.int64, device="cpu")
         source[: len(words)] = torch.frombuffer(words, dtype=torch.int64)
-        target = torch.empty_like(self.buffer[start:end])
         if self._ring is not None:
             self._ring.copy_captured(source, target)
         else:
