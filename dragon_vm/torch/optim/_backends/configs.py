@@ -46,13 +46,8 @@ class TuningWarning(UserWarning):
 def config_for(spec: Spec, arch: str, device_name: str, numels: Sequence[int]) -> LaunchConfig:
     """The configuration to launch a kernel with: measured if there is a usable result, else the default.
 
-    Files are read once for each distinct question. An unusable file is ignored with one warning.
-
-    Args:
-        spec: which kernel.
-        arch: as in "sm_90".
-        device_name: the GPU's name.
-        numels: elements of the tensors that share the launch.
+    Files are read once for each distinct question. An unusable file is ignored with one warning. `arch` is as in
+    "sm_90"; `numels` are the elements of the tensors that share the launch.
     """
     return _find(tuning_dir(), spec, arch, device_name, size_class(numels))
 
@@ -93,14 +88,9 @@ def spec_fields(spec: Spec) -> dict[str, Any]:
 
 
 def path_of(spec: dict[str, Any], arch: str, device_name: str, size: str, folder: Path | None = None) -> Path:
-    """The one file that can hold the result of a kernel, device and size.
+    """The one file that can hold the result of a kernel, device and size class.
 
-    Args:
-        spec: its fields, as of `spec_fields`.
-        arch: as in "sm_90".
-        device_name: the GPU's name.
-        size: a size class.
-        folder: of results; by default `tuning_dir`.
+    `spec` has the fields of `spec_fields`. The folder of results is `tuning_dir` by default.
     """
     formats = [spec["param"], spec["grad"], *spec["states"]]
     average = [f"average {spec['average']}"] if spec["average"] else []
@@ -175,9 +165,7 @@ def is_launchable(config: LaunchConfig, n_lanes: int) -> bool:
 
     def is_in(value: object, low: int, high: int, power_of_two: bool = False) -> bool:
         # A bool is an int to Python.
-        if type(value) is not int or not low <= value <= high:
-            return False
-        return not (power_of_two and value & (value - 1))
+        return type(value) is int and low <= value <= high and not (power_of_two and value & (value - 1))
 
     return (
         is_in(config.n_warps, 1, 32, power_of_two=True)

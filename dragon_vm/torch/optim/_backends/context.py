@@ -45,11 +45,9 @@ class DeviceContext:
         self._partials = [(torch.zeros(1, dtype=torch.float64, device=device), self._stream)]
 
     def launch(self, run: Callable[[], None], *, in_order: bool) -> None:
-        """Call `run` with this device as the current one.
+        """Call `run`, which launches, with this device as the current one.
 
-        Args:
-            run: what launches.
-            in_order: enqueue behind all earlier launches of this kind, whichever streams those were on.
+        With `in_order` it enqueues behind all earlier launches of this kind, whichever streams those were on.
         """
         current = None if self._module is None else self._module.current_device()
         if current is None or current == self.device.index:
@@ -80,12 +78,7 @@ class DeviceContext:
         return None if self.device.type != "cuda" else driver.active.get_current_stream(self.device.index)
 
     def record(self, allocated_on: int | None, tensors: Sequence[Tensor]) -> None:
-        """Tell the allocator that tensors and what this object keeps are used on the current stream.
-
-        Args:
-            allocated_on: the stream on which the tensors were allocated.
-            tensors: tensors that only this optimizer knows.
-        """
+        """Tell the allocator that tensors of another stream, and what this object keeps, are used on this one."""
         stream = self.stream()
         if stream != allocated_on:
             self._record(tensors)

@@ -48,11 +48,9 @@ def are_dragon(params: Sequence[Tensor]) -> bool:
 
 
 def zero_or_remove(params: Iterable[Tensor], set_to_none: bool | None) -> None:
-    """Set the gradients of parameters to zero, or remove them.
+    """Set the gradients of parameters to zero, or with `set_to_none` remove them.
 
-    Args:
-        params: parameters, with a gradient or not.
-        set_to_none: remove them. None decides by each parameter: gradients of Dragon's own are zeroed.
+    None decides by each parameter: gradients of Dragon's own are zeroed.
     """
     zeroed = []
     for param in params:

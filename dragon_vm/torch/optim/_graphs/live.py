@@ -62,11 +62,9 @@ class LiveGroup(dict[str, Any]):
 
 
 def make_live(groups: list[Group], changed: Callable[[Group], None]) -> None:
-    """Make those groups live whose steps may be captured: the ones with ``capturable=True``.
+    """Replace groups with ``capturable=True``, whose steps may be captured, by live ones.
 
-    Args:
-        groups: parameter groups; a live one takes the place of each.
-        changed: a method that is called with a group after each change.
+    `changed` is a method that is called with a group after each change.
     """
     for index, group in enumerate(groups):
         if group.get("capturable") and not isinstance(group, LiveGroup):

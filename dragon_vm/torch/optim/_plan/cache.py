@@ -25,11 +25,7 @@ Found = tuple[StepPlan, Gathered]
 
 
 class PlanCache:
-    """Plans by what they were asked to do.
-
-    Attributes:
-        n_kept: how many of the latest plans are kept.
-    """
+    """The latest plans, `n_kept` of them, by what they were asked to do."""
 
     def __init__(self) -> None:
         self.n_kept = N_LATEST

@@ -90,8 +90,6 @@ class Gatherer:
 
     Attributes:
         positions: of the plan's parameters among all of the optimizer.
-        states: reads the states.
-        takes_parts: as given.
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, *, takes_parts: bool) -> None:

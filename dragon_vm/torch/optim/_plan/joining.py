@@ -19,7 +19,6 @@ class Joined(NamedTuple):
     """The parameters of a flat buffer, which are updated as one entry.
 
     Attributes:
-        buffer: the buffer.
         positions: of its parameters among all gathered.
         pick: selects its parameters among all gathered.
         group_index: of the parameter group.

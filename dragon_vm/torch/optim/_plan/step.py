@@ -32,9 +32,6 @@ class StepPlan:
 
     It holds no tensor of the user's: each step gathers them from where they live. With `takes_parts` some of the
     parameters may have no gradient: they take no part in the step.
-
-    Attributes:
-        gatherer: gathers the tensors of a step.
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, *, takes_parts: bool) -> None:

@@ -32,13 +32,7 @@ _average_of = itemgetter("ema_decay")
 
 
 class Updater:
-    """What an optimizer derives from its groups and states, and needs to update parameters.
-
-    Attributes:
-        plans: the latest few.
-        buffers: flat buffers.
-        masters: what is known of parameters with masters.
-    """
+    """What an optimizer derives from its groups and states, and needs to update parameters."""
 
     def __init__(self, owner: str, algorithm: Algorithm) -> None:
         self._owner, self._algorithm = owner, algorithm
