@@ -6,7 +6,6 @@ A file is data: it is parsed as JSON, its configuration is checked, and nothing 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dragon import kernels
 from dragon.kernels.archs import warp_size
 from dragon.kernels.config import LaunchConfig, default_config
 
@@ -179,15 +179,12 @@ def is_launchable(config: LaunchConfig, n_lanes: int) -> bool:
 
 @cache
 def kernel_hash() -> str:
-    """A hash of the source of all kernels; neither triton nor the kernels are imported.
+    """A hash of the source of all kernels.
 
     Default configurations are no part of it: a change of them leaves measurements valid.
     """
-    found = importlib.util.find_spec("dragon.kernels")
-    if found is None or found.origin is None:
-        raise ModuleNotFoundError("dragon.kernels is not installed beside dragon.vm")
     digest = hashlib.sha256()
-    for path in sorted(Path(found.origin).parent.glob("*.py")):
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
         if path.name != "config.py":
             # In universal newlines, so that a checkout on another system has the same hash.
             digest.update(f"{path.name}\0{path.read_text(encoding='utf-8')}\0".encode())
