@@ -20,6 +20,7 @@ from dragon.vm.torch.optim._groups.states import counter_buffer
 from dragon.vm.torch.optim._options import Version
 
 Group = dict[str, Any]
+Tensors = Sequence[Tensor]
 
 
 class NativeGroup:
@@ -84,13 +85,7 @@ class NativeGroup:
             self._planned_for = None
         self._version = version
 
-    def _run(
-        self,
-        calls: Sequence[FusedCall],
-        columns: Sequence[Sequence[Tensor]],
-        counters: Sequence[Tensor],
-        steps: list[float],
-    ) -> None:
+    def _run(self, calls: list[FusedCall], columns: list[Tensors], counters: Tensors, steps: list[float]) -> None:
         """Update by fused operations; `columns` are parameters, gradients, those that stay behind, and states."""
         is_complex, common_step = self._signature.param_dtype.is_complex, next(iter(steps), 0.0)
         for call in calls:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -93,9 +92,7 @@ def _signature(
     return signature._replace(backend=backend)
 
 
-def _give_streams(
-    recipe: Recipe, params: Sequence[Tensor], states: Sequence[State], signatures: Sequence[Signature]
-) -> None:
+def _give_streams(recipe: Recipe, params: list[Tensor], states: list[State], signatures: list[Signature]) -> None:
     """Give each state that needs random words a number of its own: at first its parameter's position.
 
     It is a Python int: PyTorch's loader casts every tensor of a state. A position that is in use elsewhere is

@@ -14,6 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
+Tensors = Sequence[Tensor]
+States = Mapping[str, Tensors]
+
 # 0 for a tensor without elements.
 _data_ptr = Tensor.data_ptr
 _shape_of = attrgetter("shape")
@@ -33,13 +36,7 @@ class Guard:
     """
 
     def __init__(
-        self,
-        grads: Sequence[Tensor],
-        params: Sequence[Tensor],
-        states: Mapping[str, Sequence[Tensor]],
-        placed: Sequence[str],
-        *,
-        takes_parts: bool = False,
+        self, grads: Tensors, params: Tensors, states: States, placed: Sequence[str], *, takes_parts: bool = False
     ) -> None:
         self._placed = placed
         self._layouts = layout_guard([*grads, *params])
@@ -55,16 +52,10 @@ class Guard:
         self._counters = list(map(Tensor.untyped_storage, states.get("step", ())))
         self._shapes = list(map(_shape_of, params))
 
-    def _fixed(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> Iterable[Tensor]:
+    def _fixed(self, params: Tensors, states: States) -> Iterable[Tensor]:
         return chain(params, *map(states.__getitem__, self._placed))
 
-    def check(
-        self,
-        grads: Sequence[Tensor],
-        params: Sequence[Tensor],
-        states: Mapping[str, Sequence[Tensor]],
-        present: bytes,
-    ) -> bool:
+    def check(self, grads: Tensors, params: Tensors, states: States, present: bytes) -> bool:
         """Whether all is as it was.
 
         `grads` are those that are there, as `present` tells for each parameter. There are as many parameters and
@@ -87,14 +78,14 @@ class Guard:
             return False
         return self._are_complete or self._state_layouts(*chain(*laid_out))
 
-    def holds(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> bool:
+    def holds(self, params: Tensors, states: States) -> bool:
         """Whether parameters and states, as many as then, are where they were, and fit each other as then."""
         addresses, shapes = list(map(_data_ptr, self._fixed(params, states))), list(map(_shape_of, params))
         are_there = addresses == self._addresses and shapes == self._shapes
         return are_there and self._state_layouts(*chain(*map(states.__getitem__, self._laid_out)))
 
 
-def layout_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+def layout_guard(tensors: Tensors) -> Callable[..., bool]:
     """What tells whether tensors, as many as these strided ones, are laid out like them."""
     # Sizes and strides that must be the same; None would stand for any.
     sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
@@ -108,5 +99,5 @@ def layout_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     return lambda *now: _layouts(now) == seen
 
 
-def _layouts(tensors: Sequence[Tensor]) -> list[list[object]]:
+def _layouts(tensors: Tensors) -> list[list[object]]:
     return [list(map(read, tensors)) for read in _LAYOUT]

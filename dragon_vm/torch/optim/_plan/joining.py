@@ -64,9 +64,7 @@ def join(
     return joined, parted, inside
 
 
-def _step_together(
-    recipe: Recipe, chosen: Chosen, positions: Sequence[int], signatures: Sequence[Signature]
-) -> bool:
+def _step_together(recipe: Recipe, chosen: Chosen, positions: list[int], signatures: Sequence[Signature]) -> bool:
     signature, group_index = signatures[positions[0]], chosen.group_index[positions[0]]
     return (
         all(chosen.group_index[i] == group_index for i in positions)
