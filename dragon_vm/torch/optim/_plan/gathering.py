@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, compress, repeat
 from operator import is_, itemgetter
 from typing import Any, TypeVar
@@ -27,14 +27,12 @@ class StateReader:
     """Reads the state tensors of a plan's parameters from `Optimizer.state`, column by column.
 
     Attributes:
-        are_distributed: whether some parameter is distributed.
         are_complete: whether every parameter has each state tensor that some parameter has.
     """
 
-    def __init__(self, state: Mapping[Any, Any], prepared: Prepared) -> None:
-        order = {id(key): index for index, key in enumerate(state)}
+    def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
+        order = {id(key): index for index, key in enumerate(recipe.state)}
         params, self._n_params = prepared.chosen.params, len(prepared.keys)
-        self.are_distributed = prepared.are_distributed
         # Positions of the parameters that have a state, and where their states stand among all states.
         holders = [i for i, keys in enumerate(prepared.keys) if keys]
         # Joined parameters share a counter: it is compared by identity, once for each of them.
@@ -46,7 +44,7 @@ class StateReader:
         ]
         self._pick_params = picker(holders, self._n_params)
         # Never all that there are: others may come, and go.
-        self._pick_states = picker([order[id(params[i])] for i in holders], len(state) + 1)
+        self._pick_states = picker([order[id(params[i])] for i in holders], len(recipe.state) + 1)
         self._positions: dict[str, list[int]] = {}
         self._columns: list[tuple[str, Any, Any]] = []
         for key in dict.fromkeys(chain.from_iterable(prepared.keys)):
@@ -57,7 +55,7 @@ class StateReader:
                 self._columns.append((key, itemgetter(key), picker(within, len(holders))))
         self.are_complete = all(len(positions) == self._n_params for positions in self._positions.values())
 
-    def read(self, state: Mapping[Any, Any], params: Sequence[Tensor]) -> dict[str, list[Any]] | None:
+    def read(self, recipe: Recipe, params: Sequence[Tensor]) -> dict[str, list[Any]] | None:
         """By name, the tensors of the parameters that have it; None if other parameters have states now.
 
         Raises:
@@ -65,15 +63,17 @@ class StateReader:
         """
         if not self._columns:
             return {}
-        owners, expected = self._pick_states(list(state)), self._pick_params(params)
+        owners, expected = self._pick_states(list(recipe.state)), self._pick_params(params)
         if len(owners) != len(expected) or not all(map(is_, owners, expected)):
             return None
-        entries = self._pick_states(list(state.values()))
+        entries = self._pick_states(list(recipe.state.values()))
         for pick, buffer in self._shared:
             if not all(map(is_, map(_step_of, pick(entries)), repeat(buffer.state["step"]))):
                 return None
         columns = {key: list(map(read, pick(entries))) for key, read, pick in self._columns}
-        return {key: locals_of(column) for key, column in columns.items()} if self.are_distributed else columns
+        if recipe.members.are_distributed:
+            columns = {key: locals_of(column) for key, column in columns.items()}
+        return columns
 
     def by_position(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """The tensors by the position of their parameter; None for a parameter without that entry."""
@@ -97,11 +97,11 @@ class Gatherer:
         self.takes_parts = takes_parts
         self._pick = picker(self.positions, n_all)
         self._pick_others = picker(sorted({*range(n_all)}.difference(self.positions)), n_all)
-        self.states = StateReader(recipe.state, prepared)
+        self.states = StateReader(recipe, prepared)
         self._guard: Guard | None = None
         if not prepared.are_opaque:
             _, params, shards, grads, _ = prepared.chosen
-            states = self.states.read(recipe.state, params)
+            states = self.states.read(recipe, params)
             assert states is not None
             hands_on = not prepared.joined and all(group.signature.hands_on for group in prepared.flattened)
             # Counters are advanced as pieces of one tensor.
@@ -122,7 +122,7 @@ class Gatherer:
         members = recipe.members
         params, grads, present = self._pick(members.params), self._pick(members.grads), bytes(self._pick(present))
         shards = params if members.shards is members.params else self._pick(members.shards)
-        states = self.states.read(recipe.state, params)
+        states = self.states.read(recipe, params)
         if states is None:
             return None
         tensors = Gathered(params, shards, grads, states)
@@ -136,7 +136,7 @@ class Gatherer:
         return self._guard is not None and bool(_if_there(self._holds, self._guard, recipe))
 
     def _holds(self, guard: Guard, recipe: Recipe) -> bool:
-        states = self.states.read(recipe.state, self._pick(recipe.members.params))
+        states = self.states.read(recipe, self._pick(recipe.members.params))
         return states is not None and guard.holds(self._pick(recipe.members.shards), states)
 
 

@@ -53,9 +53,7 @@ class HostStep:
         groups, version, scaling = recipe.groups, recipe.version, recipe.scaling
         is_scaled = scaling.grad_scale is not None or scaling.found_inf is not None
         decides = is_scaled or self._clips_each or needs_norm(recipe.settings)
-        factors = Factors(kept_scale=kept_scale)
-        if decides:
-            factors = self._factors(recipe, tensors)._replace(kept_scale=kept_scale)
+        factors = self._factors(recipe, tensors, kept_scale) if decides else Factors(kept_scale=kept_scale)
         if factors.skip:
             return Outcome(factors.norm, 1), Scaling()
         if version[0] != self._read_for:
@@ -86,7 +84,7 @@ class HostStep:
         """Positions of the gradients that are there, in the order of the parameters."""
         return [position for position in self._group_index if tensors.grads[position] is not None]
 
-    def _factors(self, recipe: Recipe, tensors: Gathered) -> Factors:
+    def _factors(self, recipe: Recipe, tensors: Gathered, kept_scale: float | None) -> Factors:
         """Decide.
 
         Raises:
@@ -95,14 +93,12 @@ class HostStep:
         positions, settings = self._present(tensors), recipe.settings
         walked = [tensors.grads[position] for position in positions]
         indices = [self._group_index[position] for position in positions]
-
-        if needs_norm(settings) and self._square_sum[0] != positions:
-            self._square_sum = positions, SquareSum(walked)
-        square_sum, shared = self._square_sum[1], self.shared(recipe, tensors)
+        shared = self.shared(recipe, tensors)
         try:
-            factors = gradient_factors(
-                walked, indices, recipe.groups, settings, recipe.scaling, square_sum, shared
-            )
+            if needs_norm(settings) and self._square_sum[0] != positions:
+                self._square_sum = positions, SquareSum(walked)
+            sums = self._square_sum[1], shared
+            factors = gradient_factors(walked, indices, recipe.groups, settings, recipe.scaling, *sums)
         except RuntimeError as error:
             opaque = next((grad for grad in walked if not has_memory(grad)), None)
             if opaque is None:
@@ -111,10 +107,11 @@ class HostStep:
                 "max_grad_norm, clip_norm, skip_nonfinite and a GradScaler need numbers that can be read, but a "
                 f"gradient is of type {type(opaque).__name__} on {opaque.device}: {error}"
             ) from error
-        if not factors.each:
-            return factors
-        each = dict(zip(positions, factors.each, strict=True))
-        return factors._replace(each=[each.get(position, 1.0) for position in range(len(self._first_of))])
+        each = factors.each
+        if each:
+            own = dict(zip(positions, each, strict=True))
+            each = [own.get(position, 1.0) for position in range(len(self._first_of))]
+        return factors._replace(each=each, kept_scale=kept_scale)
 
 
 def _on_host(recipe: Recipe, group: FlattenedGroup, n_gathered: int) -> NativeGroup | HostGroup:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import is_distributed, local_state
+from dragon.vm.torch.optim._distributed.shards import local_state
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, has_memory, has_own_memory, labels_of
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State
@@ -30,7 +29,6 @@ class Prepared(NamedTuple):
         joined: flat buffers.
         inside: positions of their parameters.
         strays: positions of gradients that must be copied into their parameters' layout.
-        are_distributed: whether some parameter is distributed.
         are_opaque: whether some tensor has no memory of its own, so that nothing can be guarded.
     """
 
@@ -40,7 +38,6 @@ class Prepared(NamedTuple):
     joined: list[Joined]
     inside: set[int]
     strays: list[int]
-    are_distributed: bool
     are_opaque: bool
 
 
@@ -94,17 +91,12 @@ def prepare(recipe: Recipe, chosen: Chosen) -> Prepared:
         joined,
         inside,
         [i for i in solid if i not in inside and is_stray(shards[i], grads[i])],
-        any(map(is_distributed, params)),
         len(solid) < len(params),
     )
 
 
 def _commit(
-    recipe: Recipe,
-    params: Sequence[Tensor],
-    states: Sequence[State],
-    joined: Sequence[Joined],
-    parted: Sequence[FlatBuffer],
+    recipe: Recipe, params: list[Tensor], states: list[State], joined: list[Joined], parted: list[FlatBuffer]
 ) -> None:
     """Give the optimizer the states, and take the buffers out whose parameters part."""
     for param, state in zip(params, states, strict=True):

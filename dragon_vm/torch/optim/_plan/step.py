@@ -79,7 +79,7 @@ class StepPlan:
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(tensors.take(tensors.params))
-            if self.gatherer.states.are_distributed:
+            if recipe.members.are_distributed:
                 pairs = zip(tensors.take(tensors.params), tensors.take(tensors.shards), strict=False)
                 increment_version([shard for param, shard in pairs if shard is not param])
             if kept_scale is not None:
