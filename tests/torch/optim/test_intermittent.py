@@ -83,9 +83,9 @@ def prepared_sets(monkeypatch):
     sizes = []
     prepare = cache.prepare
 
-    def counted(recipe, chosen):
+    def counted(recipe, chosen, **options):
         sizes.append(len(chosen.params))
-        return prepare(recipe, chosen)
+        return prepare(recipe, chosen, **options)
 
     monkeypatch.setattr(cache, "prepare", counted)
     return sizes

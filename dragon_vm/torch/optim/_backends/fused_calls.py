@@ -128,10 +128,10 @@ class FusedPlanner:
                 factor = abs(factors.of(self._positions[row], group))
                 count = counts[row] if len(counts) > 1 else 0.0
                 found.setdefault((key, factor, count, is_small), []).append(row)
-        calls = []
-        for (_, factor, _, is_small), chosen in found.items():
-            calls.append(self._call(chosen, groups, factor, factors.kept_scale, is_small))
-        return calls
+        return [
+            self._call(chosen, groups, factor, factors.kept_scale, is_small)
+            for (_, factor, _, is_small), chosen in found.items()
+        ]
 
     def pieces(self, call: FusedCall, columns: Sequence[list[Tensor]]) -> Iterable[Piece]:
         """What a call updates at a time: all, unless it reads copies of the gradients.
@@ -160,7 +160,7 @@ class FusedPlanner:
         # number: too coarse for fp64, infinite for tiny factors. Nor may it write a NaN into the gaps of a flat
         # buffer.
         is_wide = self._param_dtype in (torch.float64, torch.complex128)
-        is_scaled = factor != 1 and not is_wide and 1e-38 < abs(factor) < math.inf
+        is_scaled = factor != 1 and not is_wide and 1e-38 < factor < math.inf
         if is_scaled:
             numbers["grad_scale"] = torch.tensor(1 / factor, dtype=torch.float32, device="cpu")
         # It writes back what it has scaled.

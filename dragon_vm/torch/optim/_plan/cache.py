@@ -38,11 +38,6 @@ class PlanCache:
         """The kept plans, the last one used at the end."""
         return list(self._latest.values())
 
-    @property
-    def are_captured(self) -> bool:
-        """Whether a graph was captured of some plan."""
-        return bool(self._captured)
-
     def forget(self) -> None:
         """Prepare every step anew from here on."""
         self._latest.clear()
@@ -98,7 +93,8 @@ class PlanCache:
         more = self._widening.worth_adding(recipe, key, present, self._latest.get((key, None)))
         positions = sorted({*compress(range(len(present)), present), *more})
         lists: tuple[list[Any], ...] = members.params, members.shards, members.grads, members.group_index()
-        prepared = prepare(recipe, Chosen(positions, *map(list, map(picker(positions, len(present)), lists))))
+        chosen = Chosen(positions, *map(list, map(picker(positions, len(present)), lists)))
+        prepared = prepare(recipe, chosen, are_captured=bool(self._captured))
         if len(recipe.buffers) < n_buffers:
             # Joined parameters count as one: those that have parted count each for itself in all plans.
             self._latest.clear()

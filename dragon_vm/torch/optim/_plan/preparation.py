@@ -41,11 +41,12 @@ class Prepared(NamedTuple):
     are_opaque: bool
 
 
-def prepare(recipe: Recipe, chosen: Chosen) -> Prepared:
+def prepare(recipe: Recipe, chosen: Chosen, *, are_captured: bool) -> Prepared:
     """Prepare a step of parameters.
 
     Missing states are added to the recipe's, and buffers whose parameters part are taken out. A gradient is None
-    for a parameter of an earlier step that takes no part in this one.
+    for a parameter of an earlier step that takes no part in this one. `are_captured` tells whether a graph was
+    captured of some plan.
 
     Raises:
         RuntimeError, ValueError: for gradients or parameters that cannot be updated. Nothing has changed then.
@@ -62,7 +63,7 @@ def prepare(recipe: Recipe, chosen: Chosen) -> Prepared:
     states, signatures = completed_states(recipe, chosen)
     joined, parted, inside = join(recipe, chosen, states, signatures)
     part_counters([state for i, state in enumerate(states) if i not in inside])
-    if parted and recipe.are_captured:
+    if parted and are_captured:
         raise RuntimeError(
             "with flatten=True a step needs all parameters of a buffer once a graph was captured: its replays "
             "count their steps together. Give each a gradient, or leave flatten=False"

@@ -35,7 +35,6 @@ class Recipe(NamedTuple):
         zero_grad: whether the step sets the gradients to zero.
         are_own: whether the gradients are the parameters' own, and not sums of them.
         are_last: whether nobody reads the gradients after the step.
-        are_captured: whether a graph was captured of some plan.
     """
 
     owner: str
@@ -53,7 +52,6 @@ class Recipe(NamedTuple):
     zero_grad: bool
     are_own: bool
     are_last: bool
-    are_captured: bool
 
 
 class Chosen(NamedTuple):

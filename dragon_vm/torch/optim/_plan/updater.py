@@ -107,7 +107,6 @@ class Updater:
             zero_grad,
             are_own,
             are_last=bool(part),
-            are_captured=self.plans.are_captured,
         )
         key = (zero_grad, are_own, values.structure, reductions is not None, part, *members.lengths)
         outcome = self._run(recipe, key)
