@@ -19,7 +19,7 @@ def _watched(write: Callable[..., Any]) -> Any:
     def change(group: LiveGroup, *args: Any, **kwargs: Any) -> Any:
         before = dict(group)
         result = write(group, *args, **kwargs)
-        changed = group._changed and group._changed()
+        changed = group.changed and group.changed()
         if changed:
             try:
                 changed(group)
@@ -35,12 +35,8 @@ def _watched(write: Callable[..., Any]) -> Any:
 class LiveGroup(dict[str, Any]):
     """A parameter group that calls back after each change, and takes it back if that fails; its copies do not."""
 
-    _changed: WeakMethod[Callable[[Group], None]] | None = None
-
-    def watch(self, changed: Callable[[Group], None]) -> LiveGroup:
-        """Call this method with the group after each change, while its object is alive."""
-        self._changed = WeakMethod(changed)
-        return self
+    # Called with the group after each change, while its object is alive.
+    changed: WeakMethod[Callable[[Group], None]] | None = None
 
     __setitem__ = _watched(dict.__setitem__)
     __delitem__ = _watched(dict.__delitem__)
@@ -68,4 +64,6 @@ def make_live(groups: list[Group], changed: Callable[[Group], None]) -> None:
     """
     for index, group in enumerate(groups):
         if group.get("capturable") and not isinstance(group, LiveGroup):
-            groups[index] = LiveGroup(group).watch(changed)
+            live = LiveGroup(group)
+            live.changed = WeakMethod(changed)
+            groups[index] = live
