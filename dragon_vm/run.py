@@ -77,8 +77,8 @@ def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
             until then, and the report is printed there. None for the end of this call.
 
     Returns:
-        The exit code: 0, 1 after an uncaught exception or without the module, 2 without the script and for a wrong
-        option.
+        The exit code: 0, 1 after an uncaught exception, without the module or a reader of the help, 2 without the
+        script and for a wrong option.
 
     Raises:
         SystemExit: what the script raised.
@@ -87,8 +87,7 @@ def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
         with ExitStack() as end:
             return main(arguments, end)
     if list(arguments[:1]) in (["-h"], ["--help"]):
-        print(HELP)
-        return 0
+        return _print_help()
     try:
         options, argv, as_module = parse(arguments)
         if not argv:
@@ -112,6 +111,16 @@ def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
         flush_stdout()
         _print_error(error)
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def _print_help() -> int:
+    try:
+        print(HELP, flush=True)
+    except BrokenPipeError:
+        # Python writes the rest of the output when it ends, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
