@@ -114,7 +114,7 @@ def self_test(
     topic = f"{backend} on {device}"
     try:
         from dragon.vm.testing import AdamOptions, AdamState, ParityError, assert_adam_step
-        from dragon.vm.testing.rules import AdamRule
+        from dragon.vm.testing.snapshots import adam_snapshot
     except ModuleNotFoundError as error:
         text = f'{error.name} is missing (pip install "dragon-vm-torch[testing]")'
         return Finding(topic, text, Verdict.UNTESTED)
@@ -123,7 +123,7 @@ def self_test(
     params = [torch.nn.Parameter(torch.randn(numel, generator=generator).to(device)) for numel in NUMELS]
 
     def states() -> list[AdamState]:
-        return [AdamRule().snapshot(param, adam.state.get(param, {}), options, param.dtype) for param in params]
+        return [adam_snapshot(param, adam.state.get(param, {}), options, param.dtype) for param in params]
 
     try:
         adam = optimizer(params, options.lr, weight_decay=options.weight_decay, epsilon_hat=False, backend=backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from torch import Tensor
 from .budget import DEFAULT_BUDGET, Budget
 from .cases import OptimizerCase, StepCase
 from .fence import Fenced, FenceError
-from .judge import ParityError, assert_within_budget
+from .judge import FieldErrors, ParityError, adam_errors, assert_within_budget, sgd_errors
 from .records import AdamOptions, SGDOptions, StateT
-from .rules import AdamRule, OptionsT, Rule, SGDRule
+from .snapshots import adam_snapshot, sgd_snapshot
 from .wide import real_view
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 MakeParameter = Callable[[Tensor], Tensor]
+OptionsT = TypeVar("OptionsT", AdamOptions, SGDOptions)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -49,7 +50,8 @@ def _changed_fields(before: StateT, after: StateT) -> list[str]:
 class _Run(Generic[StateT, OptionsT]):
     """One run of one optimizer over one case."""
 
-    rule: Rule[StateT, OptionsT]
+    snapshot: Callable[[Tensor, Mapping[str, Any], OptionsT, torch.dtype], StateT]
+    errors: Callable[[StateT, Tensor, StateT, OptionsT, torch.dtype | None], list[FieldErrors]]
     make_optimizer: MakeOptimizer
     case: OptimizerCase
     defaults: OptionsT
@@ -89,7 +91,7 @@ class _Run(Generic[StateT, OptionsT]):
             options = self.options[self.group_of[i]]
             state: Mapping[str, Any] = self.optimizer.state.get(param, {})
             dtype = self.state_dtype or param.dtype
-            found.append(self.rule.snapshot(param, state, options, dtype))
+            found.append(self.snapshot(param, state, options, dtype))
             # States of other names are the optimizer's own business.
             for name in found[-1]._fields:
                 value = state.get(name) if name != "step" else None
@@ -179,7 +181,7 @@ class _Run(Generic[StateT, OptionsT]):
             return
         options: OptionsT = self.options[self.group_of[i]]
         try:
-            errors = self.rule.errors(before, real_view(grad).cpu(), after, options, self.compute_dtype)
+            errors = self.errors(before, real_view(grad).cpu(), after, options, self.compute_dtype)
         except ParityError as error:
             raise ParityError(f"parameter {i}: {error}") from None
         assert_within_budget(errors, self.budget, f"parameter {i}, {options}")
@@ -235,7 +237,9 @@ def check_adam(
     """
     options = defaults or AdamOptions()
     options = replace(options, epsilon_hat=epsilon_hat or options.epsilon_hat)
-    run = _Run(AdamRule(), make_optimizer, case, options, budget, state_dtype, compute_dtype, may_move)
+    run = _Run(
+        adam_snapshot, adam_errors, make_optimizer, case, options, budget, state_dtype, compute_dtype, may_move
+    )
     _check(run, make_parameter, device)
 
 
@@ -253,5 +257,7 @@ def check_sgd(
 ) -> None:
     """Assert that an SGD takes every step of a case right; arguments and errors as in `check_adam`."""
     options = defaults or SGDOptions()
-    run = _Run(SGDRule(), make_optimizer, case, options, budget, state_dtype, compute_dtype, may_move)
+    run = _Run(
+        sgd_snapshot, sgd_errors, make_optimizer, case, options, budget, state_dtype, compute_dtype, may_move
+    )
     _check(run, make_parameter, device)
