@@ -42,11 +42,7 @@ def _smallest_factor(number: int) -> int:
 
 def _strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of a dense tensor whose dimensions lie in memory in this order, slowest first."""
-    strides, step = [0] * len(shape), 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= max(shape[dim], 1)
-    return tuple(strides)
+    return torch.empty_permuted(shape, order, device="meta").stride()
 
 
 def _fenced(

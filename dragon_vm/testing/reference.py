@@ -86,14 +86,13 @@ def adam_reference(start: AdamState, grad: Tensor, options: AdamOptions) -> Adam
     step = start.step + 1
     exp_avg = beta1 * wide(start.exp_avg) + (1 - beta1) * gradient
     exp_avg_sq = beta2 * wide(start.exp_avg_sq) + (1 - beta2) * gradient * gradient
-    if not options.amsgrad:
-        return AdamReference(
-            param - adam_change(exp_avg, exp_avg_sq, step, options), step, exp_avg, exp_avg_sq, None
-        )
-    if start.max_exp_avg_sq is None:
-        raise ValueError("amsgrad=True needs start.max_exp_avg_sq, got None")
-    maximum = np.maximum(wide(start.max_exp_avg_sq), exp_avg_sq)
-    return AdamReference(param - adam_change(exp_avg, maximum, step, options), step, exp_avg, exp_avg_sq, maximum)
+    maximum = None
+    if options.amsgrad:
+        if start.max_exp_avg_sq is None:
+            raise ValueError("amsgrad=True needs start.max_exp_avg_sq, got None")
+        maximum = np.maximum(wide(start.max_exp_avg_sq), exp_avg_sq)
+    change = adam_change(exp_avg, exp_avg_sq if maximum is None else maximum, step, options)
+    return AdamReference(param - change, step, exp_avg, exp_avg_sq, maximum)
 
 
 @np.errstate(all="ignore")

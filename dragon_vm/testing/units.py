@@ -45,15 +45,21 @@ def _unit(addend: WideArray, *dtypes: torch.dtype) -> WideArray:
     return np.asarray(max(map(eps, dtypes)) * addend + max(map(smallest_subnormal, dtypes)))
 
 
+def _decayed_addend(gradient: WideArray, param: WideArray, weight_decay: float) -> WideArray:
+    """Return the largest addend of a gradient that L2 decay is added to.
+
+    The sum may cancel, and then has lost eps of its larger operand, or be twice as large.
+    """
+    if not weight_decay:
+        return np.asarray(abs(gradient))
+    decay = wide_scalar(weight_decay) * param
+    return np.asarray(np.maximum.reduce([abs(gradient), abs(decay), abs(gradient + decay)]))
+
+
 def _moment_addends(start: AdamState, grad: Tensor, options: AdamOptions) -> tuple[WideArray, WideArray]:
     beta1, beta2 = map(wide_scalar, options.betas)
-    gradient = abs(loss_gradient(wide(grad), options))
-    if options.weight_decay and not options.decoupled_weight_decay:
-        # grad + weight_decay * param may cancel, and then has lost eps of its larger operand, or be twice as
-        # large.
-        decay = wide_scalar(options.weight_decay) * wide(start.param)
-        total = abs(loss_gradient(wide(grad), options) + decay)
-        gradient = np.maximum(np.maximum(gradient, abs(decay)), total)
+    decay = 0.0 if options.decoupled_weight_decay else options.weight_decay
+    gradient = _decayed_addend(loss_gradient(wide(grad), options), wide(start.param), decay)
     first = np.maximum(beta1 * abs(wide(start.exp_avg)), (1 - beta1) * gradient)
     second = np.maximum(beta2 * wide(start.exp_avg_sq), (1 - beta2) * gradient * gradient)
     return first, second
@@ -126,11 +132,8 @@ def sgd_units(
 ) -> SGDUnits:
     """Return the unit of error of every element that an SGD step writes; arguments as in `adam_units`."""
     param = abs(wide(start.param))
-    gradient = abs(wide(grad))
-    if options.weight_decay:
-        sign = -1 if options.maximize else 1
-        decay = wide_scalar(options.weight_decay) * wide(start.param)
-        gradient = np.maximum(np.maximum(gradient, abs(decay)), abs(sign * wide(grad) + decay))
+    signed = -wide(grad) if options.maximize else wide(grad)
+    gradient = _decayed_addend(signed, wide(start.param), options.weight_decay)
     if expected.momentum_buffer is None:
         addend = np.maximum(param, options.lr * gradient)
         return SGDUnits(_unit(addend, start.param.dtype, compute_dtype), None)
