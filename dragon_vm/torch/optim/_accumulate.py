@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +20,11 @@ from dragon.vm.torch.optim._gradients.reporting import any_of, report, report_to
 from dragon.vm.torch.optim._gradients.scaling import Scaling, handed_over
 from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._options import Settings
+from dragon.vm.torch.optim._release import GradientRelease
 from dragon.vm.torch.optim._sums import GradientSums
 
 # Of a parameter in state dicts.
 _SUM = "grad_sum"
-
-
-class Releasing(Protocol):
-    """What is asked of gradient release."""
-
-    def check_scaler(self, scaler: Any) -> None:
-        """Check that a scaler is the one that was named."""
-
-    def untold(self) -> list[Tensor]:
-        """What was found in gradients that are gone, where none was left to tell a scaler."""
 
 
 class AccumulatingOptimizer(CheckpointedOptimizer):
@@ -49,7 +40,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     _stand_in: Tensor | None = None
     # What others found, where no gradient here has an element that could tell the scaler.
     _untold: Tensor | None = None
-    _release: Releasing | None
+    _release: GradientRelease | None
 
     @torch.no_grad()
     @_disable_dynamo
@@ -110,7 +101,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         params = self._all_params()
         if is_shared:
             self._stand_in, self._untold = report_to_all(params, self._settings.process_group)
-        elif self._release is not None and (found := self._release.untold()):
+        elif self._release is not None and (found := self._release.report.untold()):
             self._stand_in = stand_in(params)
             report(params, found)
 
@@ -210,21 +201,22 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
 def _take_sums(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
     """A hook before loading: keep the sums, and leave others the rest of the dict."""
     state, saved_groups = state_dict["state"], state_dict["param_groups"]
-    saved = {key for key, entries in state.items() if isinstance(entries, Mapping) and _SUM in entries}
+    saved = {key: each[_SUM] for key, each in state.items() if isinstance(each, Mapping) and _SUM in each}
     if not saved:
         return None
     keys = chain.from_iterable(group["params"] for group in saved_groups)
     pairs = zip(keys, optimizer._all_params(), strict=False)
-    optimizer._restored_sums = {param: state[key][_SUM] for key, param in pairs if key in saved}
+    optimizer._restored_sums = {param: saved[key] for key, param in pairs if key in saved}
     lengths = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved_groups)]
     # PyTorch refuses others, with its own words.
     if lengths[0] == lengths[1]:
         _check_sums(optimizer._restored_sums, optimizer._settings)
-    rest = {
-        key: {name: entries[name] for name in entries if name != _SUM} if key in saved else entries
-        for key, entries in state.items()
-    }
-    return {**state_dict, "state": {key: entries for key, entries in rest.items() if key not in saved or entries}}
+    rest = dict(state)
+    for key in saved:
+        rest[key] = {name: value for name, value in state[key].items() if name != _SUM}
+        if not rest[key]:
+            del rest[key]
+    return {**state_dict, "state": rest}
 
 
 def _check_sums(sums: Mapping[Tensor, Any], settings: Settings) -> None:

@@ -35,7 +35,8 @@ class GradientSums:
         # Whether some were gathered outside of a capture.
         self.are_outside = False
         self._launches: dict[Signature, SumLaunch] = {}
-        self._unreduced: list[UnreducedSums] = []
+        # By their key and the ids of their parameters.
+        self._unreduced: dict[tuple[Any, ...], UnreducedSums] = {}
         # The DDP modules of parameters, which are kept by id, and how often they were asked for.
         self._replicas: tuple[list[int], Replicas] = ([], Replicas([]))
         self._n_asked = 0
@@ -106,8 +107,8 @@ class GradientSums:
             ValueError: for a gradient that is not of its parameter's shape, or not of its sum's, likewise.
         """
         for param in params:
-            _check_grad(param)
             if param.grad is not None:
+                _check_grad(param, param.grad)
                 self._check_shape(param)
         self.are_outside |= not is_capturing()
         others = self._take_unreduced(params)
@@ -142,13 +143,10 @@ class GradientSums:
         zeroed = self._replicas[1].wanting()
         self._zeroed = [param for param in chosen if id(param) in zeroed]
         for key, members in by_buffer(chosen, groups).items():
-            ids = list(map(id, members))
-            kept = (sums for sums in self._unreduced if sums.key == key and list(map(id, sums.params)) == ids)
-            sums = next(kept, None)
-            if sums is None:
-                sums = UnreducedSums(key, members)
-                self._unreduced.append(sums)
-            sums.take(zeroed)
+            place = key, *map(id, members)
+            if place not in self._unreduced:
+                self._unreduced[place] = UnreducedSums(key, members)
+            self._unreduced[place].take(zeroed)
         return [param for param in params if id(param) not in groups]
 
     def reduce(self) -> None:
@@ -161,7 +159,7 @@ class GradientSums:
             self._replicas[1].check_joined()
         while self._unreduced:
             # A step that fails after this one finds them reduced.
-            reduced = self._unreduced.pop(0).reduced()
+            reduced = self._unreduced.pop(next(iter(self._unreduced))).reduced()
             for param, total in reduced.items():
                 self.totals[param] = total if param not in self.totals else self.totals[param].add_(total)
 
@@ -171,15 +169,12 @@ class GradientSums:
         Raises:
             ValueError: for a parameter that has another shape than the gradients that were summed.
         """
-        summed = []
-        for param, grad in zip(params, grads, strict=True):
-            total = self.totals.get(param)
-            if total is None:
-                summed.append(grad)
-                continue
+        for param in params:
             self._check_shape(param)
-            summed.append(total if grad is None else total + grad)
-        return summed
+        return [
+            grad if total is None else total if grad is None else total + grad
+            for total, grad in zip(map(self.totals.get, params), grads, strict=True)
+        ]
 
     def _check_shape(self, param: Tensor) -> None:
         """Check that a parameter has the shape of its sum, which would follow some other ones by broadcasting."""
@@ -242,10 +237,7 @@ def _as_sum(param: Tensor, grad: Tensor) -> Tensor:
     return in_layout_of(param, copy) if is_dense(param) else copy
 
 
-def _check_grad(param: Tensor) -> None:
-    grad = param.grad
-    if grad is None:
-        return
+def _check_grad(param: Tensor, grad: Tensor) -> None:
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"sum_grad() does not support gradients of layout {grad.layout}, and no step would use their sum. "

@@ -26,7 +26,7 @@ def give_grads(params, seed):
 
 
 def n_uploads(optimizer):
-    return sum(device.n_uploads for plan in optimizer._plans.latest() for device in plan._devices)
+    return sum(device.n_uploads for plan in optimizer._updater.plans.latest() for device in plan._devices)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -129,7 +129,8 @@ def test_few_gradients_are_alive_at_once():
 def test_each_bucket_has_one_plan_that_is_prepared_once():
     seen = []
     _, optimizer = trained(
-        lambda params: AdamW(params, release_gradients=True), after=lambda o: seen.append(o._plans.latest())
+        lambda params: AdamW(params, release_gradients=True),
+        after=lambda o: seen.append(o._updater.plans.latest()),
     )
     # The first backward pass prepares a bucket before the later ones have states.
     assert len(seen[1]) == len(optimizer._release._buckets) > 4
