@@ -210,14 +210,11 @@ def own_tensors(group: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> N
         return value.clone() if shared else value
 
     group["lr"] = own(group["lr"])
-    if "betas" in group:
-        betas = list(group["betas"])
-        owned = list(map(own, betas))
-        # A list that holds none stays the user's, who may write into it.
-        if not isinstance(group["betas"], list):
-            group["betas"] = tuple(owned)
-        elif any(map(is_not, owned, betas)):
-            group["betas"] = owned
+    betas = group.get("betas", ())
+    owned = list(map(own, betas))
+    # A list that holds none stays the user's, who may write into it.
+    if any(map(is_not, owned, betas)):
+        group["betas"] = owned if isinstance(betas, list) else tuple(owned)
 
 
 def by_value(value: Any) -> Any:
