@@ -45,10 +45,12 @@ def _strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     return torch.empty_permuted(shape, order, device="meta").stride()
 
 
-def _fenced(
-    values: Tensor, strides: tuple[int, ...], dtype: torch.dtype, device: str, misalign: int = 0
-) -> Fenced:
-    fenced = Fenced(values.shape, strides=strides, dtype=dtype, device=device, misalign=misalign)
+def _fenced(values: Tensor, strides: tuple[int, ...], layout: str, device: str) -> Fenced:
+    """Put values into a fence with these strides: twice as far apart or misaligned, if the layout is."""
+    if layout == "non_dense":
+        strides = tuple(2 * stride for stride in strides)
+    misalign = int(layout == "misaligned")
+    fenced = Fenced(values.shape, strides=strides, dtype=values.dtype, device=device, misalign=misalign)
     fenced.tensor.copy_(values)
     return fenced
 
@@ -91,11 +93,8 @@ class TensorCase:
         """Build the tensor inside a fence on `device`."""
         shape = self.shape
         order = _MEMORY_ORDER.get(self.layout, tuple(range(len(shape))))
-        strides = _strides(shape, order)
-        if self.layout == "non_dense":
-            strides = tuple(2 * stride for stride in strides)
         values = random_values(self.seed, self.binade, shape, self.dtype)
-        return _fenced(values, strides, self.dtype, device, int(self.layout == "misaligned"))
+        return _fenced(values, _strides(shape, order), self.layout, device)
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,7 @@ class GradientCase:
             dims = tuple(range(len(shape)))
             fastest_first = tuple(sorted(dims, key=param.stride().__getitem__))
             strides = _strides(shape, fastest_first if self.layout == "reversed" else dims)
-        if self.layout == "non_dense":
-            strides = tuple(2 * stride for stride in strides)
-        return _fenced(values, strides, dtype, device, int(self.layout == "misaligned"))
+        return _fenced(values, strides, self.layout, device)
 
 
 @dataclass(frozen=True)
