@@ -8,7 +8,6 @@ import io
 import os
 import pkgutil
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.machinery import ModuleSpec, SourcelessFileLoader
@@ -224,7 +223,7 @@ def _print_error(error: BaseException) -> None:
 def _inside(trace: TracebackType | None) -> TracebackType | None:
     """The part of a traceback that is below this file and the import system; None if nothing is."""
     while trace is not None:
-        name = traceback.extract_tb(trace, 1)[0].filename
+        name = trace.tb_frame.f_code.co_filename
         if name != __file__ and not name.startswith("<frozen importlib"):
             break
         trace = trace.tb_next

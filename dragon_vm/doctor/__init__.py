@@ -73,8 +73,7 @@ def present_devices() -> list[torch.device]:
 def _describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    module = torch.cuda if device.type == "cuda" else torch.xpu
-    properties = module.get_device_properties(device)
+    properties = torch.get_device_module(device).get_device_properties(device)
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
@@ -150,11 +149,10 @@ def self_tests() -> Iterator[Finding]:
     """A test of each backend on each device, or the reason why there is none."""
     for device in present_devices():
         for backend in BACKENDS:
-            reason = why_not(backend, device)
-            if reason is None:
-                yield self_test(backend, device)
-            else:
+            if reason := why_not(backend, device):
                 yield Finding(f"{backend} on {device}", f"not tested: {reason}", Verdict.IMPOSSIBLE)
+            else:
+                yield self_test(backend, device)
 
 
 def examine() -> Iterator[Finding]:
