@@ -106,11 +106,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
             report(params, found)
 
     def _scaling(self) -> Scaling:
-        """What a `GradScaler` hands over for this step.
-
-        Raises:
-            RuntimeError: if it unscaled the gradients before it could find what this optimizer reports.
-        """
+        """What a `GradScaler` hands over for this step."""
         scaling = handed_over(self)
         has_stood_in = self._drop_stand_in()
         untold, self._untold = self._untold, None
@@ -122,6 +118,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         return scaling
 
     def _check_unscaled(self, scaling: Scaling, has_stood_in: bool) -> None:
+        """Refuse a step whose gradients a scaler unscaled before it could find what this optimizer reports."""
         flags, group, differ = [bool(self._handed_over), has_stood_in], self._settings.process_group, False
         if has_others(group):
             found = scaling.found_inf is not None and bool(scaling.found_inf > 0)
@@ -220,11 +217,7 @@ def _take_sums(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | N
 
 
 def _check_sums(sums: Mapping[Tensor, Any], settings: Settings) -> None:
-    """Check sums that are to be loaded.
-
-    Raises:
-        ValueError: for what is no sum of gradients of its parameter, and for sums that no step would use.
-    """
+    """Refuse to load what is no sum of gradients of its parameter, and sums that no step would use."""
     if settings.release_gradients:
         raise ValueError(
             f"loaded state dict has {_SUM}, which release_gradients={settings.release_gradients!r} would leave "

@@ -34,13 +34,7 @@ _INSTEAD = {
 
 
 def check_release(groups: Sequence[Mapping[str, Any]], settings: Settings) -> None:
-    """Check that gradients can be released.
-
-    Raises:
-        TypeError: for a `release_gradients` that is neither a bool nor a `GradScaler`.
-        ValueError: for an option that needs all gradients, for a `process_group` with other processes, for
-            parameters of FSDP1 and for uninitialized ones.
-    """
+    """Check that gradients can be released, if `release_gradients` asks for it."""
     release = settings.release_gradients
     if not isinstance(release, bool | torch.amp.GradScaler):
         raise TypeError(f"release_gradients must be a bool or a GradScaler, but got {release!r}")
@@ -194,16 +188,9 @@ class GradientRelease:
                 _deciders[param] = [*_living_deciders(param), reference]
 
     def begin(self, grad_scale: Tensor | None = None) -> bool:
-        """Wait for the gradients of the next backward pass.
+        """Wait for the gradients of the next backward pass, and tell whether any arrived since the last call.
 
-        Args:
-            grad_scale: what a `GradScaler` hands to the step after this one.
-
-        Returns:
-            Whether gradients have arrived since the last call.
-
-        Raises:
-            RuntimeError: if a `GradScaler` scaled the gradients of this one that this object does not know.
+        `grad_scale` is what a `GradScaler` hands to the step after the last pass.
         """
         if self.report.scaler is None and grad_scale is not None:
             raise RuntimeError(
@@ -217,11 +204,7 @@ class GradientRelease:
         return was_under_way
 
     def check_scaler(self, scaler: Any) -> None:
-        """Check at the step of a `GradScaler` that it is the one whose scale the gradients were divided by.
-
-        Raises:
-            RuntimeError: if it is another.
-        """
+        """Check at the step of a `GradScaler` that it is the one whose scale the gradients were divided by."""
         if self.report.scaler is not None and scaler is not self.report.scaler:
             raise RuntimeError(
                 "release_gradients=scaler has updated parameters by the scale of another GradScaler than the one "

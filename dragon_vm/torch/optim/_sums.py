@@ -47,11 +47,7 @@ class GradientSums:
         return bool(self.totals or self._unreduced)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickles and copies hold.
-
-        Raises:
-            RuntimeError: for sums that other processes have their parts of.
-        """
+        """What pickles and copies hold; an error as of `check_reduced`."""
         self.check_reduced()
         return {"totals": self.totals}
 
@@ -61,11 +57,7 @@ class GradientSums:
         self.are_outside = bool(self.totals)
 
     def check_reduced(self) -> None:
-        """Check that the sums can be saved.
-
-        Raises:
-            RuntimeError: if not.
-        """
+        """Raise a RuntimeError for sums that cannot be saved, since other processes have their parts of them."""
         if self._unreduced:
             raise RuntimeError(
                 "sums of gradients from DDP's no_sync() cannot be saved: each process has a part of them. "
@@ -150,11 +142,7 @@ class GradientSums:
         return [param for param in params if id(param) not in groups]
 
     def reduce(self) -> None:
-        """Reduce the sums that are not yet, by one collective for each process group, device and dtype.
-
-        Raises:
-            RuntimeError: inside of `Join`.
-        """
+        """Reduce the sums that are not yet, by one collective for each process group, device and dtype."""
         if self._unreduced:
             self._replicas[1].check_joined()
         while self._unreduced:
@@ -164,11 +152,7 @@ class GradientSums:
                 self.totals[param] = total if param not in self.totals else self.totals[param].add_(total)
 
     def added_to(self, params: Sequence[Tensor], grads: Sequence[Any]) -> list[Any]:
-        """For each parameter its sum, with its gradient if there is one too; None where both are missing.
-
-        Raises:
-            ValueError: for a parameter that has another shape than the gradients that were summed.
-        """
+        """For each parameter its sum, with its gradient if there is one too; None where both are missing."""
         for param in params:
             self._check_shape(param)
         return [
@@ -189,9 +173,7 @@ class GradientSums:
     def hand_over(self, params: Sequence[Tensor], note: Callable[[Sequence[Tensor]], None]) -> None:
         """Make the sums, with the gradients that came after them, the gradients of their parameters.
 
-        Args:
-            params: all parameters.
-            note: called with those that had a sum.
+        `params` are all parameters. `note` is called with those that had a sum.
         """
         self.reduce()
         chosen = [param for param in params if param in self.totals]

@@ -223,8 +223,7 @@ def _become_ours(
 ) -> str | None:
     """Make ours of an object of PyTorch's class that is not initialised yet.
 
-    Returns:
-        None, or why ours refuses; the object is PyTorch's again then, and the groups are as they were.
+    If ours refuses, return the reason. The object is PyTorch's again then, and the groups are as they were.
     """
     before = [(group, dict(group)) for group in _groups(args, kwargs)]
     optimizer.__class__ = _OURS[original]
@@ -244,11 +243,7 @@ def _become_ours(
 def _begin_anew(
     optimizer: Optimizer, original: type[torch.optim.Optimizer], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Initialise ours again, as PyTorch's allows. It stays ours: what ours refuses is an error.
-
-    Raises:
-        TypeError: for an object that is not of our class of that name.
-    """
+    """Initialise ours again, as PyTorch's allows. It stays ours: what ours refuses is an error."""
     kind = type(optimizer)
     if kind is not _OURS[original]:
         name = f"torch.optim.{original.__name__}.__init__"
