@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,30 +26,19 @@ class UsageError(Exception):
     """The command line is wrong; the text says how."""
 
 
-class Request(NamedTuple):
-    """What a command line asks for.
-
-    Attributes:
-        options: of `swap`.
-        program: the script and its arguments; the module's name and its arguments with `as_module`.
-        as_module: whether it began with ``-m``.
-    """
-
-    options: dict[str, Any]
-    program: list[str]
-    as_module: bool
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
-def parse(arguments: Sequence[str]) -> Request:
+def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str], bool]:
     """Read a command line; what follows the script or the module is the program's.
 
+    Returns:
+        The options of `swap`, the script or the name of the module with its arguments, and whether it is a module.
+
     Raises:
-        UsageError: if it is wrong.
+        UsageError: if the command line is wrong.
     """
     words, program, as_module = _split(arguments)
     found, unknown = _option_parser().parse_known_args(words)
@@ -57,7 +46,7 @@ def parse(arguments: Sequence[str]) -> Request:
         option = unknown[0].partition("=")[0]
         name = option.lstrip("-").replace("-", "_")
         raise UsageError(f"unknown option {option}{hint(name, list(_kinds()), of_command=True)}")
-    return Request(vars(found), program, as_module)
+    return vars(found), program, as_module
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str], bool]:

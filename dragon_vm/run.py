@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from importlib.machinery import ModuleSpec, SourcelessFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
-from typing import NamedTuple
 
 from dragon.vm._children import flush_stdout, include_children, print_findings, print_report, say
 from dragon.vm._run_options import UsageError, options_help, parse
@@ -53,18 +52,8 @@ class CannotRunError(Exception):
         self.status = status
 
 
-class Program(NamedTuple):
-    """What runs as `__main__`.
-
-    Attributes:
-        code: its code.
-        path: of its file.
-        spec: of its module; None for a script.
-    """
-
-    code: CodeType
-    path: str
-    spec: ModuleSpec | None
+# What runs as `__main__`: its code, the path of its file, and the spec of its module, None for a script.
+Program = tuple[CodeType, str, ModuleSpec | None]
 
 
 def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
@@ -97,9 +86,9 @@ def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
         return 2
     end.callback(include_children(swapped))
     try:
-        program = _prepared(argv, as_module)
+        code = _prepared(argv, as_module)
         end.callback(_report, swapped, os.getpid())
-        exec(program.code, vars(sys.modules["__main__"]))
+        exec(code, vars(sys.modules["__main__"]))
     except CannotRunError as error:
         print(f"{sys.executable}: {error}", file=sys.stderr)
         return error.status
@@ -133,8 +122,8 @@ def _report(swapped: Swap, process: int) -> None:
         say(HINT)
 
 
-def _prepared(argv: list[str], as_module: bool) -> Program:
-    """The program, for which ``sys`` has its arguments, its folder and its ``__main__``."""
+def _prepared(argv: list[str], as_module: bool) -> CodeType:
+    """The code of the program, for which ``sys`` has its arguments, its folder and its ``__main__``."""
     sys.argv = argv
     name = argv[0]
     is_script = not as_module and (name == STDIN or pkgutil.get_importer(name) is None)
@@ -143,17 +132,18 @@ def _prepared(argv: list[str], as_module: bool) -> Program:
         # The folder in which `python` would look for the script's own modules.
         folder = Path(name).resolve().parent if is_script else Path.cwd() if as_module else Path(name).absolute()
         sys.path[0] = "" if is_script and name == STDIN else str(folder)
-    program = _script(name) if is_script else _module(name) if as_module else _folder(os.path.abspath(name))
+    found = _script(name) if is_script else _module(name) if as_module else _folder(os.path.abspath(name))
+    code, path, spec = found
     if as_module:
-        argv[0] = program.path
+        argv[0] = path
     module = ModuleType("__main__")
-    module.__file__ = program.path
-    module.__spec__ = program.spec
-    module.__package__ = program.spec.parent if program.spec else None
-    module.__loader__ = program.spec.loader if program.spec else None
+    module.__file__ = path
+    module.__spec__ = spec
+    module.__package__ = spec.parent if spec else None
+    module.__loader__ = spec.loader if spec else None
     # It stays: exit handlers and threads may outlast the script, and pickle its classes.
     sys.modules["__main__"] = module
-    return program
+    return code
 
 
 def _script(path: str) -> Program:
@@ -161,12 +151,12 @@ def _script(path: str) -> Program:
         name = "<stdin>"
         # There is none if it was closed: to `python` that is an empty script.
         source = b"" if sys.stdin is None else sys.stdin.buffer.read()
-        return Program(compile(source, name, "exec", dont_inherit=True), name, None)
+        return compile(source, name, "exec", dont_inherit=True), name, None
     absolute = os.path.abspath(path)
     if path.endswith(".pyc"):
         code = SourcelessFileLoader("__main__", absolute).get_code("__main__")
         assert code is not None
-        return Program(code, absolute, None)
+        return code, absolute, None
     try:
         with io.open_code(absolute) as file:
             source = file.read()
@@ -174,7 +164,7 @@ def _script(path: str) -> Program:
         raise CannotRunError(
             f"can't open file {absolute!r}: [Errno {error.errno}] {error.strerror}", status=2
         ) from None
-    return Program(compile(source, absolute, "exec", dont_inherit=True), absolute, None)
+    return compile(source, absolute, "exec", dont_inherit=True), absolute, None
 
 
 def _folder(path: str) -> Program:
@@ -209,7 +199,7 @@ def _of_spec(spec: ModuleSpec, name: str) -> Program:
     code = None if get_code is None else get_code(name)
     if code is None:
         raise CannotRunError(f"No code object available for {name}", status=1)
-    return Program(code, spec.origin or code.co_filename, spec)
+    return code, spec.origin or code.co_filename, spec
 
 
 def _print_error(error: BaseException) -> None:
