@@ -68,9 +68,7 @@ def make_on_meta(path: str) -> torch.nn.Module:
     """Call a factory of a module, "package.module:factory", on the meta device.
 
     Raises:
-        ModelError: for a path without ":" or with a relative module, for a module or a factory that does not
-            exist, and for a factory that needs arguments, is itself a module, returns no module, or one whose
-            parameters are lazy, complex or sparse.
+        ModelError: for a path that names no such factory, and for a model that has no table.
         RuntimeError: for an `OSError` of the module or the factory.
     """
     module, colon, name = path.partition(":")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,12 @@ from .budget import DEFAULT_BUDGET, Budget
 from .cases import OptimizerCase, StepCase
 from .fence import Fenced, FenceError
 from .judge import FieldErrors, ParityError, adam_errors, assert_within_budget, sgd_errors
-from .records import AdamOptions, SGDOptions, StateT
+from .records import AdamOptions, SGDOptions
 from .snapshots import adam_snapshot, sgd_snapshot
 from .wide import real_view
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 MakeParameter = Callable[[Tensor], Tensor]
-OptionsT = TypeVar("OptionsT", AdamOptions, SGDOptions)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -41,20 +40,21 @@ def _same_bits(a: Any, b: Any) -> bool:
     return torch.equal(_bits(a), _bits(b))
 
 
-def _changed_fields(before: StateT, after: StateT) -> list[str]:
+def _changed_fields(before: Any, after: Any) -> list[str]:
     pairs = zip(before._fields, before, after, strict=True)
     return [name for name, old, new in pairs if not _same_bits(old, new)]
 
 
 @dataclass
-class _Run(Generic[StateT, OptionsT]):
+class _Run:
     """One run of one optimizer over one case."""
 
-    snapshot: Callable[[Tensor, Mapping[str, Any], OptionsT, torch.dtype], StateT]
-    errors: Callable[[StateT, Tensor, StateT, OptionsT, torch.dtype | None], list[FieldErrors]]
+    # Of the algorithm, whose state and options they take.
+    snapshot: Callable[..., Any]
+    errors: Callable[..., list[FieldErrors]]
     make_optimizer: MakeOptimizer
     case: OptimizerCase
-    defaults: OptionsT
+    defaults: Any
     budget: Budget
     state_dtype: torch.dtype | None
     compute_dtype: torch.dtype | None
@@ -68,10 +68,7 @@ class _Run(Generic[StateT, OptionsT]):
             if param.data_ptr() != fence.tensor.data_ptr():
                 raise ValueError("make_parameter must keep the memory of the tensor that it is given")
         self.group_of = [i for i, group in enumerate(self.case.groups) for _ in group.tensors]
-        arguments: dict[str, Any] = self.case.options
-        self.options: list[OptionsT] = [
-            replace(self.defaults, **{**arguments, **group.options}) for group in self.case.groups
-        ]
+        self.options = [replace(self.defaults, **self.case.options | group.options) for group in self.case.groups]
         given = [_bits(param) for param in self.params]
         self.optimizer = self.build_optimizer()
         for i, (param, bits) in enumerate(zip(self.params, given, strict=True)):
@@ -84,7 +81,7 @@ class _Run(Generic[StateT, OptionsT]):
         groups = [{"params": [next(params) for _ in group.tensors], **group.options} for group in self.case.groups]
         return self.make_optimizer(groups, **self.case.options)
 
-    def snapshots(self) -> list[StateT]:
+    def snapshots(self) -> list[Any]:
         """Copy the state of every parameter."""
         found = []
         for i, param in enumerate(self.params):
@@ -142,8 +139,7 @@ class _Run(Generic[StateT, OptionsT]):
             self.set_counts(step.count)
         for i, lr in step.lr.items():
             self.optimizer.param_groups[i]["lr"] = lr
-            changed: dict[str, Any] = {"lr": lr}
-            self.options[i] = replace(self.options[i], **changed)
+            self.options[i] = replace(self.options[i], lr=lr)
         gradients = self.set_gradients(step)
         given = [None if fence is None else fence.tensor.detach().clone() for fence in gradients]
         before = self.snapshots()
@@ -173,13 +169,13 @@ class _Run(Generic[StateT, OptionsT]):
             raise ParityError(f"{name} lies in other memory after the step; may_move=True allows that")
         fence.check(name)
 
-    def judge(self, i: int, before: StateT, grad: Tensor | None, after: StateT) -> None:
+    def judge(self, i: int, before: Any, grad: Tensor | None, after: Any) -> None:
         """Judge the step of parameter `i`."""
         if grad is None:
             if changed := _changed_fields(before, after):
                 raise ParityError(f"parameter {i}: {', '.join(changed)} changed without a gradient")
             return
-        options: OptionsT = self.options[self.group_of[i]]
+        options = self.options[self.group_of[i]]
         try:
             errors = self.errors(before, real_view(grad).cpu(), after, options, self.compute_dtype)
         except ParityError as error:
@@ -187,7 +183,7 @@ class _Run(Generic[StateT, OptionsT]):
         assert_within_budget(errors, self.budget, f"parameter {i}, {options}")
 
 
-def _check(run: _Run[StateT, OptionsT], make_parameter: MakeParameter, device: str) -> None:
+def _check(run: _Run, make_parameter: MakeParameter, device: str) -> None:
     run.start(make_parameter, device)
     for number, step in enumerate(run.case.steps, 1):
         try:

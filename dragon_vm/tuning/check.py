@@ -105,11 +105,7 @@ def _copy(row: Row) -> Row:
 
 
 def _judge(spec: Spec, start: Row, end: Row, where: str) -> None:
-    """Hold a step against the reference.
-
-    Raises:
-        AssertionError: says what is wrong.
-    """
+    """Hold a step against the reference; an AssertionError says what is wrong."""
     if spec.algorithm == "adam":
         options = AdamOptions(**{**vars(ADAM), "amsgrad": len(spec.states) > 2})
         before, after = (

@@ -102,12 +102,7 @@ def run(
 ) -> list[Result]:
     """Run the jobs in `budget` seconds, the time that is left shared evenly among those that are left.
 
-    Args:
-        jobs: what to tune; each result is stored when its job is done.
-        budget: seconds.
-        machine: the device.
-        tools: of the device.
-        say: called with a line for each job.
+    Each result is stored when its job is done. `say` is called with a line for each job.
     """
     results, pruned = [], dict[Spec, dict[LaunchConfig, str | None]]()
     end = tools.clock() + budget
