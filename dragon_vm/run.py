@@ -47,7 +47,7 @@ INTERRUPTED = -2
 class CannotRunError(Exception):
     """There is nothing to run; the text and the exit code are those of `python`."""
 
-    def __init__(self, text: str, status: int) -> None:
+    def __init__(self, text: str, status: int = 1) -> None:
         super().__init__(text)
         self.status = status
 
@@ -172,7 +172,7 @@ def _folder(path: str) -> Program:
     importer = pkgutil.get_importer(path)
     spec = None if importer is None else importer.find_spec("__main__", None)
     if spec is None:
-        raise CannotRunError(f"can't find '__main__' module in {path!r}", status=1)
+        raise CannotRunError(f"can't find '__main__' module in {path!r}")
     return _of_spec(spec, "__main__")
 
 
@@ -181,15 +181,15 @@ def _module(name: str) -> Program:
         spec = importlib.util.find_spec(name)
     except ModuleNotFoundError as error:
         text = f"Error while finding module specification for {name!r} ({type(error).__name__}: {error})"
-        raise CannotRunError(text, status=1) from None
+        raise CannotRunError(text) from None
     if spec is not None and spec.submodule_search_locations is not None:
         package, name = name, f"{name}.__main__"
         spec = importlib.util.find_spec(name)
         if spec is None:
             text = f"No module named {name}; {package!r} is a package and cannot be directly executed"
-            raise CannotRunError(text, status=1)
+            raise CannotRunError(text)
     if spec is None:
-        raise CannotRunError(f"No module named {name}", status=1)
+        raise CannotRunError(f"No module named {name}")
     return _of_spec(spec, name)
 
 
@@ -198,7 +198,7 @@ def _of_spec(spec: ModuleSpec, name: str) -> Program:
     get_code = getattr(spec.loader, "get_code", None)
     code = None if get_code is None else get_code(name)
     if code is None:
-        raise CannotRunError(f"No code object available for {name}", status=1)
+        raise CannotRunError(f"No code object available for {name}")
     return code, spec.origin or code.co_filename, spec
 
 

@@ -34,8 +34,6 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     # Whether a `GradScaler` leaves unscaling to the step, and the parameters whose sums it finds in `.grad`.
     _handles_scaling = False
     _handed_over: Sequence[Tensor] = ()
-    # Between the check of a state dict and the end of its loading.
-    _restored_sums: dict[Tensor, Tensor] | None = None
     # The parameter that has a gradient only for a `GradScaler` to find.
     _stand_in: Tensor | None = None
     # What others found, where no gradient here has an element that could tell the scaler.
@@ -182,32 +180,31 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
             ValueError: as PyTorch, and for missing or misshapen states. Nothing has changed then.
         """
         self._take_back()
+        sums: dict[Tensor, Tensor] = {}
         # Behind the hooks of others, which may still change the dict.
-        handles = [self.register_load_state_dict_pre_hook(hook) for hook in (_take_sums, take_states)]
+        behind = self.register_load_state_dict_pre_hook
         try:
-            super().load_state_dict(state_dict)
-            if self._restored_sums:
-                sums = self._restored_sums
+            with behind(partial(_take_sums, sums)), behind(take_states):
+                super().load_state_dict(state_dict)
+            if sums:
                 with_plain_tensors(lambda: self._sums.restore(sums))
         finally:
-            for handle in handles:
-                handle.remove()
-            self._restored = self._restored_sums = None
+            self._restored = None
 
 
-def _take_sums(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """A hook before loading: keep the sums, and leave others the rest of the dict."""
+def _take_sums(sums: dict[Tensor, Tensor], optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """A hook before loading: gather the sums, and leave others the rest of the dict."""
     state, saved_groups = state_dict["state"], state_dict["param_groups"]
     saved = {key: each[_SUM] for key, each in state.items() if isinstance(each, Mapping) and _SUM in each}
     if not saved:
         return None
     keys = chain.from_iterable(group["params"] for group in saved_groups)
     pairs = zip(keys, optimizer._all_params(), strict=False)
-    optimizer._restored_sums = {param: saved[key] for key, param in pairs if key in saved}
+    sums.update({param: saved[key] for key, param in pairs if key in saved})
     lengths = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved_groups)]
     # PyTorch refuses others, with its own words.
     if lengths[0] == lengths[1]:
-        _check_sums(optimizer._restored_sums, optimizer._settings)
+        _check_sums(sums, optimizer._settings)
     rest = dict(state)
     for key in saved:
         rest[key] = {name: value for name, value in state[key].items() if name != _SUM}
