@@ -17,7 +17,7 @@ from dragon.vm.measuring.machine import INTERPRETER, Machine, versions
 from dragon.vm.measuring.timer import Spread, Timer
 from dragon.vm.torch.optim._backends.configs import SCHEMA, kernel_hash, spec_fields
 from dragon.vm.tuning.candidates import compile_all, describe, shapes
-from dragon.vm.tuning.check import HYPERPARAMETERS, STEPS_TAKEN, check_candidate
+from dragon.vm.tuning.check import check_candidate
 from dragon.vm.tuning.jobs import Job
 from dragon.vm.tuning.scratch import Tables, allocate, nbytes_per_element
 from dragon.vm.tuning.search import Decision, Search
@@ -48,7 +48,7 @@ class KernelBench:
     def __init__(self, job: Job, machine: Machine, timer: Timer, verdicts: dict[LaunchConfig, str | None]) -> None:
         self._spec, self._machine, self._timer, self._verdicts = job.spec, machine, timer, verdicts
         rows = allocate(job.spec, job.numels, machine.device)
-        self._tables = Tables(rows, job.spec, HYPERPARAMETERS[job.spec.algorithm], STEPS_TAKEN, machine)
+        self._tables = Tables(rows, job.spec, machine)
         self.nbytes = nbytes_per_element(job.spec) * sum(job.numels)
 
     def check(self, config: LaunchConfig) -> str | None:
