@@ -39,17 +39,11 @@ class Verdict(Enum):
 
 
 class Finding(NamedTuple):
-    """One line of the examination.
-
-    Attributes:
-        topic: subject of the line.
-        text: the result.
-        verdict: what the line says of the installation.
-    """
+    """One line of the examination."""
 
     topic: str
     text: str
-    verdict: Verdict = Verdict.FINE
+    verdict: Verdict = Verdict.FINE  # what the line says of the installation
 
 
 def versions() -> Iterator[Finding]:

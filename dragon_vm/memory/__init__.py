@@ -27,19 +27,12 @@ class ModelError(ValueError):
 
 
 class Row(NamedTuple):
-    """One mode of a table.
+    """One mode of a table."""
 
-    Attributes:
-        dtype: of the parameters.
-        arguments: of the optimizer.
-        kept: bytes of parameters, masters and states.
-        gradients: bytes of gradients.
-    """
-
-    dtype: torch.dtype
-    arguments: str
-    kept: int
-    gradients: int
+    dtype: torch.dtype  # of the parameters
+    arguments: str  # of the optimizer
+    kept: int  # bytes of parameters, masters and states
+    gradients: int  # bytes
 
 
 MODES: tuple[tuple[torch.dtype, StorageOptions], ...] = (

@@ -33,19 +33,12 @@ REHEARSAL = (1000, 33)
 
 
 class Job(NamedTuple):
-    """One search.
+    """One search."""
 
-    Attributes:
-        name: of the kernel, in words.
-        spec: which kernel.
-        size: the size class that the result is for.
-        numels: elements of each tensor.
-    """
-
-    name: str
+    name: str  # of the kernel, in words
     spec: Spec
-    size: str
-    numels: tuple[int, ...]
+    size: str  # the size class that the result is for
+    numels: tuple[int, ...]  # elements of each tensor
 
 
 def select_specs(kernels: Sequence[str]) -> dict[str, Spec]:

@@ -33,16 +33,9 @@ LARGEST_COPY = 2**29
 
 
 class KernelBench:
-    """The bench of one job on a device.
+    """The bench of one job on a device, whose tensors may not fit it: a `torch.OutOfMemoryError` then.
 
-    Args:
-        job: kernel and tensors.
-        machine: the device.
-        timer: of the device.
-        verdicts: known checks of the kernel's configurations; a check does not depend on the tensors.
-
-    Raises:
-        torch.OutOfMemoryError: if the tensors do not fit the device.
+    `verdicts` are known checks of the kernel's configurations. A check does not depend on the tensors.
     """
 
     def __init__(self, job: Job, machine: Machine, timer: Timer, verdicts: dict[LaunchConfig, str | None]) -> None:
@@ -71,15 +64,10 @@ class KernelBench:
 
 
 class Tools(NamedTuple):
-    """What a run works with; replaced in tests.
-
-    Attributes:
-        bench: makes the bench of a job.
-        prune: why configurations of a kernel are not worth timing, in at most so many seconds.
-        clock: seconds.
-    """
+    """What a run works with; replaced in tests."""
 
     bench: Callable[[Job], KernelBench]
+    # Why configurations of a kernel are not worth timing, in at most so many seconds.
     prune: Callable[[Spec, Sequence[LaunchConfig], float], dict[LaunchConfig, str | None]]
     clock: Callable[[], float] = time.monotonic
 

@@ -117,12 +117,12 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
 
     def _check_unscaled(self, scaling: Scaling, has_stood_in: bool) -> None:
         """Refuse a step whose gradients a scaler unscaled before it could find what this optimizer reports."""
-        flags, group, differ = [bool(self._handed_over), has_stood_in], self._settings.process_group, False
+        flags, group = [bool(self._handed_over), has_stood_in], self._settings.process_group
         if has_others(group):
             found = scaling.found_inf is not None and bool(scaling.found_inf > 0)
             *flags, is_found, is_clean = any_of([*flags, found, not found], self._all_params(), group)
-            differ = is_found and is_clean
-        if not (any(flags) or differ):
+            flags.append(is_found and is_clean)
+        if not any(flags):
             return
         reasons = (
             "sums of sum_grad(): they are still scaled. Leave unscale_() out: the step unscales sums too, and "
@@ -136,7 +136,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         self._drop_handed_over()
         for name in ("grad_scale", "found_inf"):
             delattr(self, name)
-        raise RuntimeError(f"GradScaler.unscale_() saw no {reasons[[*flags, differ].index(True)]}")
+        raise RuntimeError(f"GradScaler.unscale_() saw no {reasons[flags.index(True)]}")
 
     def _drop_stand_in(self) -> bool:
         """Take away a gradient that was there only for a scaler, and tell whether there was one."""
