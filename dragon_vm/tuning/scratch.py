@@ -78,11 +78,7 @@ def nbytes_per_element(spec: Spec) -> int:
 
 
 def allocate(spec: Spec, numels: Sequence[int], device: torch.device) -> list[Row]:
-    """Random parameters and gradients, and states of small positive numbers, each kind in one buffer.
-
-    Raises:
-        torch.OutOfMemoryError: if they do not fit the device.
-    """
+    """Random parameters and gradients, and states of small positive numbers, each kind in one buffer."""
     generator = torch.Generator(device).manual_seed(0)
 
     def tensors(dtype_name: str, scale: float, shift: float) -> list[Tensor]:

@@ -28,11 +28,7 @@ Result = dict[str, Any]
 
 
 def check_writable() -> None:
-    """Make the folder of results and write in it, so that no search is in vain.
-
-    Raises:
-        ValueError: if that fails.
-    """
+    """Make the folder of results and write in it, so that no search is in vain; a ValueError if that fails."""
     folder = tuning_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)

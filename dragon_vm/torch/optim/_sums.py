@@ -86,17 +86,10 @@ class GradientSums:
         self.clear()
 
     def take(self, params: Sequence[Tensor], launch: bool) -> None:
-        """Add the gradients of the parameters to their sums and drop them.
+        """Add the gradients of all parameters to their sums and drop them. An error has changed nothing.
 
-        Gradients that DDP has not reduced are summed apart, to be reduced once.
-
-        Args:
-            params: all parameters; those without a gradient keep their sums.
-            launch: add by a kernel, in one launch for each signature, rather than by torch operations.
-
-        Raises:
-            RuntimeError: for a sparse gradient. Nothing has changed then.
-            ValueError: for a gradient that is not of its parameter's shape, or not of its sum's, likewise.
+        Gradients that DDP has not reduced are summed apart, to be reduced once. With `launch` a kernel adds, in one
+        launch for each signature, rather than torch operations.
         """
         for param in params:
             if param.grad is not None:

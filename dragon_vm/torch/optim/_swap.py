@@ -56,15 +56,10 @@ class Replaced:
 
 
 class LeftAlone(NamedTuple):
-    """One optimizer that stayed PyTorch's.
+    """One optimizer that stayed PyTorch's."""
 
-    Attributes:
-        name: of its class, with the module.
-        reason: why ours did not take its place.
-    """
-
-    name: str
-    reason: str
+    name: str  # of its class, with the module
+    reason: str  # why ours did not take its place
 
 
 class Swap:
