@@ -88,8 +88,8 @@ class GradientSums:
     def take(self, params: Sequence[Tensor], launch: bool) -> None:
         """Add the gradients of all parameters to their sums and drop them. An error has changed nothing.
 
-        Gradients that DDP has not reduced are summed apart, to be reduced once. With `launch` a kernel adds, in one
-        launch for each signature, rather than torch operations.
+        Gradients that DDP has not reduced are summed apart, to be reduced once. With `launch` a kernel adds, in
+        one launch for each signature, rather than torch operations.
         """
         for param in params:
             if param.grad is not None:

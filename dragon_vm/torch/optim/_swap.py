@@ -205,7 +205,7 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
             if type(self) in _OURS or next(kind for kind in type(self).__mro__ if kind in _OURS) is not original:
                 return
             reason = f"it is derived from torch.optim.{original.__name__}"
-        _record(self, original, reason, swaps)
+        _record(self, original.__name__, reason, swaps)
 
     return with_parameters_of(plain, init)
 
@@ -246,20 +246,15 @@ def _begin_anew(
     optimizer.__init__(*args, **kwargs)  # type: ignore[misc]  # as a script does
 
 
-def _record(
-    optimizer: torch.optim.Optimizer,
-    original: type[torch.optim.Optimizer],
-    reason: str | None,
-    swaps: tuple[Swap, ...],
-) -> None:
+def _record(optimizer: torch.optim.Optimizer, name: str, reason: str | None, swaps: tuple[Swap, ...]) -> None:
     """Tell the swaps of an optimizer: that it is ours, or the reason why it stayed PyTorch's."""
     kind = type(optimizer)
-    name = f"torch.optim.{kind.__name__}" if kind in _OURS else f"{kind.__module__}.{kind.__qualname__}"
+    whole = f"torch.optim.{kind.__name__}" if kind in _OURS else f"{kind.__module__}.{kind.__qualname__}"
     for entry in swaps:
         if reason is None:
-            entry.replaced.append(Replaced(optimizer, original.__name__))
+            entry.replaced.append(Replaced(optimizer, name))
         else:
-            entry.left_alone.append(LeftAlone(name, reason))
+            entry.left_alone.append(LeftAlone(whole, reason))
         entry.rank = _rank()
 
 
