@@ -161,15 +161,6 @@ def test_it_says_how_to_use_it(run_here: Runner, capsys: pytest.CaptureFixture[s
     assert max(map(len, HELP.splitlines())) <= 115
 
 
-def test_help_ends_quietly_where_its_reader_has_gone() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "dragon.vm.run", "-h"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (1, "")
-
-
 def test_help_has_a_meaning_for_every_option_of_swap() -> None:
     for name in own_options() - {"process_group"}:
         assert re.search(rf"^  {option_of(name)}\b.*(?:\n {{10,}}|  )\S", HELP, re.MULTILINE), name
