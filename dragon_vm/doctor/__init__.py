@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
+from time import monotonic
 from typing import NamedTuple
 
 import torch
@@ -100,9 +100,7 @@ def tuning_files() -> Iterator[Finding]:
             yield Finding("tuning", f"in force on {result['device']}: {path}")
 
 
-def self_test(
-    backend: str, device: torch.device, clock: Callable[[], float] = time.monotonic, optimizer: type[Adam] = Adam
-) -> Finding:
+def self_test(backend: str, device: torch.device) -> Finding:
     """Take Adam steps for a second, each judged from its own start by the reference."""
     topic = f"{backend} on {device}"
     try:
@@ -119,10 +117,10 @@ def self_test(
         return [adam_snapshot(param, adam.state.get(param, {}), options, param.dtype) for param in params]
 
     try:
-        adam = optimizer(params, options.lr, weight_decay=options.weight_decay, epsilon_hat=False, backend=backend)
+        adam = Adam(params, options.lr, weight_decay=options.weight_decay, epsilon_hat=False, backend=backend)
         # The first optimizer takes seconds to import what it needs.
-        end, n_steps = clock() + SELF_TEST_SECONDS, 0
-        while not n_steps or clock() < end:
+        end, n_steps = monotonic() + SELF_TEST_SECONDS, 0
+        while not n_steps or monotonic() < end:
             for param in params:
                 param.grad = torch.randn(param.numel(), generator=generator).to(device)
             starts = states()
