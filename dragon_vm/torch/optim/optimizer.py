@@ -76,8 +76,8 @@ class Optimizer(StoringOptimizer):
         """Forget everything that is derived: plans, buffers and sums."""
         self._updater = Updater(type(self).__name__, self._algorithm)
         self._sums = GradientSums()
-        self._release: GradientRelease | None = None
-        self._originals: dict[Tensor, Tensor] = {}
+        self._release = None
+        self._originals = {}
         self._members = MemberReader()
 
     def _check_params(self, groups: list[dict[str, Any]]) -> None:
