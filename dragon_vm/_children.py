@@ -46,14 +46,7 @@ class SwapInChild:
 
 
 def include_children(swapped: Swap) -> Callable[[], None]:
-    """Let the processes that `multiprocessing` starts from now on swap too, and report what they have built.
-
-    Args:
-        swapped: the swap of this process.
-
-    Returns:
-        What undoes it.
-    """
+    """Let the processes that `multiprocessing` starts from now on swap too, and report; return what undoes it."""
     plain = multiprocessing.spawn.get_preparation_data
 
     def with_swap(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,44 +26,33 @@ class UsageError(Exception):
     """The command line is wrong; the text says how."""
 
 
-class Request(NamedTuple):
-    """What a command line asks for.
-
-    Attributes:
-        options: of `swap`.
-        program: the script and its arguments; the module's name and its arguments with `as_module`.
-        as_module: whether it began with ``-m``.
-    """
-
-    options: dict[str, Any]
-    program: list[str]
-    as_module: bool
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
-def parse(arguments: Sequence[str]) -> Request:
+def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str], bool]:
     """Read a command line; what follows the script or the module is the program's.
 
+    Returns:
+        The options of `swap`, the script or the name of the module with its arguments, and whether it is a module.
+
     Raises:
-        UsageError: if it is wrong.
+        UsageError: if the command line is wrong.
     """
     words, program, as_module = _split(arguments)
     found, unknown = _option_parser().parse_known_args(words)
     if unknown:
         option = unknown[0].partition("=")[0]
         name = option.lstrip("-").replace("-", "_")
-        raise UsageError(f"unknown option {option}{hint(name, list(_kinds()), of_command=True)}")
-    return Request(vars(found), program, as_module)
+        raise UsageError(f"unknown option {option}{hint(name, list(_converters()), of_command=True)}")
+    return vars(found), program, as_module
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str], bool]:
     """The options, the program with its arguments, and whether it is a module; divided as by `python`."""
     # By hand: argparse drops "--" from the program's arguments, and loses those of "-mNAME".
-    with_value = {option_of(name) for name, kind in _kinds().items() if not _is_switch(kind)}
+    with_value = {option_of(name) for name, convert in _converters().items() if convert}
     end = 0
     while end < len(words) and _OPTION.match(words[end]):
         end += 2 if words[end] in with_value else 1
@@ -81,16 +70,12 @@ def options_help() -> str:
     return _option_parser().format_help().partition("\n\n")[2].rstrip()
 
 
-def _kinds() -> dict[str, str]:
-    """The type of each option, in the order of the constructor."""
+def _converters() -> dict[str, Callable[[str], Any] | None]:
+    """What reads the value of each option, in the order of the constructor; None for a switch, which has none."""
     wanted = own_options() - _OBJECTS
     arguments = inspect.signature(Adam).parameters
-    return {name: str(argument.annotation) for name, argument in arguments.items() if name in wanted}
-
-
-def _is_switch(kind: str) -> bool:
-    """Whether an option of a type takes no value."""
-    return kind.startswith("bool")
+    kinds = {name: str(argument.annotation) for name, argument in arguments.items() if name in wanted}
+    return {name: None if kind.startswith("bool") else _NUMBERS.get(kind, _value) for name, kind in kinds.items()}
 
 
 def _option_parser() -> argparse.ArgumentParser:
@@ -104,12 +89,12 @@ def _option_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("options of the optimizers, in front of the script")
     meanings = _meanings()
-    for name, kind in _kinds().items():
+    for name, convert in _converters().items():
         flag, meaning = option_of(name), meanings.get(name)
-        if _is_switch(kind):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
+        if convert:
+            group.add_argument(flag, type=convert, help=meaning, metavar="VALUE")
         else:
-            group.add_argument(flag, type=_NUMBERS.get(kind, _value), help=meaning, metavar="VALUE")
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
     return parser
 
 

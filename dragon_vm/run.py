@@ -8,13 +8,11 @@ import io
 import os
 import pkgutil
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.machinery import ModuleSpec, SourcelessFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
-from typing import NamedTuple
 
 from dragon.vm._children import flush_stdout, include_children, print_findings, print_report, say
 from dragon.vm._run_options import UsageError, options_help, parse
@@ -49,23 +47,13 @@ INTERRUPTED = -2
 class CannotRunError(Exception):
     """There is nothing to run; the text and the exit code are those of `python`."""
 
-    def __init__(self, text: str, status: int) -> None:
+    def __init__(self, text: str, status: int = 1) -> None:
         super().__init__(text)
         self.status = status
 
 
-class Program(NamedTuple):
-    """What runs as `__main__`.
-
-    Attributes:
-        code: its code.
-        path: of its file.
-        spec: of its module; None for a script.
-    """
-
-    code: CodeType
-    path: str
-    spec: ModuleSpec | None
+# What runs as `__main__`: its code, the path of its file, and the spec of its module, None for a script.
+Program = tuple[CodeType, str, ModuleSpec | None]
 
 
 def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
@@ -77,8 +65,8 @@ def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
             until then, and the report is printed there. None for the end of this call.
 
     Returns:
-        The exit code: 0, 1 after an uncaught exception or without the module, 2 without the script and for a wrong
-        option.
+        The exit code: 0, 1 after an uncaught exception, without the module or a reader of the help, 2 without the
+        script and for a wrong option.
 
     Raises:
         SystemExit: what the script raised.
@@ -87,8 +75,7 @@ def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
         with ExitStack() as end:
             return main(arguments, end)
     if list(arguments[:1]) in (["-h"], ["--help"]):
-        print(HELP)
-        return 0
+        return _print_help()
     try:
         options, argv, as_module = parse(arguments)
         if not argv:
@@ -99,9 +86,9 @@ def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
         return 2
     end.callback(include_children(swapped))
     try:
-        program = _prepared(argv, as_module)
+        code = _prepared(argv, as_module)
         end.callback(_report, swapped, os.getpid())
-        exec(program.code, vars(sys.modules["__main__"]))
+        exec(code, vars(sys.modules["__main__"]))
     except CannotRunError as error:
         print(f"{sys.executable}: {error}", file=sys.stderr)
         return error.status
@@ -115,6 +102,16 @@ def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
     return 0
 
 
+def _print_help() -> int:
+    try:
+        print(HELP, flush=True)
+    except BrokenPipeError:
+        # Python writes the rest of the output when it ends, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
 def _report(swapped: Swap, process: int) -> None:
     if os.getpid() != process:
         # The script has forked it: a child that says what itself has built.
@@ -125,8 +122,8 @@ def _report(swapped: Swap, process: int) -> None:
         say(HINT)
 
 
-def _prepared(argv: list[str], as_module: bool) -> Program:
-    """The program, for which ``sys`` has its arguments, its folder and its ``__main__``."""
+def _prepared(argv: list[str], as_module: bool) -> CodeType:
+    """The code of the program, for which ``sys`` has its arguments, its folder and its ``__main__``."""
     sys.argv = argv
     name = argv[0]
     is_script = not as_module and (name == STDIN or pkgutil.get_importer(name) is None)
@@ -135,17 +132,18 @@ def _prepared(argv: list[str], as_module: bool) -> Program:
         # The folder in which `python` would look for the script's own modules.
         folder = Path(name).resolve().parent if is_script else Path.cwd() if as_module else Path(name).absolute()
         sys.path[0] = "" if is_script and name == STDIN else str(folder)
-    program = _script(name) if is_script else _module(name) if as_module else _folder(os.path.abspath(name))
+    found = _script(name) if is_script else _module(name) if as_module else _folder(os.path.abspath(name))
+    code, path, spec = found
     if as_module:
-        argv[0] = program.path
+        argv[0] = path
     module = ModuleType("__main__")
-    module.__file__ = program.path
-    module.__spec__ = program.spec
-    module.__package__ = program.spec.parent if program.spec else None
-    module.__loader__ = program.spec.loader if program.spec else None
+    module.__file__ = path
+    module.__spec__ = spec
+    module.__package__ = spec.parent if spec else None
+    module.__loader__ = spec.loader if spec else None
     # It stays: exit handlers and threads may outlast the script, and pickle its classes.
     sys.modules["__main__"] = module
-    return program
+    return code
 
 
 def _script(path: str) -> Program:
@@ -153,12 +151,12 @@ def _script(path: str) -> Program:
         name = "<stdin>"
         # There is none if it was closed: to `python` that is an empty script.
         source = b"" if sys.stdin is None else sys.stdin.buffer.read()
-        return Program(compile(source, name, "exec", dont_inherit=True), name, None)
+        return compile(source, name, "exec", dont_inherit=True), name, None
     absolute = os.path.abspath(path)
     if path.endswith(".pyc"):
         code = SourcelessFileLoader("__main__", absolute).get_code("__main__")
         assert code is not None
-        return Program(code, absolute, None)
+        return code, absolute, None
     try:
         with io.open_code(absolute) as file:
             source = file.read()
@@ -166,7 +164,7 @@ def _script(path: str) -> Program:
         raise CannotRunError(
             f"can't open file {absolute!r}: [Errno {error.errno}] {error.strerror}", status=2
         ) from None
-    return Program(compile(source, absolute, "exec", dont_inherit=True), absolute, None)
+    return compile(source, absolute, "exec", dont_inherit=True), absolute, None
 
 
 def _folder(path: str) -> Program:
@@ -174,7 +172,7 @@ def _folder(path: str) -> Program:
     importer = pkgutil.get_importer(path)
     spec = None if importer is None else importer.find_spec("__main__", None)
     if spec is None:
-        raise CannotRunError(f"can't find '__main__' module in {path!r}", status=1)
+        raise CannotRunError(f"can't find '__main__' module in {path!r}")
     return _of_spec(spec, "__main__")
 
 
@@ -183,15 +181,15 @@ def _module(name: str) -> Program:
         spec = importlib.util.find_spec(name)
     except ModuleNotFoundError as error:
         text = f"Error while finding module specification for {name!r} ({type(error).__name__}: {error})"
-        raise CannotRunError(text, status=1) from None
+        raise CannotRunError(text) from None
     if spec is not None and spec.submodule_search_locations is not None:
         package, name = name, f"{name}.__main__"
         spec = importlib.util.find_spec(name)
         if spec is None:
             text = f"No module named {name}; {package!r} is a package and cannot be directly executed"
-            raise CannotRunError(text, status=1)
+            raise CannotRunError(text)
     if spec is None:
-        raise CannotRunError(f"No module named {name}", status=1)
+        raise CannotRunError(f"No module named {name}")
     return _of_spec(spec, name)
 
 
@@ -200,8 +198,8 @@ def _of_spec(spec: ModuleSpec, name: str) -> Program:
     get_code = getattr(spec.loader, "get_code", None)
     code = None if get_code is None else get_code(name)
     if code is None:
-        raise CannotRunError(f"No code object available for {name}", status=1)
-    return Program(code, spec.origin or code.co_filename, spec)
+        raise CannotRunError(f"No code object available for {name}")
+    return code, spec.origin or code.co_filename, spec
 
 
 def _print_error(error: BaseException) -> None:
@@ -215,7 +213,7 @@ def _print_error(error: BaseException) -> None:
 def _inside(trace: TracebackType | None) -> TracebackType | None:
     """The part of a traceback that is below this file and the import system; None if nothing is."""
     while trace is not None:
-        name = traceback.extract_tb(trace, 1)[0].filename
+        name = trace.tb_frame.f_code.co_filename
         if name != __file__ and not name.startswith("<frozen importlib"):
             break
         trace = trace.tb_next

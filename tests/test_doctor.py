@@ -55,25 +55,35 @@ CPU = torch.device("cpu")
 BACKENDS_HERE = [name for name in doctor.BACKENDS if why_not(name, CPU) is None]
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(doctor, "monotonic", clock)
+    return clock
+
+
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
 def test_every_backend_agrees_with_the_reference(backend: str) -> None:
-    finding = doctor.self_test(backend, CPU, Clock())
+    finding = doctor.self_test(backend, CPU)
     assert finding.verdict is Verdict.PASSED
     assert finding.text == "3 steps agree with the reference"
 
 
-def test_a_step_is_taken_however_slow_the_machine_is() -> None:
-    assert doctor.self_test("eager", CPU, Clock(step=100.0)).text.startswith("1 steps")
+def test_a_step_is_taken_however_slow_the_machine_is(clock: Clock) -> None:
+    clock.step = 100.0
+    assert doctor.self_test("eager", CPU).text.startswith("1 steps")
 
 
-def test_a_wrong_step_is_found_and_named() -> None:
-    finding = doctor.self_test("eager", CPU, Clock(), Wrong)
+def test_a_wrong_step_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "Adam", Wrong)
+    finding = doctor.self_test("eager", CPU)
     assert finding.verdict is Verdict.WRONG
     assert "wrong: step 1: param[" in finding.text
 
 
-def test_a_backend_that_fails_is_a_finding_and_no_crash() -> None:
-    finding = doctor.self_test("eager", CPU, Clock(), Failing)
+def test_a_backend_that_fails_is_a_finding_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "Adam", Failing)
+    finding = doctor.self_test("eager", CPU)
     assert finding == ("eager on cpu", "fails: RuntimeError: no kernel image is available", Verdict.WRONG)
 
 
@@ -81,7 +91,7 @@ def test_a_missing_parity_kit_is_said_and_makes_the_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "dragon.vm.testing", None)
-    finding = doctor.self_test("eager", CPU, Clock())
+    finding = doctor.self_test("eager", CPU)
     assert finding.verdict is Verdict.UNTESTED
     assert "dragon.vm.testing is missing" in finding.text
     assert doctor.main() == 2

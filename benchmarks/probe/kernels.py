@@ -17,7 +17,7 @@ from dragon.kernels.inspect import UPDATES
 from dragon.kernels.launch import advance_launcher, norm_launcher
 from dragon.vm.measuring.shapes import gpt2
 from dragon.vm.tuning.candidates import describe
-from dragon.vm.tuning.check import HYPERPARAMETERS, STEPS_TAKEN, check_candidate
+from dragon.vm.tuning.check import check_candidate
 from dragon.vm.tuning.scratch import Tables, allocate, chunk_pairs, group_table, nbytes_per_element
 
 SHAPES = (LaunchConfig(1024, 4), LaunchConfig(2048, 4), LaunchConfig(1024, 2), LaunchConfig(2048, 8))
@@ -52,13 +52,7 @@ def copy(probe: Probe) -> None:
 def sweep(probe: Probe, kernel: str, case: str, numels: Sequence[int], configs: Sequence[LaunchConfig]) -> None:
     """Check and time configurations of a kernel beside each other."""
     spec = UPDATES[kernel]
-    tables = Tables(
-        allocate(spec, numels, probe.machine.device),
-        spec,
-        HYPERPARAMETERS[spec.algorithm],
-        STEPS_TAKEN,
-        probe.machine,
-    )
+    tables = Tables(allocate(spec, numels, probe.machine.device), spec, probe.machine)
     right = []
     for config in configs:
         if (wrong := check_candidate(spec, config, probe.machine)) is None:
@@ -93,7 +87,7 @@ def launches(probe: Probe) -> None:
     """Host time of one launch of an update kernel."""
     spec = UPDATES["adam fp32"]
     rows = allocate(spec, (64,), probe.machine.device)
-    run = Tables(rows, spec, HYPERPARAMETERS[spec.algorithm], STEPS_TAKEN, probe.machine).launch(LaunchConfig())
+    run = Tables(rows, spec, probe.machine).launch(LaunchConfig())
     n_times = probe.sized(500, 2)
     for _ in range(probe.sized(20, 1)):
         run()
@@ -125,7 +119,7 @@ def _norms(probe: Probe, dtype: torch.dtype, dtype_name: str, n: int, numel: int
     addresses = torch.tensor([grad.data_ptr() for grad in grads], device=device)
     spans = chunk_pairs([numel] * n, int(norm.SPAN))[1:].contiguous().to(device)
     partials = torch.zeros(n * n_spans, dtype=torch.float64, device=device)
-    tables = (spans, tensors.to(device), addresses, group_table({}, device), partials)
+    tables = (spans, tensors.to(device), addresses, group_table("accumulate", device), partials)
 
     def launch_of(kind: int) -> Callable[[], None]:
         sums = sum_dtype(probe.machine.arch)
@@ -168,7 +162,7 @@ def _advance(probe: Probe, n_tensors: int, n_partials: int) -> None:
         torch.tensor([n_tensors, n_partials], device=device),
         tensors.to(device),
         torch.zeros(n_tensors, dtype=torch.int64, device=device),
-        group_table(HYPERPARAMETERS["adam"], device),
+        group_table("adam", device),
         torch.zeros(int(table.SOURCE_COLUMNS), dtype=torch.int64, device=device),
         zeros(n_tensors * int(table.SCALAR_COLUMNS)),
         zeros(max(n_partials, 1)),

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
+from time import monotonic
 from typing import NamedTuple
 
 import torch
@@ -39,17 +39,11 @@ class Verdict(Enum):
 
 
 class Finding(NamedTuple):
-    """One line of the examination.
-
-    Attributes:
-        topic: subject of the line.
-        text: the result.
-        verdict: what the line says of the installation.
-    """
+    """One line of the examination."""
 
     topic: str
     text: str
-    verdict: Verdict = Verdict.FINE
+    verdict: Verdict = Verdict.FINE  # what the line says of the installation
 
 
 def versions() -> Iterator[Finding]:
@@ -73,8 +67,7 @@ def present_devices() -> list[torch.device]:
 def _describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    module = torch.cuda if device.type == "cuda" else torch.xpu
-    properties = module.get_device_properties(device)
+    properties = torch.get_device_module(device).get_device_properties(device)
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
@@ -107,14 +100,12 @@ def tuning_files() -> Iterator[Finding]:
             yield Finding("tuning", f"in force on {result['device']}: {path}")
 
 
-def self_test(
-    backend: str, device: torch.device, clock: Callable[[], float] = time.monotonic, optimizer: type[Adam] = Adam
-) -> Finding:
+def self_test(backend: str, device: torch.device) -> Finding:
     """Take Adam steps for a second, each judged from its own start by the reference."""
     topic = f"{backend} on {device}"
     try:
         from dragon.vm.testing import AdamOptions, AdamState, ParityError, assert_adam_step
-        from dragon.vm.testing.rules import AdamRule
+        from dragon.vm.testing.snapshots import adam_snapshot
     except ModuleNotFoundError as error:
         text = f'{error.name} is missing (pip install "dragon-vm-torch[testing]")'
         return Finding(topic, text, Verdict.UNTESTED)
@@ -123,13 +114,13 @@ def self_test(
     params = [torch.nn.Parameter(torch.randn(numel, generator=generator).to(device)) for numel in NUMELS]
 
     def states() -> list[AdamState]:
-        return [AdamRule().snapshot(param, adam.state.get(param, {}), options, param.dtype) for param in params]
+        return [adam_snapshot(param, adam.state.get(param, {}), options, param.dtype) for param in params]
 
     try:
-        adam = optimizer(params, options.lr, weight_decay=options.weight_decay, epsilon_hat=False, backend=backend)
+        adam = Adam(params, options.lr, weight_decay=options.weight_decay, epsilon_hat=False, backend=backend)
         # The first optimizer takes seconds to import what it needs.
-        end, n_steps = clock() + SELF_TEST_SECONDS, 0
-        while not n_steps or clock() < end:
+        end, n_steps = monotonic() + SELF_TEST_SECONDS, 0
+        while not n_steps or monotonic() < end:
             for param in params:
                 param.grad = torch.randn(param.numel(), generator=generator).to(device)
             starts = states()
@@ -150,11 +141,10 @@ def self_tests() -> Iterator[Finding]:
     """A test of each backend on each device, or the reason why there is none."""
     for device in present_devices():
         for backend in BACKENDS:
-            reason = why_not(backend, device)
-            if reason is None:
-                yield self_test(backend, device)
-            else:
+            if reason := why_not(backend, device):
                 yield Finding(f"{backend} on {device}", f"not tested: {reason}", Verdict.IMPOSSIBLE)
+            else:
+                yield self_test(backend, device)
 
 
 def examine() -> Iterator[Finding]:

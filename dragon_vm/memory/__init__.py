@@ -27,19 +27,12 @@ class ModelError(ValueError):
 
 
 class Row(NamedTuple):
-    """One mode of a table.
+    """One mode of a table."""
 
-    Attributes:
-        dtype: of the parameters.
-        arguments: of the optimizer.
-        kept: bytes of parameters, masters and states.
-        gradients: bytes of gradients.
-    """
-
-    dtype: torch.dtype
-    arguments: str
-    kept: int
-    gradients: int
+    dtype: torch.dtype  # of the parameters
+    arguments: str  # of the optimizer
+    kept: int  # bytes of parameters, masters and states
+    gradients: int  # bytes
 
 
 MODES: tuple[tuple[torch.dtype, StorageOptions], ...] = (
@@ -56,14 +49,19 @@ MODES: tuple[tuple[torch.dtype, StorageOptions], ...] = (
     (torch.bfloat16, StorageOptions("8bit", True)),
 )
 
+_REFUSED: tuple[tuple[Callable[[Tensor], bool], str], ...] = (
+    (torch.nn.parameter.is_lazy, "lazy parameters, which have no shape yet"),
+    # Their states have their own dtype, which no mode changes.
+    (Tensor.is_complex, "complex parameters, for which there are no modes"),
+    (lambda param: param.layout != torch.strided, "sparse parameters, which Adam does not take"),
+)
+
 
 def make_on_meta(path: str) -> torch.nn.Module:
     """Call a factory of a module, "package.module:factory", on the meta device.
 
     Raises:
-        ModelError: for a path without ":" or with a relative module, for a module or a factory that does not
-            exist, and for a factory that needs arguments, is itself a module, returns no module, or one whose
-            parameters are lazy, complex or sparse.
+        ModelError: for a path that names no such factory, and for a model that has no table.
         RuntimeError: for an `OSError` of the module or the factory.
     """
     module, colon, name = path.partition(":")
@@ -80,16 +78,9 @@ def make_on_meta(path: str) -> torch.nn.Module:
         raise RuntimeError(f"--model: {path} failed: {error}") from error
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"--model: {path} must return a torch.nn.Module, got {type(model).__name__}")
-    lazy = [name for name, param in model.named_parameters() if torch.nn.parameter.is_lazy(param)]
-    if lazy:
-        raise ModelError(f"--model: {path} has lazy parameters, which have no shape yet: {', '.join(lazy)}")
-    # Their states have their own dtype, which no mode changes.
-    odd = [name for name, param in model.named_parameters() if param.is_complex()]
-    if odd:
-        raise ModelError(f"--model: {path} has complex parameters, for which there are no modes: {', '.join(odd)}")
-    sparse = [name for name, param in model.named_parameters() if param.layout != torch.strided]
-    if sparse:
-        raise ModelError(f"--model: {path} has sparse parameters, which Adam does not take: {', '.join(sparse)}")
+    for is_refused, text in _REFUSED:
+        if names := [name for name, param in model.named_parameters() if is_refused(param)]:
+            raise ModelError(f"--model: {path} has {text}: {', '.join(names)}")
     return model
 
 

@@ -25,11 +25,7 @@ _MEMORY_ORDER = {"transposed": (1, 0), "channels_last": (0, 2, 3, 1), "permuted"
 
 
 def check_layouts(name: str, layouts: Iterable[str], known: Sequence[str]) -> None:
-    """Check that layouts are known: any other would be built as if it were another.
-
-    Raises:
-        ValueError: A layout that is not known, by name.
-    """
+    """Check that layouts are known: any other would be built as if it were another."""
     unknown = [layout for layout in layouts if layout not in known]
     if unknown:
         raise ValueError(f"{name}: no layout {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
@@ -42,17 +38,15 @@ def _smallest_factor(number: int) -> int:
 
 def _strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of a dense tensor whose dimensions lie in memory in this order, slowest first."""
-    strides, step = [0] * len(shape), 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= max(shape[dim], 1)
-    return tuple(strides)
+    return torch.empty_permuted(shape, order, device="meta").stride()
 
 
-def _fenced(
-    values: Tensor, strides: tuple[int, ...], dtype: torch.dtype, device: str, misalign: int = 0
-) -> Fenced:
-    fenced = Fenced(values.shape, strides=strides, dtype=dtype, device=device, misalign=misalign)
+def _fenced(values: Tensor, strides: tuple[int, ...], layout: str, device: str) -> Fenced:
+    """Put values into a fence with these strides: twice as far apart or misaligned, if the layout is."""
+    if layout == "non_dense":
+        strides = tuple(2 * stride for stride in strides)
+    misalign = int(layout == "misaligned")
+    fenced = Fenced(values.shape, strides=strides, dtype=values.dtype, device=device, misalign=misalign)
     fenced.tensor.copy_(values)
     return fenced
 
@@ -95,11 +89,8 @@ class TensorCase:
         """Build the tensor inside a fence on `device`."""
         shape = self.shape
         order = _MEMORY_ORDER.get(self.layout, tuple(range(len(shape))))
-        strides = _strides(shape, order)
-        if self.layout == "non_dense":
-            strides = tuple(2 * stride for stride in strides)
         values = random_values(self.seed, self.binade, shape, self.dtype)
-        return _fenced(values, strides, self.dtype, device, int(self.layout == "misaligned"))
+        return _fenced(values, _strides(shape, order), self.layout, device)
 
 
 @dataclass(frozen=True)
@@ -135,9 +126,7 @@ class GradientCase:
             dims = tuple(range(len(shape)))
             fastest_first = tuple(sorted(dims, key=param.stride().__getitem__))
             strides = _strides(shape, fastest_first if self.layout == "reversed" else dims)
-        if self.layout == "non_dense":
-            strides = tuple(2 * stride for stride in strides)
-        return _fenced(values, strides, dtype, device, int(self.layout == "misaligned"))
+        return _fenced(values, strides, self.layout, device)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .records import AdamOptions, AdamState, SGDOptions, SGDState
+from .records import AdamOptions, AdamState, SGDOptions, SGDState, StateT, converted
 
 
 def _clone(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Copy to a contiguous CPU tensor: the fused CPU operations are silently wrong for mixed strides."""
     return torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
+
+
+def _as_stored(end: StateT, start: StateT) -> StateT:
+    """Round each tensor to the dtype that it has in `start`, one that is not there to the parameter's."""
+    values: list[Any] = [
+        new.to(getattr(old, "dtype", start.param.dtype)) if isinstance(new, Tensor) else new
+        for new, old in zip(end, start, strict=True)
+    ]
+    return type(end)(*values)
 
 
 def _eps_for_torch(options: AdamOptions, step: float) -> float:
@@ -38,16 +48,14 @@ def fused_adam_step(start: AdamState, grad: Tensor, options: AdamOptions, comput
     gradient = _clone(grad, compute_dtype) * options.grad_scale
     if options.clip_value is not None:
         gradient = gradient.clamp(-options.clip_value, options.clip_value)
-    param = _clone(start.param, compute_dtype)
-    exp_avg, exp_avg_sq = _clone(start.exp_avg, compute_dtype), _clone(start.exp_avg_sq, compute_dtype)
-    maximum = None if start.max_exp_avg_sq is None else _clone(start.max_exp_avg_sq, compute_dtype)
+    end = converted(start, lambda tensor: _clone(tensor, compute_dtype))
     operation = torch._fused_adamw_ if options.decoupled_weight_decay else torch._fused_adam_
     operation(
-        [param],
+        [end.param],
         [gradient],
-        [exp_avg],
-        [exp_avg_sq],
-        [maximum] if options.amsgrad and maximum is not None else [],
+        [end.exp_avg],
+        [end.exp_avg_sq],
+        [end.max_exp_avg_sq] if options.amsgrad and end.max_exp_avg_sq is not None else [],
         [torch.tensor(float(start.step + 1))],
         lr=options.lr,
         beta1=options.betas[0],
@@ -57,33 +65,19 @@ def fused_adam_step(start: AdamState, grad: Tensor, options: AdamOptions, comput
         amsgrad=options.amsgrad,
         maximize=options.maximize,
     )
-    return AdamState(
-        param.to(start.param.dtype),
-        start.step + 1,
-        exp_avg.to(start.exp_avg.dtype),
-        exp_avg_sq.to(start.exp_avg_sq.dtype),
-        None if maximum is None or start.max_exp_avg_sq is None else maximum.to(start.max_exp_avg_sq.dtype),
-    )
+    return _as_stored(end._replace(step=start.step + 1), start)
 
 
 def fused_sgd_step(start: SGDState, grad: Tensor, options: SGDOptions, compute_dtype: torch.dtype) -> SGDState:
     """Run `torch._fused_sgd_` on contiguous CPU clones of a start; arguments as in `fused_adam_step`."""
-    param, gradient = _clone(start.param, compute_dtype), _clone(grad, compute_dtype)
-    is_first_step = start.momentum_buffer is None
-    buffer = torch.zeros_like(param)
-    if start.momentum_buffer is not None:
-        buffer = _clone(start.momentum_buffer, compute_dtype)
+    param, buffer = converted(start, lambda tensor: _clone(tensor, compute_dtype))
+    if buffer is None:
+        buffer = torch.zeros_like(param)
     torch._fused_sgd_(
         [param],
-        [gradient],
+        [_clone(grad, compute_dtype)],
         [buffer] if options.momentum else [],
-        weight_decay=options.weight_decay,
-        momentum=options.momentum,
-        lr=options.lr,
-        dampening=options.dampening,
-        nesterov=options.nesterov,
-        maximize=options.maximize,
-        is_first_step=is_first_step,
+        **vars(options),
+        is_first_step=start.momentum_buffer is None,
     )
-    state_dtype = start.param.dtype if start.momentum_buffer is None else start.momentum_buffer.dtype
-    return SGDState(param.to(start.param.dtype), buffer.to(state_dtype) if options.momentum else None)
+    return _as_stored(SGDState(param, buffer if options.momentum else None), start)

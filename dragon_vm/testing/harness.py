@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch import Tensor
 from .budget import DEFAULT_BUDGET, Budget
 from .cases import OptimizerCase, StepCase
 from .fence import Fenced, FenceError
-from .judge import ParityError, assert_within_budget
-from .records import AdamOptions, SGDOptions, StateT
-from .rules import AdamRule, OptionsT, Rule, SGDRule
+from .judge import FieldErrors, ParityError, adam_errors, assert_within_budget, sgd_errors
+from .records import AdamOptions, SGDOptions
+from .snapshots import adam_snapshot, sgd_snapshot
 from .wide import real_view
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
@@ -40,19 +40,21 @@ def _same_bits(a: Any, b: Any) -> bool:
     return torch.equal(_bits(a), _bits(b))
 
 
-def _changed_fields(before: StateT, after: StateT) -> list[str]:
+def _changed_fields(before: Any, after: Any) -> list[str]:
     pairs = zip(before._fields, before, after, strict=True)
     return [name for name, old, new in pairs if not _same_bits(old, new)]
 
 
 @dataclass
-class _Run(Generic[StateT, OptionsT]):
+class _Run:
     """One run of one optimizer over one case."""
 
-    rule: Rule[StateT, OptionsT]
+    # Of the algorithm, whose state and options they take.
+    snapshot: Callable[..., Any]
+    errors: Callable[..., list[FieldErrors]]
     make_optimizer: MakeOptimizer
     case: OptimizerCase
-    defaults: OptionsT
+    defaults: Any
     budget: Budget
     state_dtype: torch.dtype | None
     compute_dtype: torch.dtype | None
@@ -66,10 +68,7 @@ class _Run(Generic[StateT, OptionsT]):
             if param.data_ptr() != fence.tensor.data_ptr():
                 raise ValueError("make_parameter must keep the memory of the tensor that it is given")
         self.group_of = [i for i, group in enumerate(self.case.groups) for _ in group.tensors]
-        arguments: dict[str, Any] = self.case.options
-        self.options: list[OptionsT] = [
-            replace(self.defaults, **{**arguments, **group.options}) for group in self.case.groups
-        ]
+        self.options = [replace(self.defaults, **self.case.options | group.options) for group in self.case.groups]
         given = [_bits(param) for param in self.params]
         self.optimizer = self.build_optimizer()
         for i, (param, bits) in enumerate(zip(self.params, given, strict=True)):
@@ -82,14 +81,14 @@ class _Run(Generic[StateT, OptionsT]):
         groups = [{"params": [next(params) for _ in group.tensors], **group.options} for group in self.case.groups]
         return self.make_optimizer(groups, **self.case.options)
 
-    def snapshots(self) -> list[StateT]:
+    def snapshots(self) -> list[Any]:
         """Copy the state of every parameter."""
         found = []
         for i, param in enumerate(self.params):
             options = self.options[self.group_of[i]]
             state: Mapping[str, Any] = self.optimizer.state.get(param, {})
             dtype = self.state_dtype or param.dtype
-            found.append(self.rule.snapshot(param, state, options, dtype))
+            found.append(self.snapshot(param, state, options, dtype))
             # States of other names are the optimizer's own business.
             for name in found[-1]._fields:
                 value = state.get(name) if name != "step" else None
@@ -140,8 +139,7 @@ class _Run(Generic[StateT, OptionsT]):
             self.set_counts(step.count)
         for i, lr in step.lr.items():
             self.optimizer.param_groups[i]["lr"] = lr
-            changed: dict[str, Any] = {"lr": lr}
-            self.options[i] = replace(self.options[i], **changed)
+            self.options[i] = replace(self.options[i], lr=lr)
         gradients = self.set_gradients(step)
         given = [None if fence is None else fence.tensor.detach().clone() for fence in gradients]
         before = self.snapshots()
@@ -171,21 +169,21 @@ class _Run(Generic[StateT, OptionsT]):
             raise ParityError(f"{name} lies in other memory after the step; may_move=True allows that")
         fence.check(name)
 
-    def judge(self, i: int, before: StateT, grad: Tensor | None, after: StateT) -> None:
+    def judge(self, i: int, before: Any, grad: Tensor | None, after: Any) -> None:
         """Judge the step of parameter `i`."""
         if grad is None:
             if changed := _changed_fields(before, after):
                 raise ParityError(f"parameter {i}: {', '.join(changed)} changed without a gradient")
             return
-        options: OptionsT = self.options[self.group_of[i]]
+        options = self.options[self.group_of[i]]
         try:
-            errors = self.rule.errors(before, real_view(grad).cpu(), after, options, self.compute_dtype)
+            errors = self.errors(before, real_view(grad).cpu(), after, options, self.compute_dtype)
         except ParityError as error:
             raise ParityError(f"parameter {i}: {error}") from None
         assert_within_budget(errors, self.budget, f"parameter {i}, {options}")
 
 
-def _check(run: _Run[StateT, OptionsT], make_parameter: MakeParameter, device: str) -> None:
+def _check(run: _Run, make_parameter: MakeParameter, device: str) -> None:
     run.start(make_parameter, device)
     for number, step in enumerate(run.case.steps, 1):
         try:
@@ -235,7 +233,9 @@ def check_adam(
     """
     options = defaults or AdamOptions()
     options = replace(options, epsilon_hat=epsilon_hat or options.epsilon_hat)
-    run = _Run(AdamRule(), make_optimizer, case, options, budget, state_dtype, compute_dtype, may_move)
+    run = _Run(
+        adam_snapshot, adam_errors, make_optimizer, case, options, budget, state_dtype, compute_dtype, may_move
+    )
     _check(run, make_parameter, device)
 
 
@@ -253,5 +253,7 @@ def check_sgd(
 ) -> None:
     """Assert that an SGD takes every step of a case right; arguments and errors as in `check_adam`."""
     options = defaults or SGDOptions()
-    run = _Run(SGDRule(), make_optimizer, case, options, budget, state_dtype, compute_dtype, may_move)
+    run = _Run(
+        sgd_snapshot, sgd_errors, make_optimizer, case, options, budget, state_dtype, compute_dtype, may_move
+    )
     _check(run, make_parameter, device)

@@ -6,7 +6,7 @@ first.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .budget import DEFAULT_BUDGET, Budget
 from .fused import fused_adam_step, fused_sgd_step
-from .records import AdamOptions, AdamState, SGDOptions, SGDState, StateT
+from .records import AdamOptions, AdamState, SGDOptions, SGDState, StateT, converted
 from .reference import adam_reference, sgd_reference
 from .units import adam_units, sgd_units
 from .wide import WideArray, wide
@@ -69,27 +69,14 @@ def errors_in_units(got: Tensor, expected: WideArray, unit: WideArray) -> WideAr
 
 def _before_storage(state: StateT, compute_dtype: torch.dtype) -> StateT:
     """Return the same numbers in dtypes as fine as the arithmetic's: their units have no rounding of storage."""
-    values: list[Any] = list(state)
-    tensors: dict[str, Any] = {
-        name: value.to(torch.promote_types(value.dtype, compute_dtype))
-        for name, value in zip(state._fields, values, strict=True)
-        if isinstance(value, Tensor)
-    }
-    return state._replace(**tensors)
+    return converted(state, lambda value: value.to(torch.promote_types(value.dtype, compute_dtype)))
 
 
 def _field_errors(
-    field: str,
-    got: Tensor | None,
-    expected: WideArray | None,
-    unit: WideArray | None,
-    arithmetic: WideArray | None,
-    fused: Tensor | None,
-) -> list[FieldErrors]:
-    if got is None or expected is None or unit is None or arithmetic is None or fused is None:
-        if expected is not None and got is None:
-            raise ParityError(f"{field} is missing: the optimizer keeps no such state after the step")
-        return []
+    field: str, got: Tensor | None, expected: WideArray, unit: WideArray, arithmetic: WideArray, fused: Tensor
+) -> FieldErrors:
+    if got is None:
+        raise ParityError(f"{field} is missing: the optimizer keeps no such state after the step")
     got = got.detach().cpu()
     if got.shape != fused.shape:
         raise ParityError(f"{field} has shape {tuple(got.shape)}, its parameter has {tuple(fused.shape)}")
@@ -104,18 +91,17 @@ def _field_errors(
         is_coarse = ~lost & (2 * arithmetic < unit)
         slack_unit = np.where(is_coarse, 2 * arithmetic / unit, 1)
     error, fused_error = np.where(excused, 0, error), np.where(lost, 0, fused_error)
-    return [FieldErrors(field, got, expected, unit, error, fused_error, slack_unit)]
+    return FieldErrors(field, got, expected, unit, error, fused_error, slack_unit)
 
 
 def _all_errors(
     after: StateT, expected: NamedTuple, units: NamedTuple, arithmetic: NamedTuple, fused: StateT
 ) -> list[FieldErrors]:
+    sources = after, expected, units, arithmetic, fused
     return [
-        errors
+        _field_errors(name, *(getattr(source, name) for source in sources))
         for name in units._fields
-        for errors in _field_errors(
-            name, *(getattr(each, name) for each in (after, expected, units, arithmetic, fused))
-        )
+        if getattr(expected, name) is not None
     ]
 
 

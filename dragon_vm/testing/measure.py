@@ -8,15 +8,18 @@ from __future__ import annotations
 import argparse
 import random
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .judge import FieldErrors, adam_errors
-from .records import AdamOptions, AdamState
+from .records import AdamOptions, AdamState, converted
+from .snapshots import adam_snapshot
 
-IMPLEMENTATIONS = {
+ARGUMENTS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "for-loop": {"foreach": False, "fused": False},
     "foreach": {"foreach": True, "fused": False},
     "fused": {"foreach": False, "fused": True},
@@ -53,35 +56,15 @@ def _random_step(rng: random.Random, dtype: torch.dtype, numel: int) -> tuple[Ad
 
 def _torch_step(start: AdamState, grad: Tensor, options: AdamOptions, name: str) -> AdamState:
     """Let torch.optim.Adam take one step from a start, by the named implementation."""
-    param = torch.nn.Parameter(start.param.clone())
-    optimizer = torch.optim.Adam(
-        [param],
-        lr=options.lr,
-        betas=options.betas,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-        amsgrad=options.amsgrad,
-        maximize=options.maximize,
-        decoupled_weight_decay=options.decoupled_weight_decay,
-        **IMPLEMENTATIONS[name],
-    )
-    state = {
-        "step": torch.tensor(start.step),
-        "exp_avg": start.exp_avg.clone(),
-        "exp_avg_sq": start.exp_avg_sq.clone(),
-    }
-    if start.max_exp_avg_sq is not None:
-        state["max_exp_avg_sq"] = start.max_exp_avg_sq.clone()
-    optimizer.state[param] = state
+    state: dict[str, Any] = converted(start, Tensor.clone)._asdict()
+    state = {name: value for name, value in state.items() if value is not None}
+    param = torch.nn.Parameter(state.pop("param"))
+    arguments = {name: getattr(options, name) for name in ARGUMENTS}
+    optimizer = torch.optim.Adam([param], **arguments, **IMPLEMENTATIONS[name])
+    optimizer.state[param] = {**state, "step": torch.tensor(start.step)}
     param.grad = grad.clone()
     optimizer.step()
-    return AdamState(
-        param.detach(),
-        float(state["step"]),
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        state.get("max_exp_avg_sq"),
-    )
+    return adam_snapshot(param, optimizer.state[param], options, grad.dtype)
 
 
 def _excess(errors: FieldErrors) -> float:

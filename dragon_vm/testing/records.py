@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -61,3 +62,9 @@ class SGDState(NamedTuple):
 
 
 StateT = TypeVar("StateT", AdamState, SGDState)
+
+
+def converted(state: StateT, convert: Callable[[Tensor], Tensor]) -> StateT:
+    """Return a state with each of its tensors converted."""
+    values: list[Any] = [convert(value) if isinstance(value, Tensor) else value for value in state]
+    return type(state)(*values)

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from .records import AdamOptions, AdamState, SGDOptions, SGDState
-from .wide import WideArray, wide, wide_scalar
+from .wide import WideArray, wide
 
 
 class AdamReference(NamedTuple):
@@ -31,15 +31,15 @@ class SGDReference(NamedTuple):
 def bias_correction(beta: float, step: float) -> np.longdouble:
     """Return 1 - beta**step without cancellation, also for beta near 1 and few steps."""
     with np.errstate(divide="ignore"):
-        correction: np.longdouble = -np.expm1(wide_scalar(step) * np.log(wide_scalar(beta)))
+        correction: np.longdouble = -np.expm1(np.longdouble(step) * np.log(np.longdouble(beta)))
     return correction
 
 
 def loss_gradient(grad: WideArray, options: AdamOptions) -> WideArray:
     """Return the gradient that enters the update, before L2 decay: scaled, clipped, negated to maximize."""
-    grad = grad * wide_scalar(options.grad_scale)
+    grad = grad * np.longdouble(options.grad_scale)
     if options.clip_value is not None:
-        grad = np.clip(grad, -wide_scalar(options.clip_value), wide_scalar(options.clip_value))
+        grad = np.clip(grad, -np.longdouble(options.clip_value), np.longdouble(options.clip_value))
     return -grad if options.maximize else grad
 
 
@@ -56,8 +56,8 @@ def adam_change(exp_avg: WideArray, second_moment: WideArray, step: float, optio
     """
     correction1 = bias_correction(options.betas[0], step)
     root_correction2 = np.sqrt(bias_correction(options.betas[1], step))
-    epsilon = wide_scalar(options.eps) * (np.longdouble(1) if options.epsilon_hat else root_correction2)
-    scaled = wide_scalar(options.lr) * (root_correction2 / correction1) * exp_avg
+    epsilon = np.longdouble(options.eps) * (np.longdouble(1) if options.epsilon_hat else root_correction2)
+    scaled = np.longdouble(options.lr) * (root_correction2 / correction1) * exp_avg
     return np.asarray(scaled / (np.sqrt(second_moment) + epsilon))
 
 
@@ -75,25 +75,24 @@ def adam_reference(start: AdamState, grad: Tensor, options: AdamOptions) -> Adam
         grad: Gradient, same shape as the parameter, any floating dtype and strides.
         options: Hyperparameters.
     """
-    beta1, beta2 = map(wide_scalar, options.betas)
-    decay = wide_scalar(options.weight_decay)
+    beta1, beta2 = map(np.longdouble, options.betas)
+    decay = np.longdouble(options.weight_decay)
     param, gradient = wide(start.param), loss_gradient(wide(grad), options)
     if options.decoupled_weight_decay:
-        param = param * (1 - wide_scalar(options.lr) * decay)
+        param = param * (1 - np.longdouble(options.lr) * decay)
     elif options.weight_decay:
         gradient = gradient + decay * param
 
     step = start.step + 1
     exp_avg = beta1 * wide(start.exp_avg) + (1 - beta1) * gradient
     exp_avg_sq = beta2 * wide(start.exp_avg_sq) + (1 - beta2) * gradient * gradient
-    if not options.amsgrad:
-        return AdamReference(
-            param - adam_change(exp_avg, exp_avg_sq, step, options), step, exp_avg, exp_avg_sq, None
-        )
-    if start.max_exp_avg_sq is None:
-        raise ValueError("amsgrad=True needs start.max_exp_avg_sq, got None")
-    maximum = np.maximum(wide(start.max_exp_avg_sq), exp_avg_sq)
-    return AdamReference(param - adam_change(exp_avg, maximum, step, options), step, exp_avg, exp_avg_sq, maximum)
+    maximum = None
+    if options.amsgrad:
+        if start.max_exp_avg_sq is None:
+            raise ValueError("amsgrad=True needs start.max_exp_avg_sq, got None")
+        maximum = np.maximum(wide(start.max_exp_avg_sq), exp_avg_sq)
+    change = adam_change(exp_avg, exp_avg_sq if maximum is None else maximum, step, options)
+    return AdamReference(param - change, step, exp_avg, exp_avg_sq, maximum)
 
 
 @np.errstate(all="ignore")
@@ -113,13 +112,13 @@ def sgd_reference(start: SGDState, grad: Tensor, options: SGDOptions) -> SGDRefe
     if options.maximize:
         gradient = -gradient
     if options.weight_decay:
-        gradient = gradient + wide_scalar(options.weight_decay) * param
-    lr, momentum = wide_scalar(options.lr), wide_scalar(options.momentum)
+        gradient = gradient + np.longdouble(options.weight_decay) * param
+    lr, momentum = np.longdouble(options.lr), np.longdouble(options.momentum)
     if not options.momentum:
         return SGDReference(param - lr * gradient, None)
     if start.momentum_buffer is None:
         buffer = gradient
     else:
-        buffer = momentum * wide(start.momentum_buffer) + (1 - wide_scalar(options.dampening)) * gradient
+        buffer = momentum * wide(start.momentum_buffer) + (1 - np.longdouble(options.dampening)) * gradient
     direction = gradient + momentum * buffer if options.nesterov else buffer
     return SGDReference(param - lr * direction, buffer)

@@ -56,11 +56,6 @@ def _check_dtypes(name: str, dtypes: Sequence[Any]) -> None:
             raise TypeError(f"{name}: expected floating point or complex dtypes, got {dtype!r}")
 
 
-def _check_tensors(dtypes: Sequence[torch.dtype], layouts: Sequence[str]) -> None:
-    _check_dtypes("dtypes", dtypes)
-    check_layouts("layouts", layouts, TENSOR_LAYOUTS)
-
-
 def _check_gradients(
     layouts: Sequence[str], dtypes: Sequence[torch.dtype | None], prefix: str = "gradient_"
 ) -> None:
@@ -96,7 +91,8 @@ def tensor_cases(
     layouts: Sequence[str] = TENSOR_LAYOUTS,
 ) -> TensorCase:
     """Draw a parameter by seed, binade, numel and layout."""
-    _check_tensors(dtypes, layouts)
+    _check_dtypes("dtypes", dtypes)
+    check_layouts("layouts", layouts, TENSOR_LAYOUTS)
     layout = draw(st.sampled_from(layouts))
     return TensorCase(
         seed=draw(st.integers(0, 2**16)),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .records import AdamOptions, AdamState, SGDOptions, SGDState
 from .reference import AdamReference, SGDReference, adam_change, bias_correction, loss_gradient
-from .wide import WideArray, eps, smallest_subnormal, wide, wide_scalar
+from .wide import WideArray, eps, smallest_subnormal, wide
 
 
 class AdamUnits(NamedTuple):
@@ -45,15 +45,21 @@ def _unit(addend: WideArray, *dtypes: torch.dtype) -> WideArray:
     return np.asarray(max(map(eps, dtypes)) * addend + max(map(smallest_subnormal, dtypes)))
 
 
+def _decayed_addend(gradient: WideArray, param: WideArray, weight_decay: float) -> WideArray:
+    """Return the largest addend of a gradient that L2 decay is added to.
+
+    The sum may cancel, and then has lost eps of its larger operand, or be twice as large.
+    """
+    if not weight_decay:
+        return np.asarray(abs(gradient))
+    decay = np.longdouble(weight_decay) * param
+    return np.asarray(np.maximum.reduce([abs(gradient), abs(decay), abs(gradient + decay)]))
+
+
 def _moment_addends(start: AdamState, grad: Tensor, options: AdamOptions) -> tuple[WideArray, WideArray]:
-    beta1, beta2 = map(wide_scalar, options.betas)
-    gradient = abs(loss_gradient(wide(grad), options))
-    if options.weight_decay and not options.decoupled_weight_decay:
-        # grad + weight_decay * param may cancel, and then has lost eps of its larger operand, or be twice as
-        # large.
-        decay = wide_scalar(options.weight_decay) * wide(start.param)
-        total = abs(loss_gradient(wide(grad), options) + decay)
-        gradient = np.maximum(np.maximum(gradient, abs(decay)), total)
+    beta1, beta2 = map(np.longdouble, options.betas)
+    decay = 0.0 if options.decoupled_weight_decay else options.weight_decay
+    gradient = _decayed_addend(loss_gradient(wide(grad), options), wide(start.param), decay)
     first = np.maximum(beta1 * abs(wide(start.exp_avg)), (1 - beta1) * gradient)
     second = np.maximum(beta2 * wide(start.exp_avg_sq), (1 - beta2) * gradient * gradient)
     return first, second
@@ -97,7 +103,7 @@ def adam_units(
         # NaN is a denominator of zero, or infinity, one unit away: any result is within reach.
         moved = np.maximum(moved, np.where(np.isnan(distance), np.inf, distance))
     # lr * exp_avg may be subnormal where their quotient by a small root is not.
-    moved = moved + smallest_subnormal(compute_dtype) / (np.sqrt(moment) + wide_scalar(options.eps))
+    moved = moved + smallest_subnormal(compute_dtype) / (np.sqrt(moment) + np.longdouble(options.eps))
     moved = moved + _scalar_error(options, expected.step) * np.where(np.isfinite(change), abs(change), 0)
     # In every precision 0/0 of exact zeros is NaN, 0/eps is 0, and what is NaN already stays so.
     is_exact = ((expected.exp_avg == 0) & (moment == 0)) | np.isnan(expected.exp_avg) | np.isnan(moment)
@@ -126,17 +132,14 @@ def sgd_units(
 ) -> SGDUnits:
     """Return the unit of error of every element that an SGD step writes; arguments as in `adam_units`."""
     param = abs(wide(start.param))
-    gradient = abs(wide(grad))
-    if options.weight_decay:
-        sign = -1 if options.maximize else 1
-        decay = wide_scalar(options.weight_decay) * wide(start.param)
-        gradient = np.maximum(np.maximum(gradient, abs(decay)), abs(sign * wide(grad) + decay))
+    signed = -wide(grad) if options.maximize else wide(grad)
+    gradient = _decayed_addend(signed, wide(start.param), options.weight_decay)
     if expected.momentum_buffer is None:
         addend = np.maximum(param, options.lr * gradient)
         return SGDUnits(_unit(addend, start.param.dtype, compute_dtype), None)
     buffer = gradient
     if start.momentum_buffer is not None:
-        damped = abs(1 - wide_scalar(options.dampening)) * gradient
+        damped = abs(1 - np.longdouble(options.dampening)) * gradient
         buffer = np.maximum(options.momentum * abs(wide(start.momentum_buffer)), damped)
     direction = np.maximum(gradient, options.momentum * buffer) if options.nesterov else buffer
     # The direction is rounded in the precision of the arithmetic, the parameter in that of its storage.

@@ -22,12 +22,6 @@ def wide(value: Tensor) -> WideArray:
     return value.detach().to("cpu", torch.float64).numpy().astype(np.longdouble)
 
 
-def wide_scalar(value: float) -> np.longdouble:
-    """Convert a Python float, without rounding."""
-    result: np.longdouble = np.longdouble(value)
-    return result
-
-
 def eps(dtype: torch.dtype) -> float:
     """Return the distance from 1 to the next number of `dtype`."""
     return torch.finfo(dtype).eps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -69,18 +69,15 @@ def compile_verdict(spec: Spec, config: LaunchConfig, arch: str) -> str | None:
 
 
 def compile_all(
-    spec: Spec,
-    configs: Sequence[LaunchConfig],
-    arch: str,
-    timeout_s: float,
-    verdict: Callable[[Spec, LaunchConfig, str], str | None] = compile_verdict,
+    spec: Spec, configs: Sequence[LaunchConfig], arch: str, timeout_s: float
 ) -> dict[LaunchConfig, str | None]:
     """Verdicts of configurations by a pool of processes; `LATE` for those that take too long."""
     found: dict[LaunchConfig, str | None] = dict.fromkeys(configs, LATE)
     # Processes of their own, because a compiler may crash; spawned, because a CUDA context cannot be forked.
     pool = futures.ProcessPoolExecutor(min(os.cpu_count() or 1, MOST_PROCESSES), get_context("spawn"))
     try:
-        verdicts = pool.map(verdict, [spec] * len(configs), configs, [arch] * len(configs), timeout=timeout_s)
+        repeated = [spec] * len(configs), configs, [arch] * len(configs)
+        verdicts = pool.map(compile_verdict, *repeated, timeout=timeout_s)
         for config, reason in zip(configs, verdicts, strict=True):
             found[config] = reason
     except futures.TimeoutError:

@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dragon.kernels import table
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.spec import Spec
 from dragon.vm.measuring.machine import Machine
-from dragon.vm.testing import (
-    AdamOptions,
-    AdamState,
-    Fenced,
-    SGDOptions,
-    SGDState,
-    assert_adam_step,
-    assert_within_budget,
-    sgd_errors,
-)
-from dragon.vm.tuning.scratch import Row, Tables, dtype_of
-
-STEPS_TAKEN = 2
-
-ADAM = AdamOptions(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, epsilon_hat=True)
-SGD = SGDOptions(lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.1)
-EMA_DECAY = 0.99
+from dragon.vm.testing import AdamState, Fenced, SGDState, assert_adam_step, assert_within_budget, sgd_errors
+from dragon.vm.tuning.scratch import ADAM, EMA_DECAY, SGD, STEPS_TAKEN, Row, Tables, dtype_of
 
 # Of the average, in eps of its largest addend: three roundings, and one of the interpreter, which truncates.
 AVERAGE_BUDGET = 4.0
-
-HYPERPARAMETERS: dict[str, dict[Any, float]] = {
-    "adam": {
-        table.LR: ADAM.lr,
-        table.BETA1: ADAM.betas[0],
-        table.BETA2: ADAM.betas[1],
-        table.EPS: ADAM.eps,
-        table.EPSILON_HAT: float(ADAM.epsilon_hat),
-        table.WEIGHT_DECAY: ADAM.weight_decay,
-        table.EMA_DECAY: EMA_DECAY,
-    },
-    "sgd": {
-        table.LR: SGD.lr,
-        table.MOMENTUM: SGD.momentum,
-        table.DAMPENING: SGD.dampening,
-        table.WEIGHT_DECAY: SGD.weight_decay,
-        table.EMA_DECAY: EMA_DECAY,
-    },
-    "accumulate": {},
-}
 
 
 def check_candidate(spec: Spec, config: LaunchConfig, machine: Machine) -> str | None:
@@ -65,7 +29,7 @@ def check_candidate(spec: Spec, config: LaunchConfig, machine: Machine) -> str |
     rows = [row for row, _ in placed]
     starts = [_copy(row) for row in rows]
     try:
-        Tables(rows, spec, HYPERPARAMETERS[spec.algorithm], STEPS_TAKEN, machine).launch(config)()
+        Tables(rows, spec, machine).launch(config)()
         ends = [_copy(row) for row in rows]
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
             where = f"tensor {index} of {start.param.numel()} elements"
@@ -105,20 +69,16 @@ def _copy(row: Row) -> Row:
 
 
 def _judge(spec: Spec, start: Row, end: Row, where: str) -> None:
-    """Hold a step against the reference.
-
-    Raises:
-        AssertionError: says what is wrong.
-    """
+    """Hold a step against the reference; an AssertionError says what is wrong."""
     if spec.algorithm == "adam":
-        options = AdamOptions(**{**vars(ADAM), "amsgrad": len(spec.states) > 2})
+        options = replace(ADAM, amsgrad=len(spec.states) > 2)
         before, after = (
             AdamState(row.param, float(step), *row.states, *[None] * (3 - len(row.states)))
             for row, step in ((start, STEPS_TAKEN), (end, STEPS_TAKEN + 1))
         )
         assert_adam_step(before, start.grad, after, options, where=where)
     elif spec.algorithm == "sgd":
-        options_sgd = SGDOptions(**{**vars(SGD), "momentum": SGD.momentum if spec.states else 0.0})
+        options_sgd = replace(SGD, momentum=SGD.momentum if spec.states else 0.0)
         old, new = (SGDState(row.param, *(row.states or [None])) for row in (start, end))
         assert_within_budget(sgd_errors(old, start.grad, new, options_sgd), where=where)
     else:

@@ -17,7 +17,7 @@ from dragon.vm.measuring.machine import INTERPRETER, Machine, versions
 from dragon.vm.measuring.timer import Spread, Timer
 from dragon.vm.torch.optim._backends.configs import SCHEMA, kernel_hash, spec_fields
 from dragon.vm.tuning.candidates import compile_all, describe, shapes
-from dragon.vm.tuning.check import HYPERPARAMETERS, STEPS_TAKEN, check_candidate
+from dragon.vm.tuning.check import check_candidate
 from dragon.vm.tuning.jobs import Job
 from dragon.vm.tuning.scratch import Tables, allocate, nbytes_per_element
 from dragon.vm.tuning.search import Decision, Search
@@ -33,22 +33,15 @@ LARGEST_COPY = 2**29
 
 
 class KernelBench:
-    """The bench of one job on a device.
+    """The bench of one job on a device, whose tensors may not fit it: a `torch.OutOfMemoryError` then.
 
-    Args:
-        job: kernel and tensors.
-        machine: the device.
-        timer: of the device.
-        verdicts: known checks of the kernel's configurations; a check does not depend on the tensors.
-
-    Raises:
-        torch.OutOfMemoryError: if the tensors do not fit the device.
+    `verdicts` are known checks of the kernel's configurations. A check does not depend on the tensors.
     """
 
     def __init__(self, job: Job, machine: Machine, timer: Timer, verdicts: dict[LaunchConfig, str | None]) -> None:
         self._spec, self._machine, self._timer, self._verdicts = job.spec, machine, timer, verdicts
         rows = allocate(job.spec, job.numels, machine.device)
-        self._tables = Tables(rows, job.spec, HYPERPARAMETERS[job.spec.algorithm], STEPS_TAKEN, machine)
+        self._tables = Tables(rows, job.spec, machine)
         self.nbytes = nbytes_per_element(job.spec) * sum(job.numels)
 
     def check(self, config: LaunchConfig) -> str | None:
@@ -71,15 +64,10 @@ class KernelBench:
 
 
 class Tools(NamedTuple):
-    """What a run works with; replaced in tests.
-
-    Attributes:
-        bench: makes the bench of a job.
-        prune: why configurations of a kernel are not worth timing, in at most so many seconds.
-        clock: seconds.
-    """
+    """What a run works with; replaced in tests."""
 
     bench: Callable[[Job], KernelBench]
+    # Why configurations of a kernel are not worth timing, in at most so many seconds.
     prune: Callable[[Spec, Sequence[LaunchConfig], float], dict[LaunchConfig, str | None]]
     clock: Callable[[], float] = time.monotonic
 
@@ -102,12 +90,7 @@ def run(
 ) -> list[Result]:
     """Run the jobs in `budget` seconds, the time that is left shared evenly among those that are left.
 
-    Args:
-        jobs: what to tune; each result is stored when its job is done.
-        budget: seconds.
-        machine: the device.
-        tools: of the device.
-        say: called with a line for each job.
+    Each result is stored when its job is done. `say` is called with a line for each job.
     """
     results, pruned = [], dict[Spec, dict[LaunchConfig, str | None]]()
     end = tools.clock() + budget

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -16,7 +16,34 @@ from dragon.kernels.launch import advance_launcher, update_launcher
 from dragon.kernels.norm import NO_NORM
 from dragon.kernels.spec import Spec
 from dragon.vm.measuring.machine import Machine
+from dragon.vm.testing import AdamOptions, SGDOptions
 from dragon.vm.torch.optim._table.chunks import plan_chunks
+
+STEPS_TAKEN = 2
+
+ADAM = AdamOptions(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, epsilon_hat=True)
+SGD = SGDOptions(lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.1)
+EMA_DECAY = 0.99
+
+HYPERPARAMETERS: dict[str, dict[Any, float]] = {
+    "adam": {
+        table.LR: ADAM.lr,
+        table.BETA1: ADAM.betas[0],
+        table.BETA2: ADAM.betas[1],
+        table.EPS: ADAM.eps,
+        table.EPSILON_HAT: float(ADAM.epsilon_hat),
+        table.WEIGHT_DECAY: ADAM.weight_decay,
+        table.EMA_DECAY: EMA_DECAY,
+    },
+    "sgd": {
+        table.LR: SGD.lr,
+        table.MOMENTUM: SGD.momentum,
+        table.DAMPENING: SGD.dampening,
+        table.WEIGHT_DECAY: SGD.weight_decay,
+        table.EMA_DECAY: EMA_DECAY,
+    },
+    "accumulate": {},
+}
 
 STATE_COLUMNS = (table.STATE_0, table.STATE_1, table.STATE_2)
 
@@ -51,11 +78,7 @@ def nbytes_per_element(spec: Spec) -> int:
 
 
 def allocate(spec: Spec, numels: Sequence[int], device: torch.device) -> list[Row]:
-    """Random parameters and gradients, and states of small positive numbers, each kind in one buffer.
-
-    Raises:
-        torch.OutOfMemoryError: if they do not fit the device.
-    """
+    """Random parameters and gradients, and states of small positive numbers, each kind in one buffer."""
     generator = torch.Generator(device).manual_seed(0)
 
     def tensors(dtype_name: str, scale: float, shift: float) -> list[Tensor]:
@@ -79,36 +102,21 @@ def chunk_pairs(numels: Sequence[int], chunk: int) -> Tensor:
     return torch.frombuffer(array("i", [len(pairs) // 2, 0]) + pairs, dtype=torch.int32).view(-1, 2)
 
 
-def group_table(hyperparameters: Mapping[Any, float], device: torch.device) -> Tensor:
-    """The hyperparameter table of one group: columns that are not given are 0, the gradients' factor 1."""
+def group_table(algorithm: str, device: torch.device) -> Tensor:
+    """The hyperparameter table of one group: the algorithm's columns, 1 for the gradients' factor, and else 0."""
     group = torch.zeros(int(table.GROUP_COLUMNS), dtype=torch.float64)
-    for column, value in {table.GRAD_FACTOR: 1.0, **hyperparameters}.items():
+    for column, value in {table.GRAD_FACTOR: 1.0, **HYPERPARAMETERS[algorithm]}.items():
         group[int(column)] = value
     return group.to(device)
 
 
 class Tables:
-    """Device tables of some rows, which are one parameter group.
+    """Device tables of some rows, which they keep and which are one parameter group, for one kernel."""
 
-    Args:
-        rows: the tensors, which the tables keep.
-        spec: which kernel.
-        hyperparameters: columns of the hyperparameter table; see `group_table`.
-        steps_taken: before the step that is launched.
-        machine: the device.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        spec: Spec,
-        hyperparameters: Mapping[Any, float],
-        steps_taken: int,
-        machine: Machine,
-    ) -> None:
+    def __init__(self, rows: Sequence[Row], spec: Spec, machine: Machine) -> None:
         self._rows, self._spec, self._machine, self._device = rows, spec, machine, rows[0].param.device
         self._numels = [row.param.numel() for row in rows]
-        self._steps = steps = torch.full((len(rows),), float(steps_taken), device=self._device)
+        self._steps = steps = torch.full((len(rows),), float(STEPS_TAKEN), device=self._device)
         tensors = torch.zeros(len(rows), int(table.TENSOR_COLUMNS), dtype=torch.int64)
         for line, row, step in zip(tensors, rows, steps, strict=True):
             columns = {table.PARAM: row.param, table.EMA: row.ema, table.STEP: step}
@@ -126,7 +134,7 @@ class Tables:
             torch.tensor([len(rows), 0], device=self._device),
             self._tensors,
             self._grads,
-            group_table(hyperparameters, self._device),
+            group_table(spec.algorithm, self._device),
             torch.zeros(int(table.SOURCE_COLUMNS), dtype=torch.int64, device=self._device),
             self._scalars,
             self._zeros(1),

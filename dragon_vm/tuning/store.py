@@ -28,11 +28,7 @@ Result = dict[str, Any]
 
 
 def check_writable() -> None:
-    """Make the folder of results and write in it, so that no search is in vain.
-
-    Raises:
-        ValueError: if that fails.
-    """
+    """Make the folder of results and write in it, so that no search is in vain; a ValueError if that fails."""
     folder = tuning_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,22 +38,14 @@ def check_writable() -> None:
 
 
 def save(result: Result) -> Path:
-    """Store a result in place of an earlier one of the same kernel, device and size.
-
-    Raises:
-        OSError: if the folder cannot be written to.
-    """
+    """Store a result in place of an earlier one of the same kernel, device and size."""
     path = path_of(result["spec"], result["arch"], result["device"], result["size"])
     write_atomically(path, result)
     return path
 
 
 def write_atomically(path: Path, data: Any) -> None:
-    """Replace a file, or leave it as it is: whoever reads it sees the old or the new text, whole.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Replace a file, or leave it as it is: whoever reads it sees the old or the new text, whole."""
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_parts(path.parent)
@@ -97,11 +85,7 @@ def scan() -> Iterator[tuple[Path, Result | str]]:
 
 
 def export_results(path: Path, results: Iterable[Result]) -> None:
-    """Write results to one file, to be carried to another machine.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Write results to one file, to be carried to another machine."""
     write_atomically(path, {"schema": SCHEMA, "results": list(results)})
 
 

@@ -280,8 +280,10 @@ def other_gradients_each_step(name: str, **options: Any) -> int:
             assert torch.equal(local(ours), local(theirs))
         norms = [optimizer.grad_norm for optimizer in optimizers]
         assert norms[0] is None or torch.equal(*norms)
-        optimizers[1]._plans.forget()
-    return max(len(plan.gatherer.positions) for plan in optimizers[0]._plans.latest() if plan.gatherer.takes_parts)
+        optimizers[1]._updater.plans.forget()
+    return max(
+        len(plan.gatherer.positions) for plan in optimizers[0]._updater.plans.latest() if plan.gatherer.takes_parts
+    )
 
 
 def extreme(name: str, size: float) -> tuple[float, float]:

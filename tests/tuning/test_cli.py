@@ -205,6 +205,15 @@ def test_a_reader_that_leaves_is_no_wrong_argument() -> None:
     os.close(writer)
 
 
+def test_the_help_of_run_ends_quietly_where_its_reader_has_gone() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dragon.vm.run", "-h"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
 @pytest.mark.parametrize(
     ("command", "unbuffered"), [(("tune", "--show"), ""), (("tune", "--show"), "1"), (("doctor",), "")]

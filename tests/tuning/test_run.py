@@ -145,11 +145,12 @@ def test_configurations_are_compiled_in_processes_that_may_crash(
     (tmp_path / "planted_compiler.py").write_text(PLANTED_COMPILER)
     monkeypatch.syspath_prepend(tmp_path)
     verdict = importlib.import_module("planted_compiler").verdict
+    monkeypatch.setattr(candidates, "compile_verdict", verdict)
     wanted = [LaunchConfig(chunk=512), LaunchConfig(chunk=1024)]
-    assert compile_all(SPEC, wanted, "sm_90", 60.0, verdict) == {wanted[0]: "planted", wanted[1]: None}
+    assert compile_all(SPEC, wanted, "sm_90", 60.0) == {wanted[0]: "planted", wanted[1]: None}
     crashing = LaunchConfig(chunk=8192)
-    assert compile_all(SPEC, [crashing], "sm_90", 60.0, verdict) == {crashing: "the compiler died"}
-    assert compile_all(SPEC, wanted, "sm_90", 0.0, verdict) == dict.fromkeys(wanted, "not compiled in time")
+    assert compile_all(SPEC, [crashing], "sm_90", 60.0) == {crashing: "the compiler died"}
+    assert compile_all(SPEC, wanted, "sm_90", 0.0) == dict.fromkeys(wanted, "not compiled in time")
 
 
 def test_the_compiler_is_against_spills_and_for_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

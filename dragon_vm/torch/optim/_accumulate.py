@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +20,11 @@ from dragon.vm.torch.optim._gradients.reporting import any_of, report, report_to
 from dragon.vm.torch.optim._gradients.scaling import Scaling, handed_over
 from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._options import Settings
+from dragon.vm.torch.optim._release import GradientRelease
 from dragon.vm.torch.optim._sums import GradientSums
 
 # Of a parameter in state dicts.
 _SUM = "grad_sum"
-
-
-class Releasing(Protocol):
-    """What is asked of gradient release."""
-
-    def check_scaler(self, scaler: Any) -> None:
-        """Check that a scaler is the one that was named."""
-
-    def untold(self) -> list[Tensor]:
-        """What was found in gradients that are gone, where none was left to tell a scaler."""
 
 
 class AccumulatingOptimizer(CheckpointedOptimizer):
@@ -43,13 +34,11 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     # Whether a `GradScaler` leaves unscaling to the step, and the parameters whose sums it finds in `.grad`.
     _handles_scaling = False
     _handed_over: Sequence[Tensor] = ()
-    # Between the check of a state dict and the end of its loading.
-    _restored_sums: dict[Tensor, Tensor] | None = None
     # The parameter that has a gradient only for a `GradScaler` to find.
     _stand_in: Tensor | None = None
     # What others found, where no gradient here has an element that could tell the scaler.
     _untold: Tensor | None = None
-    _release: Releasing | None
+    _release: GradientRelease | None
 
     @torch.no_grad()
     @_disable_dynamo
@@ -110,16 +99,12 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         params = self._all_params()
         if is_shared:
             self._stand_in, self._untold = report_to_all(params, self._settings.process_group)
-        elif self._release is not None and (found := self._release.untold()):
+        elif self._release is not None and (found := self._release.report.untold()):
             self._stand_in = stand_in(params)
             report(params, found)
 
     def _scaling(self) -> Scaling:
-        """What a `GradScaler` hands over for this step.
-
-        Raises:
-            RuntimeError: if it unscaled the gradients before it could find what this optimizer reports.
-        """
+        """What a `GradScaler` hands over for this step."""
         scaling = handed_over(self)
         has_stood_in = self._drop_stand_in()
         untold, self._untold = self._untold, None
@@ -131,12 +116,13 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         return scaling
 
     def _check_unscaled(self, scaling: Scaling, has_stood_in: bool) -> None:
-        flags, group, differ = [bool(self._handed_over), has_stood_in], self._settings.process_group, False
+        """Refuse a step whose gradients a scaler unscaled before it could find what this optimizer reports."""
+        flags, group = [bool(self._handed_over), has_stood_in], self._settings.process_group
         if has_others(group):
             found = scaling.found_inf is not None and bool(scaling.found_inf > 0)
             *flags, is_found, is_clean = any_of([*flags, found, not found], self._all_params(), group)
-            differ = is_found and is_clean
-        if not (any(flags) or differ):
+            flags.append(is_found and is_clean)
+        if not any(flags):
             return
         reasons = (
             "sums of sum_grad(): they are still scaled. Leave unscale_() out: the step unscales sums too, and "
@@ -150,7 +136,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         self._drop_handed_over()
         for name in ("grad_scale", "found_inf"):
             delattr(self, name)
-        raise RuntimeError(f"GradScaler.unscale_() saw no {reasons[[*flags, differ].index(True)]}")
+        raise RuntimeError(f"GradScaler.unscale_() saw no {reasons[flags.index(True)]}")
 
     def _drop_stand_in(self) -> bool:
         """Take away a gradient that was there only for a scaler, and tell whether there was one."""
@@ -194,45 +180,41 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
             ValueError: as PyTorch, and for missing or misshapen states. Nothing has changed then.
         """
         self._take_back()
+        sums: dict[Tensor, Tensor] = {}
         # Behind the hooks of others, which may still change the dict.
-        handles = [self.register_load_state_dict_pre_hook(hook) for hook in (_take_sums, take_states)]
+        behind = self.register_load_state_dict_pre_hook
         try:
-            super().load_state_dict(state_dict)
-            if self._restored_sums:
-                sums = self._restored_sums
+            with behind(partial(_take_sums, sums)), behind(take_states):
+                super().load_state_dict(state_dict)
+            if sums:
                 with_plain_tensors(lambda: self._sums.restore(sums))
         finally:
-            for handle in handles:
-                handle.remove()
-            self._restored = self._restored_sums = None
+            self._restored = None
 
 
-def _take_sums(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """A hook before loading: keep the sums, and leave others the rest of the dict."""
+def _take_sums(sums: dict[Tensor, Tensor], optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """A hook before loading: gather the sums, and leave others the rest of the dict."""
     state, saved_groups = state_dict["state"], state_dict["param_groups"]
-    saved = {key for key, entries in state.items() if isinstance(entries, Mapping) and _SUM in entries}
+    saved = {key: each[_SUM] for key, each in state.items() if isinstance(each, Mapping) and _SUM in each}
     if not saved:
         return None
     keys = chain.from_iterable(group["params"] for group in saved_groups)
     pairs = zip(keys, optimizer._all_params(), strict=False)
-    optimizer._restored_sums = {param: state[key][_SUM] for key, param in pairs if key in saved}
+    sums.update({param: saved[key] for key, param in pairs if key in saved})
     lengths = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved_groups)]
     # PyTorch refuses others, with its own words.
     if lengths[0] == lengths[1]:
-        _check_sums(optimizer._restored_sums, optimizer._settings)
-    rest = {
-        key: {name: entries[name] for name in entries if name != _SUM} if key in saved else entries
-        for key, entries in state.items()
-    }
-    return {**state_dict, "state": {key: entries for key, entries in rest.items() if key not in saved or entries}}
+        _check_sums(sums, optimizer._settings)
+    rest = dict(state)
+    for key in saved:
+        rest[key] = {name: value for name, value in state[key].items() if name != _SUM}
+        if not rest[key]:
+            del rest[key]
+    return {**state_dict, "state": rest}
 
 
 def _check_sums(sums: Mapping[Tensor, Any], settings: Settings) -> None:
-    """Check sums that are to be loaded.
-
-    Raises:
-        ValueError: for what is no sum of gradients of its parameter, and for sums that no step would use.
-    """
+    """Refuse to load what is no sum of gradients of its parameter, and sums that no step would use."""
     if settings.release_gradients:
         raise ValueError(
             f"loaded state dict has {_SUM}, which release_gradients={settings.release_gradients!r} would leave "

@@ -22,13 +22,8 @@ from dragon.vm.torch.optim._groups.checks import check_state
 def exchanged(state: Mapping[Any, Any], originals: dict[Tensor, Tensor]) -> Iterator[None]:
     """Give each parameter the value of its average, rounded to its dtype, inside a ``with`` block.
 
-    Args:
-        state: of an optimizer; parameters without an "ema" stay as they are.
-        originals: holds copies of the parameters' own values, of distributed ones their shards, inside the block.
-
-    Raises:
-        RuntimeError: if no parameter has an average, if FSDP1 splits one, and inside another such block.
-        ValueError: if an average does not have the shape of its parameter.
+    Parameters without an "ema" in `state` stay as they are. Inside the block `originals` holds copies of the
+    parameters' own values, of distributed ones their shards.
     """
     if originals:
         raise RuntimeError("swap_ema() was called inside swap_ema(): the parameters are exchanged already")

@@ -14,17 +14,11 @@ _P = ParamSpec("_P")
 
 
 class Ours(NamedTuple):
-    """What to write here.
+    """What to write here."""
 
-    Attributes:
-        argument: in Python.
-        word: on a command line.
-        why: a relative clause about the difference; empty if there is none.
-    """
-
-    argument: str
-    word: str
-    why: str = ""
+    argument: str  # in Python
+    word: str  # on a command line
+    why: str = ""  # a relative clause about the difference; empty if there is none
 
 
 _EIGHT_BIT = Ours('state_dtype="8bit"', "--state-dtype 8bit")

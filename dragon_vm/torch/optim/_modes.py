@@ -11,12 +11,9 @@ from torch._C import _set_grad_enabled as set_grad_enabled
 
 
 def undisturbed(update: Callable[..., None], *args: Any, with_grad: bool = False) -> None:
-    """Call with gradients off and subclasses' `__torch_function__` off, and leave both as they were.
+    """Call `update` with gradients off, unless `with_grad`, and subclasses' `__torch_function__` off.
 
-    Args:
-        update: what is called.
-        *args: given to it.
-        with_grad: leave gradients as they are.
+    Both are left as they were.
     """
     enabled = torch.is_grad_enabled()
     try:

@@ -64,12 +64,7 @@ def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(options: Mapping[str, Any]) -> Settings:
-    """Take the options of the optimizer as a whole out of all options.
-
-    Raises:
-        TypeError: for an option of another kind.
-        ValueError: for an option out of range.
-    """
+    """Check the options of the optimizer as a whole, and take them out of all options."""
     settings = Settings(**{name: options[name] for name in Settings._fields if name in options})
     if settings.backend not in (None, "triton", "native", "eager"):
         raise ValueError(f"backend must be None, 'triton', 'native' or 'eager', but got {settings.backend!r}")
@@ -90,13 +85,7 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Check that an option is a number.
-
-    Raises:
-        TypeError: for what is none.
-        ValueError: for a tensor of several, or on a device where kernels do not read it; for an integer that no
-            float is as large as.
-    """
+    """Check that an option is a number, fits a float, and is no tensor where kernels do not read it."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
@@ -109,12 +98,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_numbers(group: Mapping[str, Any]) -> None:
-    """Check that the hyperparameters of a group are numbers, in range or not. Betas that are tensors may be any.
-
-    Raises:
-        TypeError: for one that is no number, naming it.
-        ValueError: as `check_number`, and for more betas than two.
-    """
+    """Check that a group's hyperparameters are numbers, in range or not. Betas that are tensors may be any."""
     for name in _NUMBERS & group.keys():
         if type(value := group[name]) is not float:
             check_number(name, value)
@@ -129,11 +113,7 @@ def check_numbers(group: Mapping[str, Any]) -> None:
 
 
 def check_keys(group: Any, settings: Settings) -> None:
-    """Check that a dict has no options of the optimizer as a whole, but for those that say the same.
-
-    Raises:
-        ValueError: for one that says something else.
-    """
+    """Refuse a dict with an option of the optimizer as a whole that says something else than the settings."""
     for name, own in settings._asdict().items() if isinstance(group, dict) else ():
         value = group.get(name, own)
         if value is not own and value != own:
@@ -153,12 +133,7 @@ def needs_norm(settings: Settings) -> bool:
 
 
 def check_own(group: Mapping[str, Any], settings: Settings) -> None:
-    """Check that all hyperparameters are numbers, and the ranges of those of our own that all optimizers have.
-
-    Raises:
-        TypeError: for what is no number.
-        ValueError: for values out of range or that contradict each other.
-    """
+    """Check that all hyperparameters are numbers, and the ranges of those of our own that all optimizers have."""
     check_numbers(group)
     grad_scale, ema_decay = group["grad_scale"], group["ema_decay"]
     if not 0.0 < grad_scale < math.inf:
@@ -180,12 +155,7 @@ def check_own(group: Mapping[str, Any], settings: Settings) -> None:
 
 
 def check_common(group: Mapping[str, Any], settings: Settings) -> None:
-    """Check the options that all optimizers' groups have.
-
-    Raises:
-        TypeError, ValueError: as `check_own`.
-        RuntimeError: for `fused` with `differentiable` or `foreach`, as PyTorch.
-    """
+    """Check the options that all optimizers' groups have; `fused` is refused with the errors of PyTorch."""
     check_own(group, settings)
     if group["fused"]:
         if group["differentiable"]:
@@ -210,14 +180,11 @@ def own_tensors(group: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> N
         return value.clone() if shared else value
 
     group["lr"] = own(group["lr"])
-    if "betas" in group:
-        betas = list(group["betas"])
-        owned = list(map(own, betas))
-        # A list that holds none stays the user's, who may write into it.
-        if not isinstance(group["betas"], list):
-            group["betas"] = tuple(owned)
-        elif any(map(is_not, owned, betas)):
-            group["betas"] = owned
+    betas = group.get("betas", ())
+    owned = list(map(own, betas))
+    # A list that holds none stays the user's, who may write into it.
+    if any(map(is_not, owned, betas)):
+        group["betas"] = owned if isinstance(betas, list) else tuple(owned)
 
 
 def by_value(value: Any) -> Any:

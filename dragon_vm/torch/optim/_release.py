@@ -34,13 +34,7 @@ _INSTEAD = {
 
 
 def check_release(groups: Sequence[Mapping[str, Any]], settings: Settings) -> None:
-    """Check that gradients can be released.
-
-    Raises:
-        TypeError: for a `release_gradients` that is neither a bool nor a `GradScaler`.
-        ValueError: for an option that needs all gradients, for a `process_group` with other processes, for
-            parameters of FSDP1 and for uninitialized ones.
-    """
+    """Check that gradients can be released, if `release_gradients` asks for it."""
     release = settings.release_gradients
     if not isinstance(release, bool | torch.amp.GradScaler):
         raise TypeError(f"release_gradients must be a bool or a GradScaler, but got {release!r}")
@@ -81,9 +75,8 @@ class Bucket:
         for group_index, param in reversed(chosen):
             self._references[group_index].append(TensorWeakRef(param))
         self.ids = {id(param) for _, param in chosen}
-        self.waiting = set(self.ids)
-        self.is_done = False
         self._reader = MemberReader()
+        self.begin()
 
     @property
     def is_whole(self) -> bool:
@@ -137,13 +130,16 @@ class GradientRelease:
     """The buckets of one optimizer, and the hooks that update them on the backward pass's thread and stream.
 
     Of several optimizers of a parameter the latest decides about its gradient, while it is there.
+
+    Attributes:
+        report: what a `GradScaler` is to find.
     """
 
     def __init__(self, optimizer: ReleasingOptimizer, updater: Updater) -> None:
         # The hooks must not keep the optimizer alive.
         self._optimizer, self._updater = weakref.ref(optimizer), updater
         scaler = optimizer._settings.release_gradients
-        self._report = ScalerReport(None if scaler is True else scaler)
+        self.report = ScalerReport(None if scaler is True else scaler)
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
         self._handles = WeakIdKeyDictionary()
@@ -170,7 +166,7 @@ class GradientRelease:
             nbytes += size
         before = self._buckets
         self._buckets = [Bucket(number, each, len(groups)) for number, each in enumerate(chosen, 1)]
-        self._report.begin()
+        self.report.begin()
         are_done = {id(param) for bucket in before if bucket.is_done for param in bucket.params}
         self._bucket_of = {key: bucket for bucket in self._buckets for key in bucket.ids}
         for bucket in self._buckets:
@@ -192,18 +188,11 @@ class GradientRelease:
                 _deciders[param] = [*_living_deciders(param), reference]
 
     def begin(self, grad_scale: Tensor | None = None) -> bool:
-        """Wait for the gradients of the next backward pass.
+        """Wait for the gradients of the next backward pass, and tell whether any arrived since the last call.
 
-        Args:
-            grad_scale: what a `GradScaler` hands to the step after this one.
-
-        Returns:
-            Whether gradients have arrived since the last call.
-
-        Raises:
-            RuntimeError: if a `GradScaler` scaled the gradients of this one that this object does not know.
+        `grad_scale` is what a `GradScaler` hands to the step after the last pass.
         """
-        if self._report.scaler is None and grad_scale is not None:
+        if self.report.scaler is None and grad_scale is not None:
             raise RuntimeError(
                 "release_gradients=True has updated parameters from gradients that a GradScaler had scaled: "
                 "give release_gradients=scaler"
@@ -211,20 +200,12 @@ class GradientRelease:
         was_under_way, self._is_under_way = self._is_under_way, False
         for bucket in self._buckets:
             bucket.begin()
-        self._report.begin()
+        self.report.begin()
         return was_under_way
 
-    def untold(self) -> list[Tensor]:
-        """What was found in gradients that are gone, where none was left to tell a scaler."""
-        return self._report.untold()
-
     def check_scaler(self, scaler: Any) -> None:
-        """Check at the step of a `GradScaler` that it is the one whose scale the gradients were divided by.
-
-        Raises:
-            RuntimeError: if it is another.
-        """
-        if self._report.scaler is not None and scaler is not self._report.scaler:
+        """Check at the step of a `GradScaler` that it is the one whose scale the gradients were divided by."""
+        if self.report.scaler is not None and scaler is not self.report.scaler:
             raise RuntimeError(
                 "release_gradients=scaler has updated parameters by the scale of another GradScaler than the one "
                 "that steps. Give it the scaler that scales the loss. Copies of an optimizer have the original's: "
@@ -258,8 +239,8 @@ class GradientRelease:
                     "step() after each backward pass; gradients cannot be accumulated"
                 )
             bucket.waiting.discard(id(param))
-            if self._report.scaler is not None and bucket is self._buckets[-1]:
-                self._report.tell(bucket.params)
+            if self.report.scaler is not None and bucket is self._buckets[-1]:
+                self.report.tell(bucket.params)
             elif not bucket.waiting:
                 self._release(optimizer, bucket)
 
@@ -276,15 +257,15 @@ class GradientRelease:
         bucket.is_done = True
         for param in bucket.params:
             param.grad = None
-        self._report.tell(self._buckets[-1].params)
+        self.report.tell(self._buckets[-1].params)
 
     def _update(self, optimizer: ReleasingOptimizer, bucket: Bucket) -> None:
         optimizer._read_groups()
         members, settings = bucket.members(), optimizer._settings
-        found_inf = self._report.found_inf(members.grads, members.shards[0].device)
+        found_inf = self.report.found_inf(members.grads, members.shards[0].device)
         if found_inf is not None and members.are_distributed:
             found_inf = self._updater.agreed(members, settings, found_inf, bucket.index)
-        scaling = self._report.scaling(found_inf)
+        scaling = self.report.scaling(found_inf)
         step = members, optimizer.param_groups, optimizer.state, settings, scaling
         self._updater.update(*step, zero_grad=False, part=bucket.index)
 

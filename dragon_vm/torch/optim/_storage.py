@@ -26,8 +26,6 @@ from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._options import complete
 from dragon.vm.torch.optim._plan.updater import Updater
 
-Group = Mapping[str, Any]
-
 
 class StoringOptimizer(AccumulatingOptimizer):
     """An optimizer that tells what it stores, and keeps masters in step with their parameters."""
@@ -150,7 +148,7 @@ class StoringOptimizer(AccumulatingOptimizer):
         groups = [group for group in self.param_groups if group.get("master_weights") is not None]
         return list(chain.from_iterable(group["params"] for group in groups))
 
-    def _warn_of_rounding(self, group: Group) -> None:
+    def _warn_of_rounding(self, group: Mapping[str, Any]) -> None:
         """Warn once of second moments that were asked to be rounded such that they cannot decay."""
         if self._has_warned or options_of(group).state_dtype is None or "betas" not in group:
             return

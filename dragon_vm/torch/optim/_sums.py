@@ -35,7 +35,8 @@ class GradientSums:
         # Whether some were gathered outside of a capture.
         self.are_outside = False
         self._launches: dict[Signature, SumLaunch] = {}
-        self._unreduced: list[UnreducedSums] = []
+        # By their key and the ids of their parameters.
+        self._unreduced: dict[tuple[Any, ...], UnreducedSums] = {}
         # The DDP modules of parameters, which are kept by id, and how often they were asked for.
         self._replicas: tuple[list[int], Replicas] = ([], Replicas([]))
         self._n_asked = 0
@@ -46,11 +47,7 @@ class GradientSums:
         return bool(self.totals or self._unreduced)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickles and copies hold.
-
-        Raises:
-            RuntimeError: for sums that other processes have their parts of.
-        """
+        """What pickles and copies hold; an error as of `check_reduced`."""
         self.check_reduced()
         return {"totals": self.totals}
 
@@ -60,11 +57,7 @@ class GradientSums:
         self.are_outside = bool(self.totals)
 
     def check_reduced(self) -> None:
-        """Check that the sums can be saved.
-
-        Raises:
-            RuntimeError: if not.
-        """
+        """Raise a RuntimeError for sums that cannot be saved, since other processes have their parts of them."""
         if self._unreduced:
             raise RuntimeError(
                 "sums of gradients from DDP's no_sync() cannot be saved: each process has a part of them. "
@@ -93,21 +86,14 @@ class GradientSums:
         self.clear()
 
     def take(self, params: Sequence[Tensor], launch: bool) -> None:
-        """Add the gradients of the parameters to their sums and drop them.
+        """Add the gradients of all parameters to their sums and drop them. An error has changed nothing.
 
-        Gradients that DDP has not reduced are summed apart, to be reduced once.
-
-        Args:
-            params: all parameters; those without a gradient keep their sums.
-            launch: add by a kernel, in one launch for each signature, rather than by torch operations.
-
-        Raises:
-            RuntimeError: for a sparse gradient. Nothing has changed then.
-            ValueError: for a gradient that is not of its parameter's shape, or not of its sum's, likewise.
+        Gradients that DDP has not reduced are summed apart, to be reduced once. With `launch` a kernel adds, in
+        one launch for each signature, rather than torch operations.
         """
         for param in params:
-            _check_grad(param)
             if param.grad is not None:
+                _check_grad(param, param.grad)
                 self._check_shape(param)
         self.are_outside |= not is_capturing()
         others = self._take_unreduced(params)
@@ -142,44 +128,30 @@ class GradientSums:
         zeroed = self._replicas[1].wanting()
         self._zeroed = [param for param in chosen if id(param) in zeroed]
         for key, members in by_buffer(chosen, groups).items():
-            ids = list(map(id, members))
-            kept = (sums for sums in self._unreduced if sums.key == key and list(map(id, sums.params)) == ids)
-            sums = next(kept, None)
-            if sums is None:
-                sums = UnreducedSums(key, members)
-                self._unreduced.append(sums)
-            sums.take(zeroed)
+            place = key, *map(id, members)
+            if place not in self._unreduced:
+                self._unreduced[place] = UnreducedSums(key, members)
+            self._unreduced[place].take(zeroed)
         return [param for param in params if id(param) not in groups]
 
     def reduce(self) -> None:
-        """Reduce the sums that are not yet, by one collective for each process group, device and dtype.
-
-        Raises:
-            RuntimeError: inside of `Join`.
-        """
+        """Reduce the sums that are not yet, by one collective for each process group, device and dtype."""
         if self._unreduced:
             self._replicas[1].check_joined()
         while self._unreduced:
             # A step that fails after this one finds them reduced.
-            reduced = self._unreduced.pop(0).reduced()
+            reduced = self._unreduced.pop(next(iter(self._unreduced))).reduced()
             for param, total in reduced.items():
                 self.totals[param] = total if param not in self.totals else self.totals[param].add_(total)
 
     def added_to(self, params: Sequence[Tensor], grads: Sequence[Any]) -> list[Any]:
-        """For each parameter its sum, with its gradient if there is one too; None where both are missing.
-
-        Raises:
-            ValueError: for a parameter that has another shape than the gradients that were summed.
-        """
-        summed = []
-        for param, grad in zip(params, grads, strict=True):
-            total = self.totals.get(param)
-            if total is None:
-                summed.append(grad)
-                continue
+        """For each parameter its sum, with its gradient if there is one too; None where both are missing."""
+        for param in params:
             self._check_shape(param)
-            summed.append(total if grad is None else total + grad)
-        return summed
+        return [
+            grad if total is None else total if grad is None else total + grad
+            for total, grad in zip(map(self.totals.get, params), grads, strict=True)
+        ]
 
     def _check_shape(self, param: Tensor) -> None:
         """Check that a parameter has the shape of its sum, which would follow some other ones by broadcasting."""
@@ -194,9 +166,7 @@ class GradientSums:
     def hand_over(self, params: Sequence[Tensor], note: Callable[[Sequence[Tensor]], None]) -> None:
         """Make the sums, with the gradients that came after them, the gradients of their parameters.
 
-        Args:
-            params: all parameters.
-            note: called with those that had a sum.
+        `params` are all parameters. `note` is called with those that had a sum.
         """
         self.reduce()
         chosen = [param for param in params if param in self.totals]
@@ -242,10 +212,7 @@ def _as_sum(param: Tensor, grad: Tensor) -> Tensor:
     return in_layout_of(param, copy) if is_dense(param) else copy
 
 
-def _check_grad(param: Tensor) -> None:
-    grad = param.grad
-    if grad is None:
-        return
+def _check_grad(param: Tensor, grad: Tensor) -> None:
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"sum_grad() does not support gradients of layout {grad.layout}, and no step would use their sum. "

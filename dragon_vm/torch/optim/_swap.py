@@ -56,15 +56,10 @@ class Replaced:
 
 
 class LeftAlone(NamedTuple):
-    """One optimizer that stayed PyTorch's.
+    """One optimizer that stayed PyTorch's."""
 
-    Attributes:
-        name: of its class, with the module.
-        reason: why ours did not take its place.
-    """
-
-    name: str
-    reason: str
+    name: str  # of its class, with the module
+    reason: str  # why ours did not take its place
 
 
 class Swap:
@@ -193,23 +188,24 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
         swaps = tuple(_swaps)
         if not swaps:
             plain(self, *args, **kwargs)
-        elif isinstance(self, Optimizer):
-            _begin_anew(self, original, args, {**_options_for(original, swaps), **kwargs})
-            _record(self, original.__name__, swaps)
+            return
+        known, reason = own_options(original), None
+        options = {name: value for name, value in swaps[-1].options.items() if name in known}
+        if isinstance(self, Optimizer):
+            _begin_anew(self, original, args, {**options, **kwargs})
         # Ours knows options of PyTorch's other classes: its SGD has no `capturable`.
         elif type(self) is original and takes(plain, kwargs.keys() - own_options()):
             args, kwargs = _repeatable(args, kwargs)
-            refusal = _become_ours(self, original, args, {**_options_for(original, swaps), **kwargs})
-            if refusal is None:
-                _record(self, original.__name__, swaps)
-            else:
+            reason = _become_ours(self, original, args, {**options, **kwargs})
+            if reason is not None:
                 plain(self, *args, **kwargs)
-                _leave_alone(self, f"ours refuses it: {refusal}", swaps)
         else:
             plain(self, *args, **kwargs)
             # AdamW's calls Adam's: the nearest of them speaks.
-            if type(self) not in _OURS and next(kind for kind in type(self).__mro__ if kind in _OURS) is original:
-                _leave_alone(self, f"it is derived from torch.optim.{original.__name__}", swaps)
+            if type(self) in _OURS or next(kind for kind in type(self).__mro__ if kind in _OURS) is not original:
+                return
+            reason = f"it is derived from torch.optim.{original.__name__}"
+        _record(self, original.__name__, reason, swaps)
 
     return with_parameters_of(plain, init)
 
@@ -222,8 +218,7 @@ def _become_ours(
 ) -> str | None:
     """Make ours of an object of PyTorch's class that is not initialised yet.
 
-    Returns:
-        None, or why ours refuses; the object is PyTorch's again then, and the groups are as they were.
+    If ours refuses, return the reason. The object is PyTorch's again then, and the groups are as they were.
     """
     before = [(group, dict(group)) for group in _groups(args, kwargs)]
     optimizer.__class__ = _OURS[original]
@@ -236,18 +231,14 @@ def _become_ours(
         for group, contents in before:
             group.clear()
             group.update(contents)
-        return f"{type(error).__name__}: {error}"
+        return f"ours refuses it: {type(error).__name__}: {error}"
     return None
 
 
 def _begin_anew(
     optimizer: Optimizer, original: type[torch.optim.Optimizer], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Initialise ours again, as PyTorch's allows. It stays ours: what ours refuses is an error.
-
-    Raises:
-        TypeError: for an object that is not of our class of that name.
-    """
+    """Initialise ours again, as PyTorch's allows. It stays ours: what ours refuses is an error."""
     kind = type(optimizer)
     if kind is not _OURS[original]:
         name = f"torch.optim.{original.__name__}.__init__"
@@ -255,23 +246,15 @@ def _begin_anew(
     optimizer.__init__(*args, **kwargs)  # type: ignore[misc]  # as a script does
 
 
-def _options_for(original: type[torch.optim.Optimizer], swaps: tuple[Swap, ...]) -> dict[str, Any]:
-    """Those of the last swap that ours knows."""
-    known = own_options(original)
-    return {name: value for name, value in swaps[-1].options.items() if name in known}
-
-
-def _record(optimizer: torch.optim.Optimizer, name: str, swaps: tuple[Swap, ...]) -> None:
-    for entry in swaps:
-        entry.replaced.append(Replaced(optimizer, name))
-        entry.rank = _rank()
-
-
-def _leave_alone(optimizer: torch.optim.Optimizer, reason: str, swaps: tuple[Swap, ...]) -> None:
+def _record(optimizer: torch.optim.Optimizer, name: str, reason: str | None, swaps: tuple[Swap, ...]) -> None:
+    """Tell the swaps of an optimizer: that it is ours, or the reason why it stayed PyTorch's."""
     kind = type(optimizer)
-    name = f"torch.optim.{kind.__name__}" if kind in _OURS else f"{kind.__module__}.{kind.__qualname__}"
+    whole = f"torch.optim.{kind.__name__}" if kind in _OURS else f"{kind.__module__}.{kind.__qualname__}"
     for entry in swaps:
-        entry.left_alone.append(LeftAlone(name, reason))
+        if reason is None:
+            entry.replaced.append(Replaced(optimizer, name))
+        else:
+            entry.left_alone.append(LeftAlone(whole, reason))
         entry.rank = _rank()
 
 

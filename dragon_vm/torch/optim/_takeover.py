@@ -26,18 +26,7 @@ def take_over(
     """Make an optimizer of the same parameters in the same state.
 
     Hyperparameters that are tensors are the original's own, so that whoever holds them still changes them; state
-    tensors are copies.
-
-    Args:
-        make: called with groups and keyword arguments.
-        original: left as it is; it is not to be used on the same parameters any more.
-        expected: class of the original.
-        options: keyword arguments that go before what the original and each of its groups have.
-
-    Raises:
-        RuntimeError: for an original of this library with sums of gradients that no step has used.
-        TypeError: for an original of another class, and for a default that `make` does not know.
-        ValueError: for a state that does not fit.
+    tensors are copies. `options` go before what the original, which is an `expected`, and each of its groups have.
     """
     if not isinstance(original, expected):
         raise TypeError(

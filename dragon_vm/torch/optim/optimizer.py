@@ -75,10 +75,9 @@ class Optimizer(StoringOptimizer):
     def _reset(self) -> None:
         """Forget everything that is derived: plans, buffers and sums."""
         self._updater = Updater(type(self).__name__, self._algorithm)
-        self._plans = self._updater.plans
         self._sums = GradientSums()
-        self._release: GradientRelease | None = None
-        self._originals: dict[Tensor, Tensor] = {}
+        self._release = None
+        self._originals = {}
         self._members = MemberReader()
 
     def _check_params(self, groups: list[dict[str, Any]]) -> None:
@@ -283,7 +282,7 @@ class Optimizer(StoringOptimizer):
         if is_copy:
             self._reset()
         else:
-            self._plans.forget()
+            self._updater.plans.forget()
             self._updater.masters.forget()
         self._is_built = True
         if "_settings" in state:

@@ -72,7 +72,6 @@ class SGD(Optimizer, torch.optim.SGD):
         process_group: Any = None,
         release_gradients: bool | torch.amp.GradScaler = False,
     ) -> None:
-        # The update draws no random bits: it need not count steps.
         Optimizer.__init__(self, params, given(locals()))
 
     @classmethod

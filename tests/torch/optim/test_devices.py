@@ -54,7 +54,7 @@ def test_a_step_on_two_devices_is_the_step_on_one(options, spoilt, zero_grad, re
             optimizer.step(zero_grad=zero_grad)
             assert not zero_grad or not any(param.grad.any() for param in params)
         results.append((optimizer, params))
-    assert len(results[1][0]._plans.latest()[-1]._devices) == 2
+    assert len(results[1][0]._updater.plans.latest()[-1]._devices) == 2
     (one, params), (two, others) = results
     assert one.n_skipped_steps == two.n_skipped_steps == int(spoilt == math.inf and "skip_nonfinite" in options)
     if options.get("max_grad_norm"):
@@ -143,7 +143,7 @@ def test_memory_that_a_step_uses_on_another_stream_is_recorded_there(monkeypatch
     stream = 2
     optimizer.step()
     found = set(recorded)
-    (device,) = optimizer._plans.latest()[-1]._devices
+    (device,) = optimizer._updater.plans.latest()[-1]._devices
     context, launches = device._context, device._launches
     own = [context.status, context.spare_status, context.one, context.zero, context.partials(1)]
     # What only the optimizer knows, and nothing of the user's.

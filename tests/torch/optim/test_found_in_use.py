@@ -239,10 +239,10 @@ def test_a_plan_for_many_sets_of_gradients_is_not_lost_among_them():
         chosen = torch.randperm(100, generator=generator)[:8].tolist()
         for index, param in enumerate(params):
             param.grad = torch.ones(3) if index in chosen else None
-        before = set(map(id, optimizer._plans.latest()))
-        kept = optimizer._plans.latest()
+        before = set(map(id, optimizer._updater.plans.latest()))
+        kept = optimizer._updater.plans.latest()
         optimizer.step()
-        n_prepared.append(len(set(map(id, optimizer._plans.latest())) - before))
+        n_prepared.append(len(set(map(id, optimizer._updater.plans.latest())) - before))
         del kept
     assert n_prepared[0] == 1
     assert sum(n_prepared[-100:]) < 10

@@ -26,7 +26,8 @@ def give_grads(params, seed):
 
 
 def n_uploads(optimizer):
-    return sum(device._launches.table.n_uploads for plan in optimizer._plans.latest() for device in plan._devices)
+    plans = optimizer._updater.plans.latest()
+    return sum(device._launches.table.n_uploads for plan in plans for device in plan._devices)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -74,7 +74,7 @@ def test_many_patterns_of_missing_gradients_keep_few_plans(backend):
         for i, param in enumerate(params):
             param.grad = torch.ones_like(param) if pattern >> i & 1 else None
         optimizer.step()
-    assert len(optimizer._plans.latest()) == 8
+    assert len(optimizer._updater.plans.latest()) == 8
     assert [float(optimizer.state[param]["step"]) for param in params] == [16, 16, 16, 16, 16, 1]
 
 
@@ -193,7 +193,7 @@ def test_a_plan_for_more_parameters_changes_no_bit(backend, options, scales, zer
             optimizer.step(zero_grad=zero_grad and kind != "shared")
             for i, param in enumerate(params):
                 assert present[i] or param._version == versions[i]
-        optimizers[1]._plans.forget()
+        optimizers[1]._updater.plans.forget()
         assert everything(optimizers[0]) == everything(optimizers[1])
         for left, right in zip(*runs, strict=True):
             assert (left.grad is None) == (right.grad is None)
@@ -215,7 +215,7 @@ def test_a_norm_has_the_bits_of_its_set_whatever_other_sets_came_before(backend,
         for params, optimizer in zip(runs, optimizers, strict=True):
             give_some(params, [pattern >> i & 1 for i in range(7)], number)
             optimizer.step()
-        optimizers[1]._plans.forget()
+        optimizers[1]._updater.plans.forget()
         assert bits(optimizers[0].grad_norm) == bits(optimizers[1].grad_norm)
     assert everything(optimizers[0]) == everything(optimizers[1])
 
@@ -228,7 +228,7 @@ def test_a_norm_has_the_bits_of_its_set_after_a_buffer_has_parted(backend):
         for params, optimizer in zip(runs, optimizers, strict=True):
             give_some(params, [pattern >> i & 1 for i in range(3)], number)
             optimizer.step()
-        optimizers[1]._plans.forget()
+        optimizers[1]._updater.plans.forget()
         assert bits(optimizers[0].grad_norm) == bits(optimizers[1].grad_norm)
 
 
@@ -245,7 +245,7 @@ def test_a_norm_of_several_dtypes_has_the_bits_of_its_set(backend):
                 # Of magnitudes that are rounded otherwise in another order.
                 param.grad = grad * 4.0 ** (5 * i % 7) if pattern >> i & 1 else None
             optimizer.step()
-        optimizers[1]._plans.forget()
+        optimizers[1]._updater.plans.forget()
         assert bits(optimizers[0].grad_norm) == bits(optimizers[1].grad_norm)
     assert everything(optimizers[0]) == everything(optimizers[1])
 

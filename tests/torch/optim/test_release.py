@@ -127,10 +127,8 @@ def test_few_gradients_are_alive_at_once():
 
 
 def test_each_bucket_has_one_plan_that_is_prepared_once():
-    seen = []
-    _, optimizer = trained(
-        lambda params: AdamW(params, release_gradients=True), after=lambda o: seen.append(o._plans.latest())
-    )
+    seen, make = [], lambda params: AdamW(params, release_gradients=True)
+    _, optimizer = trained(make, after=lambda o: seen.append(o._updater.plans.latest()))
     # The first backward pass prepares a bucket before the later ones have states.
     assert len(seen[1]) == len(optimizer._release._buckets) > 4
     assert all(set(map(id, plans)) == set(map(id, seen[1])) for plans in seen[1:])

@@ -118,11 +118,11 @@ def test_a_graph_of_some_gradients_leaves_the_others_alone(graphed: Any, monkeyp
     for param in others:
         param.grad = None
     optimizer.step()
-    plan = optimizer._plans.latest()[-1]
+    plan = optimizer._updater.plans.latest()[-1]
     assert len(plan.gatherer.positions) == 1 + len(others)
     replay = capture(optimizer.step)
     # Other sets of gradients would number partial norms anew, which the graph reads: it serves this one alone.
-    assert optimizer._plans.latest()[-1] is plan
+    assert optimizer._updater.plans.latest()[-1] is plan
     for number in (1, 2):
         new_values(optimizer, number)
         judged_step(optimizer, replay)

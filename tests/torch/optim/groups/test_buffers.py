@@ -54,7 +54,7 @@ def same(left, right, backend="triton"):
 
 def n_joined(optimizer):
     """Entries that the latest step updates, joined ones counted once."""
-    return len(optimizer._plans.latest()[-1]._host._group_index)
+    return len(optimizer._updater.plans.latest()[-1]._host._group_index)
 
 
 HISTORIES = st.lists(

@@ -113,7 +113,7 @@ def test_an_explicit_kernel_is_not_given_what_has_no_memory() -> None:
     param = wrapper(1.0, 2.0)
     optimizer = Adam([param], backend="native")
     train(optimizer, [param])
-    (group,) = optimizer._plans.latest()[-1]._host.groups
+    (group,) = optimizer._updater.plans.latest()[-1]._host.groups
     # In pieces it would be the native backend.
     assert isinstance(group, HostGroup)
     assert group._piece == 0

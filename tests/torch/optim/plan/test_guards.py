@@ -299,7 +299,7 @@ def outcome(optimizer):
 
 def check_change(algorithm, change, backend):
     optimizer, params = warm(algorithm, backend)
-    assert optimizer._plans.latest()[-1].gatherer._guard is not None
+    assert optimizer._updater.plans.latest()[-1].gatherer._guard is not None
     change(optimizer, params)
     fresh = twin(optimizer)
     assert outcome(optimizer) == outcome(fresh)
@@ -345,10 +345,10 @@ def test_public_calls_notice_what_pytorchs_guards_notice(algorithm, change, monk
 def is_planned_anew(change, backend, **options):
     """Whether a step after a change takes another plan than the one before."""
     optimizer, params = warm(Adam, backend, **options)
-    plan = optimizer._plans.latest()[-1]
+    plan = optimizer._updater.plans.latest()[-1]
     change(optimizer, params)
     optimizer.step()
-    return optimizer._plans.latest()[-1] is not plan
+    return optimizer._updater.plans.latest()[-1] is not plan
 
 
 def test_moments_that_are_only_handed_on_may_move_under_a_plan():

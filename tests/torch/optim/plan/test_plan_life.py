@@ -218,18 +218,18 @@ def test_the_latest_eight_plans_are_kept_of_those_that_are_not_for_more(monkeypa
     params = parameters([(3,)] * 4)
     optimizer = Adam(params, backend="native")
     take_steps(optimizer, params, [*range(1, 9), 1, 9])
-    before, patterns = optimizer._plans.latest(), [*range(3, 10), 1]
+    before, patterns = optimizer._updater.plans.latest(), [*range(3, 10), 1]
     take_steps(optimizer, params, patterns)
-    assert set(optimizer._plans.latest()) == set(before)
+    assert set(optimizer._updater.plans.latest()) == set(before)
     present = [[i for i in range(4) if pattern >> i & 1] for pattern in patterns]
-    assert [plan.gatherer.positions for plan in optimizer._plans.latest()] == present
+    assert [plan.gatherer.positions for plan in optimizer._updater.plans.latest()] == present
 
 
 def test_a_state_dict_that_is_loaded_leaves_no_plan():
     """Numbers of random words stand in a table, and are no tensors that a guard would compare."""
     optimizer, _ = warm(Adam, "native")
     optimizer.load_state_dict(optimizer.state_dict())
-    assert not optimizer._plans.latest()
+    assert not optimizer._updater.plans.latest()
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"])
@@ -244,5 +244,5 @@ def test_no_other_number_comes_to_lie_where_a_counter_of_a_plan_was(backend):
     # Allocators give freed memory to the next who asks, for numbers of another dtype too.
     state["step"] = torch.tensor(int(state["step"]))
     assert reference() is not None
-    optimizer._plans.forget()
+    optimizer._updater.plans.forget()
     assert reference() is None

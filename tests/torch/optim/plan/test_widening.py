@@ -36,9 +36,9 @@ def test_a_plan_for_more_outlasts_others_that_were_used_since(monkeypatch):
     take_steps(optimizer, params, [0b0011, 0b0101])
     monkeypatch.setattr(widening, "N_MISSED", 100)
     take_steps(optimizer, params, range(0b1000, 0b10000))
-    before = optimizer._plans.latest()
+    before = optimizer._updater.plans.latest()
     take_steps(optimizer, params, [0b0110])
-    assert set(optimizer._plans.latest()) == set(before)
+    assert set(optimizer._updater.plans.latest()) == set(before)
 
 
 def move(param, state):
@@ -57,19 +57,19 @@ def test_a_plan_for_more_serves_a_part_whatever_the_others_become(backend, amsgr
     groups = [{"params": params[:1], "amsgrad": amsgrad}, {"params": params[1:]}]
     optimizer = Adam(groups, backend=backend)
     take_steps(optimizer, params, [0b111, 0b011])
-    before = optimizer._plans.latest()
+    before = optimizer._updater.plans.latest()
     change(params[2], optimizer.state[params[2]])
     take_steps(optimizer, params, [0b001, 0b011])
-    assert optimizer._plans.latest() == before
+    assert optimizer._updater.plans.latest() == before
 
 
 def test_a_plan_for_more_serves_what_the_last_one_served():
     params = parameters([(3,)] * 4)
     optimizer = Adam(params, backend="native")
     take_steps(optimizer, params, [0b0011, 0b0101, 0b1000, 0b1001, 0b1010])
-    before = optimizer._plans.latest()
+    before = optimizer._updater.plans.latest()
     take_steps(optimizer, params, [0b0110, 0b1110])
-    assert set(optimizer._plans.latest()) == set(before)
+    assert set(optimizer._updater.plans.latest()) == set(before)
 
 
 def test_parameters_that_never_step_together_may_share_memory():
@@ -87,7 +87,7 @@ def test_one_that_never_trains_may_share_memory_with_those_of_a_plan_for_more():
     optimizer = Adam(params, backend="native")
     params[2].data = params[0].data
     take_steps(optimizer, params, [0b01, 0b10, 0b11])
-    assert len(optimizer._plans.latest()) == 2
+    assert len(optimizer._updater.plans.latest()) == 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
