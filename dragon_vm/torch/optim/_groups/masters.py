@@ -41,10 +41,7 @@ class MasterVersions:
 
     def notice(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
         """Make parameters that were written to since `note` their own masters, and elements of doubted ones."""
-        versions = _versions(params)
-        seen = list(map(self._seen.get, map(id, params), versions))
-        if seen != versions:
-            written = list(compress(params, map(ne, seen, versions)))
+        if written := self._written(params):
             # What was saved belongs to the weights that were written with it.
             resync([param for param in written if not is_as_saved(state.get(param, {}))], state)
             self.note(written)
@@ -59,12 +56,17 @@ class MasterVersions:
         Raises:
             RuntimeError: if one was. A graph would take its old master at each replay.
         """
-        versions = _versions(params)
-        if list(map(self._seen.get, map(id, params), versions)) != versions:
+        if self._written(params):
             raise RuntimeError(
                 "a parameter with a master was written to since the last step, which a captured step cannot take "
                 "over: call resync_master() before the capture"
             )
+
+    def _written(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters that were written to since `note`; one that it has not seen is not among them."""
+        versions = _versions(params)
+        seen = list(map(self._seen.get, map(id, params), versions))
+        return [] if seen == versions else list(compress(params, map(ne, seen, versions)))
 
     def note(self, params: Sequence[Tensor]) -> None:
         """Take what is in the parameters now for this optimizer's own doing."""
@@ -75,7 +77,9 @@ class MasterVersions:
         self, state: Mapping[Any, Any], originals: Mapping[Tensor, Tensor], context: AbstractContextManager[None]
     ) -> Iterator[None]:
         """A context that leaves the parameters as it found them, whatever their versions say."""
-        params = _with_masters(state)
+        # Also those of groups that were removed.
+        entries = ((param, held) for param, held in state.items() if isinstance(held, Mapping))
+        params = [param for param, held in entries if not held.keys().isdisjoint(MASTER_PARTS)]
         # Inside another one, which `context` refuses, the averages are in the parameters.
         if not originals:
             self.notice(params, state)
@@ -84,15 +88,6 @@ class MasterVersions:
                 yield
         finally:
             self.note([param for param in params if id(param) in self._seen])
-
-
-def _with_masters(state: Mapping[Any, Any]) -> list[Tensor]:
-    """The parameters whose state has a master, also those of groups that were removed."""
-    return [
-        param
-        for param, entries in state.items()
-        if isinstance(entries, Mapping) and not entries.keys().isdisjoint(MASTER_PARTS)
-    ]
 
 
 @torch.no_grad()
