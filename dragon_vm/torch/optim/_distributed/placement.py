@@ -15,7 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import is_distributed, is_pending, local, locals_of, ready
+from dragon.vm.torch.optim._distributed.shards import (
+    is_distributed,
+    is_pending,
+    local,
+    locals_of,
+    ready,
+    with_spec,
+)
 
 _SPEC = attrgetter("_spec")
 _LOCAL = attrgetter("_local_tensor")
@@ -59,9 +66,8 @@ def placed_like(target: Any, value: Any) -> Any:
                 return value
             return _with_ready_shard(value.redistribute(placements=target.placements))
         value = ready(value.full_tensor())
-    module: Any = sys.modules["torch.distributed.tensor"]
     # Every process cuts its shard out of its own copy: nothing is sent.
-    placed = module.distribute_tensor(
+    placed = sys.modules["torch.distributed.tensor"].distribute_tensor(
         value.to(target.device_mesh.device_type), target.device_mesh, target.placements, src_data_rank=None
     )
     return placed.to(target.device)
@@ -162,10 +168,7 @@ def _with_ready_shard(tensor: Any) -> Any:
     """A tensor whose shard no collective still fills; the very tensor if that holds."""
     if not is_distributed(tensor):
         return ready(tensor)
-    if not is_pending(tensor._local_tensor):
-        return tensor
-    module: Any = sys.modules["torch.distributed.tensor"]
-    return module.DTensor(local(tensor), tensor._spec, requires_grad=False)
+    return with_spec(local(tensor), tensor._spec) if is_pending(tensor._local_tensor) else tensor
 
 
 def _described(tensor: Any) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import distributed_like, is_distributed, local
+from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._formats.blockwise import SquareQ8
 from dragon.vm.torch.optim._formats.format import Format, Part
 from dragon.vm.torch.optim._formats.resolve import Storage, blockwise_format
@@ -76,20 +74,8 @@ def make_parts(param: Any, name: str, form: Format) -> State:
             made[key] = distributed_like(param, zeros_for(shard, part.dtype))
         else:
             scale = torch.zeros(part.shape(shard.shape), dtype=part.dtype, device=shard.device)
-            made[key] = _distributed_scale(param, scale, part.shape(param.shape))
+            made[key] = distributed_like(param, scale, part.shape(param.shape))
     return made
-
-
-def _distributed_scale(param: Any, scale: Tensor, shape: Size) -> Tensor:
-    """Scales as a `DTensor` with the placements of a parameter, if it is one."""
-    if not is_distributed(param):
-        return scale
-    spec = copy.copy(param._spec)
-    strides = (shape[1], 1)
-    spec.tensor_meta = spec.tensor_meta._replace(shape=shape, stride=strides, dtype=scale.dtype)
-    module: Any = sys.modules["torch.distributed.tensor"]
-    distributed: Tensor = module.DTensor(scale, spec, requires_grad=False)
-    return distributed
 
 
 def decode_entry(param: Tensor, state: Mapping[str, Any], name: str, form: Format) -> Tensor:
