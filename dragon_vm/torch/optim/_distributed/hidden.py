@@ -87,8 +87,7 @@ def is_dict_asked_for() -> bool:
 
 def is_flat_dict_asked_for() -> bool:
     """Whether PyTorch's checkpoint functions call `state_dict` on this thread to flatten what it returns."""
-    frame = _caller(_CHECKPOINTS, "_get_optim_state_dict")
-    return bool(getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False)) if frame else False
+    return _is_option_of_dict("flatten_optimizer_state_dict")
 
 
 def is_dict_to_fill_asked_for() -> bool:
@@ -105,14 +104,19 @@ def is_broadcast_asked_for() -> bool:
 
     They give rank 0 alone what is not there to be overwritten.
     """
+    return _is_option_of_dict("broadcast_from_rank0")
+
+
+def _is_option_of_dict(name: str) -> bool:
+    """Whether PyTorch's checkpoint functions call `state_dict` on this thread with an option of theirs."""
     frame = _caller(_CHECKPOINTS, "_get_optim_state_dict")
-    return bool(getattr(frame.f_locals.get("info"), "broadcast_from_rank0", False)) if frame else False
+    return frame is not None and bool(getattr(frame.f_locals.get("info"), name, False))
 
 
 def looking_scaler() -> Any:
     """The `GradScaler` whose step on this thread is about to look at gradients; None if there is none."""
     frame = _caller("torch.amp.grad_scaler", "step")
-    return None if frame is None else frame.f_locals["self"]
+    return frame and frame.f_locals["self"]
 
 
 def tell_scaler(found_inf: Tensor) -> bool:
@@ -132,10 +136,7 @@ def tell_scaler(found_inf: Tensor) -> bool:
 
 def _caller(name: str, function: str) -> FrameType | None:
     """The frame of a function of an imported module on this thread's stack; None if it is not there."""
-    module = sys.modules.get(name)
-    frame = sys._getframe() if module is not None else None
-    while frame is not None and module is not None:
-        if frame.f_code.co_name == function and frame.f_globals is vars(module):
-            return frame
+    frame = sys._getframe() if name in sys.modules else None
+    while frame and not (frame.f_code.co_name == function and frame.f_globals is vars(sys.modules[name])):
         frame = frame.f_back
-    return None
+    return frame
