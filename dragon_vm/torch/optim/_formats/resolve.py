@@ -9,7 +9,7 @@ import torch
 from torch import Size
 
 from dragon.vm.torch.optim._formats.blockwise import SignedQ8, SquareQ8
-from dragon.vm.torch.optim._formats.format import BLOCK, Format, nbytes
+from dragon.vm.torch.optim._formats.format import BLOCK, Format
 from dragon.vm.torch.optim._formats.rounding import Plain, StochasticBfloat16, UpwardBfloat16
 from dragon.vm.torch.optim._formats.split import Master, Split8, Split16
 
@@ -52,18 +52,24 @@ class Storage(NamedTuple):
     Attributes:
         param: of the parameter.
         states: by the states' names.
-        average: of the exponential moving average.
+        average: dtype of the exponential moving average.
         asked: names of the states that a dtype is asked for.
     """
 
     param: Format
     states: Mapping[str, Format]
-    average: Format
+    average: torch.dtype
     asked: frozenset[str]
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Formats of the parameter and of the states."""
+        return (self.param, *self.states.values())
 
     def nbytes(self, numel: int) -> int:
         """Bytes of the parameter and its states, without gradient and average."""
-        return nbytes(self.param, numel) + sum(nbytes(form, numel) for form in self.states.values())
+        parts = [part for form in self.formats for part in form.parts]
+        return sum(numel // part.elements * part.dtype.itemsize for part in parts)
 
 
 def check_options(options: StorageOptions) -> None:
@@ -189,7 +195,9 @@ def resolve(
         else:
             formats[state] = _state_format(state, usual if wanted is None else wanted, shape, stochastic)
     narrow = not isinstance(param, Plain) or any(wanted in _NARROW for wanted in asked)
-    average = Plain(torch.float32) if narrow else next(iter(formats.values()), Plain(usual))
+    average = torch.float32 if narrow else next(iter(formats.values()), Plain(usual)).parts[0].dtype
+    if not states and isinstance(options.state_dtype, torch.dtype):
+        average = torch.promote_types(options.state_dtype, torch.float32)
     # Whether something is stored in less than the parameter's dtype.
     is_rounded = any(
         not isinstance(form, Plain) or form.dtype.itemsize < dtype.itemsize for form in (param, *formats.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._formats.format import Format
+from dragon.vm.torch.optim._formats.resolve import Storage
 from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.entries import (
     decode_entry,
@@ -25,7 +26,6 @@ from dragon.vm.torch.optim._groups.entries import (
 )
 from dragon.vm.torch.optim._groups.native import CODES, FORMAT_KEY, MASTER, MASTER_PARTS, format_number, parts_of
 from dragon.vm.torch.optim._groups.states import State
-from dragon.vm.torch.optim._groups.storage import storage_of
 
 
 @torch.no_grad()
@@ -69,25 +69,13 @@ def tagged_state(param: Tensor, state: State, position: int) -> State:
     return found
 
 
-def restored_entries(
-    param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], names: Sequence[str]
-) -> tuple[State, bool]:
-    """Copies of a saved state's moments and master in the formats of a parameter, in either form.
+def restored_entries(param: Tensor, storage: Storage, saved: Mapping[str, Any]) -> State:
+    """Copies of a saved state's moments and master, in either form, in the formats of a parameter.
 
     A saved remainder stays what it is until the first step: the weights that it belongs to may be loaded later.
-
-    Args:
-        param: the parameter.
-        group: its group.
-        saved: the state.
-        names: of the moments.
-
-    Returns:
-        The entries, and whether some value is stored in parts.
     """
-    storage = storage_of(param, group, names)
     entries: State = {}
-    for name in names:
+    for name in storage.states:
         held = held_format(saved, name)
         if held is None:
             continue
@@ -99,8 +87,7 @@ def restored_entries(
             placed = _placed(param, saved, named_parts(name, held))
             encode_entry(decode_entry(param, placed, name, held), param, made, name, form)
         entries |= made
-    entries |= _restored_master(param, storage.param, saved)
-    return entries, not all(isinstance(form, Plain) for form in (storage.param, *storage.states.values()))
+    return entries | _restored_master(param, storage.param, saved)
 
 
 def _restored_master(param: Tensor, form: Format, saved: Mapping[str, Any]) -> State:

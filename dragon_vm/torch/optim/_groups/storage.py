@@ -18,7 +18,6 @@ from dragon.vm.torch.optim._formats.resolve import (
     check_options,
     resolve,
 )
-from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.layout import is_dense
 
 
@@ -51,13 +50,10 @@ def storage_of(param: Tensor, group: Mapping[str, Any], states: Sequence[str]) -
         ValueError: the options do not fit the parameter.
     """
     options = options_of(group)
-    asked = options.state_dtype
     if param.is_complex():
         # Their states have their dtype; 8 bits are refused.
         options = _changed(options, lambda value: value if value == EIGHT_BIT else None)
     storage = resolve(options, param.dtype, param.shape, states, differentiable=group["differentiable"])
-    if not states and isinstance(asked, torch.dtype) and not param.is_complex():
-        storage = storage._replace(average=Plain(torch.promote_types(asked, torch.float32)))
     if any(len(form.parts) > 1 for form in storage.states.values()) and not _has_whole_blocks(param):
         options = _changed(options, lambda value: torch.float32 if value == EIGHT_BIT else value)
         storage = resolve(options, param.dtype, param.shape, states)
