@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.hidden import split_by_fsdp1
-from dragon.vm.torch.optim._distributed.shards import is_distributed
+from dragon.vm.torch.optim._distributed.shards import is_distributed, n_shards
 
 
 class Lane(NamedTuple):
@@ -71,7 +70,7 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
     """
     check_meshes(params, process_group, per_tensor)
     members = _ranks_of_group(process_group)
-    found: dict[tuple[int, ...], Any] = {}
+    lanes: dict[tuple[int, ...], Lane] = {}
     keys: list[tuple[int, ...]] = []
     weights: list[float] = []
     split = split_by_fsdp1(params) if members else [None] * len(params)
@@ -83,22 +82,19 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
             ranks, weight = members, 1.0 / len(members) if has_fsdp1 and not is_split else 1.0
         elif ranks and members and not per_tensor and set(ranks) <= set(members):
             ranks = members
-        if ranks and ranks != members:
-            found.setdefault(ranks, param)
+        if ranks and ranks != members and ranks not in lanes:
+            lanes[ranks] = _mesh_lane(param, members)
         keys.append(ranks)
         weights.append(weight)
-    lanes = [_mesh_lane(param, members) for param in found.values()]
-    order = list(found)
     if members:
-        lanes.append(Lane((process_group,), takes_all=not per_tensor))
-        order.append(members)
-    elif order and not per_tensor:
+        lanes[members] = Lane((process_group,), takes_all=not per_tensor)
+    elif lanes and not per_tensor:
         # Plain parameters count within the largest mesh, so that all its processes agree.
-        largest = max(order, key=len)
+        largest = max(lanes, key=len)
         weights = [weight if key else 1.0 / len(largest) for key, weight in zip(keys, weights, strict=True)]
         keys = [key or largest for key in keys]
-    index = {ranks: position for position, ranks in enumerate(order)}
-    return Lanes(tuple(lanes), tuple(index.get(key, -1) for key in keys), tuple(weights))
+    index = {ranks: position for position, ranks in enumerate(lanes)}
+    return Lanes(tuple(lanes.values()), tuple(index.get(key, -1) for key in keys), tuple(weights))
 
 
 def check_meshes(params: Sequence[Any], process_group: Any, per_tensor: bool) -> None:
@@ -176,5 +172,4 @@ def _replication(param: Any) -> int:
         return 1
     if any(placement.is_partial() for placement in param.placements):
         raise ValueError(f"a parameter must be sharded or replicated, but its placements are {param.placements}")
-    mesh = param.device_mesh
-    return prod(mesh.size(dim) for dim, placement in enumerate(param.placements) if placement.is_replicate())
+    return int(param.device_mesh.size()) // n_shards(param)

@@ -45,13 +45,13 @@ def local(tensor: Any) -> Any:
 
 def mean_shard_nbytes(tensor: Any) -> float:
     """Bytes of a tensor's shard in the mean over its shards: the same on all processes, even if shards are not."""
-    nbytes = float(tensor.numel() * tensor.element_size())
-    if is_distributed(tensor):
-        mesh = tensor.device_mesh
-        # FSDP2 beside tensor parallelism has shards that are no `Shard`.
-        cut = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-        nbytes /= prod(map(mesh.size, cut))
-    return nbytes
+    return float(tensor.numel() * tensor.element_size()) / (n_shards(tensor) if is_distributed(tensor) else 1)
+
+
+def n_shards(tensor: Any) -> int:
+    """The number of shards of a `DTensor`. FSDP2 beside tensor parallelism has shards that are no `Shard`."""
+    cut = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    return prod(map(tensor.device_mesh.size, cut))
 
 
 def locals_of(tensors: Iterable[Any]) -> list[Any]:
