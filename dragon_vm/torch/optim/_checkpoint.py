@@ -21,7 +21,7 @@ from dragon.vm.torch.optim._distributed.hidden import (
 )
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon
-from dragon.vm.torch.optim._groups.bounds import add_places, drop_places, widen_bounds
+from dragon.vm.torch.optim._groups.bounds import add_place, drop_places, widen_bounds
 from dragon.vm.torch.optim._groups.entries import stored_entries
 from dragon.vm.torch.optim._groups.exchange import pytorch_state, tagged_state
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS
@@ -50,21 +50,19 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
     def _as_saved(self, packed: dict[str, Any]) -> dict[str, Any]:
         """What is saved, of what PyTorch would save."""
-        is_native = self._settings.native_state_dict
+        is_native, is_to_fill = self._settings.native_state_dict, is_dict_to_fill_asked_for()
         for group in packed["param_groups"]:
             if not is_native:
                 _drop_storage(group)
             elif is_dict_asked_for():
                 # A record, which flat dicts want too. PyTorch's checkpoint functions know no dtypes here.
                 group.update((name, str(group[name])) for name in STORAGE_OPTIONS if name in group)
-        is_to_fill = is_dict_to_fill_asked_for()
-        if is_to_fill:
-            add_places(packed["param_groups"])
-            for group in packed["param_groups"]:
+            if is_to_fill:
+                add_place(group)
                 # Loading ignores what stays None.
                 group.update(dict.fromkeys(self._algorithm.own_defaults.keys() - group.keys()))
-            # A broadcast gives tensors that are not there to the first process alone.
-            is_to_fill = not is_broadcast_asked_for()
+        # A broadcast gives tensors that are not there to the first process alone.
+        is_to_fill = is_to_fill and not is_broadcast_asked_for()
         params = self._all_params()
         convert = tagged_state if is_native else pytorch_state
         states = dict(packed["state"])

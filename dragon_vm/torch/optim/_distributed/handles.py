@@ -30,12 +30,9 @@ class Borrowed:
 
 def borrowed(options: dict[str, Any]) -> dict[str, Any]:
     """Options of which those that belong to this process are borrowed."""
-    return {
-        name: Borrowed(name, value)
-        if name in _NAMES and value is not None and not isinstance(value, bool)
-        else value
-        for name, value in options.items()
-    }
+    held = {name: options.get(name) for name in _NAMES}
+    own = {name: Borrowed(name, value) for name, value in held.items() if value not in (None, False, True)}
+    return {**options, **own}
 
 
 def returned(options: dict[str, Any]) -> dict[str, Any]:

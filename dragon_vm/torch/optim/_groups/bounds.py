@@ -60,11 +60,10 @@ def _begins(params: Sequence[Tensor], state: Mapping[Any, Any], sums: Container[
     return not any(map(state.get, params)) and any(param.grad is not None or param in sums for param in params)
 
 
-def add_places(packed_groups: Iterable[dict[str, Any]]) -> None:
-    """Give groups that are to be overwritten by saved ones a place for the bound that those may have."""
-    for group in packed_groups:
-        if "betas" in group:
-            group[_KEY] = _PLACE
+def add_place(packed_group: dict[str, Any]) -> None:
+    """Give a group that is to be overwritten by a saved one a place for the bound that that one may have."""
+    if "betas" in packed_group:
+        packed_group[_KEY] = _PLACE
 
 
 def drop_places(groups: Iterable[dict[str, Any]]) -> None:

@@ -145,9 +145,6 @@ def _fill(copy: State, state: State, param: Tensor) -> None:
     for key, value in state.items():
         if key in ("step", "ema") and key in copy:
             copy[key].copy_(placed_like(copy[key], value))
-        elif key in copy or f"{key}_q8" in copy or key in parts:
-            continue
-        elif isinstance(value, Tensor):
-            copy[key] = value.detach().to(param.device, copy=True)
-        else:
-            copy[key] = deepcopy(value)
+        elif not (key in copy or f"{key}_q8" in copy or key in parts):
+            is_tensor = isinstance(value, Tensor)
+            copy[key] = value.detach().to(param.device, copy=True) if is_tensor else deepcopy(value)
