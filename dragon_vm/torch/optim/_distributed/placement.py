@@ -46,9 +46,7 @@ def ready_grad(param: Any, grad: Any) -> Any:
         return ready(grad)
     if grad.device_mesh != param.device_mesh:
         raise ValueError(f"a parameter is on {param.device_mesh}, but its gradient on {grad.device_mesh}")
-    if grad.placements != param.placements:
-        grad = grad.redistribute(placements=param.placements)
-    return _with_ready_shard(grad)
+    return _redistributed(grad, param)
 
 
 def placed_like(target: Any, value: Any) -> Any:
@@ -58,14 +56,12 @@ def placed_like(target: Any, value: Any) -> Any:
     Target and value have one global shape. A value that lies as the target does is returned as it is.
     """
     value = _with_ready_shard(value)
-    if not is_distributed(target):
-        return ready(value.full_tensor()) if is_distributed(value) else value
     if is_distributed(value):
-        if value.device_mesh == target.device_mesh:
-            if value.placements == target.placements:
-                return value
-            return _with_ready_shard(value.redistribute(placements=target.placements))
+        if is_distributed(target) and value.device_mesh == target.device_mesh:
+            return _redistributed(value, target)
         value = ready(value.full_tensor())
+    if not is_distributed(target):
+        return value
     # Every process cuts its shard out of its own copy: nothing is sent.
     placed = sys.modules["torch.distributed.tensor"].distribute_tensor(
         value.to(target.device_mesh.device_type), target.device_mesh, target.placements, src_data_rank=None
@@ -139,8 +135,6 @@ class GradientPlacements:
     def _are_expected(self, grads: Sequence[Any]) -> bool:
         """Whether nothing is pending, and gradients are distributed as they were at the last step."""
         wrappers = _wrappers()
-        if not wrappers:
-            return True
         if not wrappers.isdisjoint(map(type, compress(grads, map(not_, self._mask)))):
             return False
         distributed = list(compress(grads, self._mask))
@@ -162,6 +156,12 @@ def _wrappers() -> set[type]:
     collectives = sys.modules.get("torch.distributed._functional_collectives")
     found = getattr(tensors, "DTensor", None), getattr(collectives, "AsyncCollectiveTensor", None)
     return set(filter(None, found))
+
+
+def _redistributed(tensor: Any, target: Any) -> Any:
+    """A tensor on a target's mesh in its placements, ready for use; the very tensor if it lies so."""
+    is_placed = tensor.placements == target.placements
+    return _with_ready_shard(tensor if is_placed else tensor.redistribute(placements=target.placements))
 
 
 def _with_ready_shard(tensor: Any) -> Any:

@@ -14,7 +14,7 @@ Nothing here waits for the device. `TensorReduction` does the same for the norm 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -32,13 +32,8 @@ def _on_devices(
 
     @cache
     def on(device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        return [
-            (
-                torch.tensor(positions, dtype=torch.int64, device=device),
-                torch.tensor(weights, dtype=torch.float64, device=device),
-            )
-            for positions, weights in members
-        ]
+        tensor = partial(torch.tensor, device=device)
+        return [(tensor(own, dtype=torch.int64), tensor(weights, dtype=torch.float64)) for own, weights in members]
 
     return on
 
