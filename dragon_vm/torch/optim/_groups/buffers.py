@@ -180,11 +180,9 @@ class _Memory:
 
     def apart(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors, with copies of those that lie here, and might be overwritten before they are read."""
-        if not self._starts:
-            return tensors
         addresses = list(map(Tensor.data_ptr, tensors))
         # The speed of C, where none is close.
-        if not any(map(range(self._starts[0], self._ends[-1]).__contains__, addresses)):
+        if not (self._starts and any(map(range(self._starts[0], self._ends[-1]).__contains__, addresses))):
             return tensors
         return [
             tensor.clone() if self._holds(address) else tensor

@@ -27,10 +27,7 @@ def zeros_for(param: Tensor, dtype: torch.dtype) -> Tensor:
         param: a parameter, or this process's shard of one.
         dtype: of the state, where the parameter is not complex: those have their parameter's.
     """
-    dtype = param.dtype if param.is_complex() else dtype
-    if not has_memory(param) or not is_dense(param):
-        return torch.zeros_like(param, dtype=dtype, requires_grad=False)
-    return torch.empty_strided(param.shape, param.stride(), dtype=dtype, device=param.device).zero_()
+    return torch.zeros_like(param, dtype=param.dtype if param.is_complex() else dtype)
 
 
 class CounterPlace(NamedTuple):
