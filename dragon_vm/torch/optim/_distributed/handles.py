@@ -8,12 +8,7 @@ _NAMES = ("process_group", "release_gradients")
 
 
 class Borrowed:
-    """An option's value that belongs to this process: a process group, or a `GradScaler` that somebody updates.
-
-    Args:
-        name: of the option.
-        value: its value.
-    """
+    """An option's value that belongs to this process: a process group, or a `GradScaler` that somebody updates."""
 
     def __init__(self, name: str, value: Any) -> None:
         self.name, self.value = name, value

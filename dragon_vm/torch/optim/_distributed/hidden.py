@@ -20,9 +20,6 @@ def hidden_sharding(params: Sequence[Tensor]) -> str | None:
     It is asked while the optimizer is constructed: ZeroRedundancyOptimizer is found on the call stack. Sharding by
     hand, tensor parallelism with plain tensors and pipeline stages cannot be seen.
 
-    Args:
-        params: the parameters of the optimizer.
-
     Returns:
         The reason and the remedy, in the form of the end of an error text; None if nothing was found.
     """

@@ -137,14 +137,7 @@ def blockwise_format(state: str, stochastic: bool) -> Format:
 
 
 def _state_format(state: str, asked: StateDtype, shape: Size, stochastic: bool) -> Format:
-    """The format of one state but the maximum.
-
-    Args:
-        state: its name.
-        asked: a dtype or "8bit".
-        shape: of the parameter, global.
-        stochastic: whether a narrow second moment is rounded stochastically.
-    """
+    """The format of one state but the maximum; `stochastic` tells how a narrow second moment is rounded."""
     if not isinstance(asked, torch.dtype):
         return blockwise_format(state, stochastic) if is_blockwise(shape) else Plain(torch.float32)
     if asked == torch.bfloat16 and state == "exp_avg_sq" and stochastic:
@@ -167,14 +160,7 @@ def resolve(
     *,
     differentiable: bool = False,
 ) -> Storage:
-    """The formats of a parameter.
-
-    Args:
-        options: checked by `check_options`.
-        dtype: of the parameter.
-        shape: of the parameter, global.
-        states: names of the states that the algorithm keeps.
-        differentiable: whether autograd sees the update.
+    """The formats of a parameter of a dtype and a global shape, by options that `check_options` has seen.
 
     Raises:
         ValueError: the options do not fit the parameter; the message names option, value and dtype.

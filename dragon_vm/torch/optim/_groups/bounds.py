@@ -25,11 +25,7 @@ def widen_bounds(
 
     Betas from before the first gradient of a group made no moment: the bound begins anew with it. Until then it
     counts them, for parameters of the group on other processes may have moments, and one process saves for all.
-
-    Args:
-        groups: parameter groups.
-        state: of the optimizer. A group whose parameters have none there had no gradient yet.
-        sums: parameters with a sum of gradients for the next step.
+    A group without `state` had no gradient yet; `sums` are parameters with a sum of gradients for the next step.
     """
     has_changed = False
     for group in groups:

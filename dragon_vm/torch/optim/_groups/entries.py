@@ -143,16 +143,9 @@ def unwalked(shard: Tensor, value: Tensor) -> Tensor:
 def stored_entries(
     param: Tensor, state: Mapping[str, Any], storage: Storage, names: Iterable[str]
 ) -> tuple[State, set[str]]:
-    """The entries that a state lacks in its formats, converted from those that it has. Nothing is changed.
+    """The entries that a state lacks in its formats, converted from those that it has, and whose place they take.
 
-    Args:
-        param: the parameter.
-        state: its state, complete or not.
-        storage: the formats.
-        names: of the states that must be there.
-
-    Returns:
-        Entries to add, and names of those that they replace.
+    Nothing is changed. `names` are those of the states that must be there.
     """
     added: State = {}
     replaced: set[str] = set()

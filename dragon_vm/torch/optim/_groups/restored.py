@@ -55,12 +55,12 @@ def restored_states(
     Args:
         algorithm: of the optimizer that loads.
         settings: likewise.
-        groups: likewise, fitting the saved ones; its parameters are those that the states are for.
+        groups: likewise, fitting the saved ones.
         saved_groups: with the keys of `saved` under "params".
         saved: a state for each key, or none.
 
     Returns:
-        States that share no memory with the saved ones, for the parameters that have one.
+        States that share no memory with the saved ones, for the parameters of `groups` that have one.
 
     Raises:
         ValueError: for missing or misshapen state tensors and step counts, naming the parameter.

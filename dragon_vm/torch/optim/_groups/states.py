@@ -21,12 +21,7 @@ _buffer_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def zeros_for(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """A zeroed state tensor, laid out as the parameter is, in a storage of its own.
-
-    Args:
-        param: a parameter, or this process's shard of one.
-        dtype: of the state, where the parameter is not complex: those have their parameter's.
-    """
+    """A zeroed state tensor, laid out as the parameter is; where that is complex, of its dtype."""
     return torch.zeros_like(param, dtype=param.dtype if param.is_complex() else dtype)
 
 
