@@ -13,12 +13,7 @@ from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._distributed.hidden import (
-    is_broadcast_asked_for,
-    is_dict_asked_for,
-    is_dict_to_fill_asked_for,
-    is_flat_dict_asked_for,
-)
+from dragon.vm.torch.optim._distributed.hidden import dict_request
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon
 from dragon.vm.torch.optim._groups.bounds import add_place, drop_places, widen_bounds
@@ -50,19 +45,19 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
     def _as_saved(self, packed: dict[str, Any]) -> dict[str, Any]:
         """What is saved, of what PyTorch would save."""
-        is_native, is_to_fill = self._settings.native_state_dict, is_dict_to_fill_asked_for()
+        is_native, request = self._settings.native_state_dict, dict_request()
         for group in packed["param_groups"]:
             if not is_native:
-                _drop_storage(group)
-            elif is_dict_asked_for():
+                _drop_storage(group, request.flattens)
+            elif request.is_theirs:
                 # A record, which flat dicts want too. PyTorch's checkpoint functions know no dtypes here.
                 group.update((name, str(group[name])) for name in STORAGE_OPTIONS if name in group)
-            if is_to_fill:
+            if request.fills:
                 add_place(group)
                 # Loading ignores what stays None.
                 group.update(dict.fromkeys(self._algorithm.own_defaults.keys() - group.keys()))
         # A broadcast gives tensors that are not there to the first process alone.
-        is_to_fill = is_to_fill and not is_broadcast_asked_for()
+        is_to_fill = request.fills and not request.broadcasts
         params = self._all_params()
         convert = tagged_state if is_native else pytorch_state
         states = dict(packed["state"])
@@ -148,15 +143,15 @@ def with_own_steps(states: Any) -> Any:
     return own
 
 
-def _drop_storage(packed: Group) -> None:
+def _drop_storage(packed: Group, is_flat: bool) -> None:
     """Take out of a saved group what PyTorch's does not have, and a bound that the betas imply.
 
     Raises:
-        RuntimeError: if PyTorch's checkpoint functions ask for a flat dict, which they could not load.
+        RuntimeError: for a flat dict, which PyTorch's checkpoint functions could not load.
     """
     for name in STORAGE_OPTIONS:
         value = packed.pop(name, None)
-        if value is not None and is_flat_dict_asked_for():
+        if value is not None and is_flat:
             raise RuntimeError(
                 f"flatten_optimizer_state_dict=True with {name}={value!r}: PyTorch loads a flat dict by the names "
                 "under which this optimizer stores its states. Give native_state_dict=True to the optimizer, or "

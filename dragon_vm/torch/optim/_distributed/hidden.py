@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -77,37 +77,30 @@ def is_state_asked_for() -> bool:
     return _caller(_CHECKPOINTS, "_init_optim_state") is not None
 
 
-def is_dict_asked_for() -> bool:
-    """Whether PyTorch's checkpoint functions call `state_dict` on this thread."""
-    return _caller(_CHECKPOINTS, "_get_optim_state_dict") is not None
+class DictRequest(NamedTuple):
+    """What PyTorch's checkpoint functions do with what `state_dict` returns to them on this thread.
 
-
-def is_flat_dict_asked_for() -> bool:
-    """Whether PyTorch's checkpoint functions call `state_dict` on this thread to flatten what it returns."""
-    return _is_option_of_dict("flatten_optimizer_state_dict")
-
-
-def is_dict_to_fill_asked_for() -> bool:
-    """Whether PyTorch's checkpoint functions call `state_dict` on this thread to write a whole saved dict over it.
-
-    They fail at a number that is saved in a group or a state and not there to be overwritten.
+    Attributes:
+        is_theirs: whether they have called it.
+        flattens: flatten it.
+        fills: write a whole saved dict over it. They fail at a number that is saved in a group or a state and not
+            there to be overwritten.
+        broadcasts: write over it what rank 0 has. They give rank 0 alone what is not there to be overwritten.
     """
-    callers = [_caller(_CHECKPOINTS, name) for name in ("_load_optim_state_dict", "_get_optim_state_dict")]
-    return None not in callers and not is_flat_dict_asked_for()
+
+    is_theirs: bool
+    flattens: bool
+    fills: bool
+    broadcasts: bool
 
 
-def is_broadcast_asked_for() -> bool:
-    """Whether PyTorch's checkpoint functions call `state_dict` on this thread to write over it what rank 0 has.
-
-    They give rank 0 alone what is not there to be overwritten.
-    """
-    return _is_option_of_dict("broadcast_from_rank0")
-
-
-def _is_option_of_dict(name: str) -> bool:
-    """Whether PyTorch's checkpoint functions call `state_dict` on this thread with an option of theirs."""
+def dict_request() -> DictRequest:
+    """Tell what a state dict is for."""
     frame = _caller(_CHECKPOINTS, "_get_optim_state_dict")
-    return frame is not None and bool(getattr(frame.f_locals.get("info"), name, False))
+    info = frame and frame.f_locals.get("info")
+    flattens = bool(getattr(info, "flatten_optimizer_state_dict", False))
+    fills = frame is not None and not flattens and _caller(_CHECKPOINTS, "_load_optim_state_dict") is not None
+    return DictRequest(frame is not None, flattens, fills, bool(getattr(info, "broadcast_from_rank0", False)))
 
 
 def looking_scaler() -> Any:
