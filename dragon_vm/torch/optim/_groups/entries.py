@@ -140,9 +140,7 @@ def unwalked(shard: Tensor, value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def stored_entries(
-    param: Tensor, state: Mapping[str, Any], storage: Storage, names: Iterable[str]
-) -> tuple[State, set[str]]:
+def stored_entries(param: Tensor, state: State, storage: Storage, names: Iterable[str]) -> tuple[State, set[str]]:
     """The entries that a state lacks in its formats, converted from those that it has, and whose place they take.
 
     Nothing is changed. `names` are those of the states that must be there.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import compress
 from operator import attrgetter, ne
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, is_distributed_type, local
 from dragon.vm.torch.optim._formats.split import Master
-from dragon.vm.torch.optim._groups.native import MASTER, MASTER_PARTS, is_as_saved
+from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of
 
 # The speed of C: a step reads the version of each parameter.
 _version_of = attrgetter("_version")
@@ -42,8 +42,9 @@ class MasterVersions:
     def notice(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
         """Make parameters that were written to since `note` their own masters, and elements of doubted ones."""
         if written := self._written(params):
-            # What was saved belongs to the weights that were written with it.
-            resync([param for param in written if not is_as_saved(state.get(param, {}))], state)
+            # What was saved, and no step has converted yet, belongs to the weights that were written with it.
+            stale = (param for param in written if parts_of(state.get(param, {})).isdisjoint((MASTER, FORMAT_KEY)))
+            resync(stale, state)
             self.note(written)
         if self._doubted:
             doubted = [param for param in params if id(param) in self._doubted]
@@ -91,7 +92,7 @@ class MasterVersions:
 
 
 @torch.no_grad()
-def resync(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
+def resync(params: Iterable[Tensor], state: Mapping[Any, Any]) -> None:
     """Make parameters, as they are now, their own masters."""
     for param in params:
         entries = state.get(param, {})

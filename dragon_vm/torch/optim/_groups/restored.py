@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from itertools import count
 from typing import Any, NamedTuple
@@ -41,11 +41,7 @@ class _Owner(NamedTuple):
 
 
 def restored_states(
-    algorithm: Algorithm,
-    settings: Settings,
-    groups: Sequence[Group],
-    saved_groups: Sequence[Group],
-    saved: Mapping[Any, State],
+    algorithm: Algorithm, settings: Settings, groups: list[Group], saved_groups: list[Group], saved: dict[Any, Any]
 ) -> dict[Tensor, State]:
     """Copy saved states for an optimizer's parameters.
 

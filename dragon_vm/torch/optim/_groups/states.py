@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,9 +113,7 @@ def add_counters(states: Iterable[tuple[State, float, CounterPlace]]) -> None:
             state["step"] = counter
 
 
-def settled_entries(
-    param: Tensor, state: Mapping[str, Any], keys: tuple[str, ...], place: CounterPlace | None
-) -> State:
+def settled_entries(param: Tensor, state: State, keys: tuple[str, ...], place: CounterPlace | None) -> State:
     """State entries that must be replaced to be on the parameter's device, in its layout. Nothing is changed."""
     replaced: State = {}
     step = state.get("step")
