@@ -58,13 +58,12 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 group.update(dict.fromkeys(self._algorithm.own_defaults.keys() - group.keys()))
         # A broadcast gives tensors that are not there to the first process alone.
         is_to_fill = request.fills and not request.broadcasts
-        params = self._all_params()
         convert = tagged_state if is_native else pytorch_state
         states = dict(packed["state"])
-        for key, entries in states.items():
-            # Other keys are of others.
-            if isinstance(key, int) and 0 <= key < len(params) and isinstance(entries, dict):
-                found = without_torch_function(convert, (), (self._own_value(params[key]), entries, key), {})
+        # Other keys are of others.
+        for key, param in enumerate(self._all_params()):
+            if isinstance(entries := states.get(key), dict):
+                found = without_torch_function(convert, (), (self._own_value(param), entries, key), {})
                 found = found if self._algorithm.saves_steps else _uncounted(found)
                 states[key] = _to_fill(found) if is_to_fill else found
         return {**packed, "state": with_own_steps(states)}
@@ -172,14 +171,11 @@ def _uncounted(entries: State) -> State:
 
     Reading a counter waits for the device.
     """
-    if "step" not in entries:
-        return entries
-    is_first = float(entries["step"]) == 0
-    return {
-        name: None if is_first and name == "momentum_buffer" else value
-        for name, value in entries.items()
-        if name != "step"
-    }
+    rest = dict(entries)
+    step = rest.pop("step", None)
+    if "momentum_buffer" in rest and step is not None and float(step) == 0:
+        rest["momentum_buffer"] = None
+    return rest
 
 
 def _rejoined(saved: dict[Any, Any]) -> dict[Any, Any]:
@@ -207,11 +203,8 @@ def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | 
     if [len(group["params"]) for group in saved_groups] != lengths:
         return None  # PyTorch refuses it, with its own words
     # What a later step is to write must not be of inference mode.
-    optimizer._restored = with_plain_tensors(
-        lambda: restored_states(
-            optimizer._algorithm, optimizer._settings, optimizer.param_groups, saved_groups, saved
-        )
-    )
+    loading = optimizer._algorithm, optimizer._settings, optimizer.param_groups, saved_groups, saved
+    optimizer._restored = with_plain_tensors(lambda: restored_states(*loading))
     owned = set(chain.from_iterable(group["params"] for group in saved_groups))
     groups = [{k: v for k, v in group.items() if k not in STORAGE_OPTIONS} for group in saved_groups]
     rest = {key: value for key, value in saved.items() if key not in owned}
