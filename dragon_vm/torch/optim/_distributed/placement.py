@@ -87,11 +87,13 @@ class GradientPlacements:
     is kept.
 
     Attributes:
+        are_distributed: whether some parameter is distributed.
         are_copies: whether some of the last gradients lay otherwise: what was returned of them are copies.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._mask = bytes(map(is_distributed, params))
+        self.are_distributed = any(self._mask)
         # Specs hold meshes and placements, not tensors.
         self._specs = list(map(_SPEC, compress(params, self._mask)))
         # Those with gradients at the last step at which some had none, and their placements.

@@ -19,6 +19,9 @@ from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense, same_wa
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of, walking_order
 from dragon.vm.torch.optim._groups.states import State, zeros_for
 
+# Formats that round to nearest, by those that round at random into the same tensors.
+_NEAREST: dict[Format, Format] = {StochasticBfloat16(): Plain(torch.bfloat16), SquareQ8(True): SquareQ8(False)}
+
 
 def flat(tensor: Tensor) -> Tensor:
     """A view of a dense tensor in walking order."""
@@ -34,15 +37,6 @@ def named_parts(name: str, form: Format) -> dict[str, Part]:
     """The parts of a value by their names in a state; a parameter's own tensor has none."""
     parts = form.parts[1:] if name == "param" else form.parts
     return {name + part.suffix: part for part in parts}
-
-
-def nearest(form: Format) -> Format:
-    """The format without random rounding, in the same tensors."""
-    if isinstance(form, StochasticBfloat16):
-        return Plain(torch.bfloat16)
-    if isinstance(form, SquareQ8):
-        return SquareQ8(False)
-    return Split8(False) if isinstance(form, Split8) else form
 
 
 def held_format(state: Mapping[str, Any], name: str) -> Format | None:
@@ -118,7 +112,7 @@ def encode_entry(
     if isinstance(form, (Split8, Split16, Master)):
         form.encode_rest(value.float(), half, *parts)
     else:
-        encoded = nearest(form).encode(value if isinstance(form, Plain) else value.float())
+        encoded = _NEAREST.get(form, form).encode(value if isinstance(form, Plain) else value.float())
         for part, stored in zip(parts, encoded, strict=True):
             part.copy_(stored.view(part.shape))
 
