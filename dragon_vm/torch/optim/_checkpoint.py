@@ -16,7 +16,7 @@ from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import dict_request
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon
-from dragon.vm.torch.optim._groups.bounds import add_place, drop_places, widen_bounds
+from dragon.vm.torch.optim._groups.bounds import add_place, drop_place, widen_bounds
 from dragon.vm.torch.optim._groups.entries import stored_entries
 from dragon.vm.torch.optim._groups.exchange import pytorch_state, tagged_state
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS
@@ -87,7 +87,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             for name in Settings._fields:
                 group.pop(name, None)
             self._drop_defaults(group, said)
-        drop_places(self.param_groups)
+            drop_place(group)
         self._keep_bounds()
 
     def _keep_bounds(self) -> None:

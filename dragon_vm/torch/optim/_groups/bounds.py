@@ -62,12 +62,11 @@ def add_place(packed_group: dict[str, Any]) -> None:
         packed_group[_KEY] = _PLACE
 
 
-def drop_places(groups: Iterable[dict[str, Any]]) -> None:
-    """Take out of loaded groups the places that nothing was written to."""
-    for group in groups:
-        # PyTorch makes lists of tuples on the way.
-        if tuple(group.get(_KEY) or ()) == _PLACE:
-            del group[_KEY]
+def drop_place(group: dict[str, Any]) -> None:
+    """Take out of a loaded group the place if nothing was written to it."""
+    # PyTorch makes lists of tuples on the way.
+    if tuple(group.get(_KEY) or ()) == _PLACE:
+        del group[_KEY]
 
 
 def is_on_device(value: Any) -> bool:

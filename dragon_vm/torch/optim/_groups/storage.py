@@ -97,6 +97,5 @@ def first_index(param: Any) -> int:
     """
     if not is_distributed(param) or not rows_are_outermost(param):
         return 0
-    shape, (chunk,) = param.shape, param.__create_chunk_list__()
-    offsets = chunk.offsets
-    return sum(offset * shape[dim + 1 :].numel() for dim, offset in enumerate(offsets))
+    (chunk,) = param.__create_chunk_list__()
+    return sum(offset * param.shape[dim + 1 :].numel() for dim, offset in enumerate(chunk.offsets))
