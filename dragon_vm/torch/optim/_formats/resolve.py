@@ -166,13 +166,13 @@ def resolve(
         ValueError: the options do not fit the parameter; the message names option, value and dtype.
     """
     param = _param_format(dtype, options)
-    asked = [options.asked(state) for state in states]
-    if EIGHT_BIT in asked and (dtype == torch.float64 or dtype.is_complex):
+    asked = {state: options.asked(state) for state in states}
+    if EIGHT_BIT in asked.values() and (dtype == torch.float64 or dtype.is_complex):
         raise ValueError(f'state_dtype="8bit": expected real parameters of 4 bytes or less, got {dtype}')
     usual = dtype if options.master_weights is None else torch.float32
     single = dtype != torch.float64 and not differentiable
     formats: dict[str, Format] = {}
-    for state, wanted in zip(states, asked, strict=True):
+    for state, wanted in asked.items():
         # By default only what an option made narrow: a bf16 parameter alone means PyTorch's arithmetic.
         default = wanted is not None
         stochastic = single and (default if options.stochastic_rounding is None else options.stochastic_rounding)
@@ -180,7 +180,7 @@ def resolve(
             formats[state] = _maximum_format(formats["exp_avg_sq"], wanted, stochastic)
         else:
             formats[state] = _state_format(state, usual if wanted is None else wanted, shape, stochastic)
-    narrow = not isinstance(param, Plain) or any(wanted in _NARROW for wanted in asked)
+    narrow = not isinstance(param, Plain) or any(wanted in _NARROW for wanted in asked.values())
     average = torch.float32 if narrow else next(iter(formats.values()), Plain(usual)).parts[0].dtype
     if not states and isinstance(options.state_dtype, torch.dtype):
         average = torch.promote_types(options.state_dtype, torch.float32)
@@ -188,12 +188,10 @@ def resolve(
     is_rounded = any(
         not isinstance(form, Plain) or form.dtype.itemsize < dtype.itemsize for form in (param, *formats.values())
     )
-    if differentiable and (EIGHT_BIT in asked or is_rounded):
+    if differentiable and (EIGHT_BIT in asked.values() or is_rounded):
         given = {name: value for name, value in options._asdict().items() if value is not None}
         raise ValueError(f"differentiable=True: autograd cannot see through rounding, got {given}")
-    named = frozenset(
-        state for state, wanted in zip(states, asked, strict=True) if isinstance(wanted, torch.dtype)
-    )
+    named = frozenset(state for state, wanted in asked.items() if isinstance(wanted, torch.dtype))
     return Storage(param, formats, average, named)
 
 
