@@ -15,14 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import (
-    is_distributed,
-    is_pending,
-    local,
-    locals_of,
-    ready,
-    with_spec,
-)
+from dragon.vm.torch.optim._distributed.shards import is_distributed, local, locals_of, ready, with_spec
 
 _SPEC = attrgetter("_spec")
 _LOCAL = attrgetter("_local_tensor")
@@ -168,9 +161,10 @@ def _redistributed(tensor: Any, target: Any) -> Any:
 
 def _with_ready_shard(tensor: Any) -> Any:
     """A tensor whose shard no collective still fills; the very tensor if that holds."""
+    shard = local(tensor)
     if not is_distributed(tensor):
-        return ready(tensor)
-    return with_spec(local(tensor), tensor._spec) if is_pending(tensor._local_tensor) else tensor
+        return shard
+    return tensor if shard is tensor._local_tensor else with_spec(shard, tensor._spec)
 
 
 def _described(tensor: Any) -> str:

@@ -24,15 +24,11 @@ def is_distributed_type(kind: type) -> bool:
     return module is not None and issubclass(kind, module.DTensor)
 
 
-def is_pending(tensor: object) -> bool:
-    """Whether a tensor is the result of a collective that may still run."""
-    module = sys.modules.get("torch.distributed._functional_collectives")
-    return module is not None and isinstance(tensor, module.AsyncCollectiveTensor)
-
-
 def ready(tensor: Any) -> Any:
-    """The result of a collective, waited for in stream order; anything else as it is."""
-    return tensor.trigger_wait() if is_pending(tensor) else tensor
+    """The result of a collective that may still run, waited for in stream order; anything else as it is."""
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    is_pending = module is not None and isinstance(tensor, module.AsyncCollectiveTensor)
+    return tensor.trigger_wait() if is_pending else tensor
 
 
 def local(tensor: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,13 @@ class StorageOptions(NamedTuple):
     def asked(self, state: str) -> StateDtype:
         """What `state_dtype` says of one state."""
         return self.state_dtype.get(state) if isinstance(self.state_dtype, Mapping) else self.state_dtype
+
+    def changed(self, change: Callable[[StateDtype], StateDtype]) -> StorageOptions:
+        """The options with another `state_dtype` for all states, or for each that it names."""
+        asked = self.state_dtype
+        if isinstance(asked, Mapping):
+            return self._replace(state_dtype={name: change(value) for name, value in asked.items()})
+        return self._replace(state_dtype=change(asked))
 
 
 class Storage(NamedTuple):
