@@ -98,23 +98,22 @@ def untagged(form: Format, part: Tensor) -> Tensor:
     return part.view(torch.int16) if isinstance(form, Split16) and part.dtype == torch.bfloat16 else part
 
 
-def encode_entry(
-    value: Tensor, param: Tensor, entries: Mapping[str, Any], name: str, form: Format, half: Tensor | None = None
-) -> None:
-    """Round a value in walking order to nearest, and write it to its new entries.
+def encoded(value: Tensor, param: Tensor, name: str, form: Format, half: Tensor | None = None) -> State:
+    """New entries for a value in walking order, which is rounded to nearest.
 
     A parameter's own tensor stays as it is. A master is written for `half`, the parameter in walking order, which
     becomes it where that is not nearest; None if the weights that it belongs to may still be loaded.
     """
-    shard = local(param)
-    parts = [local(entries[key]) for key in named_parts(name, form)]
+    shard, made = local(param), make_parts(param, name, form)
+    parts = list(map(local, made.values()))
     parts = [walked(shard, part) if part.shape == shard.shape else part for part in parts]
     if isinstance(form, (Split8, Split16, Master)):
         form.encode_rest(value.float(), half, *parts)
     else:
-        encoded = _NEAREST.get(form, form).encode(value if isinstance(form, Plain) else value.float())
-        for part, stored in zip(parts, encoded, strict=True):
+        rounded = _NEAREST.get(form, form).encode(value if isinstance(form, Plain) else value.float())
+        for part, stored in zip(parts, rounded, strict=True):
             part.copy_(stored.view(part.shape))
+    return made
 
 
 def has_blocks(form: Format) -> bool:
@@ -143,21 +142,16 @@ def stored_entries(param: Tensor, state: State, storage: Storage, names: Iterabl
     replaced: set[str] = set()
     for name in names:
         form, held = kept_format(storage, state, name), held_format(state, name)
-        parts, held_parts = named_parts(name, form), named_parts(name, held) if held is not None else {}
+        parts, held_parts = named_parts(name, form), named_parts(name, held) if held else {}
         if parts.keys() == held_parts.keys() and _are_stored(form, param, state, parts):
             continue
-        entries = make_parts(param, name, form)
-        if held is not None:
-            encode_entry(decode_entry(param, state, name, held), param, entries, name, form)
-            replaced |= held_parts.keys() - parts.keys()
-        added |= entries
+        value = decode_entry(param, state, name, held) if held else None
+        added |= make_parts(param, name, form) if value is None else encoded(value, param, name, form)
+        replaced |= held_parts.keys() - parts.keys()
     parts = named_parts("param", storage.param)
     if parts and (MASTER in state or not _are_stored(storage.param, param, state, parts)):
-        entries, master = make_parts(param, "param", storage.param), decode_master(param, state)
-        half = walked(local(param), local(param).detach())
-        master = half if master is None else master
-        encode_entry(master, param, entries, "param", storage.param, half)
-        added |= entries
+        half, master = walked(local(param), local(param).detach()), decode_master(param, state)
+        added |= encoded(half if master is None else master, param, "param", storage.param, half)
     replaced |= parts_of(state) & {*MASTER_PARTS, MASTER, FORMAT_KEY} - parts.keys()
     return added, replaced
 

@@ -15,7 +15,7 @@ from dragon.vm.torch.optim._formats.resolve import Storage
 from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.entries import (
     decode_entry,
-    encode_entry,
+    encoded,
     held_format,
     held_master,
     kept_format,
@@ -80,13 +80,12 @@ def restored_entries(param: Tensor, storage: Storage, saved: Mapping[str, Any]) 
         if held is None:
             continue
         form = kept_format(storage, saved, name)
-        made = make_parts(param, name, form)
         if isinstance(held, Plain) and isinstance(form, Plain):
-            made[name].copy_(placed_like(made[name], saved[name]))
+            entries |= make_parts(param, name, form)
+            entries[name].copy_(placed_like(entries[name], saved[name]))
         else:
             placed = _placed(param, saved, named_parts(name, held))
-            encode_entry(decode_entry(param, placed, name, held), param, made, name, form)
-        entries |= made
+            entries |= encoded(decode_entry(param, placed, name, held), param, name, form)
     return entries | _restored_master(param, storage.param, saved)
 
 
@@ -95,10 +94,8 @@ def _restored_master(param: Tensor, form: Format, saved: Mapping[str, Any]) -> S
     if not named_parts("param", form):
         return {}
     if isinstance(saved.get(MASTER), Tensor):
-        made = make_parts(param, "param", form)
         value = decode_entry(param, _placed(param, saved, (MASTER,)), MASTER, Plain(saved[MASTER].dtype))
-        encode_entry(value, param, made, "param", form)
-        return made
+        return encoded(value, param, "param", form)
     held = held_master(saved, param)
     if held is None:
         return {}
