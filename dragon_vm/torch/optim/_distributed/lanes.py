@@ -51,8 +51,7 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
     check_meshes(params, process_group, per_tensor)
     members = _ranks_of_group(process_group)
     lanes: dict[tuple[int, ...], Lane] = {}
-    keys: list[tuple[int, ...]] = []
-    weights: list[float] = []
+    found: list[tuple[tuple[int, ...], float]] = []
     split = split_by_fsdp1(params) if members else [None] * len(params)
     has_fsdp1 = any(is_split is not None for is_split in split)
     for param, is_split in zip(params, split, strict=True):
@@ -64,21 +63,19 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
             ranks = members
         if ranks and ranks != members and ranks not in lanes:
             lanes[ranks] = _mesh_lane(param, members)
-        keys.append(ranks)
-        weights.append(weight)
+        found.append((ranks, weight))
     if members:
         lanes[members] = Lane((process_group,), {}, takes_all=not per_tensor)
     elif lanes and not per_tensor:
         # Plain parameters count within the largest mesh, so that all its processes agree.
         largest = max(lanes, key=len)
-        weights = [weight if key else 1.0 / len(largest) for key, weight in zip(keys, weights, strict=True)]
-        keys = [key or largest for key in keys]
+        found = [(ranks, weight) if ranks else (largest, 1.0 / len(largest)) for ranks, weight in found]
     elif not lanes:
         lanes[()] = Lane((), {})
-    for index, (key, weight) in enumerate(zip(keys, weights, strict=True)):
+    for index, (ranks, weight) in enumerate(found):
         # With `per_tensor` the sum of a plain parameter is whole.
-        if key in lanes:
-            lanes[key].weights[index] = weight
+        if ranks in lanes:
+            lanes[ranks].weights[index] = weight
     return list(lanes.values())
 
 
