@@ -25,15 +25,15 @@ from dragon.vm.torch.optim._distributed.lanes import Lane
 from dragon.vm.torch.optim._distributed.shards import local
 
 
-def _on_devices(
-    members: list[tuple[list[int], list[float]]],
-) -> Callable[[torch.device], list[tuple[Tensor, Tensor]]]:
+def _on_devices(weights: list[dict[int, float]]) -> Callable[[torch.device], list[tuple[Tensor, Tensor]]]:
     """What gives each lane's int64 positions and float64 weights on a device, copied there once."""
 
     @cache
     def on(device: torch.device) -> list[tuple[Tensor, Tensor]]:
         tensor = partial(torch.tensor, device=device)
-        return [(tensor(own, dtype=torch.int64), tensor(weights, dtype=torch.float64)) for own, weights in members]
+        return [
+            (tensor([*own], dtype=torch.int64), tensor([*own.values()], dtype=torch.float64)) for own in weights
+        ]
 
     return on
 
@@ -50,7 +50,7 @@ class Reduction:
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = lanes
-        self._tensors_on = _on_devices([(list(lane.weights), list(lane.weights.values())) for lane in lanes])
+        self._tensors_on = _on_devices([lane.weights for lane in lanes])
 
     def __bool__(self) -> bool:
         """Whether any other process takes part."""
@@ -121,8 +121,8 @@ class TensorReduction:
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = lanes
         # The flag stands first, and is summed with every lane.
-        weights = [lane.weights for lane in lanes]
-        self._tensors_on = _on_devices([([0, *(1 + i for i in own)], [1.0, *own.values()]) for own in weights])
+        weights = ({1 + i: weight for i, weight in lane.weights.items()} for lane in lanes)
+        self._tensors_on = _on_devices([{0: 1.0, **own} for own in weights])
 
     def __bool__(self) -> bool:
         """Whether any other process takes part."""
