@@ -31,9 +31,8 @@ def _on_devices(weights: list[dict[int, float]]) -> Callable[[torch.device], lis
     @cache
     def on(device: torch.device) -> list[tuple[Tensor, Tensor]]:
         tensor = partial(torch.tensor, device=device)
-        return [
-            (tensor([*own], dtype=torch.int64), tensor([*own.values()], dtype=torch.float64)) for own in weights
-        ]
+        pairs = [([*own], [*own.values()]) for own in weights]
+        return [(tensor(own, dtype=torch.int64), tensor(values, dtype=torch.float64)) for own, values in pairs]
 
     return on
 

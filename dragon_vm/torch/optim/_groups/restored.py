@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -63,16 +62,15 @@ def restored_states(
     """
     owners: list[_Owner] = []
     others: dict[Tensor, State] = {}
-    names = iter(labels([{**saved, **own} for own, saved in zip(groups, saved_groups, strict=True)]))
+    names = enumerate(labels([{**saved, **own} for own, saved in zip(groups, saved_groups, strict=True)]))
     named = (state["stream"] for state in saved.values() if isinstance(state, dict) and "stream" in state)
     streams = {stream for stream in named if not _is_missing("stream", stream)}
-    positions = count()
     for group, saved_group in zip(groups, saved_groups, strict=True):
         said = {name: value for name, value in saved_group.items() if name not in STORAGE_OPTIONS}
         merged = complete({**group, **said}, algorithm.own_defaults)
         moments = algorithm.state_keys(merged)
         for param, key in zip(group["params"], saved_group["params"], strict=True):
-            label, position = next(names), next(positions)
+            position, label = next(names)
             state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(name, value)}
             if state and _is_of_others(state):
                 others[param] = state
