@@ -73,9 +73,8 @@ def overlapping_pair(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
             if not is_dense(tensor) and _overlaps(tensor):
                 return index, index
             spans.append((str(tensor.device), *_extent(tensor), index))
-    spans.sort()
     active: list[tuple[str, int, int, int]] = []
-    for span in spans:
+    for span in sorted(spans):
         device, first, _, index = span
         active = [other for other in active if other[0] == device and first < other[2]]
         for other in active:
@@ -89,5 +88,4 @@ def _overlaps(*tensors: Tensor) -> bool:
     base = min(tensor.data_ptr() for tensor in tensors)
     nbytes = min(tensor.element_size() for tensor in tensors)
     offsets = torch.cat([_piece_offsets(tensor, base, nbytes) for tensor in tensors])
-    n_distinct = len(offsets.unique())
-    return n_distinct < len(offsets)
+    return len(offsets.unique()) < len(offsets)
