@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dragon.vm.torch.optim._distributed.lanes import Lane, Lanes
+from dragon.vm.torch.optim._distributed.lanes import Lane
 from dragon.vm.torch.optim._distributed.reduction import meeting_device
 from dragon.vm.torch.optim._gradients import shared_norm
 
@@ -103,7 +103,7 @@ def test_processes_meet_on_one_type_of_device(
 
 
 def test_sums_have_the_device_of_all_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes = Lanes((Lane((None,)),), (0, 0), (1.0, 1.0))
+    lanes = [Lane((None,), {0: 1.0, 1: 1.0})]
     monkeypatch.setattr(shared_norm, "make_lanes", lambda *_, **__: lanes)
     params: list[Any] = [SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda:1")]
     made = shared_norm.make_reductions(params, None, clips_each=False)

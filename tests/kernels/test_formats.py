@@ -212,7 +212,7 @@ def check_moments(
     """Compare codes, scales and decoded moments with the host's; the first moment clamped to half the root."""
     forms = (SignedQ8(), SquareQ8(stochastic))
     parts = [
-        [torch.empty(part.numel(N), dtype=part.dtype, device=device) for part in form.parts] for form in forms
+        [torch.empty(N // part.elements, dtype=part.dtype, device=device) for part in form.parts] for form in forms
     ]
     decoded = torch.empty(3, N, device=device)
     blockwise_kernel[(1,)](

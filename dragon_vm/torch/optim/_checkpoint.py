@@ -13,15 +13,10 @@ from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._distributed.hidden import (
-    is_broadcast_asked_for,
-    is_dict_asked_for,
-    is_dict_to_fill_asked_for,
-    is_flat_dict_asked_for,
-)
+from dragon.vm.torch.optim._distributed.hidden import dict_request
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon
-from dragon.vm.torch.optim._groups.bounds import add_places, drop_places, widen_bounds
+from dragon.vm.torch.optim._groups.bounds import add_place, drop_place, widen_bounds
 from dragon.vm.torch.optim._groups.entries import stored_entries
 from dragon.vm.torch.optim._groups.exchange import pytorch_state, tagged_state
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS
@@ -50,28 +45,25 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
     def _as_saved(self, packed: dict[str, Any]) -> dict[str, Any]:
         """What is saved, of what PyTorch would save."""
-        is_native = self._settings.native_state_dict
+        is_native, request = self._settings.native_state_dict, dict_request()
         for group in packed["param_groups"]:
             if not is_native:
-                _drop_storage(group)
-            elif is_dict_asked_for():
+                _drop_storage(group, request.flattens)
+            elif request.is_theirs:
                 # A record, which flat dicts want too. PyTorch's checkpoint functions know no dtypes here.
                 group.update((name, str(group[name])) for name in STORAGE_OPTIONS if name in group)
-        is_to_fill = is_dict_to_fill_asked_for()
-        if is_to_fill:
-            add_places(packed["param_groups"])
-            for group in packed["param_groups"]:
+            if request.fills:
+                add_place(group)
                 # Loading ignores what stays None.
                 group.update(dict.fromkeys(self._algorithm.own_defaults.keys() - group.keys()))
-            # A broadcast gives tensors that are not there to the first process alone.
-            is_to_fill = not is_broadcast_asked_for()
-        params = self._all_params()
+        # A broadcast gives tensors that are not there to the first process alone.
+        is_to_fill = request.fills and not request.broadcasts
         convert = tagged_state if is_native else pytorch_state
         states = dict(packed["state"])
-        for key, entries in states.items():
-            # Other keys are of others.
-            if isinstance(key, int) and 0 <= key < len(params) and isinstance(entries, dict):
-                found = without_torch_function(convert, (), (self._own_value(params[key]), entries, key), {})
+        # Other keys are of others.
+        for key, param in enumerate(self._all_params()):
+            if isinstance(entries := states.get(key), dict):
+                found = without_torch_function(convert, (), (self._own_value(param), entries, key), {})
                 found = found if self._algorithm.saves_steps else _uncounted(found)
                 states[key] = _to_fill(found) if is_to_fill else found
         return {**packed, "state": with_own_steps(states)}
@@ -95,7 +87,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             for name in Settings._fields:
                 group.pop(name, None)
             self._drop_defaults(group, said)
-        drop_places(self.param_groups)
+            drop_place(group)
         self._keep_bounds()
 
     def _keep_bounds(self) -> None:
@@ -150,15 +142,15 @@ def with_own_steps(states: Any) -> Any:
     return own
 
 
-def _drop_storage(packed: Group) -> None:
+def _drop_storage(packed: Group, is_flat: bool) -> None:
     """Take out of a saved group what PyTorch's does not have, and a bound that the betas imply.
 
     Raises:
-        RuntimeError: if PyTorch's checkpoint functions ask for a flat dict, which they could not load.
+        RuntimeError: for a flat dict, which PyTorch's checkpoint functions could not load.
     """
     for name in STORAGE_OPTIONS:
         value = packed.pop(name, None)
-        if value is not None and is_flat_dict_asked_for():
+        if value is not None and is_flat:
             raise RuntimeError(
                 f"flatten_optimizer_state_dict=True with {name}={value!r}: PyTorch loads a flat dict by the names "
                 "under which this optimizer stores its states. Give native_state_dict=True to the optimizer, or "
@@ -179,14 +171,11 @@ def _uncounted(entries: State) -> State:
 
     Reading a counter waits for the device.
     """
-    if "step" not in entries:
-        return entries
-    is_first = float(entries["step"]) == 0
-    return {
-        name: None if is_first and name == "momentum_buffer" else value
-        for name, value in entries.items()
-        if name != "step"
-    }
+    rest = dict(entries)
+    step = rest.pop("step", None)
+    if "momentum_buffer" in rest and step is not None and float(step) == 0:
+        rest["momentum_buffer"] = None
+    return rest
 
 
 def _rejoined(saved: dict[Any, Any]) -> dict[Any, Any]:
@@ -214,11 +203,8 @@ def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | 
     if [len(group["params"]) for group in saved_groups] != lengths:
         return None  # PyTorch refuses it, with its own words
     # What a later step is to write must not be of inference mode.
-    optimizer._restored = with_plain_tensors(
-        lambda: restored_states(
-            optimizer._algorithm, optimizer._settings, optimizer.param_groups, saved_groups, saved
-        )
-    )
+    loading = optimizer._algorithm, optimizer._settings, optimizer.param_groups, saved_groups, saved
+    optimizer._restored = with_plain_tensors(lambda: restored_states(*loading))
     owned = set(chain.from_iterable(group["params"] for group in saved_groups))
     groups = [{k: v for k, v in group.items() if k not in STORAGE_OPTIONS} for group in saved_groups]
     rest = {key: value for key, value in saved.items() if key not in owned}

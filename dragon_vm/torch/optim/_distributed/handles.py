@@ -8,12 +8,7 @@ _NAMES = ("process_group", "release_gradients")
 
 
 class Borrowed:
-    """An option's value that belongs to this process: a process group, or a `GradScaler` that somebody updates.
-
-    Args:
-        name: of the option.
-        value: its value.
-    """
+    """An option's value that belongs to this process: a process group, or a `GradScaler` that somebody updates."""
 
     def __init__(self, name: str, value: Any) -> None:
         self.name, self.value = name, value
@@ -30,12 +25,9 @@ class Borrowed:
 
 def borrowed(options: dict[str, Any]) -> dict[str, Any]:
     """Options of which those that belong to this process are borrowed."""
-    return {
-        name: Borrowed(name, value)
-        if name in _NAMES and value is not None and not isinstance(value, bool)
-        else value
-        for name, value in options.items()
-    }
+    held = {name: options.get(name) for name in _NAMES}
+    own = {name: Borrowed(name, value) for name, value in held.items() if value not in (None, False, True)}
+    return {**options, **own}
 
 
 def returned(options: dict[str, Any]) -> dict[str, Any]:

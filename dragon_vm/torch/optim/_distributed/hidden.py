@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,9 +19,6 @@ def hidden_sharding(params: Sequence[Tensor]) -> str | None:
 
     It is asked while the optimizer is constructed: ZeroRedundancyOptimizer is found on the call stack. Sharding by
     hand, tensor parallelism with plain tensors and pipeline stages cannot be seen.
-
-    Args:
-        params: the parameters of the optimizer.
 
     Returns:
         The reason and the remedy, in the form of the end of an error text; None if nothing was found.
@@ -80,39 +77,36 @@ def is_state_asked_for() -> bool:
     return _caller(_CHECKPOINTS, "_init_optim_state") is not None
 
 
-def is_dict_asked_for() -> bool:
-    """Whether PyTorch's checkpoint functions call `state_dict` on this thread."""
-    return _caller(_CHECKPOINTS, "_get_optim_state_dict") is not None
+class DictRequest(NamedTuple):
+    """What PyTorch's checkpoint functions do with what `state_dict` returns to them on this thread.
 
-
-def is_flat_dict_asked_for() -> bool:
-    """Whether PyTorch's checkpoint functions call `state_dict` on this thread to flatten what it returns."""
-    frame = _caller(_CHECKPOINTS, "_get_optim_state_dict")
-    return bool(getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False)) if frame else False
-
-
-def is_dict_to_fill_asked_for() -> bool:
-    """Whether PyTorch's checkpoint functions call `state_dict` on this thread to write a whole saved dict over it.
-
-    They fail at a number that is saved in a group or a state and not there to be overwritten.
+    Attributes:
+        is_theirs: whether they have called it.
+        flattens: flatten it.
+        fills: write a whole saved dict over it. They fail at a number that is saved in a group or a state and not
+            there to be overwritten.
+        broadcasts: write over it what rank 0 has. They give rank 0 alone what is not there to be overwritten.
     """
-    callers = [_caller(_CHECKPOINTS, name) for name in ("_load_optim_state_dict", "_get_optim_state_dict")]
-    return None not in callers and not is_flat_dict_asked_for()
+
+    is_theirs: bool
+    flattens: bool
+    fills: bool
+    broadcasts: bool
 
 
-def is_broadcast_asked_for() -> bool:
-    """Whether PyTorch's checkpoint functions call `state_dict` on this thread to write over it what rank 0 has.
-
-    They give rank 0 alone what is not there to be overwritten.
-    """
+def dict_request() -> DictRequest:
+    """Tell what a state dict is for."""
     frame = _caller(_CHECKPOINTS, "_get_optim_state_dict")
-    return bool(getattr(frame.f_locals.get("info"), "broadcast_from_rank0", False)) if frame else False
+    info = frame and frame.f_locals.get("info")
+    flattens = bool(getattr(info, "flatten_optimizer_state_dict", False))
+    fills = frame is not None and not flattens and _caller(_CHECKPOINTS, "_load_optim_state_dict") is not None
+    return DictRequest(frame is not None, flattens, fills, bool(getattr(info, "broadcast_from_rank0", False)))
 
 
 def looking_scaler() -> Any:
     """The `GradScaler` whose step on this thread is about to look at gradients; None if there is none."""
     frame = _caller("torch.amp.grad_scaler", "step")
-    return None if frame is None else frame.f_locals["self"]
+    return frame and frame.f_locals["self"]
 
 
 def tell_scaler(found_inf: Tensor) -> bool:
@@ -132,10 +126,7 @@ def tell_scaler(found_inf: Tensor) -> bool:
 
 def _caller(name: str, function: str) -> FrameType | None:
     """The frame of a function of an imported module on this thread's stack; None if it is not there."""
-    module = sys.modules.get(name)
-    frame = sys._getframe() if module is not None else None
-    while frame is not None and module is not None:
-        if frame.f_code.co_name == function and frame.f_globals is vars(module):
-            return frame
+    frame = sys._getframe() if name in sys.modules else None
+    while frame and not (frame.f_code.co_name == function and frame.f_globals is vars(sys.modules[name])):
         frame = frame.f_back
-    return None
+    return frame

@@ -3,58 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.hidden import split_by_fsdp1
-from dragon.vm.torch.optim._distributed.shards import is_distributed
+from dragon.vm.torch.optim._distributed.shards import is_distributed, n_shards
 
 
 class Lane(NamedTuple):
-    """A sum over the processes of one mesh or process group.
+    """A sum over the processes of one mesh or process group, of some of the parameters.
 
     Attributes:
-        groups: sum over each of them in turn; together they cover the processes.
+        groups: sum over each of them in turn; together they cover the processes. None for this process's own sum.
+        weights: by the parameters' positions, one over the number of processes that count the same elements.
         share: part of this sum that each process adds to the sum over `process_group`.
         takes_all: whether this is the sum over `process_group`, to which the others are added.
     """
 
     groups: tuple[Any, ...]
+    weights: dict[int, float]
     share: float = 1.0
     takes_all: bool = False
 
-
-class Lanes(NamedTuple):
-    """The sums of a set of parameters.
-
-    Attributes:
-        lanes: in an order that all processes share, those over `process_group` last.
-        lane_index: for each parameter, its position in `lanes`; -1 for a sum that is this process's alone.
-        weights: for each parameter, one over the number of processes of its lane that count the same elements.
-    """
-
-    lanes: tuple[Lane, ...]
-    lane_index: tuple[int, ...]
-    weights: tuple[float, ...]
-
-    def part(self, positions: Sequence[int]) -> Lanes:
-        """The same sums, of some of the parameters."""
-        index, weights = self.lane_index, self.weights
-        return Lanes(self.lanes, tuple(index[i] for i in positions), tuple(weights[i] for i in positions))
-
-    def members(self) -> list[tuple[list[int], list[float]]]:
-        """For each lane, positions and weights of its parameters."""
-        positions = [
-            [i for i, its in enumerate(self.lane_index) if its == lane] for lane in range(len(self.lanes))
-        ]
-        return [(own, [self.weights[i] for i in own]) for own in positions]
+    def part(self, positions: Sequence[int]) -> Lane:
+        """The same sum, of the parameters at some positions, which are counted anew."""
+        return self._replace(weights={i: self.weights[at] for i, at in enumerate(positions) if at in self.weights})
 
 
-def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -> Lanes:
-    """Arrange parameters by the processes that share them.
+def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -> list[Lane]:
+    """Arrange parameters by the processes that share them, in an order on which all agree.
 
     Elements are counted once. A `DTensor` is replicated where its placements say so. A plain parameter is
     replicated within the largest mesh. Within `process_group` a plain parameter is distinct on each process.
@@ -71,9 +50,8 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
     """
     check_meshes(params, process_group, per_tensor)
     members = _ranks_of_group(process_group)
-    found: dict[tuple[int, ...], Any] = {}
-    keys: list[tuple[int, ...]] = []
-    weights: list[float] = []
+    lanes: dict[tuple[int, ...], Lane] = {}
+    found: list[tuple[tuple[int, ...], float]] = []
     split = split_by_fsdp1(params) if members else [None] * len(params)
     has_fsdp1 = any(is_split is not None for is_split in split)
     for param, is_split in zip(params, split, strict=True):
@@ -83,22 +61,22 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
             ranks, weight = members, 1.0 / len(members) if has_fsdp1 and not is_split else 1.0
         elif ranks and members and not per_tensor and set(ranks) <= set(members):
             ranks = members
-        if ranks and ranks != members:
-            found.setdefault(ranks, param)
-        keys.append(ranks)
-        weights.append(weight)
-    lanes = [_mesh_lane(param, members) for param in found.values()]
-    order = list(found)
+        if ranks and ranks != members and ranks not in lanes:
+            lanes[ranks] = _mesh_lane(param, members)
+        found.append((ranks, weight))
     if members:
-        lanes.append(Lane((process_group,), takes_all=not per_tensor))
-        order.append(members)
-    elif order and not per_tensor:
+        lanes[members] = Lane((process_group,), {}, takes_all=not per_tensor)
+    elif lanes and not per_tensor:
         # Plain parameters count within the largest mesh, so that all its processes agree.
-        largest = max(order, key=len)
-        weights = [weight if key else 1.0 / len(largest) for key, weight in zip(keys, weights, strict=True)]
-        keys = [key or largest for key in keys]
-    index = {ranks: position for position, ranks in enumerate(order)}
-    return Lanes(tuple(lanes), tuple(index.get(key, -1) for key in keys), tuple(weights))
+        largest = max(lanes, key=len)
+        found = [(ranks, weight) if ranks else (largest, 1.0 / len(largest)) for ranks, weight in found]
+    elif not lanes:
+        lanes[()] = Lane((), {})
+    for index, (ranks, weight) in enumerate(found):
+        # With `per_tensor` the sum of a plain parameter is whole.
+        if ranks in lanes:
+            lanes[ranks].weights[index] = weight
+    return list(lanes.values())
 
 
 def check_meshes(params: Sequence[Any], process_group: Any, per_tensor: bool) -> None:
@@ -150,8 +128,8 @@ def _mesh_lane(param: Any, members: tuple[int, ...]) -> Lane:
     world: Any = dist.group.WORLD
     is_world = mesh.ndim > 1 and mesh.size() == dist.get_world_size()
     if is_world and mesh.device_type in {device.type for device in world._device_types}:
-        return Lane((world,), share)
-    return Lane(tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1), share)
+        return Lane((world,), {}, share)
+    return Lane(tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1), {}, share)
 
 
 def _ranks_of_mesh(param: Any) -> tuple[int, ...]:
@@ -164,9 +142,7 @@ def _ranks_of_mesh(param: Any) -> tuple[int, ...]:
 def _ranks_of_group(group: Any) -> tuple[int, ...]:
     """The ranks of a process group; none for None and a group of one process."""
     check_process_group(group)
-    if group is None:
-        return ()
-    ranks = dist.get_process_group_ranks(group)
+    ranks = [] if group is None else dist.get_process_group_ranks(group)
     return tuple(sorted(ranks)) if len(ranks) > 1 else ()
 
 
@@ -176,5 +152,4 @@ def _replication(param: Any) -> int:
         return 1
     if any(placement.is_partial() for placement in param.placements):
         raise ValueError(f"a parameter must be sharded or replicated, but its placements are {param.placements}")
-    mesh = param.device_mesh
-    return prod(mesh.size(dim) for dim, placement in enumerate(param.placements) if placement.is_replicate())
+    return int(param.device_mesh.size()) // n_shards(param)

@@ -74,7 +74,10 @@ class Replicas:
     @property
     def are_gone(self) -> bool:
         """Whether some of them is no more: its parameters may have another one now."""
-        return any(reference() is None for reference in self._modules)
+        return len(self._alive()) < len(self._modules)
+
+    def _alive(self) -> list[Any]:
+        return [module for reference in self._modules if (module := reference()) is not None]
 
     def check_joined(self) -> None:
         """Check that a reduction by the step finds all processes.
@@ -82,8 +85,7 @@ class Replicas:
         Raises:
             RuntimeError: inside of `Join`: processes without batches take part in what DDP reduces alone.
         """
-        modules = (reference() for reference in self._modules)
-        if any(getattr(getattr(module, "_join_config", None), "enable", False) for module in modules):
+        if any(getattr(getattr(module, "_join_config", None), "enable", False) for module in self._alive()):
             raise RuntimeError(
                 "sums of gradients from DDP's no_sync() cannot be reduced inside Join: processes without batches "
                 "take no part. Leave no_sync() out there. Behind a Join, enter Join([model], enable=False)"
@@ -96,12 +98,8 @@ class Replicas:
         without gradients it says so too. The mean of means is the same mean then. After another forward pass, with
         gradients and outside of `no_sync`, it does not say so: nothing records which pass a gradient is from.
         """
-        found = {}
-        for reference in self._modules:
-            module = reference()
-            if module is not None and not module.require_forward_param_sync and module.process_group.size() > 1:
-                found.update({id(param): module.process_group for param in module.parameters()})
-        return found
+        modules = [m for m in self._alive() if not m.require_forward_param_sync and m.process_group.size() > 1]
+        return {id(param): module.process_group for module in modules for param in module.parameters()}
 
     def wanting(self) -> set[int]:
         """The ids of parameters that DDP wants a gradient of after a pass inside `no_sync` that has used them.
@@ -109,9 +107,5 @@ class Replicas:
         With `find_unused_parameters` it counts them as used at its next reduction, whether that pass uses them or
         not. It raises on a process where such a parameter has no gradient, and all others wait.
         """
-        found: set[int] = set()
-        for reference in self._modules:
-            module = reference()
-            if module is not None and module.find_unused_parameters:
-                found.update(map(id, module.parameters()))
-        return found
+        modules = [module for module in self._alive() if module.find_unused_parameters]
+        return {id(param) for module in modules for param in module.parameters()}

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import is_distributed, is_pending, local, locals_of, ready
+from dragon.vm.torch.optim._distributed.shards import is_distributed, local, locals_of, ready, with_spec
 
 _SPEC = attrgetter("_spec")
 _LOCAL = attrgetter("_local_tensor")
@@ -39,9 +39,7 @@ def ready_grad(param: Any, grad: Any) -> Any:
         return ready(grad)
     if grad.device_mesh != param.device_mesh:
         raise ValueError(f"a parameter is on {param.device_mesh}, but its gradient on {grad.device_mesh}")
-    if grad.placements != param.placements:
-        grad = grad.redistribute(placements=param.placements)
-    return _with_ready_shard(grad)
+    return _redistributed(grad, param)
 
 
 def placed_like(target: Any, value: Any) -> Any:
@@ -51,17 +49,14 @@ def placed_like(target: Any, value: Any) -> Any:
     Target and value have one global shape. A value that lies as the target does is returned as it is.
     """
     value = _with_ready_shard(value)
-    if not is_distributed(target):
-        return ready(value.full_tensor()) if is_distributed(value) else value
     if is_distributed(value):
-        if value.device_mesh == target.device_mesh:
-            if value.placements == target.placements:
-                return value
-            return _with_ready_shard(value.redistribute(placements=target.placements))
+        if is_distributed(target) and value.device_mesh == target.device_mesh:
+            return _redistributed(value, target)
         value = ready(value.full_tensor())
-    module: Any = sys.modules["torch.distributed.tensor"]
+    if not is_distributed(target):
+        return value
     # Every process cuts its shard out of its own copy: nothing is sent.
-    placed = module.distribute_tensor(
+    placed = sys.modules["torch.distributed.tensor"].distribute_tensor(
         value.to(target.device_mesh.device_type), target.device_mesh, target.placements, src_data_rank=None
     )
     return placed.to(target.device)
@@ -85,11 +80,13 @@ class GradientPlacements:
     is kept.
 
     Attributes:
+        are_distributed: whether some parameter is distributed.
         are_copies: whether some of the last gradients lay otherwise: what was returned of them are copies.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._mask = bytes(map(is_distributed, params))
+        self.are_distributed = any(self._mask)
         # Specs hold meshes and placements, not tensors.
         self._specs = list(map(_SPEC, compress(params, self._mask)))
         # Those with gradients at the last step at which some had none, and their placements.
@@ -133,8 +130,6 @@ class GradientPlacements:
     def _are_expected(self, grads: Sequence[Any]) -> bool:
         """Whether nothing is pending, and gradients are distributed as they were at the last step."""
         wrappers = _wrappers()
-        if not wrappers:
-            return True
         if not wrappers.isdisjoint(map(type, compress(grads, map(not_, self._mask)))):
             return False
         distributed = list(compress(grads, self._mask))
@@ -158,14 +153,18 @@ def _wrappers() -> set[type]:
     return set(filter(None, found))
 
 
+def _redistributed(tensor: Any, target: Any) -> Any:
+    """A tensor on a target's mesh in its placements, ready for use; the very tensor if it lies so."""
+    is_placed = tensor.placements == target.placements
+    return _with_ready_shard(tensor if is_placed else tensor.redistribute(placements=target.placements))
+
+
 def _with_ready_shard(tensor: Any) -> Any:
     """A tensor whose shard no collective still fills; the very tensor if that holds."""
+    shard = local(tensor)
     if not is_distributed(tensor):
-        return ready(tensor)
-    if not is_pending(tensor._local_tensor):
-        return tensor
-    module: Any = sys.modules["torch.distributed.tensor"]
-    return module.DTensor(local(tensor), tensor._spec, requires_grad=False)
+        return shard
+    return tensor if shard is tensor._local_tensor else with_spec(shard, tensor._spec)
 
 
 def _described(tensor: Any) -> str:

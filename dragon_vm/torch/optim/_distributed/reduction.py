@@ -14,31 +14,25 @@ Nothing here waits for the device. `TensorReduction` does the same for the norm 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.lanes import Lanes
+from dragon.vm.torch.optim._distributed.lanes import Lane
 from dragon.vm.torch.optim._distributed.shards import local
 
 
-def _on_devices(
-    members: list[tuple[list[int], list[float]]],
-) -> Callable[[torch.device], list[tuple[Tensor, Tensor]]]:
+def _on_devices(weights: list[dict[int, float]]) -> Callable[[torch.device], list[tuple[Tensor, Tensor]]]:
     """What gives each lane's int64 positions and float64 weights on a device, copied there once."""
 
     @cache
     def on(device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        return [
-            (
-                torch.tensor(positions, dtype=torch.int64, device=device),
-                torch.tensor(weights, dtype=torch.float64, device=device),
-            )
-            for positions, weights in members
-        ]
+        tensor = partial(torch.tensor, device=device)
+        pairs = [([*own], [*own.values()]) for own in weights]
+        return [(tensor(own, dtype=torch.int64), tensor(values, dtype=torch.float64)) for own, values in pairs]
 
     return on
 
@@ -53,19 +47,17 @@ class Reduction:
         lanes: of all parameters of the optimizer, with a gradient or not: all processes call the same collectives.
     """
 
-    def __init__(self, lanes: Lanes) -> None:
-        self._arranged, self._lanes = lanes, lanes.lanes
-        # Without lanes there is one sum, this process's own.
-        alone = list(range(len(lanes.weights))), list(lanes.weights)
-        self._tensors_on = _on_devices(lanes.members() or [alone])
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes = lanes
+        self._tensors_on = _on_devices([lane.weights for lane in lanes])
 
     def __bool__(self) -> bool:
         """Whether any other process takes part."""
-        return bool(self._lanes)
+        return any(lane.groups for lane in self._lanes)
 
     def part(self, positions: Sequence[int]) -> Reduction:
         """The reduction for some of the parameters, or for none, by the same collectives."""
-        return Reduction(self._arranged.part(positions))
+        return Reduction([lane.part(positions) for lane in self._lanes])
 
     def collapse(self, squares: Tensor, flag: Tensor | None = None, *, largest: bool = False) -> Tensor:
         """Bring the numbers of single tensors into the form that `all_reduce` takes.
@@ -76,7 +68,7 @@ class Reduction:
             largest: take maxima instead of weighted sums.
 
         Returns:
-            float64 [1 + number of sums]: the flag, and a sum for each lane, or one if there are no lanes.
+            float64 [1 + number of lanes]: the flag, and a sum for each lane.
         """
         tensors = self._tensors_on(squares.device)
         values = squares.new_zeros(1 + len(tensors))
@@ -110,7 +102,7 @@ class Reduction:
             reduce(pair, lane.groups)
             flag, sums[index] = pair.split(1)
         total = sums[-1]
-        if self._lanes and not self._lanes[-1].takes_all:
+        if not self._lanes[-1].takes_all:
             for value in sums[:-1]:
                 total = join(total, value)
         values[:1], values[1:2] = flag, total
@@ -125,15 +117,15 @@ class TensorReduction:
         lanes: of all parameters of the optimizer, made with `per_tensor`.
     """
 
-    def __init__(self, lanes: Lanes) -> None:
-        self._lanes = lanes.lanes
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes = lanes
         # The flag stands first, and is summed with every lane.
-        members = [([0, *(1 + i for i in own)], [1.0, *weights]) for own, weights in lanes.members()]
-        self._tensors_on = _on_devices(members)
+        weights = ({1 + i: weight for i, weight in lane.weights.items()} for lane in lanes)
+        self._tensors_on = _on_devices([{0: 1.0, **own} for own in weights])
 
     def __bool__(self) -> bool:
         """Whether any other process takes part."""
-        return bool(self._lanes)
+        return any(lane.groups for lane in self._lanes)
 
     def all_reduce(self, values: Tensor) -> None:
         """Reduce over all processes, in place and on the current stream.

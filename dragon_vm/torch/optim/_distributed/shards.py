@@ -9,7 +9,7 @@ from itertools import repeat
 from math import prod
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 
 
 def is_distributed(tensor: object) -> bool:
@@ -24,15 +24,11 @@ def is_distributed_type(kind: type) -> bool:
     return module is not None and issubclass(kind, module.DTensor)
 
 
-def is_pending(tensor: object) -> bool:
-    """Whether a tensor is the result of a collective that may still run."""
-    module = sys.modules.get("torch.distributed._functional_collectives")
-    return module is not None and isinstance(tensor, module.AsyncCollectiveTensor)
-
-
 def ready(tensor: Any) -> Any:
-    """The result of a collective, waited for in stream order; anything else as it is."""
-    return tensor.trigger_wait() if is_pending(tensor) else tensor
+    """The result of a collective that may still run, waited for in stream order; anything else as it is."""
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    is_pending = module is not None and isinstance(tensor, module.AsyncCollectiveTensor)
+    return tensor.trigger_wait() if is_pending else tensor
 
 
 def local(tensor: Any) -> Any:
@@ -45,13 +41,13 @@ def local(tensor: Any) -> Any:
 
 def mean_shard_nbytes(tensor: Any) -> float:
     """Bytes of a tensor's shard in the mean over its shards: the same on all processes, even if shards are not."""
-    nbytes = float(tensor.numel() * tensor.element_size())
-    if is_distributed(tensor):
-        mesh = tensor.device_mesh
-        # FSDP2 beside tensor parallelism has shards that are no `Shard`.
-        cut = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-        nbytes /= prod(map(mesh.size, cut))
-    return nbytes
+    return float(tensor.numel() * tensor.element_size()) / (n_shards(tensor) if is_distributed(tensor) else 1)
+
+
+def n_shards(tensor: Any) -> int:
+    """The number of shards of a `DTensor`. FSDP2 beside tensor parallelism has shards that are no `Shard`."""
+    cut = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    return prod(map(tensor.device_mesh.size, cut))
 
 
 def locals_of(tensors: Iterable[Any]) -> list[Any]:
@@ -67,12 +63,13 @@ def local_state(state: dict[str, Any]) -> dict[str, Any]:
     return {key: local(value) for key, value in state.items()}
 
 
-def distributed_like(param: Any, shard: Tensor) -> Tensor:
+def distributed_like(param: Any, shard: Tensor, shape: Size | None = None) -> Tensor:
     """A tensor for this process's part of `param`, as a `DTensor` if `param` is one.
 
     Args:
-        param: gives global shape, global strides, mesh and placements.
-        shard: of the shape of the parameter's shard, of any dtype. The result shares its memory.
+        param: gives mesh and placements, and global shape and strides if `shape` is None.
+        shard: of the shape of the parameter's shard unless `shape` is given. The result shares its memory.
+        shape: of two dimensions, for a contiguous tensor that is distributed as the parameter.
 
     Raises:
         ValueError: for a shard of another shape, or one that does not begin with its storage. PyTorch saves and
@@ -80,17 +77,23 @@ def distributed_like(param: Any, shard: Tensor) -> Tensor:
     """
     if not is_distributed(param):
         return shard
-    if shard.shape != param._local_tensor.shape:
+    if shape is None and shard.shape != param._local_tensor.shape:
         raise ValueError(
             f"a shard must have shape {tuple(param._local_tensor.shape)}, but got {tuple(shard.shape)}"
         )
     if shard.storage_offset():
         raise ValueError(f"a shard must have storage offset 0, but got {shard.storage_offset()}")
     spec = param._spec
-    if spec.tensor_meta.dtype != shard.dtype:
+    meta = spec.tensor_meta._replace(dtype=shard.dtype)
+    if shape is not None:
+        meta = meta._replace(shape=shape, stride=(shape[1], 1))
+    if meta != spec.tensor_meta:
         spec = copy.copy(spec)
-        spec.tensor_meta = spec.tensor_meta._replace(dtype=shard.dtype)
-    # `DTensor.from_local` would move the shard of an offloaded parameter to the device of its mesh.
-    module: Any = sys.modules["torch.distributed.tensor"]
-    distributed: Tensor = module.DTensor(shard, spec, requires_grad=False)
+        spec.tensor_meta = meta
+    return with_spec(shard, spec)
+
+
+def with_spec(shard: Tensor, spec: Any) -> Tensor:
+    """A `DTensor`: `from_local` would move the shard of an offloaded parameter to the device of its mesh."""
+    distributed: Tensor = sys.modules["torch.distributed.tensor"].DTensor(shard, spec, requires_grad=False)
     return distributed

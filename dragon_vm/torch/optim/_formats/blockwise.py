@@ -104,7 +104,6 @@ class SignedQ8:
     stochastic = False
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """The first moment."""
         codes, scale = parts
         ratio = codes.view(-1, BLOCK).float().mul_(1 / 127)
         power = ratio.abs().mul_(ratio).mul_(ratio.mul_(ratio))
@@ -130,11 +129,9 @@ class SquareQ8:
 
     @property
     def name(self) -> str:
-        """Name of the format."""
         return "q8_square_stochastic" if self.stochastic else "q8_square"
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """The second moment."""
         codes, scale = parts
         return _square(codes.view(-1, BLOCK).float(), scale.view(-1)).view(codes.shape)
 

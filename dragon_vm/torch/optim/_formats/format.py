@@ -25,10 +25,6 @@ class Part(NamedTuple):
     dtype: torch.dtype
     elements: int = 1
 
-    def numel(self, numel: int) -> int:
-        """Stored elements for `numel` elements of the value."""
-        return numel // self.elements
-
     def shape(self, shape: Size) -> Size:
         """Shape of the part of a value of this shape: a scale has one column for a block of a row."""
         return shape if self.elements == 1 else Size((shape[0], shape[1:].numel() // self.elements))
@@ -65,11 +61,6 @@ class Format(Protocol):
             value: of the dtype that `decode` returns.
             words: int32 in [0, 65536) of the value's shape; None unless the format is stochastic.
         """
-
-
-def nbytes(stored: Format, numel: int) -> int:
-    """Bytes that the parts of a value of `numel` elements take."""
-    return sum(part.numel(numel) * part.dtype.itemsize for part in stored.parts)
 
 
 def required(words: Tensor | None, name: str) -> Tensor:

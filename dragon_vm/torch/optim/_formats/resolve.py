@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Size
 
 from dragon.vm.torch.optim._formats.blockwise import SignedQ8, SquareQ8
-from dragon.vm.torch.optim._formats.format import BLOCK, Format, nbytes
+from dragon.vm.torch.optim._formats.format import BLOCK, Format
 from dragon.vm.torch.optim._formats.rounding import Plain, StochasticBfloat16, UpwardBfloat16
 from dragon.vm.torch.optim._formats.split import Master, Split8, Split16
 
@@ -45,6 +45,13 @@ class StorageOptions(NamedTuple):
         """What `state_dtype` says of one state."""
         return self.state_dtype.get(state) if isinstance(self.state_dtype, Mapping) else self.state_dtype
 
+    def changed(self, change: Callable[[StateDtype], StateDtype]) -> StorageOptions:
+        """The options with another `state_dtype` for all states, or for each that it names."""
+        asked = self.state_dtype
+        if isinstance(asked, Mapping):
+            return self._replace(state_dtype={name: change(value) for name, value in asked.items()})
+        return self._replace(state_dtype=change(asked))
+
 
 class Storage(NamedTuple):
     """The formats of one parameter.
@@ -52,18 +59,24 @@ class Storage(NamedTuple):
     Attributes:
         param: of the parameter.
         states: by the states' names.
-        average: of the exponential moving average.
+        average: dtype of the exponential moving average.
         asked: names of the states that a dtype is asked for.
     """
 
     param: Format
     states: Mapping[str, Format]
-    average: Format
+    average: torch.dtype
     asked: frozenset[str]
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Formats of the parameter and of the states."""
+        return (self.param, *self.states.values())
 
     def nbytes(self, numel: int) -> int:
         """Bytes of the parameter and its states, without gradient and average."""
-        return nbytes(self.param, numel) + sum(nbytes(form, numel) for form in self.states.values())
+        parts = [part for form in self.formats for part in form.parts]
+        return sum(numel // part.elements * part.dtype.itemsize for part in parts)
 
 
 def check_options(options: StorageOptions) -> None:
@@ -131,14 +144,7 @@ def blockwise_format(state: str, stochastic: bool) -> Format:
 
 
 def _state_format(state: str, asked: StateDtype, shape: Size, stochastic: bool) -> Format:
-    """The format of one state but the maximum.
-
-    Args:
-        state: its name.
-        asked: a dtype or "8bit".
-        shape: of the parameter, global.
-        stochastic: whether a narrow second moment is rounded stochastically.
-    """
+    """The format of one state but the maximum; `stochastic` tells how a narrow second moment is rounded."""
     if not isinstance(asked, torch.dtype):
         return blockwise_format(state, stochastic) if is_blockwise(shape) else Plain(torch.float32)
     if asked == torch.bfloat16 and state == "exp_avg_sq" and stochastic:
@@ -161,26 +167,19 @@ def resolve(
     *,
     differentiable: bool = False,
 ) -> Storage:
-    """The formats of a parameter.
-
-    Args:
-        options: checked by `check_options`.
-        dtype: of the parameter.
-        shape: of the parameter, global.
-        states: names of the states that the algorithm keeps.
-        differentiable: whether autograd sees the update.
+    """The formats of a parameter of a dtype and a global shape, by options that `check_options` has seen.
 
     Raises:
         ValueError: the options do not fit the parameter; the message names option, value and dtype.
     """
     param = _param_format(dtype, options)
-    asked = [options.asked(state) for state in states]
-    if EIGHT_BIT in asked and (dtype == torch.float64 or dtype.is_complex):
+    asked = {state: options.asked(state) for state in states}
+    if EIGHT_BIT in asked.values() and (dtype == torch.float64 or dtype.is_complex):
         raise ValueError(f'state_dtype="8bit": expected real parameters of 4 bytes or less, got {dtype}')
     usual = dtype if options.master_weights is None else torch.float32
     single = dtype != torch.float64 and not differentiable
     formats: dict[str, Format] = {}
-    for state, wanted in zip(states, asked, strict=True):
+    for state, wanted in asked.items():
         # By default only what an option made narrow: a bf16 parameter alone means PyTorch's arithmetic.
         default = wanted is not None
         stochastic = single and (default if options.stochastic_rounding is None else options.stochastic_rounding)
@@ -188,18 +187,18 @@ def resolve(
             formats[state] = _maximum_format(formats["exp_avg_sq"], wanted, stochastic)
         else:
             formats[state] = _state_format(state, usual if wanted is None else wanted, shape, stochastic)
-    narrow = not isinstance(param, Plain) or any(wanted in _NARROW for wanted in asked)
-    average = Plain(torch.float32) if narrow else next(iter(formats.values()), Plain(usual))
+    narrow = not isinstance(param, Plain) or any(wanted in _NARROW for wanted in asked.values())
+    average = torch.float32 if narrow else next(iter(formats.values()), Plain(usual)).parts[0].dtype
+    if not states and isinstance(options.state_dtype, torch.dtype):
+        average = torch.promote_types(options.state_dtype, torch.float32)
     # Whether something is stored in less than the parameter's dtype.
     is_rounded = any(
         not isinstance(form, Plain) or form.dtype.itemsize < dtype.itemsize for form in (param, *formats.values())
     )
-    if differentiable and (EIGHT_BIT in asked or is_rounded):
+    if differentiable and (EIGHT_BIT in asked.values() or is_rounded):
         given = {name: value for name, value in options._asdict().items() if value is not None}
         raise ValueError(f"differentiable=True: autograd cannot see through rounding, got {given}")
-    named = frozenset(
-        state for state, wanted in zip(states, asked, strict=True) if isinstance(wanted, torch.dtype)
-    )
+    named = frozenset(state for state, wanted in asked.items() if isinstance(wanted, torch.dtype))
     return Storage(param, formats, average, named)
 
 

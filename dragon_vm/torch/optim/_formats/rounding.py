@@ -27,12 +27,10 @@ class Plain:
 
     @property
     def name(self) -> str:
-        """Name of the dtype."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The value's own tensor."""
         return _plain_parts(self.dtype)
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
@@ -56,7 +54,6 @@ class StochasticBfloat16:
     stochastic = True
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """The value in fp32, exact."""
         return parts[0].float()
 
     def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -73,7 +70,6 @@ class UpwardBfloat16:
     stochastic = False
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """The value in fp32, exact."""
         return parts[0].float()
 
     def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -52,7 +52,6 @@ class Split16:
     stochastic = False
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """The master."""
         return _joined(parts[0], parts[1].to(torch.int32))
 
     def encode_rest(self, value: Tensor, half: Tensor | None, remainder: Tensor) -> None:
@@ -78,11 +77,9 @@ class Split8:
 
     @property
     def name(self) -> str:
-        """Name of the format."""
         return "split8_stochastic" if self.stochastic else "split8"
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """The master."""
         return _joined(parts[0], parts[1].to(torch.int32) << 8)
 
     def encode_rest(self, value: Tensor, half: Tensor | None, remainder: Tensor) -> None:
@@ -105,16 +102,13 @@ class Master:
 
     @property
     def name(self) -> str:
-        """Name of the format."""
         return f"{str(self.dtype).removeprefix('torch.')}_master"
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The parameter and its master."""
         return (Part("", self.dtype), Part("_master", torch.float32))
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """The master."""
         return parts[1]
 
     def encode_rest(self, value: Tensor, half: Tensor | None, master: Tensor) -> None:

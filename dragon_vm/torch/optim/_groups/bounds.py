@@ -25,11 +25,7 @@ def widen_bounds(
 
     Betas from before the first gradient of a group made no moment: the bound begins anew with it. Until then it
     counts them, for parameters of the group on other processes may have moments, and one process saves for all.
-
-    Args:
-        groups: parameter groups.
-        state: of the optimizer. A group whose parameters have none there had no gradient yet.
-        sums: parameters with a sum of gradients for the next step.
+    A group without `state` had no gradient yet; `sums` are parameters with a sum of gradients for the next step.
     """
     has_changed = False
     for group in groups:
@@ -60,19 +56,17 @@ def _begins(params: Sequence[Tensor], state: Mapping[Any, Any], sums: Container[
     return not any(map(state.get, params)) and any(param.grad is not None or param in sums for param in params)
 
 
-def add_places(packed_groups: Iterable[dict[str, Any]]) -> None:
-    """Give groups that are to be overwritten by saved ones a place for the bound that those may have."""
-    for group in packed_groups:
-        if "betas" in group:
-            group[_KEY] = _PLACE
+def add_place(packed_group: dict[str, Any]) -> None:
+    """Give a group that is to be overwritten by a saved one a place for the bound that that one may have."""
+    if "betas" in packed_group:
+        packed_group[_KEY] = _PLACE
 
 
-def drop_places(groups: Iterable[dict[str, Any]]) -> None:
-    """Take out of loaded groups the places that nothing was written to."""
-    for group in groups:
-        # PyTorch makes lists of tuples on the way.
-        if tuple(group.get(_KEY) or ()) == _PLACE:
-            del group[_KEY]
+def drop_place(group: dict[str, Any]) -> None:
+    """Take out of a loaded group the place if nothing was written to it."""
+    # PyTorch makes lists of tuples on the way.
+    if tuple(group.get(_KEY) or ()) == _PLACE:
+        del group[_KEY]
 
 
 def is_on_device(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import compress
+from itertools import accumulate, compress
 from operator import attrgetter, is_, ne
 from typing import Any
 
@@ -37,11 +37,9 @@ class FlatBuffer:
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        starts = [0]
-        for param in params:
-            starts.append(starts[-1] + -(-param.numel() // SLOT) * SLOT)
-        self._places = [(param.shape, param.stride(), start) for param, start in zip(params, starts, strict=False)]
-        self.values = torch.zeros(starts[-1], dtype=params[0].dtype, device=params[0].device)
+        *starts, end = accumulate((-(-param.numel() // SLOT) * SLOT for param in params), initial=0)
+        self._places = [(param.shape, param.stride(), start) for param, start in zip(params, starts, strict=True)]
+        self.values = torch.zeros(end, dtype=params[0].dtype, device=params[0].device)
         self.grads = torch.zeros_like(self.values)
         self.grad_views = self.views(self.grads)
         self.addresses = [view.data_ptr() for view in self.views(self.values)]
@@ -62,21 +60,10 @@ class FlatBuffer:
                 return None
         return found
 
-    def flat_states(self, states: Sequence[State], keys: Sequence[str]) -> dict[str, Tensor]:
-        """The flat tensors of states that fit, by name: those that there are, or new ones."""
-        flats: dict[str, Tensor] = {}
-        for key in keys:
-            flat, dtype = self.state.get(key), states[0][key].dtype
-            if flat is None or flat.dtype != dtype:
-                flat = torch.zeros(len(self.values), dtype=dtype, device=self.values.device)
-            flats[key] = flat
-        return flats
-
-    def hold(self, flats: dict[str, Tensor], states: Sequence[State], counts_steps: bool) -> list[State]:
-        """Take over flat tensors and the first parameter's counter. Returns each one's counter."""
-        counter: State = {"step": states[0]["step"]} if counts_steps else {}
-        self.state = {**flats, **counter}
-        return [dict(counter) for _ in states]
+    def flat_state(self, key: str, dtype: torch.dtype) -> Tensor:
+        """The flat tensor of a state: that which there is, or a new one."""
+        held = self.state.get(key)
+        return held if held is not None and held.dtype == dtype else torch.zeros_like(self.values, dtype=dtype)
 
     def flat_tensors(self) -> list[tuple[str, Tensor]]:
         """All flat tensors, with the names that their pieces have in states."""
@@ -157,11 +144,16 @@ def take_states(
     Returns:
         For each buffer and each of its parameters the entries to replace.
     """
-    flats = [buffer.flat_states(states, keys) for buffer, states, keys, _ in members]
+    flats = [
+        {key: buffer.flat_state(key, states[0][key].dtype) for key in keys} for buffer, states, keys, _ in members
+    ]
     moves: list[tuple[State, str, Tensor, Tensor]] = []
     replaced: list[list[State]] = []
     for (buffer, states, keys, counts_steps), flat in zip(members, flats, strict=True):
-        entries = buffer.hold(flat, states, counts_steps)
+        # The first one's counter is that of all.
+        counter: State = {"step": states[0]["step"]} if counts_steps else {}
+        buffer.state = {**flat, **counter}
+        entries = [dict(counter) for _ in states]
         for key in keys:
             places = zip(entries, buffer.views(flat[key]), states, strict=True)
             moves += [(own, key, view, state[key]) for own, view, state in places]
@@ -188,11 +180,9 @@ class _Memory:
 
     def apart(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors, with copies of those that lie here, and might be overwritten before they are read."""
-        if not self._starts:
-            return tensors
         addresses = list(map(Tensor.data_ptr, tensors))
         # The speed of C, where none is close.
-        if not any(map(range(self._starts[0], self._ends[-1]).__contains__, addresses)):
+        if not (self._starts and any(map(range(self._starts[0], self._ends[-1]).__contains__, addresses))):
             return tensors
         return [
             tensor.clone() if self._holds(address) else tensor

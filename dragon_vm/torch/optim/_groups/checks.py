@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -85,21 +85,22 @@ def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], co
         raise ValueError(f"the state 'step' of a parameter must be one number, but got {step!r}")
 
 
-def check_memory(params: Sequence[Tensor], names: Callable[[], Sequence[str]]) -> None:
-    """Check that no element of memory belongs to two parameters, or twice to one; `names` are for the error.
+def check_memory(params: Sequence[Tensor], groups: Sequence[Group]) -> None:
+    """Check that no element of memory belongs to two of the parameters of groups, or twice to one.
 
     Raises:
         ValueError: if one does.
     """
-    pair = overlapping_pair(params)
+    shards = list(map(local, params))
+    pair = overlapping_pair(shards)
     if pair is None:
         return
     first, second = sorted(pair)
-    called = names()
+    called = labels_of(params, groups)
     if first == second:
         raise ValueError(
             f"params must not share memory, but elements stand twice in {called[first]}, of shape "
-            f"{tuple(params[first].shape)} with strides {params[first].stride()}"
+            f"{tuple(shards[first].shape)} with strides {shards[first].stride()}"
         )
     raise ValueError(
         f"params must not share memory, but {called[first]} and {called[second]} do: their elements would be "
@@ -128,9 +129,8 @@ def check_trained(groups: Sequence[Group]) -> None:
     Raises:
         ValueError: as `check_memory`.
     """
-    params = list(chain.from_iterable(group["params"] for group in groups))
-    trained = [i for i, param in enumerate(params) if param.requires_grad and has_memory(local(param))]
-    check_memory([local(params[i]) for i in trained], lambda: [labels(groups)[i] for i in trained])
+    params = chain.from_iterable(group["params"] for group in groups)
+    check_memory([param for param in params if param.requires_grad and has_memory(local(param))], groups)
 
 
 def has_memory(param: Tensor) -> bool:

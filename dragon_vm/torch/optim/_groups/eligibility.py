@@ -19,12 +19,10 @@ _KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, t
 
 def why_not(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot update tensors of a device; None if it can."""
-    if backend == "eager":
+    if backend == "eager" or (backend == "native" and device.type == "cpu"):
         return None
     if backend == "native":
-        return (
-            None if device.type == "cpu" else f"it updates tensors on the CPU only, and a parameter is on {device}"
-        )
+        return f"it updates tensors on the CPU only, and a parameter is on {device}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type in _TRITON_DEVICES:
@@ -46,8 +44,7 @@ def check_backend(backend: str | None, device: torch.device) -> None:
     Raises:
         ValueError: if the backend cannot update tensors of the device, saying why.
     """
-    reason = None if backend is None else why_not(backend, device)
-    if reason is not None:
+    if backend is not None and (reason := why_not(backend, device)) is not None:
         raise ValueError(f"backend={backend!r} is impossible here: {reason}")
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import distributed_like, is_distributed, local
+from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._formats.blockwise import SquareQ8
 from dragon.vm.torch.optim._formats.format import Format, Part
 from dragon.vm.torch.optim._formats.resolve import Storage, blockwise_format
@@ -20,6 +18,9 @@ from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense, same_walk
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of, walking_order
 from dragon.vm.torch.optim._groups.states import State, zeros_for
+
+# Formats that round to nearest, by those that round at random into the same tensors.
+_NEAREST: dict[Format, Format] = {StochasticBfloat16(): Plain(torch.bfloat16), SquareQ8(True): SquareQ8(False)}
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -36,15 +37,6 @@ def named_parts(name: str, form: Format) -> dict[str, Part]:
     """The parts of a value by their names in a state; a parameter's own tensor has none."""
     parts = form.parts[1:] if name == "param" else form.parts
     return {name + part.suffix: part for part in parts}
-
-
-def nearest(form: Format) -> Format:
-    """The format without random rounding, in the same tensors."""
-    if isinstance(form, StochasticBfloat16):
-        return Plain(torch.bfloat16)
-    if isinstance(form, SquareQ8):
-        return SquareQ8(False)
-    return Split8(False) if isinstance(form, Split8) else form
 
 
 def held_format(state: Mapping[str, Any], name: str) -> Format | None:
@@ -76,20 +68,8 @@ def make_parts(param: Any, name: str, form: Format) -> State:
             made[key] = distributed_like(param, zeros_for(shard, part.dtype))
         else:
             scale = torch.zeros(part.shape(shard.shape), dtype=part.dtype, device=shard.device)
-            made[key] = _distributed_scale(param, scale, part.shape(param.shape))
+            made[key] = distributed_like(param, scale, part.shape(param.shape))
     return made
-
-
-def _distributed_scale(param: Any, scale: Tensor, shape: Size) -> Tensor:
-    """Scales as a `DTensor` with the placements of a parameter, if it is one."""
-    if not is_distributed(param):
-        return scale
-    spec = copy.copy(param._spec)
-    strides = (shape[1], 1)
-    spec.tensor_meta = spec.tensor_meta._replace(shape=shape, stride=strides, dtype=scale.dtype)
-    module: Any = sys.modules["torch.distributed.tensor"]
-    distributed: Tensor = module.DTensor(scale, spec, requires_grad=False)
-    return distributed
 
 
 def decode_entry(param: Tensor, state: Mapping[str, Any], name: str, form: Format) -> Tensor:
@@ -118,23 +98,22 @@ def untagged(form: Format, part: Tensor) -> Tensor:
     return part.view(torch.int16) if isinstance(form, Split16) and part.dtype == torch.bfloat16 else part
 
 
-def encode_entry(
-    value: Tensor, param: Tensor, entries: Mapping[str, Any], name: str, form: Format, half: Tensor | None = None
-) -> None:
-    """Round a value in walking order to nearest, and write it to its new entries.
+def encoded(value: Tensor, param: Tensor, name: str, form: Format, half: Tensor | None = None) -> State:
+    """New entries for a value in walking order, which is rounded to nearest.
 
     A parameter's own tensor stays as it is. A master is written for `half`, the parameter in walking order, which
     becomes it where that is not nearest; None if the weights that it belongs to may still be loaded.
     """
-    shard = local(param)
-    parts = [local(entries[key]) for key in named_parts(name, form)]
+    shard, made = local(param), make_parts(param, name, form)
+    parts = list(map(local, made.values()))
     parts = [walked(shard, part) if part.shape == shard.shape else part for part in parts]
     if isinstance(form, (Split8, Split16, Master)):
         form.encode_rest(value.float(), half, *parts)
     else:
-        encoded = nearest(form).encode(value if isinstance(form, Plain) else value.float())
-        for part, stored in zip(parts, encoded, strict=True):
+        rounded = _NEAREST.get(form, form).encode(value if isinstance(form, Plain) else value.float())
+        for part, stored in zip(parts, rounded, strict=True):
             part.copy_(stored.view(part.shape))
+    return made
 
 
 def has_blocks(form: Format) -> bool:
@@ -154,39 +133,25 @@ def unwalked(shard: Tensor, value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def stored_entries(
-    param: Tensor, state: Mapping[str, Any], storage: Storage, names: Iterable[str]
-) -> tuple[State, set[str]]:
-    """The entries that a state lacks in its formats, converted from those that it has. Nothing is changed.
+def stored_entries(param: Tensor, state: State, storage: Storage, names: Iterable[str]) -> tuple[State, set[str]]:
+    """The entries that a state lacks in its formats, converted from those that it has, and whose place they take.
 
-    Args:
-        param: the parameter.
-        state: its state, complete or not.
-        storage: the formats.
-        names: of the states that must be there.
-
-    Returns:
-        Entries to add, and names of those that they replace.
+    Nothing is changed. `names` are those of the states that must be there.
     """
     added: State = {}
     replaced: set[str] = set()
     for name in names:
         form, held = kept_format(storage, state, name), held_format(state, name)
-        parts, held_parts = named_parts(name, form), named_parts(name, held) if held is not None else {}
+        parts, held_parts = named_parts(name, form), named_parts(name, held) if held else {}
         if parts.keys() == held_parts.keys() and _are_stored(form, param, state, parts):
             continue
-        entries = make_parts(param, name, form)
-        if held is not None:
-            encode_entry(decode_entry(param, state, name, held), param, entries, name, form)
-            replaced |= held_parts.keys() - parts.keys()
-        added |= entries
+        value = decode_entry(param, state, name, held) if held else None
+        added |= make_parts(param, name, form) if value is None else encoded(value, param, name, form)
+        replaced |= held_parts.keys() - parts.keys()
     parts = named_parts("param", storage.param)
     if parts and (MASTER in state or not _are_stored(storage.param, param, state, parts)):
-        entries, master = make_parts(param, "param", storage.param), decode_master(param, state)
-        half = walked(local(param), local(param).detach())
-        master = half if master is None else master
-        encode_entry(master, param, entries, "param", storage.param, half)
-        added |= entries
+        half, master = walked(local(param), local(param).detach()), decode_master(param, state)
+        added |= encoded(half if master is None else master, param, "param", storage.param, half)
     replaced |= parts_of(state) & {*MASTER_PARTS, MASTER, FORMAT_KEY} - parts.keys()
     return added, replaced
 

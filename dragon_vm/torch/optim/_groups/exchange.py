@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._formats.format import Format
+from dragon.vm.torch.optim._formats.resolve import Storage
 from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.entries import (
     decode_entry,
-    encode_entry,
+    encoded,
     held_format,
     held_master,
     kept_format,
@@ -25,7 +26,6 @@ from dragon.vm.torch.optim._groups.entries import (
 )
 from dragon.vm.torch.optim._groups.native import CODES, FORMAT_KEY, MASTER, MASTER_PARTS, format_number, parts_of
 from dragon.vm.torch.optim._groups.states import State
-from dragon.vm.torch.optim._groups.storage import storage_of
 
 
 @torch.no_grad()
@@ -69,38 +69,24 @@ def tagged_state(param: Tensor, state: State, position: int) -> State:
     return found
 
 
-def restored_entries(
-    param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], names: Sequence[str]
-) -> tuple[State, bool]:
-    """Copies of a saved state's moments and master in the formats of a parameter, in either form.
+def restored_entries(param: Tensor, storage: Storage, saved: Mapping[str, Any]) -> State:
+    """Copies of a saved state's moments and master, in either form, in the formats of a parameter.
 
     A saved remainder stays what it is until the first step: the weights that it belongs to may be loaded later.
-
-    Args:
-        param: the parameter.
-        group: its group.
-        saved: the state.
-        names: of the moments.
-
-    Returns:
-        The entries, and whether some value is stored in parts.
     """
-    storage = storage_of(param, group, names)
     entries: State = {}
-    for name in names:
+    for name in storage.states:
         held = held_format(saved, name)
         if held is None:
             continue
         form = kept_format(storage, saved, name)
-        made = make_parts(param, name, form)
         if isinstance(held, Plain) and isinstance(form, Plain):
-            made[name].copy_(placed_like(made[name], saved[name]))
+            entries |= make_parts(param, name, form)
+            entries[name].copy_(placed_like(entries[name], saved[name]))
         else:
             placed = _placed(param, saved, named_parts(name, held))
-            encode_entry(decode_entry(param, placed, name, held), param, made, name, form)
-        entries |= made
-    entries |= _restored_master(param, storage.param, saved)
-    return entries, not all(isinstance(form, Plain) for form in (storage.param, *storage.states.values()))
+            entries |= encoded(decode_entry(param, placed, name, held), param, name, form)
+    return entries | _restored_master(param, storage.param, saved)
 
 
 def _restored_master(param: Tensor, form: Format, saved: Mapping[str, Any]) -> State:
@@ -108,10 +94,8 @@ def _restored_master(param: Tensor, form: Format, saved: Mapping[str, Any]) -> S
     if not named_parts("param", form):
         return {}
     if isinstance(saved.get(MASTER), Tensor):
-        made = make_parts(param, "param", form)
         value = decode_entry(param, _placed(param, saved, (MASTER,)), MASTER, Plain(saved[MASTER].dtype))
-        encode_entry(value, param, made, "param", form)
-        return made
+        return encoded(value, param, "param", form)
     held = held_master(saved, param)
     if held is None:
         return {}

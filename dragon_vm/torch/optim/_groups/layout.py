@@ -8,11 +8,6 @@ import torch
 from torch import Tensor
 
 
-def walking_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides of the dimensions that are walked: those longer than 1."""
-    return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
-
-
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory, each once, in some order of the dimensions."""
     expected = 1
@@ -28,7 +23,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 def same_walk(tensor: Tensor, other: Tensor) -> bool:
     """Whether walking both memories in order meets the same elements; both dense and of one shape."""
-    return tensor.numel() == 0 or walking_strides(tensor) == walking_strides(other)
+    strides = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
+    return tensor.numel() == 0 or all(own == its for size, own, its in strides if size > 1)
 
 
 def lies_like(tensor: Tensor, other: Tensor) -> bool:
@@ -43,11 +39,10 @@ def is_stray(param: Tensor, grad: Tensor) -> bool:
 
 def in_layout_of(param: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` itself if it lies in memory as the dense `param` does, else a copy that does."""
-    resolved = not tensor.is_conj() and not tensor.is_neg()
-    if resolved and tensor.shape == param.shape and lies_like(tensor, param):
+    is_resolved = not tensor.is_conj() and not tensor.is_neg()
+    if is_resolved and tensor.shape == param.shape and lies_like(tensor, param):
         return tensor
-    copy = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=tensor.device)
-    return copy.copy_(tensor)
+    return torch.empty_like(param, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
@@ -78,9 +73,8 @@ def overlapping_pair(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
             if not is_dense(tensor) and _overlaps(tensor):
                 return index, index
             spans.append((str(tensor.device), *_extent(tensor), index))
-    spans.sort()
     active: list[tuple[str, int, int, int]] = []
-    for span in spans:
+    for span in sorted(spans):
         device, first, _, index = span
         active = [other for other in active if other[0] == device and first < other[2]]
         for other in active:
@@ -94,5 +88,4 @@ def _overlaps(*tensors: Tensor) -> bool:
     base = min(tensor.data_ptr() for tensor in tensors)
     nbytes = min(tensor.element_size() for tensor in tensors)
     offsets = torch.cat([_piece_offsets(tensor, base, nbytes) for tensor in tensors])
-    n_distinct = len(offsets.unique())
-    return n_distinct < len(offsets)
+    return len(offsets.unique()) < len(offsets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import compress
 from operator import attrgetter, ne
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, is_distributed_type, local
 from dragon.vm.torch.optim._formats.split import Master
-from dragon.vm.torch.optim._groups.native import MASTER, MASTER_PARTS, is_as_saved
+from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of
 
 # The speed of C: a step reads the version of each parameter.
 _version_of = attrgetter("_version")
@@ -41,12 +41,10 @@ class MasterVersions:
 
     def notice(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
         """Make parameters that were written to since `note` their own masters, and elements of doubted ones."""
-        versions = _versions(params)
-        seen = list(map(self._seen.get, map(id, params), versions))
-        if seen != versions:
-            written = list(compress(params, map(ne, seen, versions)))
-            # What was saved belongs to the weights that were written with it.
-            resync([param for param in written if not is_as_saved(state.get(param, {}))], state)
+        if written := self._written(params):
+            # What was saved, and no step has converted yet, belongs to the weights that were written with it.
+            stale = (param for param in written if parts_of(state.get(param, {})).isdisjoint((MASTER, FORMAT_KEY)))
+            resync(stale, state)
             self.note(written)
         if self._doubted:
             doubted = [param for param in params if id(param) in self._doubted]
@@ -59,12 +57,17 @@ class MasterVersions:
         Raises:
             RuntimeError: if one was. A graph would take its old master at each replay.
         """
-        versions = _versions(params)
-        if list(map(self._seen.get, map(id, params), versions)) != versions:
+        if self._written(params):
             raise RuntimeError(
                 "a parameter with a master was written to since the last step, which a captured step cannot take "
                 "over: call resync_master() before the capture"
             )
+
+    def _written(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters that were written to since `note`; one that it has not seen is not among them."""
+        versions = _versions(params)
+        seen = list(map(self._seen.get, map(id, params), versions))
+        return [] if seen == versions else list(compress(params, map(ne, seen, versions)))
 
     def note(self, params: Sequence[Tensor]) -> None:
         """Take what is in the parameters now for this optimizer's own doing."""
@@ -75,7 +78,9 @@ class MasterVersions:
         self, state: Mapping[Any, Any], originals: Mapping[Tensor, Tensor], context: AbstractContextManager[None]
     ) -> Iterator[None]:
         """A context that leaves the parameters as it found them, whatever their versions say."""
-        params = _with_masters(state)
+        # Also those of groups that were removed.
+        entries = ((param, held) for param, held in state.items() if isinstance(held, Mapping))
+        params = [param for param, held in entries if not held.keys().isdisjoint(MASTER_PARTS)]
         # Inside another one, which `context` refuses, the averages are in the parameters.
         if not originals:
             self.notice(params, state)
@@ -86,17 +91,8 @@ class MasterVersions:
             self.note([param for param in params if id(param) in self._seen])
 
 
-def _with_masters(state: Mapping[Any, Any]) -> list[Tensor]:
-    """The parameters whose state has a master, also those of groups that were removed."""
-    return [
-        param
-        for param, entries in state.items()
-        if isinstance(entries, Mapping) and not entries.keys().isdisjoint(MASTER_PARTS)
-    ]
-
-
 @torch.no_grad()
-def resync(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
+def resync(params: Iterable[Tensor], state: Mapping[Any, Any]) -> None:
     """Make parameters, as they are now, their own masters."""
     for param in params:
         entries = state.get(param, {})

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.placement import GradientPlacements
-from dragon.vm.torch.optim._distributed.shards import is_distributed_type, locals_of
+from dragon.vm.torch.optim._distributed.shards import locals_of
 
 _params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
@@ -51,7 +51,6 @@ class MemberReader:
     def __init__(self) -> None:
         self._types: list[type] = []
         self._placements = GradientPlacements([])
-        self._are_distributed = False
 
     def read(self, groups: Sequence[dict[str, Any]]) -> Members:
         """Gather parameters and gradients.
@@ -64,8 +63,7 @@ class MemberReader:
         types = list(map(type, params))
         if types != self._types:
             self._types, self._placements = types, GradientPlacements(params)
-            self._are_distributed = any(map(is_distributed_type, set(types)))
         grads: Any = self._placements.shards(params, list(map(_grad_of, params)))
-        shards = locals_of(params) if self._are_distributed else params
-        are_copies = self._placements.are_copies
-        return Members(params, list(map(len, lists)), shards, grads, self._are_distributed, are_copies)
+        are_distributed, are_copies = self._placements.are_distributed, self._placements.are_copies
+        shards = locals_of(params) if are_distributed else params
+        return Members(params, list(map(len, lists)), shards, grads, are_distributed, are_copies)

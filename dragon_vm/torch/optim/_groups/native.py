@@ -27,11 +27,6 @@ def parts_of(state: Mapping[str, Any]) -> set[str]:
     return found | ({FORMAT_KEY} & state.keys() if found else set())
 
 
-def is_as_saved(state: Mapping[str, Any]) -> bool:
-    """Whether somebody put a state with parts here as it was saved, which no step has converted yet."""
-    return not parts_of(state).isdisjoint((MASTER, FORMAT_KEY))
-
-
 def format_number(state: Mapping[str, Any]) -> int:
     """The value of `FORMAT_KEY` for a state with parts."""
     for key in filter(state.__contains__, CODES):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from torch import Tensor
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
-from dragon.vm.torch.optim._formats.resolve import MOMENTS
+from dragon.vm.torch.optim._formats.resolve import MOMENTS, Storage
+from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.checks import labels
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, counter_place
 from dragon.vm.torch.optim._groups.entries import named_parts
@@ -30,12 +30,17 @@ Group = dict[str, Any]
 _OWN = frozenset((*MOMENTS, "step", "ema", "stream"))
 
 
+class _Owner(NamedTuple):
+    """A parameter, its group with all options, its formats, and its state in the saved dict."""
+
+    param: Tensor
+    group: Group
+    storage: Storage
+    state: State
+
+
 def restored_states(
-    algorithm: Algorithm,
-    settings: Settings,
-    groups: Sequence[Group],
-    saved_groups: Sequence[Group],
-    saved: Mapping[Any, State],
+    algorithm: Algorithm, settings: Settings, groups: list[Group], saved_groups: list[Group], saved: dict[Any, Any]
 ) -> dict[Tensor, State]:
     """Copy saved states for an optimizer's parameters.
 
@@ -45,37 +50,38 @@ def restored_states(
     Args:
         algorithm: of the optimizer that loads.
         settings: likewise.
-        groups: likewise, fitting the saved ones; its parameters are those that the states are for.
+        groups: likewise, fitting the saved ones.
         saved_groups: with the keys of `saved` under "params".
         saved: a state for each key, or none.
 
     Returns:
-        States that share no memory with the saved ones, for the parameters that have one.
+        States that share no memory with the saved ones, for the parameters of `groups` that have one.
 
     Raises:
         ValueError: for missing or misshapen state tensors and step counts, naming the parameter.
     """
-    owners: list[tuple[Tensor, Group, State]] = []
+    owners: list[_Owner] = []
     others: dict[Tensor, State] = {}
-    names = iter(labels([{**saved, **own} for own, saved in zip(groups, saved_groups, strict=True)]))
+    names = enumerate(labels([{**saved, **own} for own, saved in zip(groups, saved_groups, strict=True)]))
     named = (state["stream"] for state in saved.values() if isinstance(state, dict) and "stream" in state)
     streams = {stream for stream in named if not _is_missing("stream", stream)}
-    positions = count()
     for group, saved_group in zip(groups, saved_groups, strict=True):
         said = {name: value for name, value in saved_group.items() if name not in STORAGE_OPTIONS}
         merged = complete({**group, **said}, algorithm.own_defaults)
+        moments = algorithm.state_keys(merged)
         for param, key in zip(group["params"], saved_group["params"], strict=True):
-            label, position = next(names), next(positions)
+            position, label = next(names)
             state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(name, value)}
             if state and _is_of_others(state):
                 others[param] = state
             elif state:
-                state = _of_file(param, merged, algorithm, state, settings.native_state_dict)
+                storage = storage_of(param, merged, moments)
+                state = _of_file(state, storage, settings.native_state_dict)
                 checked = checked_state(algorithm, param, merged, saved_group, state, label)
                 # PyTorch's form leaves it out: groups may come and go before the first step.
-                if position not in streams and _is_stochastic(param, merged, algorithm):
+                if position not in streams and any(form.stochastic for form in storage.formats):
                     checked.setdefault("stream", position)
-                owners.append((param, merged, checked))
+                owners.append(_Owner(param, merged, storage, checked))
     copies = _copied(algorithm, settings, owners)
     for param, state in others.items():
         _fill(copies.setdefault(param, {}), state, param)
@@ -93,49 +99,39 @@ def _is_of_others(state: State) -> bool:
     return not parts_of(state) and state.keys().isdisjoint(_OWN)
 
 
-def _of_file(param: Tensor, group: Group, algorithm: Algorithm, state: State, is_native: bool) -> State:
+def _of_file(state: State, storage: Storage, is_native: bool) -> State:
     """A state with each moment in one form: this optimizer's own may lie beside that which was written over it."""
-    names = algorithm.state_keys(group)
     dropped: set[str] = set()
-    for name in names:
-        codes = {f"{name}_q8", f"{name}_scale"}
-        if {name, *codes} <= state.keys():
-            own = named_parts(name, storage_of(param, group, names).states[name]) if is_native else {name}
-            dropped |= codes.intersection(own) or {name}
-    return {name: value for name, value in state.items() if name not in dropped} if dropped else state
-
-
-def _is_stochastic(param: Tensor, group: Group, algorithm: Algorithm) -> bool:
-    """Whether a step of a parameter takes random words."""
-    storage = storage_of(param, group, algorithm.state_keys(group))
-    return any(form.stochastic for form in (storage.param, *storage.states.values()))
+    for name, form in storage.states.items():
+        if {name, f"{name}_q8", f"{name}_scale"} <= state.keys():
+            dropped.update(named_parts(name, form) if is_native else (name,))
+    return {name: value for name, value in state.items() if name not in dropped}
 
 
 @torch.no_grad()
-def _copied(
-    algorithm: Algorithm, settings: Settings, owners: Sequence[tuple[Tensor, Group, State]]
-) -> dict[Tensor, State]:
+def _copied(algorithm: Algorithm, settings: Settings, owners: Sequence[_Owner]) -> dict[Tensor, State]:
     """Copy the states."""
-    copies: list[State] = []
+    copies: dict[Tensor, State] = {}
     counted: list[tuple[State, float, CounterPlace]] = []
-    for param, group, state in owners:
-        copy, in_parts = restored_entries(param, group, state, algorithm.state_keys(group))
+    for param, group, storage, state in owners:
+        copy = restored_entries(param, storage, state)
         if "ema" in algorithm.all_state_keys(group) and "ema" in state:
-            average = storage_of(param, group, algorithm.state_keys(group)).average.parts[0].dtype
+            average = storage.average
             dtype = average if group["state_dtype"] else torch.promote_types(state["ema"].dtype, average)
             copy["ema"] = distributed_like(param, zeros_for(local(param), dtype))
         if algorithm.counts_steps(group):
             dtypes = {value.dtype for value in copy.values() if value.is_floating_point()}
+            in_parts = not all(isinstance(form, Plain) for form in storage.formats)
             # Should its gradient be of its own dtype.
             wanted = local(param), param.dtype, dtypes, group["differentiable"]
             backend = settings.backend or choose_backend(None, *wanted, in_parts=in_parts)
             copy = {"step": None, **copy}
             counted.append((copy, 0.0, counter_place(param, backend, group)))
-        copies.append(copy)
+        copies[param] = copy
     add_counters(counted)
-    for (param, _, state), copy in zip(owners, copies, strict=True):
-        _fill(copy, state, param)
-    return {param: copy for (param, _, _), copy in zip(owners, copies, strict=True)}
+    for owner in owners:
+        _fill(copies[owner.param], owner.state, owner.param)
+    return copies
 
 
 def _fill(copy: State, state: State, param: Tensor) -> None:
@@ -143,9 +139,6 @@ def _fill(copy: State, state: State, param: Tensor) -> None:
     for key, value in state.items():
         if key in ("step", "ema") and key in copy:
             copy[key].copy_(placed_like(copy[key], value))
-        elif key in copy or f"{key}_q8" in copy or key in parts:
-            continue
-        elif isinstance(value, Tensor):
-            copy[key] = value.detach().to(param.device, copy=True)
-        else:
-            copy[key] = deepcopy(value)
+        elif not (key in copy or f"{key}_q8" in copy or key in parts):
+            is_tensor = isinstance(value, Tensor)
+            copy[key] = value.detach().to(param.device, copy=True) if is_tensor else deepcopy(value)

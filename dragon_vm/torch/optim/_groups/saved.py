@@ -16,14 +16,11 @@ from dragon.vm.torch.optim._groups.entries import held_format, held_master, name
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of, walking_order
 from dragon.vm.torch.optim._groups.states import State, count_of
 
+Group = Mapping[str, Any]
+
 
 def checked_state(
-    algorithm: Algorithm,
-    param: Tensor,
-    group: dict[str, Any],
-    saved_group: Mapping[str, Any],
-    state: State,
-    label: str,
+    algorithm: Algorithm, param: Tensor, group: Group, saved_group: Group, state: State, label: str
 ) -> State:
     """The state as it is saved, with its step count as a 0-dim tensor if it counts.
 
@@ -57,7 +54,7 @@ def checked_state(
     return {**state, "step": count_of(step)}
 
 
-def with_saved_remainder(state: State, saved_group: Mapping[str, Any]) -> State:
+def with_saved_remainder(state: State, saved_group: Group) -> State:
     """The state with an int8 remainder as such. PyTorch's loader has made it bf16, as which int16 is saved."""
     remainder = state.get("param_remainder")
     if saved_group.get("master_weights") != "split8" or not isinstance(remainder, Tensor):

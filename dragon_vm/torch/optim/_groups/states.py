@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +21,8 @@ _buffer_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def zeros_for(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """A zeroed state tensor, laid out as the parameter is, in a storage of its own.
-
-    Args:
-        param: a parameter, or this process's shard of one.
-        dtype: of the state, where the parameter is not complex: those have their parameter's.
-    """
-    dtype = param.dtype if param.is_complex() else dtype
-    if not has_memory(param) or not is_dense(param):
-        return torch.zeros_like(param, dtype=dtype, requires_grad=False)
-    return torch.empty_strided(param.shape, param.stride(), dtype=dtype, device=param.device).zero_()
+    """A zeroed state tensor, laid out as the parameter is; where that is complex, of its dtype."""
+    return torch.zeros_like(param, dtype=param.dtype if param.is_complex() else dtype)
 
 
 class CounterPlace(NamedTuple):
@@ -121,9 +113,7 @@ def add_counters(states: Iterable[tuple[State, float, CounterPlace]]) -> None:
             state["step"] = counter
 
 
-def settled_entries(
-    param: Tensor, state: Mapping[str, Any], keys: tuple[str, ...], place: CounterPlace | None
-) -> State:
+def settled_entries(param: Tensor, state: State, keys: tuple[str, ...], place: CounterPlace | None) -> State:
     """State entries that must be replaced to be on the parameter's device, in its layout. Nothing is changed."""
     replaced: State = {}
     step = state.get("step")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local
 from dragon.vm.torch.optim._formats.format import BLOCK
-from dragon.vm.torch.optim._formats.resolve import (
-    EIGHT_BIT,
-    StateDtype,
-    Storage,
-    StorageOptions,
-    check_options,
-    resolve,
-)
-from dragon.vm.torch.optim._formats.rounding import Plain
+from dragon.vm.torch.optim._formats.resolve import EIGHT_BIT, Storage, StorageOptions, check_options, resolve
 from dragon.vm.torch.optim._groups.layout import is_dense
 
 
@@ -51,25 +43,14 @@ def storage_of(param: Tensor, group: Mapping[str, Any], states: Sequence[str]) -
         ValueError: the options do not fit the parameter.
     """
     options = options_of(group)
-    asked = options.state_dtype
     if param.is_complex():
         # Their states have their dtype; 8 bits are refused.
-        options = _changed(options, lambda value: value if value == EIGHT_BIT else None)
+        options = options.changed(lambda value: value if value == EIGHT_BIT else None)
     storage = resolve(options, param.dtype, param.shape, states, differentiable=group["differentiable"])
-    if not states and isinstance(asked, torch.dtype) and not param.is_complex():
-        storage = storage._replace(average=Plain(torch.promote_types(asked, torch.float32)))
     if any(len(form.parts) > 1 for form in storage.states.values()) and not _has_whole_blocks(param):
-        options = _changed(options, lambda value: torch.float32 if value == EIGHT_BIT else value)
+        options = options.changed(lambda value: torch.float32 if value == EIGHT_BIT else value)
         storage = resolve(options, param.dtype, param.shape, states)
     return storage
-
-
-def _changed(options: StorageOptions, change: Callable[[StateDtype], StateDtype]) -> StorageOptions:
-    """The options with another `state_dtype` for all states, or for each that it names."""
-    asked = options.state_dtype
-    if isinstance(asked, Mapping):
-        return options._replace(state_dtype={name: change(value) for name, value in asked.items()})
-    return options._replace(state_dtype=change(asked))
 
 
 def _has_whole_blocks(param: Any) -> bool:
@@ -101,6 +82,5 @@ def first_index(param: Any) -> int:
     """
     if not is_distributed(param) or not rows_are_outermost(param):
         return 0
-    shape, (chunk,) = param.shape, param.__create_chunk_list__()
-    offsets = chunk.offsets
-    return sum(offset * shape[dim + 1 :].numel() for dim, offset in enumerate(offsets))
+    (chunk,) = param.__create_chunk_list__()
+    return sum(offset * param.shape[dim + 1 :].numel() for dim, offset in enumerate(chunk.offsets))

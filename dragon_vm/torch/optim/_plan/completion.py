@@ -74,7 +74,7 @@ def _signature(
     formats = tuple(kept_format(storage, state, name) for name in names)
     average = None
     if group["ema_decay"]:
-        average = state["ema"].dtype if "ema" in state else storage.average.parts[0].dtype
+        average = state["ema"].dtype if "ema" in state else storage.average
     plain = {form.dtype for form in formats if isinstance(form, Plain)} | ({average} if average else set())
     signature = Signature(
         *("", shard.device, shard.dtype, grad.dtype, names, formats, average, algorithm.counts_steps(group)),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import local_state
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
-from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, has_memory, has_own_memory, labels_of
+from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, has_memory, has_own_memory
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State
 from dragon.vm.torch.optim._groups.layout import is_stray
 from dragon.vm.torch.optim._groups.masters import reconcile
@@ -59,7 +59,7 @@ def prepare(recipe: Recipe, chosen: Chosen, *, are_captured: bool) -> Prepared:
     chosen = chosen._replace(grads=grads)
     check_grads(shards, grads, recipe.owner)
     solid = [i for i, shard in enumerate(shards) if has_memory(shard) and has_own_memory(type(grads[i]))]
-    check_memory([shards[i] for i in solid], lambda: labels_of([params[i] for i in solid], recipe.param_groups))
+    check_memory([params[i] for i in solid], recipe.param_groups)
     states, signatures = completed_states(recipe, chosen)
     joined, parted, inside = join(recipe, chosen, states, signatures)
     part_counters([state for i, state in enumerate(states) if i not in inside])

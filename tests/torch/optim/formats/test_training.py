@@ -28,7 +28,9 @@ def train(
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """Both moments as they are used, and the bound, after each step."""
     forms = MODES[mode]
-    stored = [tuple(torch.zeros(part.numel(numel), dtype=part.dtype) for part in form.parts) for form in forms]
+    stored = [
+        tuple(torch.zeros(numel // part.elements, dtype=part.dtype) for part in form.parts) for form in forms
+    ]
     for step, gradient in enumerate(gradients, 1):
         exp_avg, exp_avg_sq = (form.decode(parts) for form, parts in zip(forms, stored, strict=True))
         exp_avg = BETA1 * exp_avg + (1 - BETA1) * gradient

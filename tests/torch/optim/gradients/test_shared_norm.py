@@ -9,7 +9,7 @@ import torch
 from dragon.vm.torch.optim import SGD
 from dragon.vm.torch.optim._backends.partials import SPAN
 from dragon.vm.torch.optim._distributed import reduction
-from dragon.vm.torch.optim._distributed.lanes import Lane, Lanes
+from dragon.vm.torch.optim._distributed.lanes import Lane
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions
 
 from ..support import home, numbers
@@ -30,7 +30,7 @@ def other(monkeypatch):
     `must_skip` tells whether this process says so, or gives a norm of all gradients that is not finite.
     """
     process = SimpleNamespace(flag=0.0, must_skip=False)
-    lanes = Lanes((Lane((None,)),), (0,) * len(TENSORS), (1.0,) * len(TENSORS))
+    lanes = [Lane((None,), dict.fromkeys(range(len(TENSORS)), 1.0))]
     made = Reductions(reduction.Reduction(lanes), reduction.TensorReduction(lanes), torch.device("cpu"))
 
     def all_reduce(values, groups, op=None):
