@@ -77,25 +77,32 @@ class Forking:
         self._process.communicate()
         shutil.rmtree(self._folder)
 
-    def run(self, *arguments: object, cwd: str | Path, env: Mapping[str, str] | None = None) -> Ended:
-        """Run `python` with these arguments, of which the first is ``-m``, ``-c`` or a script."""
+    def run(
+        self, *arguments: object, cwd: str | Path, env: Mapping[str, str] | None = None, given: str = ""
+    ) -> Ended:
+        """Run `python` with these arguments, of which the first is ``-m``, ``-c`` or a script.
+
+        It reads `given` from its standard input.
+        """
         environment = dict(os.environ if env is None else env)
         with (
-            open(os.devnull) as nothing,
+            tempfile.TemporaryFile() as source,
             tempfile.TemporaryFile() as out,
             tempfile.TemporaryFile() as err,
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
         ):
+            source.write(given.encode())
+            source.seek(0)
             connection.connect(self._address)
             request = json.dumps([list(map(str, arguments)), str(cwd), environment]).encode()
-            socket.send_fds(connection, [request], [file.fileno() for file in (nothing, out, err)])
+            socket.send_fds(connection, [request], [file.fileno() for file in (source, out, err)])
             status = int(connection.recv(16))
             for file in (out, err):
                 file.seek(0)
             return Ended(status, out.read().decode(), _BINDINGS.sub("", err.read().decode()))
 
     def executable(self, path: Path) -> Path:
-        """Write a program that a shell script can call instead of `python`, and return its path."""
+        """Write a program that a shell script or a launcher can call instead of `python`, and return its path."""
         path.write_text(CLIENT.format(python=sys.executable, address=self._address), encoding="utf-8")
         path.chmod(0o755)
         return path
