@@ -78,11 +78,16 @@ class Forking:
         shutil.rmtree(self._folder)
 
     def run(
-        self, *arguments: object, cwd: str | Path, env: Mapping[str, str] | None = None, given: str = ""
+        self,
+        *arguments: object,
+        cwd: str | Path,
+        env: Mapping[str, str] | None = None,
+        given: str = "",
+        printing_to: int | None = None,
     ) -> Ended:
         """Run `python` with these arguments, of which the first is ``-m``, ``-c`` or a script.
 
-        It reads `given` from its standard input.
+        It reads `given` from its standard input, and may print to a descriptor of this process.
         """
         environment = dict(os.environ if env is None else env)
         with (
@@ -95,7 +100,7 @@ class Forking:
             source.seek(0)
             connection.connect(self._address)
             request = json.dumps([list(map(str, arguments)), str(cwd), environment]).encode()
-            socket.send_fds(connection, [request], [file.fileno() for file in (source, out, err)])
+            socket.send_fds(connection, [request], [source.fileno(), printing_to or out.fileno(), err.fileno()])
             status = int(connection.recv(16))
             for file in (out, err):
                 file.seek(0)

@@ -34,8 +34,8 @@ def test_records_that_differ_in_a_field_are_different_constants():
     assert len({ADAM, *others}) == len({str(spec) for spec in (ADAM, *others)}) == 7
 
 
-# A launch as triton makes it, up to the machine code, on a GPU that is not here. The hook is called for each code that
-# a process has not had yet, also where the cache on the disk has it.
+# A launch as triton makes it, up to the machine code, on a GPU that is not here. The hook is called for each code
+# that a process has not had yet, also where the cache on the disk has it.
 COMPILATIONS = """
 import triton
 import triton.language as tl
