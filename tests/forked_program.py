@@ -1,6 +1,8 @@
 """What a `Forking` runs: imports what it is told to, and forks a process for each program that it is sent."""
 
+import fcntl
 import json
+import multiprocessing
 import os
 import runpy
 import select
@@ -9,6 +11,10 @@ import socket
 import sys
 from contextlib import suppress
 from typing import Any, NamedTuple
+
+
+# The standard ones, and what processes of multiprocessing inherit.
+MAX_FILES = 16
 
 
 class Child(NamedTuple):
@@ -58,7 +64,7 @@ def program(address: str) -> list[str]:
                 sys.exit()
             if listener in ready:
                 connection, _ = listener.accept()
-                message, files, *_ = socket.recv_fds(connection, 1 << 20, 3)
+                message, files, *_ = socket.recv_fds(connection, 1 << 20, MAX_FILES)
                 number = os.fork()
                 if number == 0:
                     break
@@ -66,8 +72,10 @@ def program(address: str) -> list[str]:
                 children.append(Child(number, os.pidfd_open(number), connection))
     connection.close()
     list(map(_forget, children))
-    arguments, folder, environment = json.loads(message)
-    for number, file in enumerate(files):
+    arguments, folder, environment, passed = json.loads(message)
+    # Out of the way of the numbers that they are to have.
+    files = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 100) for file in files]
+    for number, file in zip((0, 1, 2, *passed), files, strict=True):
         os.dup2(file, number)
         os.close(file)
     os.chdir(folder)
@@ -75,14 +83,16 @@ def program(address: str) -> list[str]:
     os.environ.update(environment)
     # So torchrun names it, and others start what is given here.
     sys.executable = environment.get("PYTHON_EXEC", sys.executable)
+    multiprocessing.set_executable(sys.executable)
     first = list(filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)))
     sys.path[:] = [*first, *(path for path in sys.path if path not in first)]
     return arguments
 
 
 def run(arguments: list[str]) -> None:
-    """As `python` does with such a command line. What is printed without a buffer (`-u`) has one here."""
-    arguments = arguments[arguments[0] == "-u" :]
+    """As `python` does with such a command line; its options, such as `-u`, are those of this process."""
+    first = next(i for i, word in enumerate(arguments) if word in ("-c", "-m") or not word.startswith("-"))
+    arguments = arguments[first:]
     kind = arguments[0]
     if kind == "-m":
         sys.argv[:] = ["-m", *arguments[2:]]

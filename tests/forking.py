@@ -25,14 +25,16 @@ _BINDINGS = re.compile(
     r"^((nanobind: | - leaked | - \.\.\. skipped).*\n|See https://nanobind\S*?\.html\n?)", re.MULTILINE
 )
 
-# Python without this process's part in its start, for a shell script.
+# Python without this process's part in its start, for a shell script. It passes on what descriptors it has.
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 
+# The folder's own descriptor is closed by now.
+passed = [number for number in map(int, os.listdir("/dev/fd")) if number > 2 and os.path.exists(f"/dev/fd/{{number}}")]
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
     connection.connect({address!r})
-    request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)])
-    socket.send_fds(connection, [request.encode()], [0, 1, 2])
+    request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ), passed])
+    socket.send_fds(connection, [request.encode()], [0, 1, 2, *passed])
     status = int(connection.recv(16))
 sys.exit(status if status >= 0 else 128 - status)
 """
@@ -99,7 +101,7 @@ class Forking:
             source.write(given.encode())
             source.seek(0)
             connection.connect(self._address)
-            request = json.dumps([list(map(str, arguments)), str(cwd), environment]).encode()
+            request = json.dumps([list(map(str, arguments)), str(cwd), environment, []]).encode()
             socket.send_fds(connection, [request], [source.fileno(), printing_to or out.fileno(), err.fileno()])
             status = int(connection.recv(16))
             for file in (out, err):
