@@ -12,7 +12,6 @@ import sys
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-
 # The standard ones, and what processes of multiprocessing inherit.
 MAX_FILES = 16
 

@@ -29,8 +29,8 @@ _BINDINGS = re.compile(
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 
-# The folder's own descriptor is closed by now.
-passed = [number for number in map(int, os.listdir("/dev/fd")) if number > 2 and os.path.exists(f"/dev/fd/{{number}}")]
+# But that of the folder itself, which is closed by now.
+passed = [n for n in map(int, os.listdir("/dev/fd")) if n > 2 and os.path.exists(f"/dev/fd/{{n}}")]
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
     connection.connect({address!r})
     request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ), passed])
