@@ -155,7 +155,7 @@ stage_b() {
   pytests 30 timers gpu tests/tuning/test_timer.py tests/benchmarks/test_timing.py
   if tool compute-sanitizer; then part racecheck 40 "${racecheck[@]}" "${tests[@]}" --variant norm; fi
   if [ $dry = yes ]; then
-    part tune 30 "$python" -m dragon.vm.tune --case small --kernel "adam fp32" --time-budget 6s
+    part tune 30 "$python" -m dragon.vm.tune --case small --kernel "adam fp32" --time-budget 3s
   else
     part tune 85 "$python" -m dragon.vm.tune --case large --time-budget 70s
   fi

@@ -25,14 +25,16 @@ _BINDINGS = re.compile(
     r"^((nanobind: | - leaked | - \.\.\. skipped).*\n|See https://nanobind\S*?\.html\n?)", re.MULTILINE
 )
 
-# Python without this process's part in its start, for a shell script.
+# Python without this process's part in its start, for a shell script. It passes on what descriptors it has.
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 
+# But that of the folder itself, which is closed by now.
+passed = [n for n in map(int, os.listdir("/dev/fd")) if n > 2 and os.path.exists(f"/dev/fd/{{n}}")]
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
     connection.connect({address!r})
-    request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)])
-    socket.send_fds(connection, [request.encode()], [0, 1, 2])
+    request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ), passed])
+    socket.send_fds(connection, [request.encode()], [0, 1, 2, *passed])
     status = int(connection.recv(16))
 sys.exit(status if status >= 0 else 128 - status)
 """
@@ -77,25 +79,37 @@ class Forking:
         self._process.communicate()
         shutil.rmtree(self._folder)
 
-    def run(self, *arguments: object, cwd: str | Path, env: Mapping[str, str] | None = None) -> Ended:
-        """Run `python` with these arguments, of which the first is ``-m``, ``-c`` or a script."""
+    def run(
+        self,
+        *arguments: object,
+        cwd: str | Path,
+        env: Mapping[str, str] | None = None,
+        given: str = "",
+        printing_to: int | None = None,
+    ) -> Ended:
+        """Run `python` with these arguments, of which the first is ``-m``, ``-c`` or a script.
+
+        It reads `given` from its standard input, and may print to a descriptor of this process.
+        """
         environment = dict(os.environ if env is None else env)
         with (
-            open(os.devnull) as nothing,
+            tempfile.TemporaryFile() as source,
             tempfile.TemporaryFile() as out,
             tempfile.TemporaryFile() as err,
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
         ):
+            source.write(given.encode())
+            source.seek(0)
             connection.connect(self._address)
-            request = json.dumps([list(map(str, arguments)), str(cwd), environment]).encode()
-            socket.send_fds(connection, [request], [file.fileno() for file in (nothing, out, err)])
+            request = json.dumps([list(map(str, arguments)), str(cwd), environment, []]).encode()
+            socket.send_fds(connection, [request], [source.fileno(), printing_to or out.fileno(), err.fileno()])
             status = int(connection.recv(16))
             for file in (out, err):
                 file.seek(0)
             return Ended(status, out.read().decode(), _BINDINGS.sub("", err.read().decode()))
 
     def executable(self, path: Path) -> Path:
-        """Write a program that a shell script can call instead of `python`, and return its path."""
+        """Write a program that a shell script or a launcher can call instead of `python`, and return its path."""
         path.write_text(CLIENT.format(python=sys.executable, address=self._address), encoding="utf-8")
         path.chmod(0o755)
         return path

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ def test_processes_of_multiprocessing_swap_too_and_the_first_reports(
 ) -> None:
     (tmp_path / "many.py").write_text(SPAWNING)
     arguments = ["-m", "dragon.vm.run", "many.py", method, tmp_path / "meeting"]
-    code, _, err = forking.run(*arguments, cwd=tmp_path)
+    environment = {**os.environ, "PYTHON_EXEC": str(forking.executable(tmp_path / "python"))}
+    code, _, err = forking.run(*arguments, cwd=tmp_path, env=environment)
     assert code == 0, err
     report = "dragon.vm.run: 1 optimizer replaced\n  torch.optim.SGD: 2 parameters in 1 tensors, 0 steps\n"
     assert err == report + NOTHING

@@ -1,7 +1,6 @@
 """The doctor says what is wrong, what passed, and what was not tested and why."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -176,10 +175,9 @@ def test_an_unknown_argument_is_refused(forking: Forking, tmp_path: Path) -> Non
     assert "unrecognized arguments: --verbose" in err
 
 
-def test_a_reader_that_leaves_ends_it_quietly() -> None:
+def test_a_reader_that_leaves_ends_it_quietly(forking: Forking, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "dragon.vm.doctor"]
-    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    ended = forking.run("-m", "dragon.vm.doctor", cwd=tmp_path, printing_to=writer)
     os.close(writer)
-    assert (ended.returncode, ended.stderr) == (1, "")
+    assert (ended.code, ended.err) == (1, "")

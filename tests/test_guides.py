@@ -88,8 +88,9 @@ def compiling() -> Iterator[Forking]:
 
 def run_page(python: Forking, path: Path, *launcher: str) -> tuple[int, str]:
     """Exit code and output of a program."""
+    variables = {**environment(), "PYTHON_EXEC": str(python.executable(path.with_name("python")))}
     for _ in range(N_ATTEMPTS):
-        code, out, err = python.run(*launcher, path, cwd=path.parent, env=environment())
+        code, out, err = python.run(*launcher, path, cwd=path.parent, env=variables)
         if not launcher or ABORTED not in err:
             break
     return code, out + err

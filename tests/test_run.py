@@ -363,23 +363,24 @@ def test_what_outlasts_the_script_builds_ours_too(start: str, forking: Forking, 
     assert err == "dragon.vm.run: 1 optimizer replaced\n  torch.optim.AdamW: 8 parameters in 1 tensors, 0 steps\n"
 
 
-def test_a_script_comes_from_the_standard_input_as_with_python(tmp_path: Path) -> None:
+def test_a_script_comes_from_the_standard_input_as_with_python(forking: Forking, tmp_path: Path) -> None:
     text = FILES["names.py"] + "raise ValueError('wrong')\n"
-
-    def ended(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *arguments, "-", "a", "-b"]
-        return subprocess.run(command, cwd=tmp_path, input=text, capture_output=True, text=True)
-
-    expected, found = ended(), ended("-m", "dragon.vm.run")
-    assert (found.returncode, found.stdout) == (expected.returncode, expected.stdout) == (1, found.stdout)
-    assert found.stderr == expected.stderr + NOTHING
+    command = [sys.executable, "-", "a", "-b"]
+    expected = subprocess.run(command, cwd=tmp_path, input=text, capture_output=True, text=True)
+    code, out, err = forking.run("-m", "dragon.vm.run", *command[1:], cwd=tmp_path, given=text)
+    assert (code, out) == (expected.returncode, expected.stdout) == (1, out)
+    assert err == expected.stderr + NOTHING
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no shell that closes the standard input")
-def test_a_closed_standard_input_is_an_empty_script_as_with_python(tmp_path: Path) -> None:
-    command = ["sh", "-c", '"$0" -m dragon.vm.run - <&-', sys.executable]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", NOTHING)
+def test_a_closed_standard_input_is_an_empty_script_as_with_python(
+    run_here: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["sh", "-c", '"$0" -c "import sys; print(sys.stdin)" <&-', sys.executable]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "None\n"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run_here("-") == 0
+    assert capsys.readouterr() == ("", NOTHING)
 
 
 @pytest.mark.parametrize("in_front", [True, False], ids=["in front", "behind"])
@@ -390,7 +391,8 @@ def test_a_launcher_goes_in_front(in_front: bool, forking: Forking, folder: Path
     command = (
         [*launcher, *run, "--state-dtype", "bfloat16", "train.py"] if in_front else [*run, *launcher, "train.py"]
     )
-    code, out, err = forking.run(*command, cwd=folder)
+    environment = {**os.environ, "PYTHON_EXEC": str(forking.executable(folder / "python"))}
+    code, out, err = forking.run(*command, cwd=folder, env=environment)
     assert code == 0, err
     module = "dragon.vm.torch.optim.adam" if in_front else "torch.optim.adamw"
     assert out == f"{module} True [] {folder / 'train.py'}\n" * n_processes

@@ -76,7 +76,12 @@ print(type(optimizer.optimizer).__module__)
 def test_its_launcher_runs_an_unmodified_script_with_ours(forking: Forking, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    environment = {**os.environ, "ACCELERATE_LOG_LEVEL": "error", "HF_HOME": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "ACCELERATE_LOG_LEVEL": "error",
+        "HF_HOME": str(tmp_path),
+        "PYTHON_EXEC": str(forking.executable(tmp_path / "python")),
+    }
     ended = forking.run(*launcher, "--module", "dragon.vm.run", "train.py", cwd=tmp_path, env=environment)
     assert ended.code == 0, ended.err
     assert ended.out == "dragon.vm.torch.optim.adam\n"

@@ -58,11 +58,13 @@ def save(kind: str, modes: list[str], folder: str, name: str) -> None:
             dcp.save(state, checkpoint_id=f"{folder}/{mode} {form}")
 
 
-def resume(kind: str, modes: list[str], folder: str, name: str) -> dict[str, list[str]]:
-    """For each mode and form what differs from an uninterrupted run in one process."""
+def resume(kind: str, modes: list[str], folder: str, name: str, parts: list[int]) -> dict[str, list[str]]:
+    """For each mode and form of these parts, of two, what differs from an uninterrupted run in one process."""
     found = {}
-    for mode in modes:
-        for form, (is_native, is_flat) in FORMS.items():
+    for number, mode in enumerate(modes):
+        for place, (form, (is_native, is_flat)) in enumerate(FORMS.items()):
+            if (number + place) % 2 not in parts:
+                continue
             run = Run(kind, mode, name, native_state_dict=is_native)
             state = dicts(run.model, run.optimizer, flatten_optimizer_state_dict=is_flat)
             dcp.load(state, checkpoint_id=f"{folder}/{mode} {form}")

@@ -37,8 +37,8 @@ def test_a_curve_is_pytorchs(script: Script, backend: str, interpreted: None) ->
         options = {} if backend == "default" else {"backend": backend}
         optimizer = partial(getattr(ours, name), **options)
     losses = expected(script)
-    # Interpreted kernels take most of a run.
-    found = curve(partial(script, n_steps=80) if backend == "triton" else script, optimizer)
+    # Interpreted kernels take most of a run. Another epsilon or beta shows after 20 steps.
+    found = curve(partial(script, n_steps=60) if backend == "triton" else script, optimizer)
     assert len(losses) == 200
     assert losses.isfinite().all()
     losses = losses[: len(found)]

@@ -1,8 +1,6 @@
 """No kernel reaches past a tensor, and none loses an element whose offset takes more than 32 bits."""
 
 import mmap
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from dragon.kernels import table
 from dragon.kernels.norm import SPAN
 
+from ..forking import Ended, Forking
 from .tables import Row, Tables, place, spec_of
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +21,10 @@ MAP_NORESERVE = 0x4000
 # In a process of its own: reaching past a tensor is a segmentation fault there. The sizes are around whole vectors
 # and chunks, and multiples of 16 bytes that are none of 16 elements, so that a tail ends at the page too.
 PRELUDE = """
-    import itertools, torch
+    import itertools, torch, warnings
+    warnings.simplefilter("error")
+    from tests.interpreter import speed_up
+    speed_up()
     from dragon.kernels import table
     from dragon.vm.testing import protected_tensor
     from tests.kernels.tables import Row, Tables, name_of, spec_of
@@ -44,32 +46,31 @@ UPDATE = """
 """
 
 
-def run(*code: str) -> subprocess.CompletedProcess[str]:
-    source = "".join(map(textwrap.dedent, code))
-    return subprocess.run([sys.executable, "-W", "error", "-c", source], cwd=ROOT, capture_output=True, text=True)
+def run(forking: Forking, *code: str) -> Ended:
+    return forking.run("-c", "".join(map(textwrap.dedent, code)), cwd=ROOT)
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_no_update_reaches_past_a_tensor() -> None:
-    done = run(PRELUDE, UPDATE, "update(torch.float32)\nupdate(torch.bfloat16)")
-    assert done.returncode == 0, done.stderr
+def test_no_update_reaches_past_a_tensor(forking: Forking) -> None:
+    done = run(forking, PRELUDE, UPDATE, "update(torch.float32)\nupdate(torch.bfloat16)")
+    assert done.code == 0, done.err
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_no_norm_reaches_past_a_gradient() -> None:
+def test_no_norm_reaches_past_a_gradient(forking: Forking) -> None:
     norm = """
         Tables(list(rows(0, torch.float32))).reduce(1)
         Tables(list(rows(0, torch.bfloat16))).reduce(2, "bfloat16")
         Tables(list(rows(0, torch.float32))).reduce(1, "float32", "float32")
     """
-    done = run(PRELUDE, norm)
-    assert done.returncode == 0, done.stderr
+    done = run(forking, PRELUDE, norm)
+    assert done.code == 0, done.err
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_an_update_that_reaches_one_element_too_far_crashes() -> None:
-    done = run(PRELUDE, UPDATE, "update(torch.float32, extra=1)")
-    assert done.returncode < 0, "the fence is open: nothing stopped an access past the end of a tensor"
+def test_an_update_that_reaches_one_element_too_far_crashes(forking: Forking) -> None:
+    done = run(forking, PRELUDE, UPDATE, "update(torch.float32, extra=1)")
+    assert done.code < 0, "the fence is open: nothing stopped an access past the end of a tensor"
 
 
 def sparse(numel: int, dtype: torch.dtype) -> torch.Tensor:

@@ -186,7 +186,7 @@ from dragon.kernels.inspect import UPDATES, compile_update
 whole = compile_update(UPDATES["adam fp32"], LaunchConfig(512, eviction="evict_first"), "sm_90")
 persistent = compile_update(UPDATES["adam bf16"], LaunchConfig(programs_per_processor=2), "sm_90")
 narrow = compile_update(UPDATES["adam bf16"], LaunchConfig(512), "sm_90")
-huge = compile_update(UPDATES["adam fp32"], LaunchConfig(16384), "sm_90")
+huge = compile_update(UPDATES["sgd fp32"], LaunchConfig(16384), "sm_90")
 print(whole.is_vectorized, persistent.is_vectorized, narrow.is_vectorized, huge.spilled_nbytes > 0)
 print(whole.elements, whole.nbytes_per_element, narrow.paths["vector"].loads)
 """

@@ -34,9 +34,9 @@ def test_records_that_differ_in_a_field_are_different_constants():
     assert len({ADAM, *others}) == len({str(spec) for spec in (ADAM, *others)}) == 7
 
 
-# A launch as triton makes it, up to the machine code, on a GPU that is not here.
+# A launch as triton makes it, up to the machine code, on a GPU that is not here. The hook is called for each code
+# that a process has not had yet, also where the cache on the disk has it.
 COMPILATIONS = """
-import tempfile
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -56,7 +56,6 @@ def compile(spec, config=LaunchConfig(), grad_scale=None):
     return len(compiled)
 
 triton.runtime.driver.set_active(Driver())
-triton.knobs.cache.dir = tempfile.mkdtemp()
 compiled = []
 triton.knobs.runtime.jit_cache_hook = lambda **_: compiled.append(1) and None
 states = ("float32", "float32")

@@ -185,23 +185,24 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert not planted_gpu
 
 
-def show(stdout: Any, command: Sequence[str] = ("tune", "--show"), **environment: str) -> tuple[int, str]:
-    """Exit status and complaints of a process that prints to a file: stored results, or what a command prints."""
-    code = f"import sys; from dragon.vm.tune import console; sys.exit(console({[*command]}))"
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
+SHOW = "tune", "--show"
+
+
+def code_of(command: Sequence[str]) -> str:
+    return f"import sys; from dragon.vm.tune import console; sys.exit(console({[*command]}))"
+
+
+def show(stdout: Any, **environment: str) -> tuple[int, str]:
+    """Exit status and complaints of a process that prints stored results to a file, as its environment says."""
+    command, variables = [sys.executable, "-c", code_of(SHOW)], {**os.environ, **environment}
+    ended = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=variables)
     return ended.returncode, ended.stderr
 
 
-def test_a_reader_that_leaves_is_no_wrong_argument() -> None:
+def test_a_reader_that_leaves_is_no_wrong_argument(forking: Forking, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    assert show(writer) == (1, "")
+    assert forking.run("-c", code_of(SHOW), cwd=tmp_path, printing_to=writer) == (1, "", "")
     os.close(writer)
 
 
@@ -215,12 +216,15 @@ def test_the_help_of_run_ends_quietly_where_its_reader_has_gone() -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
-@pytest.mark.parametrize(
-    ("command", "unbuffered"), [(("tune", "--show"), ""), (("tune", "--show"), "1"), (("doctor",), "")]
-)
-def test_a_full_disk_is_no_wrong_argument(command: tuple[str, ...], unbuffered: str) -> None:
+@pytest.mark.parametrize(("command", "unbuffered"), [(SHOW, False), (SHOW, True), (("doctor",), False)])
+def test_a_full_disk_is_no_wrong_argument(
+    command: tuple[str, ...], unbuffered: bool, forking: Forking, tmp_path: Path
+) -> None:
     with open("/dev/full", "w") as full:
-        status, said = show(full, command, PYTHONUNBUFFERED=unbuffered)
+        if unbuffered:
+            status, said = show(full, PYTHONUNBUFFERED="1")
+        else:
+            status, _, said = forking.run("-c", code_of(command), cwd=tmp_path, printing_to=full.fileno())
     assert (status, said) == (1, f"dragon-vm: error: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}\n")
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from contextlib import suppress
@@ -24,6 +23,7 @@ from dragon.kernels.config import LaunchConfig, default_config
 from dragon.vm.torch.optim._backends import configs
 from dragon.vm.tuning import store
 
+from ..forking import Forking
 from .support import DEFAULT, SPEC, result
 
 OLD, NEW = LaunchConfig(chunk=2048), LaunchConfig(chunk=4096)
@@ -67,9 +67,9 @@ for number in range(6):
 """
 
 
-def start(code: str, data: dict[str, Any]) -> subprocess.Popen[str]:
+def start(python: Path, code: str, data: dict[str, Any]) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [python, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -112,9 +112,11 @@ def test_files_are_read_once_for_each_question(monkeypatch: pytest.MonkeyPatch) 
     assert len(reads) == 1
 
 
-def test_a_kill_between_any_two_writes_leaves_a_readable_result_and_no_parts(tuning_folder: Path) -> None:
+def test_a_kill_between_any_two_writes_leaves_a_readable_result_and_no_parts(
+    tuning_folder: Path, forking: Forking, tmp_path: Path
+) -> None:
     store.save(result(OLD))
-    command, pipe = [sys.executable, "-c", KILLED_WRITERS], subprocess.PIPE
+    command, pipe = [forking.executable(tmp_path / "python"), "-c", KILLED_WRITERS], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
 
         def ask(value: object) -> int:
@@ -141,8 +143,9 @@ def test_a_kill_between_any_two_writes_leaves_a_readable_result_and_no_parts(tun
     assert list(tuning_folder.rglob("*.part")) == [fresh]
 
 
-def test_processes_at_once_lose_no_result() -> None:
-    processes = [start(SAVES.format(name=name), result(NEW)) for name in ("left", "right")]
+def test_processes_at_once_lose_no_result(forking: Forking, tmp_path: Path) -> None:
+    python = forking.executable(tmp_path / "python")
+    processes = [start(python, SAVES.format(name=name), result(NEW)) for name in ("left", "right")]
     for process in processes:
         assert process.communicate()[1] == ""
         assert process.returncode == 0

@@ -118,7 +118,8 @@ def test_a_second_moment_forgets(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["bf16 nearest", "q8 nearest"])
 def test_rounded_to_nearest_it_cannot(mode: str) -> None:
-    assert forgotten(mode, 4000) > 5
+    # After these steps the root of an exact second moment is 2.7 times smaller.
+    assert forgotten(mode, 2000) > 2
 
 
 @pytest.mark.parametrize(("mode", "tolerance"), [("bf16 stochastic", 0.02), ("q8 stochastic", 0.03)])

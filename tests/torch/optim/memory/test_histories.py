@@ -78,7 +78,7 @@ def forgotten(n_steps: int, **options: object) -> float:
     """Median of sqrt(v / exact v) of elements whose gradients got 10 times smaller after 500 steps."""
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.zeros(64, 64))
-    optimizer = Adam([param], lr=0.0, betas=BETAS, backend="eager", **options)
+    optimizer = Adam([param], lr=0.0, betas=BETAS, **options)
     exact = torch.zeros(64, 64, dtype=torch.float64)
     quiet = (POSITIONS % 2 == 1).view(64, 64)
     sizes: tuple[Tensor, Tensor] = torch.ones(64, 64), torch.where(quiet, 0.1, 1.0)
@@ -94,4 +94,4 @@ def forgotten(n_steps: int, **options: object) -> float:
 @pytest.mark.parametrize("state_dtype", [BF16, "8bit"])
 def test_second_moments_forget_and_to_nearest_they_would_not(state_dtype: torch.dtype | str) -> None:
     assert 0.85 <= forgotten(4_500, state_dtype=state_dtype) <= 1.15
-    assert forgotten(2_000, state_dtype=state_dtype, stochastic_rounding=False) > 1.5
+    assert forgotten(1_500, state_dtype=state_dtype, stochastic_rounding=False) > 1.5
