@@ -25,7 +25,11 @@ _MEMORY_ORDER = {"transposed": (1, 0), "channels_last": (0, 2, 3, 1), "permuted"
 
 
 def check_layouts(name: str, layouts: Iterable[str], known: Sequence[str]) -> None:
-    """Check that layouts are known: any other would be built as if it were another."""
+    """Check that layouts are known: any other would be built as if it were another.
+
+    Raises:
+        ValueError: A layout that is not known, by name.
+    """
     unknown = [layout for layout in layouts if layout not in known]
     if unknown:
         raise ValueError(f"{name}: no layout {', '.join(map(repr, unknown))}; known are {', '.join(known)}")

@@ -33,18 +33,29 @@ REHEARSAL = (1000, 33)
 
 
 class Job(NamedTuple):
-    """One search."""
+    """One search.
 
-    name: str  # of the kernel, in words
+    Attributes:
+        name: of the kernel, in words.
+        spec: which kernel.
+        size: the size class that the result is for.
+        numels: elements of each tensor.
+    """
+
+    name: str
     spec: Spec
-    size: str  # the size class that the result is for
-    numels: tuple[int, ...]  # elements of each tensor
+    size: str
+    numels: tuple[int, ...]
 
 
 def select_specs(kernels: Sequence[str]) -> dict[str, Spec]:
     """Kernels by name: a whole name is that kernel alone, a part of names all that have it, "all" every one.
 
-    No name stands for `COMMON`. One that no kernel has is a ValueError.
+    Args:
+        kernels: names or parts of names; none for `COMMON`.
+
+    Raises:
+        ValueError: for a name that no kernel has.
     """
     chosen: set[str] = set(() if kernels else COMMON)
     for text in kernels:
@@ -61,7 +72,13 @@ def select_specs(kernels: Sequence[str]) -> dict[str, Spec]:
 
 
 def plan_jobs(kernels: Sequence[str], sizes: Sequence[str], rehearsal: bool = False) -> list[Job]:
-    """Every kernel that `select_specs` chooses on every size, or those given; tiny tensors for a rehearsal."""
+    """Every chosen kernel on every chosen case.
+
+    Args:
+        kernels: see `select_specs`.
+        sizes: keys of `CASES`; none for all.
+        rehearsal: take tiny tensors in their place.
+    """
     specs = select_specs(kernels)
     cases = {size: REHEARSAL if rehearsal else CASES[size] for size in sizes or CASES}
     return [Job(name, spec, size, numels) for name, spec in specs.items() for size, numels in cases.items()]

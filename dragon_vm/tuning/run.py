@@ -33,9 +33,16 @@ LARGEST_COPY = 2**29
 
 
 class KernelBench:
-    """The bench of one job on a device, whose tensors may not fit it: a `torch.OutOfMemoryError` then.
+    """The bench of one job on a device.
 
-    `verdicts` are known checks of the kernel's configurations. A check does not depend on the tensors.
+    Args:
+        job: kernel and tensors.
+        machine: the device.
+        timer: of the device.
+        verdicts: known checks of the kernel's configurations; a check does not depend on the tensors.
+
+    Raises:
+        torch.OutOfMemoryError: if the tensors do not fit the device.
     """
 
     def __init__(self, job: Job, machine: Machine, timer: Timer, verdicts: dict[LaunchConfig, str | None]) -> None:
@@ -64,10 +71,15 @@ class KernelBench:
 
 
 class Tools(NamedTuple):
-    """What a run works with; replaced in tests."""
+    """What a run works with; replaced in tests.
+
+    Attributes:
+        bench: makes the bench of a job.
+        prune: why configurations of a kernel are not worth timing, in at most so many seconds.
+        clock: seconds.
+    """
 
     bench: Callable[[Job], KernelBench]
-    # Why configurations of a kernel are not worth timing, in at most so many seconds.
     prune: Callable[[Spec, Sequence[LaunchConfig], float], dict[LaunchConfig, str | None]]
     clock: Callable[[], float] = time.monotonic
 
@@ -90,7 +102,12 @@ def run(
 ) -> list[Result]:
     """Run the jobs in `budget` seconds, the time that is left shared evenly among those that are left.
 
-    Each result is stored when its job is done. `say` is called with a line for each job.
+    Args:
+        jobs: what to tune; each result is stored when its job is done.
+        budget: seconds.
+        machine: the device.
+        tools: of the device.
+        say: called with a line for each job.
     """
     results, pruned = [], dict[Spec, dict[LaunchConfig, str | None]]()
     end = tools.clock() + budget

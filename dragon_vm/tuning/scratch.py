@@ -78,7 +78,11 @@ def nbytes_per_element(spec: Spec) -> int:
 
 
 def allocate(spec: Spec, numels: Sequence[int], device: torch.device) -> list[Row]:
-    """Random parameters and gradients, and states of small positive numbers, each kind in one buffer."""
+    """Random parameters and gradients, and states of small positive numbers, each kind in one buffer.
+
+    Raises:
+        torch.OutOfMemoryError: if they do not fit the device.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def tensors(dtype_name: str, scale: float, shift: float) -> list[Tensor]:
@@ -111,7 +115,13 @@ def group_table(algorithm: str, device: torch.device) -> Tensor:
 
 
 class Tables:
-    """Device tables of some rows, which they keep and which are one parameter group, for one kernel."""
+    """Device tables of some rows, which are one parameter group.
+
+    Args:
+        rows: the tensors, which the tables keep.
+        spec: which kernel.
+        machine: the device.
+    """
 
     def __init__(self, rows: Sequence[Row], spec: Spec, machine: Machine) -> None:
         self._rows, self._spec, self._machine, self._device = rows, spec, machine, rows[0].param.device

@@ -43,10 +43,15 @@ _SPREAD, _MEDIAN_ERROR = 1.683, 1.2533
 
 
 class Gain(NamedTuple):
-    """How much faster one configuration is than another, as a share of the other's time."""
+    """How much faster one configuration is than another, as a share of the other's time.
 
-    gain: float  # the median over pairs; negative if it is slower
-    noise: float  # what a gain of equals stays below; 1 for too few pairs
+    Attributes:
+        gain: the median over pairs; negative if it is slower.
+        noise: what a gain of equals stays below; 1 for too few pairs.
+    """
+
+    gain: float
+    noise: float
 
     @property
     def is_real(self) -> bool:
@@ -81,12 +86,19 @@ class Bench(Protocol):
 
 @dataclass
 class Decision:
-    """The outcome of a search."""
+    """The outcome of a search.
 
-    config: LaunchConfig | None = None  # None if the default itself is wrong
+    Attributes:
+        config: the decision; None if the default itself is wrong.
+        reason: of the decision.
+        outcomes: of each candidate, in words.
+        repetitions: the times of every repetition, by configuration.
+        finals: the last of them, which are of the final.
+    """
+
+    config: LaunchConfig | None = None
     reason: str = ""
-    outcomes: dict[LaunchConfig, str] = field(default_factory=dict)  # of each candidate, in words
-    # The times of every repetition, by configuration, and the last of them, which are of the final.
+    outcomes: dict[LaunchConfig, str] = field(default_factory=dict)
     repetitions: list[dict[LaunchConfig, float]] = field(default_factory=list)
     finals: list[dict[LaunchConfig, float]] = field(default_factory=list)
 
@@ -97,9 +109,13 @@ class Decision:
 
 
 class Search:
-    """One search, to be done at the `limit` of a clock of seconds.
+    """One search.
 
-    The default is measured beside every rival. It stays if none is faster by more than the noise.
+    Args:
+        bench: runs configurations.
+        default: measured beside every rival; it stays if none is faster by more than the noise.
+        clock: seconds.
+        limit: when to be done, by the clock.
     """
 
     def __init__(self, bench: Bench, default: LaunchConfig, clock: Callable[[], float], limit: float) -> None:

@@ -28,7 +28,11 @@ Result = dict[str, Any]
 
 
 def check_writable() -> None:
-    """Make the folder of results and write in it, so that no search is in vain; a ValueError if that fails."""
+    """Make the folder of results and write in it, so that no search is in vain.
+
+    Raises:
+        ValueError: if that fails.
+    """
     folder = tuning_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,14 +42,22 @@ def check_writable() -> None:
 
 
 def save(result: Result) -> Path:
-    """Store a result in place of an earlier one of the same kernel, device and size."""
+    """Store a result in place of an earlier one of the same kernel, device and size.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+    """
     path = path_of(result["spec"], result["arch"], result["device"], result["size"])
     write_atomically(path, result)
     return path
 
 
 def write_atomically(path: Path, data: Any) -> None:
-    """Replace a file, or leave it as it is: whoever reads it sees the old or the new text, whole."""
+    """Replace a file, or leave it as it is: whoever reads it sees the old or the new text, whole.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_parts(path.parent)
@@ -85,7 +97,11 @@ def scan() -> Iterator[tuple[Path, Result | str]]:
 
 
 def export_results(path: Path, results: Iterable[Result]) -> None:
-    """Write results to one file, to be carried to another machine."""
+    """Write results to one file, to be carried to another machine.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     write_atomically(path, {"schema": SCHEMA, "results": list(results)})
 
 

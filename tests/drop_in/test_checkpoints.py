@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -150,3 +151,14 @@ def test_own_states_and_options_come_back(name: str, folder: Path) -> None:
         assert mine.keys() == theirs.keys()
         for key in mine:
             assert mine[key] is theirs[key] is None or torch.equal(mine[key], theirs[key]), key
+
+
+def test_a_module_whose_import_is_forbidden_asks_for_no_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.state_dict", None)
+    adam = ours.Adam([nn.Parameter(torch.ones(3))])
+
+    # Of the name of PyTorch's function.
+    def _get_optim_state_dict() -> dict[str, Any]:
+        return adam.state_dict()
+
+    assert _get_optim_state_dict()["state"] == {}

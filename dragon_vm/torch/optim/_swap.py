@@ -56,10 +56,15 @@ class Replaced:
 
 
 class LeftAlone(NamedTuple):
-    """One optimizer that stayed PyTorch's."""
+    """One optimizer that stayed PyTorch's.
 
-    name: str  # of its class, with the module
-    reason: str  # why ours did not take its place
+    Attributes:
+        name: of its class, with the module.
+        reason: why ours did not take its place.
+    """
+
+    name: str
+    reason: str
 
 
 class Swap:

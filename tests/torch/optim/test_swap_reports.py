@@ -1,6 +1,7 @@
 """What a swap says of the optimizers that it has seen."""
 
 import gc
+import inspect
 import pickle
 import weakref
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam, swap
+from dragon.vm.torch.optim._swap import LeftAlone
 
 from .judging import make_params, params_of, run, same_bits
 
@@ -92,3 +94,9 @@ def test_a_swap_knows_the_rank_that_its_process_has_when_an_optimizer_is_built(
             monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
             kind(make_params())
             assert swapped.rank == rank
+
+
+def test_the_documentation_of_a_report_tells_all_that_it_has() -> None:
+    # The reference shows docstrings, and no comments.
+    text = inspect.getdoc(LeftAlone) or ""
+    assert all(f"{name}: " in text for name in LeftAlone._fields)

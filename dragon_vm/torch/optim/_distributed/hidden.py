@@ -126,7 +126,9 @@ def tell_scaler(found_inf: Tensor) -> bool:
 
 def _caller(name: str, function: str) -> FrameType | None:
     """The frame of a function of an imported module on this thread's stack; None if it is not there."""
-    frame = sys._getframe() if name in sys.modules else None
-    while frame and not (frame.f_code.co_name == function and frame.f_globals is vars(sys.modules[name])):
+    # None for a module whose import somebody forbids.
+    module = sys.modules.get(name)
+    frame = sys._getframe() if module else None
+    while frame and not (frame.f_code.co_name == function and frame.f_globals is vars(module)):
         frame = frame.f_back
     return frame
