@@ -271,8 +271,8 @@ def test_an_interrupt_while_memory_for_copies_is_laid_out_loses_none_of_it() -> 
         with pytest.raises(Interrupt):
             Tracer(at, str(pieces.__file__)).run(optimizer.step)
 
-    ways = [partial(interrupted, at) for at in range(1, counter.count + 1)]
-    check_interrupted(first_step, ways, "native", COPYING)
+    ats = range(1, counter.count + 1)
+    check_interrupted(first_step, (partial(interrupted, at) for at in ats), "native", COPYING)
 
 
 def test_an_interrupt_leaves_small_tensors_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,8 +318,7 @@ def test_an_interrupt_leaves_each_piece_of_a_large_tensor_whole(
         return [[bits(state["step"])], *pieces]
 
     source, done = str(host.__file__), third_step()
-    before = by_piece(done)
-    counter = Tracer(None, source)
+    before, counter = by_piece(done), Tracer(None, source)
     counter.run(done.step)
     assert counter.count > 1000
     seen = set()
