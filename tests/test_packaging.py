@@ -123,6 +123,17 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def strict(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a strict editable install, of links that it makes beside the source."""
+    return _build("editable", source, tmp_path_factory.mktemp("strict"), "{'editable_mode': 'strict'}")
+
+
+@pytest.fixture(scope="session")
+def lenient(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _build("editable", source, tmp_path_factory.mktemp("lenient"), "{'editable_mode': 'lenient'}")
+
+
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
 
@@ -175,10 +186,10 @@ def test_the_wheel_imports_from_an_empty_folder(
 
 @pytest.mark.parametrize("mode", ["lenient", "strict"])
 def test_an_editable_install_imports_the_checkout(
-    mode: str, source: Path, run_installed: Callable[..., str], tmp_path: Path
+    mode: str, request: pytest.FixtureRequest, source: Path, run_installed: Callable[..., str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "site"
-    zipfile.ZipFile(_build("editable", source, tmp_path, f"{{'editable_mode': {mode!r}}}")).extractall(folder)
+    zipfile.ZipFile(request.getfixturevalue(mode)).extractall(folder)
     # On the path as well, and first: this checkout's own hook is a module of the same name.
     code = f"import site; site.addsitedir({str(folder)!r}); {IMPORT_ALL}"
     mirror, kernels = map(Path, run_installed(code, folder, cwd=folder).split())
@@ -187,23 +198,20 @@ def test_an_editable_install_imports_the_checkout(
 
 
 def test_the_strict_editable_install_has_folders_that_a_type_checker_can_follow(
-    source: Path, tmp_path: Path
+    strict: Path, tmp_path: Path
 ) -> None:
-    zipfile.ZipFile(_build("editable", source, tmp_path, "{'editable_mode': 'strict'}")).extractall(tmp_path)
+    zipfile.ZipFile(strict).extractall(tmp_path)
     links = Path(next(tmp_path.glob("*.pth")).read_text(encoding="utf-8").strip())
     assert (links / "dragon" / "vm" / "torch" / "__init__.py").is_file()
     assert (links / "dragon" / "vm" / "py.typed").is_file()
 
 
-def test_adam_takes_a_step_where_triton_is_absent(unpacked: Path, tmp_path: Path) -> None:
-    code = f"import sys; sys.modules['triton'] = None\n{TAKE_A_STEP}"
-    assert _python(code, unpacked, cwd=tmp_path) == "dragon [0.5, 0.5, 0.5]\n"
-
-
-def test_importing_the_mirror_does_not_import_triton(unpacked: Path, tmp_path: Path) -> None:
+def test_adam_is_imported_without_triton_and_takes_a_step_where_it_is_absent(
+    unpacked: Path, tmp_path: Path
+) -> None:
     """Triton takes most of a second to import, and who steps on a CPU never needs it."""
-    code = "import sys, dragon.vm.torch.optim; print('triton' in sys.modules)"
-    assert _python(code, unpacked, cwd=tmp_path) == "False\n"
+    code = "import sys, dragon.vm.torch.optim; print('triton' in sys.modules); sys.modules['triton'] = None"
+    assert _python(code + TAKE_A_STEP, unpacked, cwd=tmp_path) == "False\ndragon [0.5, 0.5, 0.5]\n"
 
 
 def test_it_imports_where_python_cuts_the_indentation_of_docstrings(
@@ -259,7 +267,7 @@ MISTAKES = {
 
 
 @pytest.fixture
-def interpreter(request: pytest.FixtureRequest, unpacked: Path, source: Path, tmp_path: Path) -> Path:
+def interpreter(request: pytest.FixtureRequest, unpacked: Path, strict: Path, tmp_path: Path) -> Path:
     """The Python of an environment with an install and what this one has."""
     folder = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
@@ -267,7 +275,7 @@ def interpreter(request: pytest.FixtureRequest, unpacked: Path, source: Path, tm
     if request.param == "regular":
         shutil.copytree(unpacked, site, dirs_exist_ok=True)
     else:
-        zipfile.ZipFile(_build("editable", source, tmp_path, "{'editable_mode': 'strict'}")).extractall(site)
+        zipfile.ZipFile(strict).extractall(site)
     installed = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (site / "others.pth").write_text("\n".join(installed), encoding="utf-8")
     return folder / "bin" / "python"

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import distribute_tensor
 
-from .factories import largest_difference, make, params_of, whole
+from .factories import largest_difference, make, own, params_of, whole
 from .watching import Watch
 from .wrappers import WRAPPERS, Wrapped, backward
 
@@ -52,7 +52,7 @@ def saved_and_copied(kind: str, name: str) -> list[float]:
     torch.save(optimizer.state_dict(), file)
     before = [param.detach().clone() for param in params_of(optimizer)]
     train(wrapped, optimizer, range(2, 4))
-    expected = weights(wrapped)
+    expected = [own(p) for p in params_of(optimizer)]
     file.seek(0)
     resumed = make(name, wrapped.groups)
     resumed.load_state_dict(torch.load(file, weights_only=False))
@@ -62,14 +62,14 @@ def saved_and_copied(kind: str, name: str) -> list[float]:
             for param, value, mine in zip(params_of(optimizer), before, params_of(each), strict=True):
                 param.copy_(value)
                 if mine is not param:
-                    assert torch.equal(whole(mine), whole(value))
+                    assert torch.equal(own(mine), own(value))
         if each is resumed:
             train(wrapped, each, range(2, 4))
-            found.append(largest_difference(weights(wrapped), expected))
-    states = [[whole(value) for value in state.values()] for state in copied.state.values()]
+            found.append(largest_difference([own(p) for p in params_of(each)], expected))
+    states = [[own(value) for value in state.values()] for state in copied.state.values()]
     saved = torch.load(io.BytesIO(file.getvalue()), weights_only=False)["state"].values()
     found.append(
-        max(largest_difference(a, [whole(v) for v in b.values()]) for a, b in zip(states, saved, strict=True))
+        max(largest_difference(a, [own(v) for v in b.values()]) for a, b in zip(states, saved, strict=True))
     )
     return found
 

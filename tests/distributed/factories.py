@@ -15,6 +15,11 @@ def whole(tensor: Any) -> Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
+def own(tensor: Any) -> Tensor:
+    """A copy of what this process has of a tensor."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().clone()
+
+
 def params_of(optimizer: Any) -> list[Any]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dragon.vm.torch.optim import AdamW, _release
 
 from ..torch.optim.memory import modes
-from .factories import params_of, whole
+from .factories import params_of
 from .wrappers import split_groups, square_mesh, world_mesh
 
 N_STEPS = 4
@@ -162,11 +162,12 @@ class Run:
             self.optimizer.zero_grad()
 
     def everything(self) -> dict[str, Any]:
+        """What is kept, by name: of a tensor over processes the shards."""
         found: dict[str, Any] = {}
         for name, param in zip(self.names, self.params, strict=True):
-            found[name] = whole(param)
+            found[name] = param.detach()
             for key, value in self.optimizer.state.get(param, {}).items():
-                found[f"{name} {key}"] = entire(value) if isinstance(value, Tensor) else value
+                found[f"{name} {key}"] = value.detach() if isinstance(value, Tensor) else value
         return found
 
 
@@ -187,18 +188,25 @@ class Alone(Run):
         self.optimizer = AdamW(self.params[:first], backend=self.backend, **self.options)
 
 
-def entire(tensor: Any) -> Tensor:
-    """As `whole`; gloo has no 16-bit integers."""
-    return whole(tensor.int()).short() if tensor.dtype == torch.int16 else whole(tensor)
-
-
 def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    return [
-        key
-        for key, value in expected.items()
-        if not (torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value)
-    ]
+    return [key for key, value in expected.items() if not is_same(found[key], value)]
+
+
+def is_same(found: Any, expected: Any) -> bool:
+    """Whether a value is the expected one. Of a shard of it, each process sees its own."""
+    if not isinstance(found, Tensor):
+        return found == expected
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if isinstance(found, DTensor):
+        mesh, placements = found.device_mesh, found.placements
+        if not isinstance(expected, DTensor):
+            expected = distribute_tensor(expected, mesh, placements, src_data_rank=None)
+        if placements != expected.placements:
+            return False
+        found, expected = found.to_local(), expected.to_local()
+    return torch.equal(found, expected)
 
 
 def unexpected(run: Run, alone: Run) -> list[str]:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from .factories import whole
 from .memory import MODES, N_STEPS, Alone, Run, _built, ddp, differing
 
 # The native form or PyTorch's, and flat or nested dicts. A flat one is refused in PyTorch's form.
@@ -128,9 +129,14 @@ def load_in_other_mode(kind: str, source: str, target: str, folder: str, saver: 
         wide = expected[key].float()
         # Squares of gradients are far smaller than parameters.
         floor = 1e-5 * float(wide.abs().max()) if wide.numel() else 0.0
-        if not torch.allclose(value.float(), wide, atol=floor):
+        if not torch.allclose(entire(value).float(), wide, atol=floor):
             differ.append(key)
     return differ
+
+
+def entire(tensor: Any) -> Tensor:
+    """As `whole`; gloo has no 16-bit integers."""
+    return whole(tensor.int()).short() if tensor.dtype == torch.int16 else whole(tensor)
 
 
 def _alone(kind: str, mode: str, name: str) -> Run:

@@ -9,7 +9,7 @@ from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-from .factories import largest_difference, make, params_of, whole
+from .factories import largest_difference, make, own, params_of, whole
 from .wrappers import WRAPPERS, EvenNet, Net, Wrapped, backward, backward_alone, batch
 
 N_STEPS = 4
@@ -20,12 +20,13 @@ EVEN = ("tp", "sp", "fsdp2 and tp")
 DAMPED = {"eps": 1e-2}
 
 
-def trained(wrapped: Wrapped, optimizer: Any) -> list[torch.Tensor]:
+def trained(wrapped: Wrapped, optimizer: Any) -> list[Any]:
+    """The parameters after some steps."""
     for step in range(N_STEPS):
         backward(wrapped, step)
         optimizer.step()
         optimizer.zero_grad()
-    return [whole(param) for param in params_of(optimizer)]
+    return params_of(optimizer)
 
 
 def names(wrapped: Wrapped) -> list[str]:
@@ -38,9 +39,9 @@ def names(wrapped: Wrapped) -> list[str]:
 def as_with_torch(kind: str, name: str) -> float:
     """How far parameters are from those that PyTorch's fused optimizer trains under the same wrapper."""
     expected_model, model = WRAPPERS[kind](), WRAPPERS[kind]()
-    expected = trained(expected_model, make("torch", expected_model.groups))
-    before = [whole(param) for group in model.groups for param in group["params"]]
-    found = trained(model, make(name, model.groups))
+    expected = list(map(own, trained(expected_model, make("torch", expected_model.groups))))
+    before = [own(param) for group in model.groups for param in group["params"]]
+    found = list(map(own, trained(model, make(name, model.groups))))
     assert largest_difference(found, before) > 0.01, "nothing was trained"
     return largest_difference(found, expected)
 
@@ -56,7 +57,7 @@ def as_alone(kind: str, name: str) -> float:
         optimizer.step()
         optimizer.zero_grad()
     expected = {key: value.detach() for key, value in model.named_parameters()}
-    return largest_difference([found[key] for key in expected], list(expected.values()))
+    return largest_difference([whole(found[key]) for key in expected], list(expected.values()))
 
 
 def late_groups(name: str) -> float:
@@ -72,7 +73,7 @@ def late_groups(name: str) -> float:
             backward(wrapped, step)
             optimizer.step()
             wrapped.model.zero_grad()
-        runs.append([whole(param) for param in params])
+        runs.append([own(param) for param in params])
     return largest_difference(*runs)
 
 
@@ -87,7 +88,7 @@ def joined(name: str) -> float:
                 optimizer.zero_grad()
                 backward(wrapped, step)
                 optimizer.step()
-        runs.append([whole(param) for param in params_of(optimizer)])
+        runs.append([own(param) for param in params_of(optimizer)])
     return largest_difference(*runs)
 
 
@@ -97,7 +98,7 @@ def zero_redundancy(name: str) -> tuple[float, int]:
     for each in ("torch", name):
         wrapped = WRAPPERS["ddp"]()
         built = ZeroRedundancyOptimizer(wrapped.model.parameters(), partial(built_by, each))
-        runs.append(trained(wrapped, built))
+        runs.append(list(map(own, trained(wrapped, built))))
         built.consolidate_state_dict(0)
     n_states = len(built.state_dict()["state"]) if dist.get_rank() == 0 else len(runs[0])
     assert n_states == len(runs[0])
@@ -124,5 +125,5 @@ def pipeline(name: str) -> float:
             )
             optimizer.step()
             optimizer.zero_grad()
-        runs.append([whole(param) for param in module.parameters()])
+        runs.append([own(param) for param in module.parameters()])
     return largest_difference(*runs)

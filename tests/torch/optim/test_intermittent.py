@@ -97,7 +97,7 @@ def test_sets_of_gradients_share_a_plan_once_more_of_them_came_than_are_kept(bac
     monkeypatch.setattr(widening, "N_MISSED", 8)
     sizes = prepared_sets(monkeypatch)
     params = parameters([(3,)] * 6, device=home(backend))
-    take_steps(Adam(params, backend=backend, **options), params, (0b111111, *range(1, 33)))
+    take_steps(Adam(params, backend=backend, **options), params, (0b111111, *range(1, 17)))
     assert sizes == [6, 1, 1, 2, 1, 2, 2, 3, 6]
 
 

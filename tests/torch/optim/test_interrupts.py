@@ -8,7 +8,8 @@ import random
 import signal
 import sys
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -185,20 +186,26 @@ def torchs(optimizer: Any) -> torch.optim.Adam:
 
 
 def check_interrupted(
-    situation: Callable[..., Any], interrupted: Callable[[Any], None], backend: str, options: dict[str, Any]
+    situation: Callable[..., Any], ways: Iterable[Callable[[Any], None]], backend: str, options: dict[str, Any]
 ) -> None:
-    """Interrupt a step, and check all that must hold after it."""
+    """Interrupt a step in each of these ways, and check all that must hold after it."""
     done = situation(backend, **options)
     before, fresh = contents(done), fresh_states(done)
     done.step()
-    after = contents(done)
-    optimizer = situation(backend, **options)
-    modes_before = modes()
-    interrupted(optimizer)
-    assert modes() == modes_before
-    for index, (found, *allowed) in enumerate(zip(contents(optimizer), before, after, fresh, strict=True)):
-        for name, value in found.items():
-            assert value in [state[name] for state in allowed if name in state], f"{name} of parameter {index}"
+    allowed = list(zip(before, contents(done), fresh, strict=True))
+    for interrupted in ways:
+        optimizer = situation(backend, **options)
+        modes_before = modes()
+        interrupted(optimizer)
+        assert modes() == modes_before
+        for index, (found, states) in enumerate(zip(contents(optimizer), allowed, strict=True)):
+            for name, value in found.items():
+                assert value in [state[name] for state in states if name in state], f"{name} of parameter {index}"
+        check_later_step(optimizer)
+
+
+def check_later_step(optimizer: Any) -> None:
+    """A step is PyTorch's."""
     theirs = torchs(optimizer)
     for its in (optimizer, theirs):
         give_gradients(params_of(its), 7)
@@ -237,8 +244,7 @@ def test_an_interrupt_at_any_bytecode_leaves_what_a_later_step_can_build_on(
         except Interrupt as interrupt:
             raised.append(interrupt)
 
-    for _ in range(n_interrupts):
-        check_interrupted(situation, interrupted, backend, options)
+    check_interrupted(situation, [interrupted] * n_interrupts, backend, options)
     assert len(raised) >= 0.9 * n_interrupts
 
 
@@ -251,10 +257,8 @@ def test_an_interrupt_while_a_kernel_is_compiled_counts_no_step(monkeypatch: pyt
         patch.setattr(launch.update_kernel, "warmup", interrupted)
         with pytest.raises(Interrupt):
             optimizer.step()
-    assert contents(optimizer) == [
-        {"param": bits(param), **fresh}
-        for param, fresh in zip(params_of(optimizer), fresh_states(optimizer), strict=True)
-    ]
+    pairs = zip(params_of(optimizer), fresh_states(optimizer), strict=True)
+    assert contents(optimizer) == [{"param": bits(param), **fresh} for param, fresh in pairs]
 
 
 def test_an_interrupt_while_memory_for_copies_is_laid_out_loses_none_of_it() -> None:
@@ -262,13 +266,13 @@ def test_an_interrupt_while_memory_for_copies_is_laid_out_loses_none_of_it() -> 
     counter = Tracer(None, str(pieces.__file__))
     counter.run(first_step("native", **COPYING).step)
     assert counter.count > 50
-    for at in range(1, counter.count + 1):
 
-        def interrupted(optimizer: Any, at: int = at) -> None:
-            with pytest.raises(Interrupt):
-                Tracer(at, str(pieces.__file__)).run(optimizer.step)
+    def interrupted(at: int, optimizer: Any) -> None:
+        with pytest.raises(Interrupt):
+            Tracer(at, str(pieces.__file__)).run(optimizer.step)
 
-        check_interrupted(first_step, interrupted, "native", COPYING)
+    ats = range(1, counter.count + 1)
+    check_interrupted(first_step, (partial(interrupted, at) for at in ats), "native", COPYING)
 
 
 def test_an_interrupt_leaves_small_tensors_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,14 +286,14 @@ def test_an_interrupt_leaves_small_tensors_as_one(monkeypatch: pytest.MonkeyPatc
     outcomes = [before, contents(done)[together]]
     assert counter.count > 500
     seen = []
-    for at in range(1, counter.count + 1, 1 if IS_SOAK else 7):
 
-        def interrupted(optimizer: Any, at: int = at) -> None:
-            with pytest.raises(Interrupt):
-                Tracer(at, source).run(optimizer.step)
-            seen.append(outcomes.index(contents(optimizer)[together]))
+    def interrupted(at: int, optimizer: Any) -> None:
+        with pytest.raises(Interrupt):
+            Tracer(at, source).run(optimizer.step)
+        seen.append(outcomes.index(contents(optimizer)[together]))
 
-        check_interrupted(later_step, interrupted, "native", {})
+    ats = range(1, counter.count + 1, 1 if IS_SOAK else 7)
+    check_interrupted(later_step, [partial(interrupted, at) for at in ats], "native", {})
     assert set(seen) == {0, 1}
 
 
@@ -314,8 +318,7 @@ def test_an_interrupt_leaves_each_piece_of_a_large_tensor_whole(
         return [[bits(state["step"])], *pieces]
 
     source, done = str(host.__file__), third_step()
-    before = by_piece(done)
-    counter = Tracer(None, source)
+    before, counter = by_piece(done), Tracer(None, source)
     counter.run(done.step)
     assert counter.count > 1000
     seen = set()
@@ -350,23 +353,21 @@ def test_a_signal_at_any_time_leaves_what_a_later_step_can_build_on(
     # The shortest of some: a step that waited for a processor says nothing about the others.
     duration = min(timeit.repeat("step()", "step = situation(backend).step", number=1, globals=locals()))
     generator = random.Random(0)
-    n_interrupted = 0
+    raised = []
 
     def interrupted(optimizer: Any) -> None:
-        nonlocal n_interrupted
         try:
             signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-6, duration))
             try:
                 optimizer.step()
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-        except Interrupt:
+        except Interrupt as interrupt:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            n_interrupted += 1
+            raised.append(interrupt)
 
-    for _ in range(1000 if IS_SOAK else 30):
-        check_interrupted(situation, interrupted, backend, {})
-    assert n_interrupted
+    check_interrupted(situation, [interrupted] * (1000 if IS_SOAK else 30), backend, {})
+    assert raised
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"])

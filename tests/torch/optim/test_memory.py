@@ -12,7 +12,7 @@ from dragon.vm.torch.optim import SGD, Adam
 
 from .support import BACKENDS, give_gradients, home, parameters
 
-SHAPES = [(16, 16)] * 5
+SHAPES = [(16, 16)] * 3
 OPTIONS = [{}, {"max_grad_norm": 1.0}, {"ema_decay": 0.9}, {"amsgrad": True}]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -30,9 +30,9 @@ def stepped(backend, **options):
     """An optimizer after steps with all and with some of the parameters."""
     params = parameters(SHAPES, device=home(backend))
     optimizer = Adam([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, backend=backend, **options)
-    for seed in range(4):
+    for seed in range(3):
         give_gradients(params, seed)
-        if seed == 2:
+        if seed == 1:
             params[0].grad = None
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
