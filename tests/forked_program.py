@@ -1,5 +1,6 @@
 """What a `Forking` runs: imports what it is told to, and forks a process for each program that it is sent."""
 
+import atexit
 import fcntl
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 # The standard ones, and what processes of multiprocessing inherit.
@@ -88,6 +90,16 @@ def program(address: str) -> list[str]:
     return arguments
 
 
+def hush_bindings(pid: int) -> None:
+    """Let those of triton 3.9 say nothing of other processes than this one: of forks, which end within its calls.
+
+    They take what these hold for leaks. At the end of all exits a program has said what it has to say.
+    """
+    with suppress(PackageNotFoundError):
+        if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9):
+            atexit.register(lambda: os.getpid() == pid or os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
+
+
 def run(arguments: list[str]) -> None:
     """As `python` does with such a command line; its options, such as `-u`, are those of this process."""
     first = next(i for i, word in enumerate(arguments) if word in ("-c", "-m") or not word.startswith("-"))
@@ -111,6 +123,8 @@ if __name__ == "__main__":
     # This file's folder, in which others have names of packages.
     del sys.path[0]
     _, where, setup = sys.argv
+    # First, for exits are in reverse order.
+    hush_bindings(os.getpid())
     exec(setup)
     __import__("gc").freeze()
     # Behind it this process ends as Python does: by an exception, or at the end of the file.

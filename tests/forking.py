@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -19,11 +18,6 @@ from typing import NamedTuple
 
 # What a step takes long to import; triton is among it.
 SETUP = "import torch, torch._dynamo"
-
-# What triton 3.9 says at the end of a process that ends within calls of the one that it was forked from.
-_BINDINGS = re.compile(
-    r"^((nanobind: | - leaked | - \.\.\. skipped).*\n|See https://nanobind\S*?\.html\n?)", re.MULTILINE
-)
 
 # Python without this process's part in its start, for a shell script. It passes on what descriptors it has.
 CLIENT = """#!{python} -IS
@@ -106,7 +100,7 @@ class Forking:
             status = int(connection.recv(16))
             for file in (out, err):
                 file.seek(0)
-            return Ended(status, out.read().decode(), _BINDINGS.sub("", err.read().decode()))
+            return Ended(status, out.read().decode(), err.read().decode())
 
     def executable(self, path: Path) -> Path:
         """Write a program that a shell script or a launcher can call instead of `python`, and return its path."""
