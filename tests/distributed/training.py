@@ -1,5 +1,6 @@
 """Scenarios: training under a wrapper, beside PyTorch's optimizer there and beside one process."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,13 +21,13 @@ EVEN = ("tp", "sp", "fsdp2 and tp")
 DAMPED = {"eps": 1e-2}
 
 
-def trained(wrapped: Wrapped, optimizer: Any) -> list[Any]:
-    """The parameters after some steps."""
+def trained(wrapped: Wrapped, optimizer: Any, copied: Callable[[Any], torch.Tensor] = own) -> list[torch.Tensor]:
+    """Copies of the parameters after some steps."""
     for step in range(N_STEPS):
         backward(wrapped, step)
         optimizer.step()
         optimizer.zero_grad()
-    return params_of(optimizer)
+    return list(map(copied, params_of(optimizer)))
 
 
 def names(wrapped: Wrapped) -> list[str]:
@@ -39,9 +40,9 @@ def names(wrapped: Wrapped) -> list[str]:
 def as_with_torch(kind: str, name: str) -> float:
     """How far parameters are from those that PyTorch's fused optimizer trains under the same wrapper."""
     expected_model, model = WRAPPERS[kind](), WRAPPERS[kind]()
-    expected = list(map(own, trained(expected_model, make("torch", expected_model.groups))))
+    expected = trained(expected_model, make("torch", expected_model.groups))
     before = [own(param) for group in model.groups for param in group["params"]]
-    found = list(map(own, trained(model, make(name, model.groups))))
+    found = trained(model, make(name, model.groups))
     assert largest_difference(found, before) > 0.01, "nothing was trained"
     return largest_difference(found, expected)
 
@@ -49,7 +50,8 @@ def as_with_torch(kind: str, name: str) -> float:
 def as_alone(kind: str, name: str) -> float:
     """How far parameters are from those that one process trains with PyTorch's optimizer and all the data."""
     wrapped = WRAPPERS[kind]()
-    found = dict(zip(names(wrapped), trained(wrapped, make(name, wrapped.groups, **DAMPED)), strict=True))
+    values = trained(wrapped, make(name, wrapped.groups, **DAMPED), whole)
+    found = dict(zip(names(wrapped), values, strict=True))
     model = EvenNet() if kind in EVEN else Net()
     optimizer = make("torch", model.parameters(), **DAMPED)
     for step in range(N_STEPS):
@@ -57,7 +59,7 @@ def as_alone(kind: str, name: str) -> float:
         optimizer.step()
         optimizer.zero_grad()
     expected = {key: value.detach() for key, value in model.named_parameters()}
-    return largest_difference([whole(found[key]) for key in expected], list(expected.values()))
+    return largest_difference([found[key] for key in expected], list(expected.values()))
 
 
 def late_groups(name: str) -> float:
@@ -98,7 +100,7 @@ def zero_redundancy(name: str) -> tuple[float, int]:
     for each in ("torch", name):
         wrapped = WRAPPERS["ddp"]()
         built = ZeroRedundancyOptimizer(wrapped.model.parameters(), partial(built_by, each))
-        runs.append(list(map(own, trained(wrapped, built))))
+        runs.append(trained(wrapped, built))
         built.consolidate_state_dict(0)
     n_states = len(built.state_dict()["state"]) if dist.get_rank() == 0 else len(runs[0])
     assert n_states == len(runs[0])
