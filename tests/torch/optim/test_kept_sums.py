@@ -33,6 +33,7 @@ def test_a_loaded_sum_takes_the_place_of_one_that_was_looked_at() -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     assert optimizer._step_supports_amp_scaling
     optimizer.load_state_dict(saved)
+    assert not optimizer.state, "a sum is no state"
     optimizer.step()
     assert param.tolist() == [-1.0] * 3
 

@@ -67,7 +67,15 @@ def pop(group: Any, number: int) -> None:
     assert (group.popitem() if number == 2 else ("clip_value", group.pop("clip_value"))) == ("clip_value", 0.1)
 
 
-@pytest.mark.parametrize("change", [set_rate, set_betas, set_several, merge, replace_by_tensor, delete, pop])
+def set_missing(group: Any, number: int) -> None:
+    group.pop("grad_scale", None)
+    group.setdefault("grad_scale", 1.0 / number)
+
+
+CHANGES = [set_rate, set_betas, set_several, merge, replace_by_tensor, delete, pop, set_missing]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", [Adam, AdamW])
 def test_a_replay_has_the_numbers_of_its_moment(graphed: Any, kind: Any, change: Callable[..., None]) -> None:
     where, capture = graphed
