@@ -44,9 +44,12 @@ each_name = pytest.mark.parametrize("name", [*NAMES, "SGD without momentum"])
 class Training:
     """A model and an optimizer in the middle of a training."""
 
-    def __init__(self, module: ModuleType, name: str, seed: int, n_steps: int, **options: Any) -> None:
+    def __init__(
+        self, module: ModuleType, name: str, seed: int, n_steps: int, *, is_lazy: bool = False, **options: Any
+    ) -> None:
         torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        layers = (nn.LazyLinear(4), nn.LazyLinear(2)) if is_lazy else (nn.Linear(3, 4), nn.Linear(4, 2))
+        self.model = nn.Sequential(layers[0], nn.Tanh(), layers[1])
         last = list(self.model[2].parameters())
         groups = [{"params": list(self.model[0].parameters())}, {"params": last, "lr": 0.02}]
         plain = {"lr": 0.1} if name == "SGD without momentum" else OPTIONS[name]
@@ -162,3 +165,30 @@ def test_a_module_whose_import_is_forbidden_asks_for_no_state_dict(monkeypatch: 
         return adam.state_dict()
 
     assert _get_optim_state_dict()["state"] == {}
+
+
+@each_direction
+@each_name
+def test_states_load_before_lazy_parameters_have_a_shape(
+    writer: ModuleType, reader: ModuleType, name: str
+) -> None:
+    saved = Training(writer, name, seed=0, n_steps=2)
+    going_on = Training(writer, name, seed=1, n_steps=0)
+    going_on.model.load_state_dict(saved.model.state_dict())
+    going_on.optimizer.load_state_dict(copy.deepcopy(saved.optimizer.state_dict()))
+    lazy = Training(reader, name, seed=2, n_steps=0, is_lazy=True)
+    lazy.optimizer.load_state_dict(saved.optimizer.state_dict())
+    lazy.model.load_state_dict(saved.model.state_dict())
+    for number in range(2):
+        going_on.step(number)
+        lazy.step(number)
+    for theirs, own in zip(going_on.model.parameters(), lazy.model.parameters(), strict=True):
+        torch.testing.assert_close(own, theirs)
+
+
+def test_formats_of_states_need_a_shape() -> None:
+    saved = Training(ours, "Adam", seed=0, n_steps=1)
+    lazy = Training(ours, "Adam", seed=2, n_steps=0, is_lazy=True, state_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"parameter 0 is uninitialized.*Run the model once"):
+        lazy.optimizer.load_state_dict(saved.optimizer.state_dict())
+    assert not lazy.optimizer.state

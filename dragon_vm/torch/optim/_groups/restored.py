@@ -21,7 +21,7 @@ from dragon.vm.torch.optim._groups.exchange import restored_entries
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, parts_of
 from dragon.vm.torch.optim._groups.saved import checked_state
 from dragon.vm.torch.optim._groups.states import CounterPlace, State, add_counters, zeros_for
-from dragon.vm.torch.optim._groups.storage import storage_of
+from dragon.vm.torch.optim._groups.storage import options_of, storage_of
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
 
 Group = dict[str, Any]
@@ -58,7 +58,8 @@ def restored_states(
         States that share no memory with the saved ones, for the parameters of `groups` that have one.
 
     Raises:
-        ValueError: for missing or misshapen state tensors and step counts, naming the parameter.
+        ValueError: for missing or misshapen state tensors and step counts, naming the parameter, and for formats
+            of one that is uninitialized.
     """
     owners: list[_Owner] = []
     others: dict[Tensor, State] = {}
@@ -72,7 +73,15 @@ def restored_states(
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             position, label = next(names)
             state = {name: value for name, value in saved.get(key, {}).items() if not _is_missing(name, value)}
-            if state and _is_of_others(state):
+            if state and torch.nn.parameter.is_lazy(param):
+                if parts_of(state) or any(options_of(merged)):
+                    raise ValueError(
+                        f"{label} is uninitialized: formats of states need a shape. Run the model once, or load "
+                        "its own state dict, before the optimizer's"
+                    )
+                # A step will check them.
+                others[param] = state
+            elif state and _is_of_others(state):
                 others[param] = state
             elif state:
                 storage = storage_of(param, merged, moments)
