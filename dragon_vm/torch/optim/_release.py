@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import defaultdict
-from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,15 +100,13 @@ def _living(references: Sequence[TensorWeakRef]) -> list[Tensor]:
     return [param for reference in references if (param := reference()) is not None]
 
 
-class ReleasingOptimizer(Protocol):
-    """What release asks of an optimizer."""
+class Owned(NamedTuple):
+    """What an optimizer has at the time: its groups, states and settings, and what reads and checks all groups."""
 
-    param_groups: list[dict[str, Any]]
-    state: defaultdict[Tensor, Any]
-    _settings: Settings
-
-    def _read_groups(self) -> list[dict[str, Any]]:
-        """Read and check the hyperparameters of all groups."""
+    groups: list[dict[str, Any]]
+    state: MutableMapping[Tensor, Any]
+    settings: Settings
+    read: Callable[[], object]
 
 
 # For each parameter with a release: all of them, and the later optimizers without, which may be gone; latest last.
@@ -131,14 +128,18 @@ class GradientRelease:
 
     Of several optimizers of a parameter the latest decides about its gradient, while it is there.
 
+    Args:
+        own: the optimizer's method that returns what it has.
+        updater: what updates.
+        scaler: the `GradScaler` whose scale the gradients have; True if they have none.
+
     Attributes:
         report: what a `GradScaler` is to find.
     """
 
-    def __init__(self, optimizer: ReleasingOptimizer, updater: Updater) -> None:
+    def __init__(self, own: Callable[[], Owned], updater: Updater, scaler: Any) -> None:
         # The hooks must not keep the optimizer alive.
-        self._optimizer, self._updater = weakref.ref(optimizer), updater
-        scaler = optimizer._settings.release_gradients
+        self._own, self._updater = weakref.WeakMethod(own), updater
         self.report = ScalerReport(None if scaler is True else scaler)
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
@@ -213,17 +214,18 @@ class GradientRelease:
             )
 
     def _arrived(self, param: Tensor) -> None:
-        optimizer = self._optimizer()
-        if optimizer is None:
+        own = self._own()
+        if own is None:
             return
+        owned = own()
         with self._lock:
             if not self._is_under_way:
                 number = self._n_passes + 1
                 # Groups may have lost, gained, frozen or exchanged parameters since the last pass.
-                found = [[(id(each), each.requires_grad) for each in g["params"]] for g in optimizer.param_groups]
+                found = [[(id(each), each.requires_grad) for each in g["params"]] for g in owned.groups]
                 is_same = found == self._arranged and all(bucket.is_whole for bucket in self._buckets)
                 if not is_same:
-                    self.watch(optimizer.param_groups)
+                    self.watch(owned.groups)
                 if not is_same or number.bit_count() == 1:
                     # Now and then, for a model may be wrapped later.
                     self._check_owner()
@@ -242,7 +244,7 @@ class GradientRelease:
             if self.report.scaler is not None and bucket is self._buckets[-1]:
                 self.report.tell(bucket.params)
             elif not bucket.waiting:
-                self._release(optimizer, bucket)
+                self._release(bucket, owned)
 
     def _check_owner(self) -> None:
         params = [param for bucket in self._buckets for param in bucket.params]
@@ -252,22 +254,22 @@ class GradientRelease:
                 "after this hook. Use FSDP2's fully_shard"
             )
 
-    def _release(self, optimizer: ReleasingOptimizer, bucket: Bucket) -> None:
-        undisturbed(self._update, optimizer, bucket)
+    def _release(self, bucket: Bucket, owned: Owned) -> None:
+        undisturbed(self._update, bucket, owned)
         bucket.is_done = True
         for param in bucket.params:
             param.grad = None
         self.report.tell(self._buckets[-1].params)
 
-    def _update(self, optimizer: ReleasingOptimizer, bucket: Bucket) -> None:
-        optimizer._read_groups()
-        members, settings = bucket.members(), optimizer._settings
+    def _update(self, bucket: Bucket, owned: Owned) -> None:
+        groups, state, settings, read = owned
+        read()
+        members = bucket.members()
         found_inf = self.report.found_inf(members.grads, members.shards[0].device)
         if found_inf is not None and members.are_distributed:
             found_inf = self._updater.agreed(members, settings, found_inf, bucket.index)
         scaling = self.report.scaling(found_inf)
-        step = members, optimizer.param_groups, optimizer.state, settings, scaling
-        self._updater.update(*step, zero_grad=False, part=bucket.index)
+        self._updater.update(members, groups, state, settings, scaling, zero_grad=False, part=bucket.index)
 
 
 def _remove(handles: WeakIdKeyDictionary, params: Sequence[Tensor] | None = None, gone: object = None) -> None:

@@ -34,7 +34,7 @@ from dragon.vm.torch.optim._hooks import hooked_step, recorded
 from dragon.vm.torch.optim._modes import undisturbed, with_plain_tensors
 from dragon.vm.torch.optim._options import Settings, check_common, check_keys, complete, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.updater import Updater
-from dragon.vm.torch.optim._release import GradientRelease, check_release, keep_gradients
+from dragon.vm.torch.optim._release import GradientRelease, Owned, check_release, keep_gradients
 from dragon.vm.torch.optim._storage import StoringOptimizer
 from dragon.vm.torch.optim._sums import GradientSums
 
@@ -95,8 +95,11 @@ class Optimizer(StoringOptimizer):
         if self._release is None:
             # A scaler leaves unscaling to the step: it says so by what it hands over.
             self._handles_scaling = True
-            self._release = GradientRelease(self, self._updater)
+            self._release = GradientRelease(self._own, self._updater, self._settings.release_gradients)
         self._release.watch(self.param_groups)
+
+    def _own(self) -> Owned:
+        return Owned(self.param_groups, self.state, self._settings, self._read_groups)
 
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
         if self._settings.flatten:
@@ -180,7 +183,7 @@ class Optimizer(StoringOptimizer):
     _step_undisturbed = _disable_dynamo(_step)
 
     def _update(self, zero_grad: bool) -> None:
-        groups, settings = self._read_groups(), self._settings
+        groups, backend = self._read_groups(), self._settings.backend
         scaling = self._scaling()
         has_released = self._release is not None and self._release.begin(scaling.grad_scale)
         members = self._members.read(self.param_groups)
@@ -190,12 +193,10 @@ class Optimizer(StoringOptimizer):
             self._sums.reduce()
             members = members._replace(grads=self._sums.added_to(members.params, members.grads))
         if is_capturing():
-            check_capture(
-                type(self).__name__, groups, settings.backend, members.have_grads, self._sums.are_outside
-            )
+            check_capture(type(self).__name__, groups, backend, members.have_grads, self._sums.are_outside)
         if members.are_distributed and not (has_released or members.have_grads):
             check_accumulated(members.params)
-        step = members, self.param_groups, self.state, settings, scaling
+        step = members, self.param_groups, self.state, self._settings, scaling
         self._updater.update(*step, zero_grad=zero_grad, are_own=not summed)
         self._drop_handed_over()
         if summed:
