@@ -1,5 +1,6 @@
 """What real programs do to optimizers beside training."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -340,3 +341,17 @@ def test_a_state_that_inference_mode_made_is_updated_with_the_others(key, backen
     optimizer.step()
     assert all(torch.equal(param, params[0]) for param in params)
     assert [float(optimizer.state[param]["step"]) for param in params] == [2, 2, 2]
+
+
+@each_backend
+def test_a_gradient_that_inference_mode_made_is_zeroed_with_the_others(backend):
+    params = [one(backend) for _ in range(2)]
+    optimizer = Adam(params, lr=0.1, backend=backend)
+    for zero in (partial(optimizer.step, zero_grad=True), partial(optimizer.zero_grad, set_to_none=False)):
+        params[0].grad = torch.ones_like(params[0])
+        with torch.inference_mode():
+            params[1].grad = torch.ones_like(params[1])
+        zero()
+        assert not any(param.grad.any() for param in params)
+    assert torch.equal(*params)
+    assert not torch.equal(params[0], one(backend))

@@ -29,7 +29,11 @@ def zero_all(grads: Sequence[Tensor]) -> None:
     detach_all(grads)
     strided = []
     for grad in grads:
-        if grad.layout == torch.strided and not grad.is_conj() and not grad.is_neg():
+        if grad.is_inference():
+            # Only there may it be written.
+            with torch.inference_mode():
+                grad.zero_()
+        elif grad.layout == torch.strided and not grad.is_conj() and not grad.is_neg():
             strided.append(grad)
         else:
             grad.zero_()
