@@ -39,19 +39,25 @@ class Replaced:
         self.n_steps = 0
         self._optimizer = weakref.ref(optimizer)
         self._counts = (0, 0)
+        self._is_counted = False
         self.counts()
         optimizer.register_step_post_hook(self._count)
 
-    def _count(self, *_: Any) -> None:
+    def _count(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.n_steps += 1
+        # Parameters that came or got their shapes since: at the report the optimizer may be gone.
+        n_tensors = sum(len(group["params"]) for group in optimizer.param_groups)
+        if not self._is_counted or n_tensors != self._counts[0]:
+            self.counts()
 
     def counts(self) -> tuple[int, int]:
         """Number of tensors that it updates, and of their elements; the last known ones if it is gone."""
         optimizer = self._optimizer()
         if optimizer is not None:
             params = [param for group in optimizer.param_groups for param in group["params"]]
-            lazy = torch.nn.parameter.is_lazy
-            self._counts = (len(params), sum(param.numel() for param in params if not lazy(param)))
+            shaped = [param for param in params if not torch.nn.parameter.is_lazy(param)]
+            self._is_counted = len(shaped) == len(params)
+            self._counts = (len(params), sum(param.numel() for param in shaped))
         return self._counts
 
 
