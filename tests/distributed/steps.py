@@ -346,3 +346,21 @@ def scaled_beside_nothing(name: str, n_empty: int) -> list[float]:
         scaler.update()
         scales.append(scaler.get_scale())
     return [*scales, *(float(entries["step"]) for entries in optimizer.state.values() if "step" in entries)]
+
+
+def placed_anew(name: str) -> list[float]:
+    """The norms of a sharded parameter, which then is replicated, and of a gradient of ones."""
+    mesh = world_mesh()
+    param, other = (
+        nn.Parameter(distribute_tensor(torch.zeros(6), mesh, [placement])) for placement in (Shard(0), Replicate())
+    )
+    optimizer = make(name, [param], max_grad_norm=1.0)
+    norms = []
+    for _ in range(2):
+        param.grad = distribute_tensor(torch.ones(6), mesh, param.placements)
+        optimizer.step()
+        norms.append(float(optimizer.grad_norm))
+        param.grad = None
+        optimizer.state.clear()
+        torch.utils.swap_tensors(param, other)
+    return norms

@@ -56,6 +56,11 @@ def locals_of(tensors: Iterable[Any]) -> list[Any]:
     return list(map(getattr, tensors, repeat("_local_tensor"), tensors))
 
 
+def specs_of(tensors: Iterable[Any]) -> list[Any]:
+    """The meshes and placements of distributed tensors, None for plain ones. One pass in C."""
+    return list(map(getattr, tensors, repeat("_spec"), repeat(None)))
+
+
 def local_state(state: dict[str, Any]) -> dict[str, Any]:
     """A state with the shards of its distributed tensors; the very state if it has none."""
     if not any(map(is_distributed, state.values())):
