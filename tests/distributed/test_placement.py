@@ -12,6 +12,7 @@ from .wrappers import WRAPPERS
     [
         "partial_and_pending",
         "missing",
+        "replaced",
         "pending_plain",
         "mismatches",
         "states",
