@@ -73,7 +73,7 @@ class Reduction:
         tensors = self._tensors_on(squares.device)
         values = squares.new_zeros(1 + len(tensors))
         if flag is not None:
-            values[0] = flag.reshape(())
+            values[0] = flag
         for lane, (positions, weights) in enumerate(tensors):
             chosen = squares if positions.numel() == squares.numel() else squares[positions]
             if chosen.numel():
