@@ -152,7 +152,7 @@ def meeting_device(tensors: Iterable[Tensor], process_group: Any = None) -> torc
         process_group: decides for a process without tensors: the accelerator if it has NCCL.
     """
     devices = {local(tensor).device: None for tensor in tensors}
-    if not devices and process_group is not None and "nccl" in str(dist.get_backend_config(process_group)):
+    if not devices and process_group is not None and "nccl" in dist.get_backend_config(process_group):
         return torch.device("cuda", torch.cuda.current_device())
     return next((device for device in devices if device.type not in ("cpu", "meta")), torch.device("cpu"))
 
