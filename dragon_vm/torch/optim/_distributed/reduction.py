@@ -175,8 +175,7 @@ def _all_reduce_sum(values: Tensor, groups: Sequence[Any], op: Any = None) -> No
 
 def _all_reduce_largest(pair: Tensor, groups: Sequence[Any]) -> None:
     """Take maxima in place; a maximum over processes does not keep NaN, so that one is told apart."""
-    nan = torch.isnan(pair[1:])
-    triple = torch.cat([pair[:1], nan.to(pair.dtype), pair[1:].masked_fill(nan, 0)])
+    triple = torch.cat([pair[:1], torch.isnan(pair[1:]).to(pair.dtype), pair[1:]])
     _all_reduce_sum(triple, groups, dist.ReduceOp.MAX)
     pair[:1] = triple[:1]
     pair[1:] = triple[2:].masked_fill(triple[1:2] > 0, torch.nan)
