@@ -175,7 +175,8 @@ def mixed() -> tuple[float, float, float]:
         sharded(values[4], mesh["inner"], Replicate()),
         nn.Parameter(values[5]),
     ]
-    reduction = together(params)
+    # In another order, as a plan may have them.
+    reduction = together(params[::-1]).part(range(len(params))[::-1])
     squares = squares_of(map(local, params))
     result = reduction.collapse(squares)
     reduction.all_reduce(result)
