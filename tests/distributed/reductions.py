@@ -241,10 +241,12 @@ def zero_partitions() -> float:
 def refusals() -> dict[str, str]:
     mesh = world_mesh()
     partial = nn.Parameter(DTensor.from_local(torch.ones(2), mesh, [Partial()]))
+    in_part = nn.Parameter(DTensor.from_local(torch.ones(2), square_mesh(), [Replicate(), Partial()]))
     other = dist.new_group([0])
     plain = nn.Parameter(torch.ones(2))
     attempts = {
         "partial": lambda: together([partial]),
+        "in part": lambda: together([in_part]),
         "no group": lambda: together([plain], "world"),
         "others": lambda: together([plain], other) if dist.get_rank() else together([plain], "world"),
     }

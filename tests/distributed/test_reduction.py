@@ -79,6 +79,7 @@ def test_a_group_joins_partitions_of_whole_tensors(cluster: Cluster) -> None:
 def test_groups_and_parameters_that_cannot_be_summed_are_refused(cluster: Cluster) -> None:
     _, texts = cluster.run(2, "reductions:refusals")
     assert "placements are (Partial(sum),)" in texts["partial"]
+    assert "placements are (Replicate(), Partial(sum))" in texts["in part"]
     assert "got 'world'" in texts["no group"]
     assert "must contain this process" in texts["others"]
 
