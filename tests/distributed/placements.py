@@ -202,12 +202,15 @@ def states_placed_otherwise() -> None:
     assert torch.equal(placed_like(torch.zeros(5, 6), partial), torch.full((5, 6), float(dist.get_world_size())))
 
 
-def shard_with_offset() -> None:
+def shards_of_other_layouts() -> None:
     param = nn.Parameter(distribute_tensor(torch.zeros(4 * dist.get_world_size()), world_mesh(), [Shard(0)]))
     with pytest.raises(ValueError, match="storage offset 0, but got 3"):
         distributed_like(param, torch.zeros(7)[3:])
     with pytest.raises(ValueError, match=r"shape \(4,\), but got \(5,\)"):
         distributed_like(param, torch.zeros(5))
+    n_rows = 4 * dist.get_world_size()
+    rows = distributed_like(param, torch.zeros(4, 3), torch.Size((n_rows, 3)))
+    assert (rows.shape, rows.stride()) == ((n_rows, 3), (3, 1))
 
 
 def left_behind(name: str, scale: float | None) -> None:

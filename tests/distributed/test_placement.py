@@ -17,7 +17,7 @@ from .wrappers import WRAPPERS
         "mismatches",
         "states",
         "states_placed_otherwise",
-        "shard_with_offset",
+        "shards_of_other_layouts",
     ],
 )
 def test_placements(cluster: Cluster, scenario: str, n_processes: int) -> None:
