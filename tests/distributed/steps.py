@@ -250,6 +250,18 @@ def scaled_without_gradients(name: str, norm_type: float) -> list[int]:
     return skipped
 
 
+def infinite_without_gradients(name: str, norm_type: float) -> list[int]:
+    """The first process has no gradients, and skips what the others skip for an infinite one."""
+    param = nn.Parameter(torch.zeros(4))
+    optimizer = make(name, [param], norm_type=norm_type, skip_nonfinite=True, process_group=dist.group.WORLD)
+    skipped = []
+    for value in (1.0, torch.inf):
+        param.grad = torch.full((4,), value) if dist.get_rank() else None
+        optimizer.step()
+        skipped.append(optimizer.n_skipped_steps)
+    return skipped
+
+
 def other_gradients_each_step(name: str, **options: Any) -> int:
     """The number of parameters that most plans are for, of an optimizer that has the bits of one without plans.
 
