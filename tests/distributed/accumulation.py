@@ -49,17 +49,19 @@ def accumulated(kind: str, name: str, is_last_synchronized: bool = True, **optio
     return largest_difference(*map(list, zip(*pairs, strict=True))), n_large
 
 
-def half_precision_sums(name: str) -> float:
-    """Sums of bf16 gradients are kept in float32 until the step."""
-    param = nn.Parameter(torch.zeros(8, dtype=torch.bfloat16))
+def small_parts(name: str, dtype: torch.dtype, first: float) -> float:
+    """The sum of a first gradient and 299 ones."""
+    param = nn.Parameter(torch.zeros(8, dtype=dtype))
     model = nn.parallel.DistributedDataParallel(_Scaled(param))
     optimizer = make(name, model.parameters())
-    for _ in range(300):
+    for value in (first, *[1.0] * 299):
         with model.no_sync():
-            model(torch.ones(8, dtype=torch.bfloat16)).sum().backward()
+            model(torch.full((8,), value, dtype=dtype)).sum().backward()
         optimizer.sum_grad()
+    # There is none now.
+    optimizer.sum_grad()
     optimizer.step()
-    # The first moment is a tenth of the gradient. A bf16 sum of ones stays at 256.
+    # The first moment is a tenth of the gradient.
     return float(optimizer.state[param]["exp_avg"][0]) / 0.1
 
 
@@ -194,19 +196,44 @@ def scaled_sums(kind: str, name: str, has_group: bool) -> tuple[str, list[float]
     return "accepted", scales, changes
 
 
-def partly_used(name: str, is_last_synchronized: bool) -> tuple[list[float], list[bool]]:
-    """Values of parameters of which each process uses others in each part, and which of them have a state."""
+def partly_used(name: str, is_last_synchronized: bool) -> tuple[list[float], list[float], list[float | None]]:
+    """Values of parameters of which each process uses others in each part, mean gradients, and those found."""
+    n, rank = dist.get_world_size(), dist.get_rank()
     params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
     model = nn.parallel.DistributedDataParallel(_Chosen(params), find_unused_parameters=True)
     optimizer = make(name, model.parameters())
+    expected = [0.0] * 3
     for part in range(2):
         is_synchronized = part == 1 and is_last_synchronized
+        used = [1 + (each + is_synchronized) % 2 for each in range(n)]
         with nullcontext() if is_synchronized else model.no_sync():
-            model(1 + (dist.get_rank() + is_synchronized) % 2).backward()
+            model(used[rank]).backward()
         optimizer.sum_grad()
+        expected = [mean + used.count(index) / n for index, mean in enumerate(expected)]
     optimizer.step()
     assert not any(param.grad is not None for param in params)
-    return [float(param.detach()[0]) for param in params], [bool(optimizer.state.get(param)) for param in params]
+    return [float(param.detach()[0]) for param in params], expected, gradients_of(optimizer, params)
+
+
+def gradients_of(optimizer: Any, params: list[nn.Parameter]) -> list[float | None]:
+    """The gradients of the first step, of which the first moments are a tenth; None where there was none."""
+    return [float(state["exp_avg"][0]) / 0.1 if (state := optimizer.state.get(p)) else None for p in params]
+
+
+def used_by_one(name: str) -> list[float | None]:
+    """Gradients of parameters that the first process of each group uses all, and the others none but one."""
+    n_groups = dist.get_world_size() // 2
+    groups = [dist.new_group([first, first + n_groups]) for first in range(n_groups)]
+    group = groups[dist.get_rank() % n_groups]
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    model = nn.parallel.DistributedDataParallel(_Chosen(params), process_group=group)
+    optimizer = make(name, model.parameters())
+    with model.no_sync():
+        for index in range(1 if dist.get_rank(group) else 3):
+            (model(index) * (1 + dist.get_rank() % n_groups)).backward()
+    optimizer.sum_grad()
+    optimizer.step()
+    return gradients_of(optimizer, params)
 
 
 def saved_in_part(name: str) -> list[str]:

@@ -55,16 +55,31 @@ def missing() -> None:
     """Parameters without a gradient, plain and distributed, at changing positions."""
     mesh, distributed = replicated(2)
     params = [distributed, nn.Parameter(torch.zeros(2)), distributed, nn.Parameter(torch.zeros(2))]
-    partial = DTensor.from_local(torch.ones(2), mesh, [Partial()])
-    grads = [partial, torch.ones(2), partial, torch.ones(2)]
-    placements = GradientPlacements(params)
-    for missing in ((0, 3), (1, 2), (), (0, 1, 2, 3), (0, 3), (0, 3)):
-        given = [None if i in missing else grad for i, grad in enumerate(grads)]
-        for i, shard in enumerate(placements.shards(params, given)):
-            if i in missing:
-                assert shard is None
-            else:
-                assert shard.tolist() == [1.0 if i % 2 else float(dist.get_world_size())] * 2
+    for placement, expected in ((Partial(), float(dist.get_world_size())), (Replicate(), 1.0)):
+        placed = DTensor.from_local(torch.ones(2), mesh, [placement])
+        grads = [placed, torch.ones(2), placed, torch.ones(2)]
+        placements = GradientPlacements(params)
+        for missing in ((0, 3), (1, 2), (), (0, 1, 2, 3), (0, 3), (0, 3)):
+            given = [None if i in missing else grad for i, grad in enumerate(grads)]
+            for i, shard in enumerate(placements.shards(params, given)):
+                if i in missing:
+                    assert shard is None
+                else:
+                    assert shard.tolist() == [1.0 if i % 2 else expected] * 2
+
+
+def replaced() -> None:
+    """Gradients that come as before, of parameters that lie otherwise than those before."""
+    mesh = square_mesh()
+    params = [
+        nn.Parameter(distribute_tensor(torch.zeros(4, 2), mesh, placements))
+        for placements in ([Shard(0), Replicate()], [Replicate(), Shard(0)])
+    ]
+    grad = distribute_tensor(torch.arange(8.0).view(4, 2), mesh, params[0].placements)
+    placements = GradientPlacements(params[:1])
+    for param in (params[0], params[0], params[1], params[0]):
+        (shard,) = placements.shards([param], [grad])
+        assert torch.equal(shard, grad.redistribute(placements=param.placements)._local_tensor)
 
 
 def pending_plain() -> None:
@@ -163,7 +178,9 @@ def states() -> None:
             assert torch.equal(local(loaded), shard)
             assert state.is_contiguous() == param.is_contiguous()
             whole = torch.arange(param.numel(), dtype=torch.float64).reshape(param.shape)
-            placed = placed_like(state, whole)
+            with Watch() as watch:
+                placed = placed_like(state, whole)
+            assert watch.collectives == []
             assert getattr(placed, "placements", None) == getattr(param, "placements", None)
             assert local(placed).shape == shard.shape
             assert torch.equal(placed_like(whole, placed), whole)
@@ -185,12 +202,15 @@ def states_placed_otherwise() -> None:
     assert torch.equal(placed_like(torch.zeros(5, 6), partial), torch.full((5, 6), float(dist.get_world_size())))
 
 
-def shard_with_offset() -> None:
+def shards_of_other_layouts() -> None:
     param = nn.Parameter(distribute_tensor(torch.zeros(4 * dist.get_world_size()), world_mesh(), [Shard(0)]))
     with pytest.raises(ValueError, match="storage offset 0, but got 3"):
         distributed_like(param, torch.zeros(7)[3:])
     with pytest.raises(ValueError, match=r"shape \(4,\), but got \(5,\)"):
         distributed_like(param, torch.zeros(5))
+    n_rows = 4 * dist.get_world_size()
+    rows = distributed_like(param, torch.zeros(4, 3), torch.Size((n_rows, 3)))
+    assert (rows.shape, rows.stride()) == ((n_rows, 3), (3, 1))
 
 
 def left_behind(name: str, scale: float | None) -> None:

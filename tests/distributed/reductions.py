@@ -65,13 +65,13 @@ def whole_squares(kind: str, params: list[Any], shards: list[Any], group: Any) -
 
 
 def reduced(reduction: Any, values: Tensor, **options: Any) -> Tensor:
-    """Reduce under watch: one small collective for each process group, and no wait."""
+    """Reduce under watch: one small collective, and no wait."""
     with Watch() as watch:
         reduction.all_reduce(values, **options)
     assert watch.waits == []
     assert bool(reduction) == bool(watch.collectives)
-    # Where no group spans a mesh of two dimensions, there is one for each dimension.
-    assert len(watch.collectives) <= 2, watch.collectives
+    # All processes are a group, also where their mesh has two dimensions.
+    assert len(watch.collectives) <= 1, watch.collectives
     assert all(
         nbytes <= max(64, values.nbytes * isinstance(reduction, TensorReduction))
         for _, nbytes in watch.collectives
@@ -175,34 +175,44 @@ def mixed() -> tuple[float, float, float]:
         sharded(values[4], mesh["inner"], Replicate()),
         nn.Parameter(values[5]),
     ]
-    reduction = together(params)
+    # In another order, as a plan may have them.
+    reduction = together(params[::-1]).part(range(len(params))[::-1])
     squares = squares_of(map(local, params))
     result = reduction.collapse(squares)
     reduction.all_reduce(result)
-    if dist.get_rank() == dist.get_world_size() - 1:
+    assert float(result[0]) == 0
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    if is_last:
         squares[-1] = torch.inf
-    spoilt = reduction.collapse(squares)
+    spoilt = reduction.collapse(squares, torch.tensor(float(is_last)))
     reduction.all_reduce(spoilt)
+    assert float(spoilt[0]) > 0
     expected = float(sum(value.double().square().sum() for value in values))
     return float(result[1]), expected, float(spoilt[1])
 
 
-def stages() -> tuple[float, float]:
-    """Two pipeline stages, each with parameters on a mesh of its own and one plain parameter."""
+def stages() -> list[tuple[float, float]]:
+    """Two pipeline stages, each with parameters on a mesh of its own: the sums in two groups, and those expected.
+
+    In the group of equal shares of the stages there are also a parameter on all processes, and a plain one.
+    """
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("stage", "data"))
     stage = mesh.get_local_rank("stage")
     values = [torch.arange(float(7 + i)) + i for i in range(4)]
     mine = values[2 * stage : 2 * stage + 2]
     params = [sharded(mine[0], mesh["data"], Shard(0)), sharded(mine[1], mesh["data"], Replicate())]
-    expected = float(sum(value.double().square().sum() for value in values))
+    everywhere, plain = torch.arange(30.0).view(5, 6), torch.full((3,), 1.0 + stage)
+    more = [sharded(everywhere, mesh, Shard(0), Shard(1)), nn.Parameter(plain)]
     found = []
-    for group in (mesh.get_group("stage"), dist.group.WORLD):
-        reduction = together(params, group)
-        result = reduction.collapse(squares_of(map(local, params)))
+    for group, own, others in (
+        (dist.group.WORLD, params, []),
+        (mesh.get_group("stage"), params + more, [everywhere, torch.full((3,), 1.0), torch.full((3,), 2.0)]),
+    ):
+        reduction = together(own, group)
+        result = reduction.collapse(squares_of(map(local, own)))
         reduction.all_reduce(result)
-        found.append(float(result[1]))
-    assert found[0] == found[1], found
-    return found[0], expected
+        found.append((float(result[1]), float(sum(value.double().square().sum() for value in values + others))))
+    return found
 
 
 def overlapping() -> tuple[float, float]:
@@ -231,10 +241,12 @@ def zero_partitions() -> float:
 def refusals() -> dict[str, str]:
     mesh = world_mesh()
     partial = nn.Parameter(DTensor.from_local(torch.ones(2), mesh, [Partial()]))
+    in_part = nn.Parameter(DTensor.from_local(torch.ones(2), square_mesh(), [Replicate(), Partial()]))
     other = dist.new_group([0])
     plain = nn.Parameter(torch.ones(2))
     attempts = {
         "partial": lambda: together([partial]),
+        "in part": lambda: together([in_part]),
         "no group": lambda: together([plain], "world"),
         "others": lambda: together([plain], other) if dist.get_rank() else together([plain], "world"),
     }

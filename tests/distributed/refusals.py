@@ -54,7 +54,9 @@ def hidden_in_one_layer(**options: Any) -> str | None:
 def beside_a_mesh(name: str) -> tuple[dict[str, str], float]:
     """What is said of norms of parameters on a mesh without the last process, and the norm in `process_group`."""
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size() - 1)))
-    params = [nn.Parameter(distribute_tensor(torch.zeros(6), mesh, [Shard(0)], src_data_rank=None))]
+    sharded = nn.Parameter(distribute_tensor(torch.zeros(6), mesh, [Shard(0)], src_data_rank=None))
+    # The first one is on all processes.
+    params = [nn.Parameter(distribute_tensor(torch.zeros(2), world_mesh(), [Shard(0)])), sharded]
     group = {"process_group": dist.group.WORLD}
     found = {
         f"{norm}{' group' * len(more)}": outcome(partial(make, name, params, **options, **more))
@@ -62,7 +64,7 @@ def beside_a_mesh(name: str) -> tuple[dict[str, str], float]:
         for more in ({}, group)
     }
     optimizer = make(name, params, max_grad_norm=1.0, **group)
-    params[0].grad = torch.ones_like(params[0])
+    sharded.grad = torch.ones_like(sharded)
     optimizer.step()
     return found, float(optimizer.grad_norm)
 

@@ -250,6 +250,18 @@ def scaled_without_gradients(name: str, norm_type: float) -> list[int]:
     return skipped
 
 
+def infinite_without_gradients(name: str, norm_type: float) -> list[int]:
+    """The first process has no gradients, and skips what the others skip for an infinite one."""
+    param = nn.Parameter(torch.zeros(4))
+    optimizer = make(name, [param], norm_type=norm_type, skip_nonfinite=True, process_group=dist.group.WORLD)
+    skipped = []
+    for value in (1.0, torch.inf):
+        param.grad = torch.full((4,), value) if dist.get_rank() else None
+        optimizer.step()
+        skipped.append(optimizer.n_skipped_steps)
+    return skipped
+
+
 def other_gradients_each_step(name: str, **options: Any) -> int:
     """The number of parameters that most plans are for, of an optimizer that has the bits of one without plans.
 
@@ -346,3 +358,21 @@ def scaled_beside_nothing(name: str, n_empty: int) -> list[float]:
         scaler.update()
         scales.append(scaler.get_scale())
     return [*scales, *(float(entries["step"]) for entries in optimizer.state.values() if "step" in entries)]
+
+
+def placed_anew(name: str) -> list[float]:
+    """The norms of a sharded parameter, which then is replicated, and of a gradient of ones."""
+    mesh = world_mesh()
+    param, other = (
+        nn.Parameter(distribute_tensor(torch.zeros(6), mesh, [placement])) for placement in (Shard(0), Replicate())
+    )
+    optimizer = make(name, [param], max_grad_norm=1.0)
+    norms = []
+    for _ in range(2):
+        param.grad = distribute_tensor(torch.ones(6), mesh, param.placements)
+        optimizer.step()
+        norms.append(float(optimizer.grad_norm))
+        param.grad = None
+        optimizer.state.clear()
+        torch.utils.swap_tensors(param, other)
+    return norms

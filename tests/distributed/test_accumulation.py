@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from .cluster import Cluster
 
@@ -29,11 +30,17 @@ def test_sums_of_unsynchronized_parts_are_reduced_once(
     assert [n_large for _, n_large in results] == [int(n_processes > 1)] * n_processes
 
 
+@pytest.mark.parametrize(
+    ("dtype", "first", "tolerance"),
+    [(torch.bfloat16, 256.0, 4e-3), (torch.float16, 2048.0, 1e-3), (torch.float64, 2.0**24, 1e-12)],
+    ids=str,
+)
 @pytest.mark.parametrize("n_processes", [1, 2])
-def test_half_precision_gradients_are_summed_in_float32(cluster: Cluster, n_processes: int) -> None:
-    assert cluster.run(n_processes, "accumulation:half_precision_sums", name=OPT) == pytest.approx(
-        [300] * n_processes, rel=4e-3
-    )
+def test_sums_keep_what_their_parameters_dtype_or_float32_would_lose(
+    cluster: Cluster, n_processes: int, dtype: torch.dtype, first: float, tolerance: float
+) -> None:
+    found = cluster.run(n_processes, "accumulation:small_parts", name=OPT, dtype=dtype, first=first)
+    assert found == pytest.approx([first + 299] * n_processes, rel=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +99,19 @@ def test_replicas_agree_on_parameters_that_only_some_use(
 ) -> None:
     arguments = {"name": OPT, "is_last_synchronized": is_last_synchronized}
     results = cluster.run(n_processes, "accumulation:partly_used", **arguments)
-    for values, have_states in results:
+    for values, expected, gradients in results:
         assert values == results[0][0]
         # Nobody uses the first, and PyTorch would leave it alone too.
-        assert have_states == [False, True, True]
         assert values[0] == 1.0
-        assert max(values[1:]) < 1.0
+        assert gradients == [None, *map(pytest.approx, expected[1:])]
+
+
+@pytest.mark.parametrize("n_processes", [2, 4])
+def test_replicas_learn_gradients_that_one_of_their_group_has(cluster: Cluster, n_processes: int) -> None:
+    results = cluster.run(n_processes, "accumulation:used_by_one", name=OPT)
+    for rank, gradients in enumerate(results):
+        size = 1 + rank % (n_processes // 2)
+        assert gradients == pytest.approx([size, size / 2, size / 2])
 
 
 def test_sums_of_which_others_have_parts_are_not_saved(cluster: Cluster) -> None:

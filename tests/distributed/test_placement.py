@@ -12,11 +12,12 @@ from .wrappers import WRAPPERS
     [
         "partial_and_pending",
         "missing",
+        "replaced",
         "pending_plain",
         "mismatches",
         "states",
         "states_placed_otherwise",
-        "shard_with_offset",
+        "shards_of_other_layouts",
     ],
 )
 def test_placements(cluster: Cluster, scenario: str, n_processes: int) -> None:

@@ -61,9 +61,10 @@ def test_meshes_and_plain_parameters_mix(cluster: Cluster, n_processes: int) -> 
 @pytest.mark.parametrize("n_processes", [2, 4])
 def test_a_group_joins_meshes_of_pipeline_stages(cluster: Cluster, n_processes: int) -> None:
     results = cluster.run(n_processes, "reductions:stages")
-    for found, expected in results:
-        assert math.isclose(found, expected, rel_tol=1e-14)
-        assert found == results[0][0]
+    for result in results:
+        assert result == results[0]
+        for found, expected in result:
+            assert math.isclose(found, expected, rel_tol=1e-14)
 
 
 def test_a_group_within_a_mesh_adds_nothing(cluster: Cluster) -> None:
@@ -78,6 +79,7 @@ def test_a_group_joins_partitions_of_whole_tensors(cluster: Cluster) -> None:
 def test_groups_and_parameters_that_cannot_be_summed_are_refused(cluster: Cluster) -> None:
     _, texts = cluster.run(2, "reductions:refusals")
     assert "placements are (Partial(sum),)" in texts["partial"]
+    assert "placements are (Replicate(), Partial(sum))" in texts["in part"]
     assert "got 'world'" in texts["no group"]
     assert "must contain this process" in texts["others"]
 

@@ -128,6 +128,11 @@ def test_a_process_without_gradients_takes_part(cluster: Cluster, name: str, n_p
     assert [norm for norm, _ in results] == [math.sqrt(36 * (n_processes - 1))] * n_processes
 
 
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_norm_is_that_of_parameters_as_they_are_placed_now(cluster: Cluster, backend: str) -> None:
+    assert cluster.run(2, "steps:placed_anew", name=backend) == [pytest.approx([math.sqrt(6)] * 2)] * 2
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_scalers_agree_on_gradients_of_several_placements_within_a_process_group(
     cluster: Cluster, name: str, grouped: bool
@@ -149,8 +154,9 @@ def test_a_process_without_gradients_knows_the_norm_of_clipped_tensors(cluster: 
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_a_process_without_gradients_skips_as_the_others(cluster: Cluster, backend: str, norm_type: float) -> None:
-    found = cluster.run(2, "steps:scaled_without_gradients", name=backend, norm_type=norm_type)
-    assert found == [[0, 1]] * 2
+    for scenario in ("scaled_without_gradients", "infinite_without_gradients"):
+        found = cluster.run(2, f"steps:{scenario}", name=backend, norm_type=norm_type)
+        assert found == [[0, 1]] * 2
 
 
 @pytest.mark.parametrize("options", [*NORMS, {"clip_norm": 1.0}], ids=str)

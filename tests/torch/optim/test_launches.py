@@ -115,6 +115,15 @@ def test_squares_are_summed_as_the_architecture_does_it_fast(monkeypatch, launch
     assert [found["SUM_DTYPE"] for name, _, _, found in launches if name == "norm"] == [dtype]
 
 
+@pytest.mark.parametrize(("warp_size", "n_warps"), [(32, 4), (64, 2)])
+def test_launches_are_for_the_warps_of_the_device(monkeypatch, launches, interpreted, warp_size, n_warps):
+    monkeypatch.setattr(context, "describe", lambda device: context.Hardware("a GPU", "gfx90a", 1, warp_size))
+    optimizer, _ = optimizer_of(3, 1, max_grad_norm=1.0)
+    optimizer.step()
+    norm, advance, update = (found for *_, found in launches)
+    assert [norm["num_warps"], advance["num_warps"], update["WARP_SIZE"]] == [n_warps, n_warps, warp_size]
+
+
 @pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"clip_norm": 0.5}], ids=str)
 def test_a_step_clips_by_sums_in_float32_as_by_those_in_float64(monkeypatch, interpreted, options):
     found = []

@@ -136,7 +136,7 @@ def _format_name(form: Format) -> str:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     """A dtype's name, of its real view if it is complex."""
-    return str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
+    return str(dtype.to_real()).removeprefix("torch.")
 
 
 def tensor_rows(flattened: Sequence[FlattenedGroup], seed: int = 0) -> array[int]:

@@ -59,7 +59,7 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
         weight = 1.0 / _replication(param)
         if not ranks and members and (is_split or not per_tensor):
             ranks, weight = members, 1.0 / len(members) if has_fsdp1 and not is_split else 1.0
-        elif ranks and members and not per_tensor and set(ranks) <= set(members):
+        elif members and not per_tensor and set(ranks) <= set(members):
             ranks = members
         if ranks and ranks != members and ranks not in lanes:
             lanes[ranks] = _mesh_lane(param, members)

@@ -52,7 +52,7 @@ def placed_like(target: Any, value: Any) -> Any:
     if is_distributed(value):
         if is_distributed(target) and value.device_mesh == target.device_mesh:
             return _redistributed(value, target)
-        value = ready(value.full_tensor())
+        value = value.full_tensor()
     if not is_distributed(target):
         return value
     # Every process cuts its shard out of its own copy: nothing is sent.
@@ -87,8 +87,8 @@ class GradientPlacements:
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._mask = bytes(map(is_distributed, params))
         self.are_distributed = any(self._mask)
-        # Specs hold meshes and placements, not tensors.
-        self._specs = list(map(_SPEC, compress(params, self._mask)))
+        # Of parameters and their gradients. Specs hold meshes and placements, not tensors.
+        self._specs = self._specs_of(params, params)
         # Those with gradients at the last step at which some had none, and their placements.
         self._part: tuple[bytes, GradientPlacements] | None = None
         self.are_copies = False
@@ -107,11 +107,11 @@ class GradientPlacements:
         present = bytes(map(is_not, grads, repeat(None)))
         if not all(present):
             return self._some(params, grads, present)
-        if self._are_expected(grads):
+        if self._are_expected(params, grads):
             return locals_of(grads)
         prepared = [ready_grad(param, grad) for param, grad in zip(params, grads, strict=True)]
         if all(map(is_, prepared, grads)):
-            self._specs = list(map(_SPEC, compress(grads, self._mask)))
+            self._specs = self._specs_of(params, grads)
         else:
             self.are_copies = True
         return locals_of(prepared)
@@ -127,15 +127,17 @@ class GradientPlacements:
             shards[position] = shard
         return shards
 
-    def _are_expected(self, grads: Sequence[Any]) -> bool:
-        """Whether nothing is pending, and gradients are distributed as they were at the last step."""
+    def _specs_of(self, params: Sequence[Any], grads: Sequence[Any]) -> list[Any]:
+        return [*map(_SPEC, compress(params, self._mask)), *map(_SPEC, compress(grads, self._mask))]
+
+    def _are_expected(self, params: Sequence[Any], grads: Sequence[Any]) -> bool:
+        """Whether nothing is pending, and all tensors are distributed as they were at the last step."""
         wrappers = _wrappers()
         if not wrappers.isdisjoint(map(type, compress(grads, map(not_, self._mask)))):
             return False
-        distributed = list(compress(grads, self._mask))
         try:
-            specs = list(map(_SPEC, distributed))
-            pending = not wrappers.isdisjoint(map(type, map(_LOCAL, distributed)))
+            specs = self._specs_of(params, grads)
+            pending = not wrappers.isdisjoint(map(type, map(_LOCAL, compress(grads, self._mask))))
         except AttributeError:  # a plain gradient
             return False
         # Lists of the same objects are compared in C; equal objects by Python calls, this once.

@@ -73,7 +73,7 @@ class Reduction:
         tensors = self._tensors_on(squares.device)
         values = squares.new_zeros(1 + len(tensors))
         if flag is not None:
-            values[0] = flag.reshape(())
+            values[0] = flag
         for lane, (positions, weights) in enumerate(tensors):
             chosen = squares if positions.numel() == squares.numel() else squares[positions]
             if chosen.numel():
@@ -152,7 +152,7 @@ def meeting_device(tensors: Iterable[Tensor], process_group: Any = None) -> torc
         process_group: decides for a process without tensors: the accelerator if it has NCCL.
     """
     devices = {local(tensor).device: None for tensor in tensors}
-    if not devices and process_group is not None and "nccl" in str(dist.get_backend_config(process_group)):
+    if not devices and process_group is not None and "nccl" in dist.get_backend_config(process_group):
         return torch.device("cuda", torch.cuda.current_device())
     return next((device for device in devices if device.type not in ("cpu", "meta")), torch.device("cpu"))
 
@@ -175,8 +175,7 @@ def _all_reduce_sum(values: Tensor, groups: Sequence[Any], op: Any = None) -> No
 
 def _all_reduce_largest(pair: Tensor, groups: Sequence[Any]) -> None:
     """Take maxima in place; a maximum over processes does not keep NaN, so that one is told apart."""
-    nan = torch.isnan(pair[1:])
-    triple = torch.cat([pair[:1], nan.to(pair.dtype), pair[1:].masked_fill(nan, 0)])
+    triple = torch.cat([pair[:1], torch.isnan(pair[1:]).to(pair.dtype), pair[1:]])
     _all_reduce_sum(triple, groups, dist.ReduceOp.MAX)
     pair[:1] = triple[:1]
     pair[1:] = triple[2:].masked_fill(triple[1:2] > 0, torch.nan)

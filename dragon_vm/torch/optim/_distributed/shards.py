@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import repeat
 from math import prod
 from typing import Any
@@ -50,10 +50,14 @@ def n_shards(tensor: Any) -> int:
     return prod(map(tensor.device_mesh.size, cut))
 
 
-def locals_of(tensors: Iterable[Any]) -> list[Any]:
+def locals_of(tensors: Sequence[Any]) -> list[Any]:
     """The shards of tensors that are ready; plain tensors and None as they are. One pass in C."""
-    tensors = list(tensors)
     return list(map(getattr, tensors, repeat("_local_tensor"), tensors))
+
+
+def specs_of(tensors: Sequence[Any]) -> list[Any]:
+    """The meshes and placements of distributed tensors, None for plain ones. One pass in C."""
+    return list(map(getattr, tensors, repeat("_spec"), repeat(None)))
 
 
 def local_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class UnreducedSums:
         # In the memory order of the parameters.
         strides = [torch.empty_like(param, device="meta").stride() for param in params]
         self._views = [
-            piece.as_strided(param.shape, stride, piece.storage_offset())
+            piece.as_strided(param.shape, stride)
             for piece, param, stride in zip(pieces, params, strides, strict=True)
         ]
 

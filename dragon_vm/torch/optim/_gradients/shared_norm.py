@@ -77,7 +77,7 @@ class SharedNorm:
             return values[1:2], values[:1].float()
         values = squares.new_zeros(1 + self._n_params)
         if found_inf is not None:
-            values[0] = found_inf.reshape(()).to(squares.device)
+            values[0] = found_inf.to(squares.device)
         if skip_nonfinite:
             values[0] += torch.isfinite(squares).all().logical_not()
         index = self._index.get(squares.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
+from dragon.vm.torch.optim._distributed.shards import specs_of
 from dragon.vm.torch.optim._formats.resolve import check_options
 from dragon.vm.torch.optim._gradients.scaling import Scaling, take_part, zero_norm
 from dragon.vm.torch.optim._gradients.shared_norm import Reductions, SharedNorm, make_reductions
@@ -172,7 +173,8 @@ class Updater:
         if not (decides or clips_each or needs_norm(settings)):
             return None
         # All parameters, with a gradient or not, by id: process groups outlive them, tensors must not be kept.
-        made_for = list(map(id, members.params)), clips_each, settings.process_group
+        # Another parameter may have the id of one that is gone.
+        made_for = list(map(id, members.params)), specs_of(members.params), clips_each, settings.process_group
         if part not in self._reductions or self._reductions[part][0] != made_for:
             made = make_reductions(members.params, settings.process_group, clips_each)
             self._reductions[part] = made_for, made

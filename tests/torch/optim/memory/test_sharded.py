@@ -105,3 +105,20 @@ def test_a_shard_may_begin_within_the_elements_that_share_random_words(
         assert torch.equal(param.to_local(), whole[mine])
         for name in whole_optimizer.state[whole].keys() - {"step", "stream"}:
             assert torch.equal(optimizer.state[param][name].to_local(), whole_optimizer.state[whole][name][mine])
+
+
+@pytest.mark.parametrize("is_shard", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "native", "triton"])
+def test_what_is_written_to_a_parameter_or_to_its_shard_is_stepped_from(
+    backend: str, is_shard: bool, as_rank: Any
+) -> None:
+    mesh = as_rank(0, 2)
+    dtype, options = MODES["fp32 masters of fp16"]
+    param = torch.nn.Parameter(DTensor.from_local(torch.ones(4, dtype=dtype), mesh, [Shard(0)], run_check=False))
+    optimizer = AdamW([param], lr=0.0, backend=backend, **options)
+    for value in (1.0, 5.0):
+        with torch.no_grad():
+            (param.to_local() if is_shard else param).fill_(value)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert param.to_local().tolist() == [value] * 4

@@ -107,8 +107,10 @@ def test_a_group_may_be_written_between_steps(change):
 
 def test_a_tensor_on_the_device_is_read_by_its_address_with_a_bit_for_fp64():
     groups = new_groups()
-    groups[0].update(lr=WIDE, betas=(NARROW, WIDE))
-    assert fresh(groups)[1] == [1, 0, 1, 0, 0, 0]
+    far = torch.zeros(9, dtype=torch.float64, device=DEVICE)[8]
+    assert far.data_ptr() == 64
+    groups[0].update(lr=far, betas=(NARROW, WIDE))
+    assert fresh(groups)[1] == [65, 0, 1, 0, 0, 0]
 
 
 def test_a_tensor_on_the_host_is_read_by_its_number():
