@@ -12,7 +12,19 @@ def test_each_bucket_is_filled_before_the_next_begins(monkeypatch):
     params = [nn.Parameter(torch.ones(4)) for _ in range(9)]
     optimizer = SGD(params, release_gradients=True)
     sum(param.sum() for param in params).backward()
-    assert [len(bucket.params) for bucket in optimizer._release._buckets] == [4, 4, 1]
+    buckets = optimizer._release._buckets
+    assert [len(bucket.params) for bucket in buckets] == [4, 4, 1]
+    optimizer.step()
+    sum(param.sum() for param in params).backward()
+    assert optimizer._release._buckets is buckets, "arranged anew for the same parameters"
+
+
+def test_a_bucket_is_whole_while_its_parameters_are_there():
+    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    bucket = _release.Bucket(1, [(0, params[1]), (0, params[0])], 1)
+    assert bucket.is_whole
+    del params[0]
+    assert not bucket.is_whole
 
 
 @pytest.mark.parametrize("is_first", [False, True])

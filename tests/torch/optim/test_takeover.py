@@ -218,3 +218,10 @@ def test_an_optimizer_does_not_decide_about_parameters_that_have_left_it() -> No
     earlier.step()
     assert not released(params[1])
     torch.utils.swap_tensors(params[1], torch.nn.Parameter(torch.ones(3)))
+
+
+def test_an_optimizer_without_release_keeps_no_reference_to_its_parameters() -> None:
+    params = [torch.nn.Parameter(torch.full((3,), value)) for value in (0.0, 1.0)]
+    optimizer = SGD(params[:1])
+    torch.utils.swap_tensors(*params)
+    assert optimizer.param_groups[0]["params"][0].tolist() == [1.0] * 3
