@@ -208,8 +208,6 @@ def _take_sums(sums: dict[Tensor, Tensor], optimizer: Any, state_dict: dict[str,
     rest = dict(state)
     for key in saved:
         rest[key] = {name: value for name, value in state[key].items() if name != _SUM}
-        if not rest[key]:
-            del rest[key]
     return {**state_dict, "state": rest}
 
 
