@@ -166,7 +166,6 @@ class GradientRelease:
             nbytes += size
         before = self._buckets
         self._buckets = [Bucket(number, each, len(groups)) for number, each in enumerate(chosen, 1)]
-        self.report.begin()
         are_done = {id(param) for bucket in before if bucket.is_done for param in bucket.params}
         self._bucket_of = {key: bucket for bucket in self._buckets for key in bucket.ids}
         for bucket in self._buckets:

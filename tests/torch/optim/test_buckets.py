@@ -42,3 +42,28 @@ def test_a_scaler_that_unscales_finds_what_was_released_before_and_behind_the_la
     scaler.update()
     assert scaler.get_scale() == 2.0
     assert torch.equal(kept, torch.ones(4))
+
+
+@pytest.mark.parametrize("factor", [1.0, torch.inf])
+def test_a_scaler_finds_what_was_released_before_a_group_came(factor, monkeypatch):
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
+    unused, trained, late = (nn.Parameter(torch.ones(64)) for _ in range(3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = SGD([unused, trained], lr=1.0, release_gradients=scaler)
+    scaler.scale((trained * factor).sum()).backward()
+    optimizer.add_param_group({"params": [late]})
+    scaler.step(optimizer)
+    scaler.update()
+    is_skipped = factor == torch.inf
+    assert scaler.get_scale() == (2.0 if is_skipped else 4.0)
+    assert trained.tolist() == [float(is_skipped)] * 64
+
+
+def test_a_group_in_a_bucket_of_its_own_hides_no_second_pass(monkeypatch):
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
+    param, late = (nn.Parameter(torch.ones(64)) for _ in range(2))
+    optimizer = SGD([param], lr=1.0, release_gradients=True)
+    param.sum().backward()
+    optimizer.add_param_group({"params": [late]})
+    with pytest.raises(RuntimeError, match="second backward pass"):
+        param.sum().backward()
