@@ -67,3 +67,29 @@ def test_a_group_in_a_bucket_of_its_own_hides_no_second_pass(monkeypatch):
     optimizer.add_param_group({"params": [late]})
     with pytest.raises(RuntimeError, match="second backward pass"):
         param.sum().backward()
+
+
+def test_a_scaler_finds_nothing_of_a_backward_pass_that_was_given_up(monkeypatch):
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
+    unused, trained = (nn.Parameter(torch.ones(64)) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = SGD([unused, trained], lr=1.0, release_gradients=scaler)
+    scaler.scale((trained * torch.inf).sum()).backward()
+    optimizer.zero_grad()
+    scaler.scale(trained.sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+    assert trained.tolist() == [0.0] * 64
+
+
+def test_a_parameter_that_another_has_replaced_is_left_alone():
+    old, new = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = SGD([old], lr=1.0, release_gradients=True)
+    old.sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = new
+    (old + new).sum().backward()
+    optimizer.step()
+    assert old.tolist() == [0.0] * 3
+    assert new.tolist() == [0.0] * 3
