@@ -93,3 +93,14 @@ def test_a_parameter_that_another_has_replaced_is_left_alone():
     optimizer.step()
     assert old.tolist() == [0.0] * 3
     assert new.tolist() == [0.0] * 3
+
+
+def test_who_asks_for_unscaling_without_a_scaler_changes_nothing(monkeypatch):
+    """As PyTorch Lightning does before it clips."""
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
+    unused, trained = (nn.Parameter(torch.ones(64)) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = SGD([unused, trained], lr=1.0, release_gradients=scaler)
+    scaler.scale(trained.sum()).backward()
+    assert optimizer._step_supports_amp_scaling
+    assert unused.grad is None, "a gradient for no scaler"

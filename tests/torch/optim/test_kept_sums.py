@@ -38,6 +38,24 @@ def test_a_loaded_sum_takes_the_place_of_one_that_was_looked_at() -> None:
     assert param.tolist() == [-1.0] * 3
 
 
+def test_a_dict_with_a_sum_is_loaded_twice() -> None:
+    saved = summed()[1].state_dict()
+    for _ in range(2):
+        param, optimizer = summed()
+        optimizer.step()
+        optimizer.load_state_dict(saved)
+        optimizer.step()
+        assert param.tolist() == [-2.0] * 3
+
+
+@pytest.mark.parametrize("n_params", [0, 2])
+def test_a_sum_for_other_groups_is_refused_in_the_words_of_pytorch(n_params: int) -> None:
+    saved = summed()[1].state_dict()
+    optimizer = SGD([{"params": [torch.nn.Parameter(torch.zeros(4)) for _ in range(n_params)]}])
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        optimizer.load_state_dict(saved)
+
+
 def test_a_sum_is_saved_beside_a_state_and_ends_with_the_next_step() -> None:
     param = torch.nn.Parameter(torch.zeros(3))
     optimizer = Adam([param])
