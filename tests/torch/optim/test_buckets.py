@@ -59,14 +59,26 @@ def test_a_scaler_finds_what_was_released_before_a_group_came(factor, monkeypatc
     assert trained.tolist() == [float(is_skipped)] * 64
 
 
-def test_a_group_in_a_bucket_of_its_own_hides_no_second_pass(monkeypatch):
-    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
+def test_a_parameter_that_is_gone_leaves_no_other_of_its_id_as_updated():
+    params = [nn.Parameter(torch.ones(3))]
+    optimizer = SGD(params, release_gradients=True)
+    params.pop().sum().backward()
+    optimizer.param_groups[0]["params"].clear()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert not optimizer._release._done
+
+
+@pytest.mark.parametrize("n_elements", [64, 128], ids=["a bucket of its own", "the same bucket"])
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_group_in_any_bucket_hides_no_second_pass(n_elements, is_trained, monkeypatch):
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * n_elements)
     param, late = (nn.Parameter(torch.ones(64)) for _ in range(2))
     optimizer = SGD([param], lr=1.0, release_gradients=True)
     param.sum().backward()
     optimizer.add_param_group({"params": [late]})
     with pytest.raises(RuntimeError, match="second backward pass"):
-        param.sum().backward()
+        (param + late if is_trained else param).sum().backward()
+    assert param.tolist() == [0.0] * 64
 
 
 def test_a_scaler_finds_nothing_of_a_backward_pass_that_was_given_up(monkeypatch):
