@@ -38,6 +38,17 @@ def test_a_loaded_sum_takes_the_place_of_one_that_was_looked_at() -> None:
     assert param.tolist() == [-1.0] * 3
 
 
+def test_a_gradient_of_another_shape_than_its_parameter_is_not_summed() -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SGD([param], lr=1.0)
+    param.grad = torch.ones(3)
+    param.data = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"a gradient has shape \(3,\), but its parameter \(4,\)"):
+        optimizer.sum_grad()
+    assert param.grad is not None
+    assert not optimizer._sums
+
+
 def test_a_dict_with_a_sum_is_loaded_twice() -> None:
     saved = summed()[1].state_dict()
     for _ in range(2):

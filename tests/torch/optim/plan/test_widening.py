@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import Adam
-from dragon.vm.torch.optim._plan import widening
+from dragon.vm.torch.optim._plan import cache, widening
 
 from ..support import BACKENDS, bits, give_some, home, parameters, take_steps
 
@@ -171,3 +171,14 @@ def test_a_counter_of_others_is_not_read_while_a_plan_serves_a_part(step):
     optimizer.state[params[2]]["step"] = step
     take_steps(optimizer, params, [0b011])
     assert [float(optimizer.state[param]["step"]) for param in params[:2]] == [3, 3]
+
+
+@pytest.mark.parametrize("earlier", [(), ("other",)])
+def test_the_last_plan_stays_when_plans_for_more_fill_the_cache(earlier):
+    plans = cache.PlanCache()
+    plans.n_kept = 1
+    for name in (*earlier, "last but one"):
+        plans._keep(((name,), None), object())
+    last = object()
+    plans._keep((("last",), bytes(1)), last)
+    assert plans.latest() == [last]
