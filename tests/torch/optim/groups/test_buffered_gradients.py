@@ -180,3 +180,19 @@ def test_a_parameter_that_moves_to_another_group_leaves_its_buffer(backend):
             give_gradients(params, number)
             optimizer.step()
     assert [bits(param) for param in flat] == [bits(param) for param in apart]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n_before", [0, 1])
+def test_each_gradient_of_a_buffer_is_clipped_alone_once_its_group_clips(backend, n_before):
+    params = [torch.nn.Parameter(torch.zeros(4, device=home(backend))) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, flatten=True, backend=backend)
+    for number in range(n_before + 1):
+        if number == n_before:
+            optimizer.param_groups[0]["clip_norm"] = 1.0
+        for param, value in zip(params, (10.0, 100.0), strict=True):
+            param.grad = torch.full_like(param, value)
+        optimizer.step()
+    expected = torch.full((4,), 0.5)
+    for param, value in zip(params, (10.0, 100.0), strict=True):
+        torch.testing.assert_close(param.detach().cpu(), -expected - n_before * value)
