@@ -7,6 +7,8 @@ import torch
 
 from dragon.vm.torch.optim import SGD, Adam
 
+from .support import BACKENDS, home
+
 
 def summed() -> tuple[torch.nn.Parameter, SGD]:
     """A parameter of zeros, and an optimizer with a sum of ones for it."""
@@ -81,3 +83,17 @@ def test_a_sum_is_saved_beside_a_state_and_ends_with_the_next_step() -> None:
         optimizer.step()
         assert optimizer.state_dict()["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert float(optimizer.state[param]["step"]) == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_beside_sums_is_unscaled_once(backend: str) -> None:
+    params = [torch.nn.Parameter(torch.zeros(3, device=home(backend))) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, backend=backend)
+    params[0].grad = torch.full_like(params[0], 4.0)
+    optimizer.sum_grad()
+    params[1].grad = torch.full_like(params[1], 8.0)
+    optimizer.grad_scale = torch.tensor(4.0, device=home(backend))
+    optimizer.found_inf = torch.tensor(0.0, device=home(backend))
+    optimizer.step()
+    assert [param.tolist() for param in params] == [[-1.0] * 3, [-2.0] * 3]
+    assert params[1].grad.tolist() == [2.0] * 3
