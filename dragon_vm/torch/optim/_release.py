@@ -94,7 +94,7 @@ class Bucket:
 
     def begin(self) -> None:
         """Wait for all gradients anew."""
-        self.waiting = set(self.ids)
+        self.waiting, self.done = set(self.ids), set[int]()
 
 
 def _living(references: Sequence[TensorWeakRef]) -> list[Tensor]:
@@ -142,8 +142,6 @@ class GradientRelease:
         self.report = ScalerReport(None if scaler is True else scaler)
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
-        # The ids of parameters that were updated since the last step.
-        self._done: set[int] = set()
         self._handles = WeakIdKeyDictionary()
         weakref.finalize(self, _remove, self._handles).atexit = False
         # The ids of each group's parameters at the last pass.
@@ -166,10 +164,12 @@ class GradientRelease:
                 nbytes = 0.0
             chosen[-1].append((index, param))
             nbytes += size
-        # An id that another has now is not done.
-        self._done.intersection_update(id(param) for bucket in self._buckets for param in bucket.params)
+        # Of what is there still: another may have the id of what is gone.
+        are_done = {id(param) for bucket in self._buckets for param in bucket.params if id(param) in bucket.done}
         self._buckets = [Bucket(number, each, len(groups)) for number, each in enumerate(chosen, 1)]
         self._bucket_of = {key: bucket for bucket in self._buckets for key in bucket.ids}
+        for bucket in self._buckets:
+            bucket.done = bucket.ids & are_done
         self._updater.plans.n_kept = N_LATEST + 2 * len(self._buckets)
         reference = weakref.ref(self)
 
@@ -199,7 +199,6 @@ class GradientRelease:
         was_under_way, self._is_under_way = self._is_under_way, False
         for bucket in self._buckets:
             bucket.begin()
-        self._done.clear()
         self.report.begin()
         return was_under_way
 
@@ -232,7 +231,7 @@ class GradientRelease:
             bucket = self._bucket_of.get(id(param))
             if bucket is None:
                 return
-            if id(param) in self._done:
+            if id(param) in bucket.done:
                 raise RuntimeError(
                     "a second backward pass since the last step(), or a gradient that comes in parts, as with "
                     "checkpoint(use_reentrant=True): release_gradients has updated the parameters already. Call "
@@ -254,7 +253,7 @@ class GradientRelease:
 
     def _release(self, optimizer: ReleasingOptimizer, bucket: Bucket) -> None:
         undisturbed(self._update, optimizer, bucket)
-        self._done |= bucket.ids
+        bucket.done = bucket.ids
         for param in bucket.params:
             param.grad = None
         self.report.tell(self._buckets[-1].params)

@@ -59,15 +59,6 @@ def test_a_scaler_finds_what_was_released_before_a_group_came(factor, monkeypatc
     assert trained.tolist() == [float(is_skipped)] * 64
 
 
-def test_a_parameter_that_is_gone_leaves_no_other_of_its_id_as_updated():
-    params = [nn.Parameter(torch.ones(3))]
-    optimizer = SGD(params, release_gradients=True)
-    params.pop().sum().backward()
-    optimizer.param_groups[0]["params"].clear()
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
-    assert not optimizer._release._done
-
-
 @pytest.mark.parametrize("n_elements", [64, 128], ids=["a bucket of its own", "the same bucket"])
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_a_group_in_any_bucket_hides_no_second_pass(n_elements, is_trained, monkeypatch):
