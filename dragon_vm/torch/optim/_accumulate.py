@@ -162,7 +162,7 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         """With the sums."""
         saved = super()._as_saved(packed)
         states = saved["state"]
-        for index, param in enumerate(self._all_params() if self._sums else ()):
+        for index, param in enumerate(self._all_params()):
             if param in self._sums.totals:
                 total = distributed_like(param, self._sums.totals[param])
                 states[index] = {**states.get(index, {}), _SUM: total}
@@ -208,8 +208,6 @@ def _take_sums(sums: dict[Tensor, Tensor], optimizer: Any, state_dict: dict[str,
     rest = dict(state)
     for key in saved:
         rest[key] = {name: value for name, value in state[key].items() if name != _SUM}
-        if not rest[key]:
-            del rest[key]
     return {**state_dict, "state": rest}
 
 

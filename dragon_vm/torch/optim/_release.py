@@ -93,7 +93,7 @@ class Bucket:
 
     def begin(self) -> None:
         """Wait for all gradients anew."""
-        self.waiting, self.is_done = set(self.ids), False
+        self.waiting, self.done = set(self.ids), set[int]()
 
 
 def _living(references: Sequence[TensorWeakRef]) -> list[Tensor]:
@@ -165,13 +165,12 @@ class GradientRelease:
                 nbytes = 0.0
             chosen[-1].append((index, param))
             nbytes += size
-        before = self._buckets
+        # Of what is there still: another may have the id of what is gone.
+        are_done = {id(param) for bucket in self._buckets for param in bucket.params if id(param) in bucket.done}
         self._buckets = [Bucket(number, each, len(groups)) for number, each in enumerate(chosen, 1)]
-        self.report.begin()
-        are_done = {id(param) for bucket in before if bucket.is_done for param in bucket.params}
         self._bucket_of = {key: bucket for bucket in self._buckets for key in bucket.ids}
         for bucket in self._buckets:
-            bucket.is_done = bucket.ids <= are_done
+            bucket.done = bucket.ids & are_done
         self._updater.plans.n_kept = N_LATEST + 2 * len(self._buckets)
         reference = weakref.ref(self)
 
@@ -234,7 +233,7 @@ class GradientRelease:
             bucket = self._bucket_of.get(id(param))
             if bucket is None:
                 return
-            if bucket.is_done:
+            if id(param) in bucket.done:
                 raise RuntimeError(
                     "a second backward pass since the last step(), or a gradient that comes in parts, as with "
                     "checkpoint(use_reentrant=True): release_gradients has updated the parameters already. Call "
@@ -256,7 +255,7 @@ class GradientRelease:
 
     def _release(self, bucket: Bucket, owned: Owned) -> None:
         undisturbed(self._update, bucket, owned)
-        bucket.is_done = True
+        bucket.done = bucket.ids
         for param in bucket.params:
             param.grad = None
         self.report.tell(self._buckets[-1].params)

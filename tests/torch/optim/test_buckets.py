@@ -12,7 +12,19 @@ def test_each_bucket_is_filled_before_the_next_begins(monkeypatch):
     params = [nn.Parameter(torch.ones(4)) for _ in range(9)]
     optimizer = SGD(params, release_gradients=True)
     sum(param.sum() for param in params).backward()
-    assert [len(bucket.params) for bucket in optimizer._release._buckets] == [4, 4, 1]
+    buckets = optimizer._release._buckets
+    assert [len(bucket.params) for bucket in buckets] == [4, 4, 1]
+    optimizer.step()
+    sum(param.sum() for param in params).backward()
+    assert optimizer._release._buckets is buckets, "arranged anew for the same parameters"
+
+
+def test_a_bucket_is_whole_while_its_parameters_are_there():
+    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    bucket = _release.Bucket(1, [(0, params[1]), (0, params[0])], 1)
+    assert bucket.is_whole
+    del params[0]
+    assert not bucket.is_whole
 
 
 @pytest.mark.parametrize("is_first", [False, True])
@@ -30,3 +42,68 @@ def test_a_scaler_that_unscales_finds_what_was_released_before_and_behind_the_la
     scaler.update()
     assert scaler.get_scale() == 2.0
     assert torch.equal(kept, torch.ones(4))
+
+
+@pytest.mark.parametrize("factor", [1.0, torch.inf])
+def test_a_scaler_finds_what_was_released_before_a_group_came(factor, monkeypatch):
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
+    unused, trained, late = (nn.Parameter(torch.ones(64)) for _ in range(3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = SGD([unused, trained], lr=1.0, release_gradients=scaler)
+    scaler.scale((trained * factor).sum()).backward()
+    optimizer.add_param_group({"params": [late]})
+    scaler.step(optimizer)
+    scaler.update()
+    is_skipped = factor == torch.inf
+    assert scaler.get_scale() == (2.0 if is_skipped else 4.0)
+    assert trained.tolist() == [float(is_skipped)] * 64
+
+
+@pytest.mark.parametrize("n_elements", [64, 128], ids=["a bucket of its own", "the same bucket"])
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_group_in_any_bucket_hides_no_second_pass(n_elements, is_trained, monkeypatch):
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * n_elements)
+    param, late = (nn.Parameter(torch.ones(64)) for _ in range(2))
+    optimizer = SGD([param], lr=1.0, release_gradients=True)
+    param.sum().backward()
+    optimizer.add_param_group({"params": [late]})
+    with pytest.raises(RuntimeError, match="second backward pass"):
+        (param + late if is_trained else param).sum().backward()
+    assert param.tolist() == [0.0] * 64
+
+
+def test_a_scaler_finds_nothing_of_a_backward_pass_that_was_given_up(monkeypatch):
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
+    unused, trained = (nn.Parameter(torch.ones(64)) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = SGD([unused, trained], lr=1.0, release_gradients=scaler)
+    scaler.scale((trained * torch.inf).sum()).backward()
+    optimizer.zero_grad()
+    scaler.scale(trained.sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+    assert trained.tolist() == [0.0] * 64
+
+
+def test_a_parameter_that_another_has_replaced_is_left_alone():
+    old, new = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = SGD([old], lr=1.0, release_gradients=True)
+    old.sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = new
+    (old + new).sum().backward()
+    optimizer.step()
+    assert old.tolist() == [0.0] * 3
+    assert new.tolist() == [0.0] * 3
+
+
+def test_who_asks_for_unscaling_without_a_scaler_changes_nothing(monkeypatch):
+    """As PyTorch Lightning does before it clips."""
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
+    unused, trained = (nn.Parameter(torch.ones(64)) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = SGD([unused, trained], lr=1.0, release_gradients=scaler)
+    scaler.scale(trained.sum()).backward()
+    assert optimizer._step_supports_amp_scaling
+    assert unused.grad is None, "a gradient for no scaler"

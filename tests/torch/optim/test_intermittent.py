@@ -42,13 +42,27 @@ def test_a_parameter_is_updated_as_if_its_missing_steps_had_not_been(backend, al
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("algorithm", [Adam, SGD])
-def test_a_step_without_any_gradient_does_nothing(backend, algorithm):
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_step_without_any_gradient_does_nothing(backend, algorithm, max_grad_norm):
     params = parameters([(5,)], device=home(backend))
-    optimizer = algorithm(params, backend=backend, lr=0.1)
+    optimizer = algorithm(params, backend=backend, lr=0.1, max_grad_norm=max_grad_norm)
     before = bits(params[0])
     optimizer.step()
     assert bits(params[0]) == before
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_parameters_of_flat_buffers_take_turns(backend):
+    flat, alone = (parameters([(5,), (2, 3), (7,), (4,)], device=home(backend)) for _ in range(2))
+    optimizer = Adam([{"params": flat[:2]}, {"params": flat[2:]}], backend=backend, flatten=True)
+    others = [Adam(alone[:2], backend=backend), Adam(alone[2:], backend=backend)]
+    for number, present in enumerate([(1, 1, 0, 0), (0, 0, 1, 1), (1, 1, 1, 1), (1, 1, 0, 0), (0, 0, 1, 1)]):
+        for params in (flat, alone):
+            give_some(params, present, number)
+        for each in (optimizer, *others):
+            each.step()
+    assert [bits(param) for param in flat] == [bits(param) for param in alone]
 
 
 def test_a_replay_tells_its_norm_after_a_step_without_any_gradient(graphed):

@@ -7,6 +7,8 @@ import torch
 
 from dragon.vm.torch.optim import SGD, Adam
 
+from .support import BACKENDS, home
+
 
 def summed() -> tuple[torch.nn.Parameter, SGD]:
     """A parameter of zeros, and an optimizer with a sum of ones for it."""
@@ -38,6 +40,35 @@ def test_a_loaded_sum_takes_the_place_of_one_that_was_looked_at() -> None:
     assert param.tolist() == [-1.0] * 3
 
 
+def test_a_gradient_of_another_shape_than_its_parameter_is_not_summed() -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = SGD([param], lr=1.0)
+    param.grad = torch.ones(3)
+    param.data = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"a gradient has shape \(3,\), but its parameter \(4,\)"):
+        optimizer.sum_grad()
+    assert param.grad is not None
+    assert not optimizer._sums
+
+
+def test_a_dict_with_a_sum_is_loaded_twice() -> None:
+    saved = summed()[1].state_dict()
+    for _ in range(2):
+        param, optimizer = summed()
+        optimizer.step()
+        optimizer.load_state_dict(saved)
+        optimizer.step()
+        assert param.tolist() == [-2.0] * 3
+
+
+@pytest.mark.parametrize("n_params", [0, 2])
+def test_a_sum_for_other_groups_is_refused_in_the_words_of_pytorch(n_params: int) -> None:
+    saved = summed()[1].state_dict()
+    optimizer = SGD([{"params": [torch.nn.Parameter(torch.zeros(4)) for _ in range(n_params)]}])
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        optimizer.load_state_dict(saved)
+
+
 def test_a_sum_is_saved_beside_a_state_and_ends_with_the_next_step() -> None:
     param = torch.nn.Parameter(torch.zeros(3))
     optimizer = Adam([param])
@@ -52,3 +83,17 @@ def test_a_sum_is_saved_beside_a_state_and_ends_with_the_next_step() -> None:
         optimizer.step()
         assert optimizer.state_dict()["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert float(optimizer.state[param]["step"]) == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_beside_sums_is_unscaled_once(backend: str) -> None:
+    params = [torch.nn.Parameter(torch.zeros(3, device=home(backend))) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, backend=backend)
+    params[0].grad = torch.full_like(params[0], 4.0)
+    optimizer.sum_grad()
+    params[1].grad = torch.full_like(params[1], 8.0)
+    optimizer.grad_scale = torch.tensor(4.0, device=home(backend))
+    optimizer.found_inf = torch.tensor(0.0, device=home(backend))
+    optimizer.step()
+    assert [param.tolist() for param in params] == [[-1.0] * 3, [-2.0] * 3]
+    assert params[1].grad.tolist() == [2.0] * 3

@@ -177,3 +177,10 @@ def test_saving_or_copying_one_state_of_a_hundred_takes_one(algorithm, backend):
     assert copy.deepcopy(states[0][key]).untyped_storage().nbytes() == alone.nbytes
     states[0][key].untyped_storage().resize_(0)
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in states[1].values())
+
+
+def test_a_loaded_state_that_is_taken_away_is_freed():
+    optimizer, params = stepped("eager")
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    moment = weakref.ref(optimizer.state.pop(params[0])["exp_avg"])
+    assert moment() is None

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dragon.vm.testing import SGD_OPTIONS, check_sgd, sgd_cases
 from dragon.vm.torch.optim import SGD
 
-from .support import BACKENDS, give_some, home, maker, parameters, patient
+from .support import BACKENDS, bits, give_some, home, maker, parameters, patient
 
 OPTIONS = (*SGD_OPTIONS, "maximize")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -72,3 +72,19 @@ def test_saved_states_have_the_entries_of_pytorchs(backend, options):
         optimizer.step()
         saved.append({key: set(state) for key, state in optimizer.state_dict()["state"].items()})
     assert saved[0] == saved[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_momentum_is_of_its_own_group_alone(backend):
+    params, alone = (parameters([(5,)] * 3, device=home(backend)) for _ in range(2))
+    rates = (0.0, 0.9, 0.5)
+    groups = [{"params": [param], "momentum": rate} for param, rate in zip(params, rates, strict=True)]
+    optimizer = SGD(groups, lr=0.1, backend=backend)
+    single = {"lr": 0.1, "backend": backend}
+    others = [SGD([param], momentum=rate, **single) for param, rate in zip(alone, rates, strict=True)]
+    for number in range(3):
+        for some in (params, alone):
+            give_some(some, (1, 1, 1), number)
+        for each in (optimizer, *others):
+            each.step()
+    assert [bits(param) for param in params] == [bits(param) for param in alone]

@@ -207,6 +207,14 @@ def test_a_new_group_takes_no_gradients_of_others_from_a_later_optimizer() -> No
     assert not released(params[0])
 
 
+def test_a_new_group_does_not_make_an_optimizer_the_latest() -> None:
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    earlier, _later = (SGD(params[:1], lr=lr, release_gradients=True) for lr in (1.0, 2.0))
+    earlier.add_param_group({"params": params[1:]})
+    assert released(params[0])
+    assert params[0].tolist() == [-2.0] * 3
+
+
 def test_an_optimizer_does_not_decide_about_parameters_that_have_left_it() -> None:
     params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)]
     earlier = SGD(params[:1], lr=1.0, release_gradients=True)
@@ -218,3 +226,10 @@ def test_an_optimizer_does_not_decide_about_parameters_that_have_left_it() -> No
     earlier.step()
     assert not released(params[1])
     torch.utils.swap_tensors(params[1], torch.nn.Parameter(torch.ones(3)))
+
+
+def test_an_optimizer_without_release_keeps_no_reference_to_its_parameters() -> None:
+    params = [torch.nn.Parameter(torch.full((3,), value)) for value in (0.0, 1.0)]
+    optimizer = SGD(params[:1])
+    torch.utils.swap_tensors(*params)
+    assert optimizer.param_groups[0]["params"][0].tolist() == [1.0] * 3

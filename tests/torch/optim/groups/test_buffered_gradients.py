@@ -5,7 +5,7 @@ import torch
 
 from dragon.vm.torch.optim import SGD, Adam
 
-from ..support import BACKENDS, home
+from ..support import BACKENDS, bits, give_gradients, home, parameters
 
 
 def test_a_gradient_object_that_moves_away_is_not_followed():
@@ -142,3 +142,57 @@ def test_of_a_gradient_and_its_beginning_no_part_is_left(backend, sizes, scale, 
     for param in params:
         assert torch.equal(param.detach(), torch.full_like(param, -8.0 / scale))
     assert torch.equal(whole, torch.full_like(whole, 0.0 if zero_grad else 8.0 / scale))
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"clip_norm": 0.1}),
+        (torch.bfloat16, {"stochastic_rounding": True}),
+        (torch.bfloat16, {"master_weights": "split16"}),
+        (torch.float32, {"state_dtype": "8bit"}),
+    ],
+    ids=str,
+)
+def test_what_belongs_to_one_parameter_is_not_joined(backend, dtype, options):
+    flat, apart = (parameters([(300,), (2, 200)], dtype=dtype, device=home(backend)) for _ in range(2))
+    optimizers = [
+        Adam(params, backend=backend, flatten=params is flat, rounding_seed=1, **options)
+        for params in (flat, apart)
+    ]
+    for number in range(3):
+        for params, optimizer in zip((flat, apart), optimizers, strict=True):
+            give_gradients(params, number)
+            optimizer.step()
+    assert [bits(param) for param in flat] == [bits(param) for param in apart]
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_parameter_that_moves_to_another_group_leaves_its_buffer(backend):
+    flat, apart = (parameters([(5,), (2, 3)], device=home(backend)) for _ in range(2))
+    for params in (flat, apart):
+        optimizer = Adam(params, backend=backend, flatten=params is flat)
+        for number in range(3):
+            if number == 1:
+                optimizer.add_param_group({"params": parameters([(4,)], device=home(backend)), "lr": 0.1})
+                optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+            give_gradients(params, number)
+            optimizer.step()
+    assert [bits(param) for param in flat] == [bits(param) for param in apart]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n_before", [0, 1])
+def test_each_gradient_of_a_buffer_is_clipped_alone_once_its_group_clips(backend, n_before):
+    params = [torch.nn.Parameter(torch.zeros(4, device=home(backend))) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, flatten=True, backend=backend)
+    for number in range(n_before + 1):
+        if number == n_before:
+            optimizer.param_groups[0]["clip_norm"] = 1.0
+        for param, value in zip(params, (10.0, 100.0), strict=True):
+            param.grad = torch.full_like(param, value)
+        optimizer.step()
+    expected = torch.full((4,), 0.5)
+    for param, value in zip(params, (10.0, 100.0), strict=True):
+        torch.testing.assert_close(param.detach().cpu(), -expected - n_before * value)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import Adam
-from dragon.vm.torch.optim._plan import widening
+from dragon.vm.torch.optim._plan import cache, widening
 
 from ..support import BACKENDS, bits, give_some, home, parameters, take_steps
 
@@ -171,3 +171,30 @@ def test_a_counter_of_others_is_not_read_while_a_plan_serves_a_part(step):
     optimizer.state[params[2]]["step"] = step
     take_steps(optimizer, params, [0b011])
     assert [float(optimizer.state[param]["step"]) for param in params[:2]] == [3, 3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_that_few_parameters_have_may_be_replaced(backend):
+    params, alone = (parameters([(5,)] * 3, device=home(backend)) for _ in range(2))
+    optimizer = Adam([{"params": params[:2]}, {"params": params[2:], "amsgrad": True}], backend=backend)
+    others = [Adam([param], backend=backend, amsgrad=index == 2) for index, param in enumerate(alone)]
+    for number, present in enumerate([(1, 1, 1), (0, 1, 1), (1, 0, 1), (0, 1, 1)]):
+        if number == 3:
+            for state in (optimizer.state[params[2]], others[2].state[alone[2]]):
+                state["max_exp_avg_sq"] = state["max_exp_avg_sq"] * 4
+        for some in (params, alone):
+            give_some(some, present, number)
+        for each in (optimizer, *others):
+            each.step()
+    assert [bits(param) for param in params] == [bits(param) for param in alone]
+
+
+@pytest.mark.parametrize("earlier", [(), ("other",)])
+def test_the_last_plan_stays_when_plans_for_more_fill_the_cache(earlier):
+    plans = cache.PlanCache()
+    plans.n_kept = 1
+    for name in (*earlier, "last but one"):
+        plans._keep(((name,), None), object())
+    last = object()
+    plans._keep((("last",), bytes(1)), last)
+    assert plans.latest() == [last]
