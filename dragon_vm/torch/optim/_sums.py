@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._distributed.owners import Replicas
 from dragon.vm.torch.optim._distributed.placement import placed_like, ready_grad
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
-from dragon.vm.torch.optim._distributed.unreduced import SUM_DTYPES, UnreducedSums, by_buffer
+from dragon.vm.torch.optim._distributed.unreduced import SUM_DTYPES, UnreducedSums, at_once, by_buffer, set_grads
 from dragon.vm.torch.optim._graphs.capture import is_capturing
 from dragon.vm.torch.optim._groups.flattening import Signature
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense
@@ -101,7 +101,7 @@ class GradientSums:
         grads = {param: grad for param, grad in parts if grad is not None}
         begun = {param: _as_sum(local(param), grad) for param, grad in grads.items() if param not in self.totals}
         added = [param for param in grads if param not in begun]
-        calls = [partial(self.totals.update, begun), _set_grads(list(grads), repeat(None))]
+        calls = [partial(self.totals.update, begun), set_grads(list(grads), repeat(None))]
         if added:
             totals = [self.totals[param] for param in added]
             if launch and not is_capturing():
@@ -109,7 +109,7 @@ class GradientSums:
             else:
                 calls.insert(0, partial(torch._foreach_add_, totals, [grads[param] for param in added]))
         # Whatever fails above, no gradient is lost.
-        _at_once(calls)
+        at_once(calls)
 
     def _take_unreduced(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """Take the gradients that DDP has not reduced, and return the other parameters."""
@@ -174,7 +174,7 @@ class GradientSums:
         for param, grad in zip(chosen, self.added_to(chosen, list(map(_own_part, chosen))), strict=True):
             dtype = getattr(param, "grad_dtype", param.dtype) or grad.dtype
             handed.append(distributed_like(param, grad.to(dtype)))
-        _at_once([_set_grads(chosen, handed), partial(note, chosen), partial(self.totals.clear)])
+        at_once([set_grads(chosen, handed), partial(note, chosen), partial(self.totals.clear)])
         self.clear()
 
     def _launch(self, totals: list[Tensor], grads: list[Tensor]) -> None:
@@ -188,16 +188,6 @@ class GradientSums:
             launch = self._launches.setdefault(signature, SumLaunch(signature))
             chosen = [totals[i] for i in indices]
             launch.add(chosen, [in_layout_of(total, grads[i]) for total, i in zip(chosen, indices, strict=True)])
-
-
-def _set_grads(params: Sequence[Tensor], grads: Iterable[Tensor | None]) -> partial[Any]:
-    """A call that gives parameters these gradients."""
-    return partial(list, map(setattr, params, repeat("grad"), grads))
-
-
-def _at_once(calls: Sequence[partial[Any]]) -> None:
-    """Make calls one after the other without a bytecode between them: an interrupt comes before or after all."""
-    list(map(partial.__call__, calls))
 
 
 def _own_part(param: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._distributed.unreduced import BufferKey, UnreducedSums
 
 from .support import numbers, parameters
 from .test_interrupts import OURS, Interrupt, Tracer, params_of
@@ -52,3 +53,38 @@ def test_an_interrupt_at_any_bytecode_leaves_each_gradient_once(call: Callable[[
         with pytest.raises(Interrupt):
             Tracer(at, OURS).run(partial(call, optimizer))
         assert all(map(torch.equal, gathered(optimizer), expected)), at
+
+
+def waiting() -> tuple[UnreducedSums, set[int]]:
+    """Sums that wait for other processes, with later gradients of two of three; that of the last is zeroed."""
+    params = parameters(SHAPES)
+    sums = UnreducedSums(BufferKey(None, torch.device("cpu"), torch.float32), params)
+    for seed in (1, 2):
+        for param in params[seed - 1 :]:
+            param.grad = numbers(seed, *param.shape)
+        if seed == 1:
+            sums.take()
+    return sums, {id(params[-1])}
+
+
+def test_an_interrupt_leaves_each_gradient_that_is_still_to_be_reduced_once() -> None:
+    def gathered() -> list[torch.Tensor]:
+        return [
+            view if param.grad is None else view + param.grad
+            for view, param in zip(sums._views, sums.params, strict=True)
+        ]
+
+    sums, zeroed = waiting()
+    expected = gathered()
+    counter = Tracer(None, OURS)
+    counter.run(partial(sums.take, zeroed))
+    assert [param.grad is None for param in sums.params] == [True, True, False]
+    assert counter.count > 50
+    for at in range(1, counter.count + 1):
+        sums, zeroed = waiting()
+        with pytest.raises(Interrupt):
+            Tracer(at, OURS).run(partial(sums.take, zeroed))
+        assert all(map(torch.equal, gathered(), expected)), at
+        sums.take(zeroed)
+        assert all(map(torch.equal, gathered(), expected)), at
+        assert sums._is_present == [True] * len(SHAPES)

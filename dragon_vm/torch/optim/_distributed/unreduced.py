@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -56,13 +58,19 @@ class UnreducedSums:
     def take(self, zeroed: Container[int] = ()) -> None:
         """Add the gradients that there are, and drop them; zero those of parameters with the ids `zeroed`."""
         grads = {index: param.grad for index, param in enumerate(self.params) if param.grad is not None}
-        if grads:
-            torch._foreach_add_([self._views[index] for index in grads], list(grads.values()))
-        # Whatever fails above, no gradient is lost.
-        for index, grad in grads.items():
-            self._is_present[index] = True
-            param = self.params[index]
-            param.grad = grad.zero_() if id(param) in zeroed else None
+        if not grads:
+            return
+        kept = [grads[index] for index in grads if id(self.params[index]) in zeroed]
+        dropped = [self.params[index] for index in grads if id(self.params[index]) not in zeroed]
+        # Where the addition fails, no gradient is lost.
+        at_once(
+            [
+                partial(torch._foreach_add_, [self._views[index] for index in grads], list(grads.values())),
+                partial(list, map(self._is_present.__setitem__, grads, repeat(True))),
+                *(partial(grad.zero_) for grad in kept),
+                set_grads(dropped, repeat(None)),
+            ]
+        )
 
     def reduced(self) -> dict[Tensor, Tensor]:
         """The mean over the processes, as DDP takes it, of each parameter that has a gradient on one of them."""
@@ -80,3 +88,13 @@ class UnreducedSums:
             for param, view, is_there in zip(self.params, self._views, present, strict=True)
             if is_there
         }
+
+
+def set_grads(params: Sequence[Tensor], grads: Iterable[Tensor | None]) -> partial[Any]:
+    """A call that gives parameters these gradients."""
+    return partial(list, map(setattr, params, repeat("grad"), grads))
+
+
+def at_once(calls: Sequence[partial[Any]]) -> None:
+    """Make calls one after the other without a bytecode between them: an interrupt comes before or after all."""
+    list(map(partial.__call__, calls))
