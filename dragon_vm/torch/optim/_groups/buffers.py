@@ -60,6 +60,10 @@ class FlatBuffer:
                 return None
         return found
 
+    def takes_no_part(self, chosen: Sequence[Tensor], every: Sequence[Tensor]) -> bool:
+        """Whether none of its parameters is among the chosen tensors, and all are still among all tensors."""
+        return set(self.addresses).isdisjoint(map(Tensor.data_ptr, chosen)) and self.positions(every) is not None
+
     def flat_state(self, key: str, dtype: torch.dtype) -> Tensor:
         """The flat tensor of a state: that which there is, or a new one."""
         held = self.state.get(key)

@@ -54,7 +54,8 @@ def join(
                 strays = [index for index, (shard, grad) in enumerate(pairs) if is_stray(shard, grad)]
                 joined.append(Joined(buffer, positions, pick, chosen.group_index[positions[0]], strays))
                 continue
-        parted.append(buffer)
+        if not buffer.takes_no_part(chosen.shards, recipe.members.shards):
+            parted.append(buffer)
     # All at once: a state may be the place of a parameter of another buffer.
     inside = set(chain.from_iterable(each.positions for each in joined))
     others = [state for i, state in enumerate(states) if i not in inside] if joined else []

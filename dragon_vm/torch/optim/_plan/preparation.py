@@ -74,7 +74,7 @@ def prepare(recipe: Recipe, chosen: Chosen, *, are_captured: bool) -> Prepared:
     pairs = zip(params, states, strict=True)
     held = {param: state for param, state in pairs if "param_master" in recipe.state.get(param, {})}
     reconcile(list(held), held)
-    _commit(recipe, params, states, joined, parted)
+    _commit(recipe, params, states, parted)
     entries: dict[Signature, list[Entry]] = {}
     for i, signature in enumerate(signatures):
         if i not in inside:
@@ -96,9 +96,7 @@ def prepare(recipe: Recipe, chosen: Chosen, *, are_captured: bool) -> Prepared:
     )
 
 
-def _commit(
-    recipe: Recipe, params: list[Tensor], states: list[State], joined: list[Joined], parted: list[FlatBuffer]
-) -> None:
+def _commit(recipe: Recipe, params: list[Tensor], states: list[State], parted: list[FlatBuffer]) -> None:
     """Give the optimizer the states, and take the buffers out whose parameters part."""
     for param, state in zip(params, states, strict=True):
         if state or recipe.state.get(param):
@@ -106,12 +104,12 @@ def _commit(
             held.update(state)
             for key in held.keys() - state.keys():
                 del held[key]
+    for buffer in parted:
+        recipe.buffers.remove(buffer)
     if parted:
-        together = {id(member.buffer.state.get("step")) for member in joined}
+        together = {id(buffer.state.get("step")) for buffer in recipe.buffers}
         every = [state for state in recipe.state.values() if isinstance(state, dict)]
         part_counters([state for state in every if id(state.get("step")) not in together])
         for param, state in zip(params, states, strict=True):
             if state:
                 state.update(recipe.state[param])
-    for buffer in parted:
-        recipe.buffers.remove(buffer)

@@ -1,11 +1,13 @@
 """Gradients of parameters in flat buffers, wherever they lie."""
 
+import weakref
+
 import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam
 
-from ..support import BACKENDS, bits, give_gradients, home, parameters
+from ..support import BACKENDS, bits, give_gradients, home, numbers, parameters
 
 
 def test_a_gradient_object_that_moves_away_is_not_followed():
@@ -196,3 +198,37 @@ def test_each_gradient_of_a_buffer_is_clipped_alone_once_its_group_clips(backend
     expected = torch.full((4,), 0.5)
     for param, value in zip(params, (10.0, 100.0), strict=True):
         torch.testing.assert_close(param.detach().cpu(), -expected - n_before * value)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("parts", [False, True], ids=["alone", "another buffer parts meanwhile"])
+def test_a_group_that_is_frozen_for_a_while_stays_in_its_buffer(backend, parts):
+    found = []
+    for flatten in (True, False):
+        params = [param for _ in range(2) for param in parameters([(3,), (4, 4), (20,)], device=home(backend))]
+        groups = [{"params": params[:3]}, {"params": params[3:], "lr": 0.01}]
+        optimizer = Adam(groups, backend=backend, flatten=flatten)
+        for step in range(6):
+            is_frozen = step in (0, 1, 4)
+            for seed, param in enumerate(params):
+                is_missing = (is_frozen and seed < 3) or (parts and step == 4 and seed == 5)
+                param.grad = None if is_missing else numbers(step + seed, *param.shape).to(param)
+            optimizer.step()
+        found.append([*params, *(each for param in params for each in optimizer.state[param].values())])
+        assert len(optimizer._updater.buffers) == flatten * (1 if parts else 2)
+    assert [float(optimizer.state[param]["step"]) for param in params] == [3] * 3 + [6] * 2 + [5 if parts else 6]
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*found, strict=True))
+    assert backend == "native" or all(map(torch.equal, *found))
+
+
+def test_a_group_whose_parameters_moved_away_leaves_its_buffer():
+    params = parameters([(3,), (4,)] * 2)
+    optimizer = Adam([{"params": params[:2]}, {"params": params[2:]}], flatten=True)
+    give_gradients(params, 0)
+    optimizer.step()
+    gone = weakref.ref(optimizer._updater.buffers[0].values)
+    for param in params[:2]:
+        param.data, param.grad = param.data.clone(), None
+    optimizer.step()
+    assert len(optimizer._updater.buffers) == 1
+    assert gone() is None
