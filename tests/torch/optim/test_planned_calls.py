@@ -12,7 +12,7 @@ from .support import bits, numbers
 
 
 def step(params: list[torch.nn.Parameter], optimizer: Adam, number: int, how: dict[str, Any]) -> None:
-    """A step with the loss scale, the size of the gradients, the steps of one parameter and options that are asked."""
+    """A step with the loss scale, the size of gradients and the steps of one parameter that are asked for."""
     optimizer.state[params[1]]["step"] += how.get("counts", 0)
     vars(optimizer).update(grad_scale=torch.tensor(how.get("scale", 1.0)), found_inf=torch.tensor(0.0))
     for i, param in enumerate(params):
@@ -26,7 +26,6 @@ def step(params: list[torch.nn.Parameter], optimizer: Adam, number: int, how: di
         ({"epsilon_hat": True}, {}, {"counts": 5}),
         ({"clip_norm": 1.0}, {}, {"size": 100.0}),
         ({}, {"scale": 4.0, "zero_grad": True}, {"scale": 8.0, "zero_grad": True}),
-        ({"clip_value": 0.5}, {"scale": 4.0, "zero_grad": True}, {"scale": 4.0}),
     ],
 )
 def test_a_step_that_differs_from_the_last_one_has_calls_of_its_own(
