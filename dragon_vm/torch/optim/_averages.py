@@ -64,7 +64,7 @@ def _restore(originals: dict[Tensor, Tensor]) -> None:
 
 @torch.no_grad()
 def _copies(params: list[Tensor]) -> dict[Tensor, Tensor]:
-    return {param: local(param).detach().clone() for param in params}
+    return {param: local(param).clone() for param in params}
 
 
 @torch.no_grad()

@@ -39,10 +39,7 @@ def take_over(
             "make a new optimizer and load its state_dict(), which has them"
         )
     # PyTorch's groups are complete: what was asked for would not reach them as a default.
-    groups = [
-        {name: options.get(name, value) for name, value in group.items()} | {"params": list(group["params"])}
-        for group in original.param_groups
-    ]
+    groups = [{name: options.get(name, value) for name, value in group.items()} for group in original.param_groups]
     for group in groups if "lr" in options else ():
         # A scheduler of the original began with another rate.
         group.pop("initial_lr", None)

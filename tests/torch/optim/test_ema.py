@@ -113,6 +113,35 @@ def test_swap_ema_needs_averages():
         pass
 
 
+def test_swap_ema_passes_by_what_others_keep_in_the_state():
+    (param, *_), optimizer, _ = trained("native")
+    optimizer.state["calls"] = 3
+    own = param.detach().clone()
+    with optimizer.swap_ema():
+        assert torch.equal(param, optimizer.state[param]["ema"])
+    assert torch.equal(param, own)
+
+
+class Overridden(torch.Tensor):
+    """Operations on it are not PyTorch's."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        assert func not in (torch.Tensor.clone, torch._foreach_copy_)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_swap_ema_copies_numbers_whatever_a_subclass_does_instead():
+    param = torch.nn.Parameter(torch.ones(3).as_subclass(Overridden))
+    optimizer = Adam([param], ema_decay=0.9)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    own = param.tolist()
+    with optimizer.swap_ema():
+        assert param.tolist() == optimizer.state[param]["ema"].tolist() != own
+    assert param.tolist() == own
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_averages_are_in_checkpoints(backend):
     params, optimizer, _ = trained(backend)

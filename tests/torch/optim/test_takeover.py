@@ -138,6 +138,16 @@ def test_narrow_moments_remember_the_betas_that_they_were_made_with() -> None:
     assert ours.param_groups[0]["bound_betas"] == mirror.param_groups[0]["bound_betas"]
 
 
+def test_other_moments_remember_no_betas() -> None:
+    original = torch.optim.AdamW(make_params(), betas=(0.9, 0.9))
+    fresh = AdamW.from_torch(original, betas=(0.5, 0.999), state_dtype=torch.bfloat16)
+    assert "bound_betas" not in fresh.param_groups[0]
+    run(original, range(2))
+    wide = AdamW.from_torch(original, betas=(0.5, 0.999))
+    assert "bound_betas" not in wide.state_dict()["param_groups"][0]
+    assert wide.param_groups[0]["params"] is not original.param_groups[0]["params"]
+
+
 def test_a_scheduler_of_the_new_optimizer_begins_with_the_rate_that_was_asked_for():
     param = torch.nn.Parameter(torch.ones(2))
     theirs = torch.optim.Adam([param], lr=1.0)

@@ -52,7 +52,6 @@ class CounterPlace(NamedTuple):
             isinstance(step, Tensor)
             and step.device == self.device
             and (step.dtype == torch.float32 or (step.dtype == torch.float64 and self._may_be_wide))
-            and step.numel() == 1
             and not step.requires_grad
             and not step.is_inference()
         )

@@ -99,3 +99,19 @@ def test_a_norm_that_was_read_stays_when_another_step_has_another(backend):
     param.grad = None
     optimizer.step()
     assert [norm.item() for norm in found] == [5.0, 10.0]
+
+
+@each_backend
+@pytest.mark.parametrize("of_group", [True, False])
+def test_a_gradient_that_parameters_share_is_scaled_for_each_of_them_once(backend, of_group):
+    params = [torch.nn.Parameter(torch.zeros(2, device=home(backend))) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, backend=backend)
+    for scale, value in ((1.0, -3.0), (0.5, -4.5)):
+        if of_group:
+            optimizer.param_groups[0]["grad_scale"] = scale
+        else:
+            optimizer.grad_scale = torch.full((1,), 1 / scale, device=home(backend))
+            optimizer.found_inf = torch.zeros(1, device=home(backend))
+        params[0].grad = params[1].grad = torch.full((2,), 3.0, device=home(backend))
+        optimizer.step(zero_grad=True)
+        assert [param.tolist() for param in params] == [[value] * 2] * 2

@@ -63,6 +63,17 @@ def test_a_buffer_ends_where_its_counters_end():
     assert counter_buffer([counters[1], torch.zeros(())]) is None
 
 
+def test_counters_that_were_given_other_memory_are_in_no_buffer():
+    pairs = step_counters([0.0, 0.0], HOST), step_counters([0.0, 0.0], HOST)
+    # Memory below that of a counter's own buffer, and memory above it.
+    for (moved, _), (other, _) in (pairs, pairs[::-1]):
+        own = moved.data
+        moved.set_(other)
+        assert counter_buffer([moved]) is None
+        moved.set_(own)
+        assert counter_buffer([moved]) is not None
+
+
 def test_the_memory_of_counters_goes_with_the_last_of_them():
     counters = step_counters([0.0] * 3, HOST)
     buffer = weakref.ref(_buffer_of[counters[0]])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dragon.kernels.config import LaunchConfig
+from dragon.vm.torch.optim import AdamW
 from dragon.vm.torch.optim._backends import host, launches
 from dragon.vm.torch.optim._plan import preparation
 
@@ -199,3 +200,23 @@ def test_a_counter_of_one_dimension_counts_beside_others(mode: str, backend: str
     for run in runs:
         train(*run, 2, first=1)
     assert bits(*runs[0]) == bits(*runs[1])
+
+
+@pytest.mark.parametrize("shapes", [((2, 0),), ((2, 0), (2, 0)), ((3, 5), (2, 0))])
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_empty_parameters_count_their_steps(backend: str, shapes: Any) -> None:
+    for options in ({}, {"state_dtype": torch.bfloat16}):
+        params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+        optimizer = AdamW(params, backend=backend, **options)
+        train(params, optimizer, 2)
+        assert [float(optimizer.state[param]["step"]) for param in params] == [2] * len(shapes)
+
+
+@pytest.mark.parametrize("mode", ["bf16 states to nearest", "split16", "fp32 masters of fp16"])
+def test_a_parameter_with_gaps_is_updated_as_one_without(mode: str) -> None:
+    dtype, options = MODES[mode]
+    whole = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(4, 3).to(dtype))
+    gaps = torch.nn.Parameter(torch.zeros(4, 6, dtype=dtype)[:, ::2].copy_(whole.detach()))
+    for param in (whole, gaps):
+        train([param], AdamW([param], **options), 2)
+    assert torch.equal(whole, gaps)

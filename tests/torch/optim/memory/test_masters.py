@@ -228,6 +228,17 @@ def test_a_write_is_noticed_once() -> None:
 
 
 @pytest.mark.parametrize("master", SPLITS)
+def test_masters_are_told_as_copies(master: Any) -> None:
+    param = torch.nn.Parameter(torch.randn(3).to(BF16))
+    optimizer = AdamW([param], master_weights=master)
+    train([param], optimizer, 1)
+    before = list(map(torch.clone, values(optimizer)))
+    for value in values(optimizer):
+        value.zero_()
+    assert all(map(torch.equal, values(optimizer), before))
+
+
+@pytest.mark.parametrize("master", SPLITS)
 def test_a_frozen_parameter_of_inference_mode_is_no_obstacle(master: Any) -> None:
     with torch.inference_mode():
         frozen = torch.nn.Parameter(torch.randn(3, dtype=BF16), requires_grad=False)

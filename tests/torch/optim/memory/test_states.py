@@ -256,6 +256,15 @@ def test_second_moments_that_cannot_decay_are_warned_of_once() -> None:
         AdamW([torch.nn.Parameter(torch.zeros(4))], betas=(0.9, 0.95), state_dtype=BF16, stochastic_rounding=False)
 
 
+@pytest.mark.parametrize("is_lazy", [False, True])
+def test_second_moments_that_there_will_not_be_or_are_not_known_are_not_warned_of(is_lazy: bool) -> None:
+    frozen = torch.nn.Parameter(torch.zeros(64, 64), requires_grad=False)
+    param = torch.nn.UninitializedParameter(dtype=BF16) if is_lazy else frozen
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdamW([param], state_dtype="8bit", stochastic_rounding=False, master_weights="split16")
+
+
 def test_the_maximum_is_rounded_upwards_and_never_shrinks() -> None:
     params, optimizer = make("bf16 states, amsgrad, average", ((64, 64),))
     before = torch.zeros(64, 64)

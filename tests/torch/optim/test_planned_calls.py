@@ -1,0 +1,46 @@
+"""Calls that the native backend planned for one step are used again by those steps alone that they fit."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import Adam
+
+from .support import bits, numbers
+
+
+def step(params: list[torch.nn.Parameter], optimizer: Adam, number: int, how: dict[str, Any]) -> None:
+    """A step with the loss scale, the size of gradients and the steps of one parameter that are asked for."""
+    optimizer.state[params[1]]["step"] += how.get("counts", 0)
+    vars(optimizer).update(grad_scale=torch.tensor(how.get("scale", 1.0)), found_inf=torch.tensor(0.0))
+    for i, param in enumerate(params):
+        param.grad = numbers(10 * number + i, 5) * how.get("size", 1.0)
+    optimizer.step(zero_grad=how.get("zero_grad", False))
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "second"),
+    [
+        ({"epsilon_hat": True}, {}, {"counts": 5}),
+        ({"clip_norm": 1.0}, {}, {"size": 100.0}),
+        ({}, {"scale": 4.0, "zero_grad": True}, {"scale": 8.0, "zero_grad": True}),
+    ],
+)
+def test_a_step_that_differs_from_the_last_one_has_calls_of_its_own(
+    options: dict[str, Any], first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    params = [torch.nn.Parameter(numbers(i, 5)) for i in range(2)]
+    optimizer = Adam(params, lr=0.1, backend="native", **options)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    step(params, optimizer, 0, first)
+    # A copy has no calls yet.
+    twins, twin = copy.deepcopy((params, optimizer))
+    for own, each in ((params, optimizer), (twins, twin)):
+        step(own, each, 1, second)
+    for param, other in zip(params, twins, strict=True):
+        assert bits(param) == bits(other)
+        assert bits(param.grad) == bits(other.grad)
