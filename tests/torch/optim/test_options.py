@@ -296,3 +296,12 @@ def test_a_pickle_from_before_an_option_of_pytorch_gets_its_default():
     copied = Adam.__new__(Adam)
     copied.__setstate__(pickled)
     assert copied.param_groups[0]["maximize"] is True
+
+
+def test_a_loaded_step_count_that_nothing_counts_on_is_left_out():
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = SGD([param], lr=1.0, momentum=0.5)
+    group = optimizer.state_dict()["param_groups"]
+    state = {"momentum_buffer": torch.ones(2), "step": torch.tensor(7.0)}
+    optimizer.load_state_dict({"param_groups": group, "state": {0: state}})
+    assert set(optimizer.state[param]) == {"momentum_buffer"}

@@ -222,3 +222,12 @@ def test_every_tensor_of_a_buffer_begins_at_a_multiple_of_16_elements():
     (buffer,) = make_buffers([{"params": params}])
     for flat, addresses in ((buffer.values, buffer.addresses), (buffer.grads, buffer.grad_addresses)):
         assert [(address - flat.data_ptr()) / flat.itemsize for address in addresses] == [0, 16, 48, 64]
+
+
+def test_buffers_that_inference_mode_made_are_trained():
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    with torch.inference_mode():
+        optimizer = SGD(params, lr=1.0, flatten=True)
+    (params[0] + 2 * params[1]).sum().backward()
+    optimizer.step()
+    assert [param.tolist() for param in params] == [[-1.0] * 2, [-2.0] * 2]
