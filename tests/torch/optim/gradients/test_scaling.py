@@ -99,3 +99,19 @@ def test_a_norm_that_was_read_stays_when_another_step_has_another(backend):
     param.grad = None
     optimizer.step()
     assert [norm.item() for norm in found] == [5.0, 10.0]
+
+
+@pytest.mark.parametrize("value", [3.0, math.inf])
+def test_kernels_beside_the_host_clip_skip_and_zero_as_it_decides(value):
+    found = []
+    for backend in ("triton", "eager"):
+        # No kernel updates what is not dense.
+        params = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2, 2)[:, 0])]
+        for param in params:
+            param.grad = torch.full_like(param, value)
+        optimizer = SGD(params, lr=1.0, backend=backend, max_grad_norm=1.0, skip_nonfinite=True)
+        optimizer.step(zero_grad=True)
+        assert optimizer.n_skipped_steps == math.isinf(value)
+        found.append([torch.cat([*params]).tolist(), torch.cat([param.grad for param in params]).tolist()])
+    assert found[0][1] == [0.0] * 4
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
