@@ -115,3 +115,13 @@ def test_kernels_beside_the_host_clip_skip_and_zero_as_it_decides(value):
         found.append([torch.cat([*params]).tolist(), torch.cat([param.grad for param in params]).tolist()])
     assert found[0][1] == [0.0] * 4
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+
+
+@each_backend
+def test_each_gradient_is_clipped_by_its_unscaled_norm_whatever_its_clip_value(backend):
+    param = torch.nn.Parameter(torch.zeros(1, device=home(backend)))
+    param.grad = torch.full_like(param, 24.0)
+    optimizer = SGD([param], lr=1.0, backend=backend, clip_norm=2.0, clip_value=0.5)
+    optimizer.grad_scale = torch.full((1,), 8.0, device=home(backend))
+    optimizer.step()
+    assert param.item() == -2.0
