@@ -367,7 +367,7 @@ def test_entries_of_others_in_a_state_leave_masters_alone() -> None:
     params, optimizer = make("split16", ema_decay=0.5)
     train(params, optimizer, 2)
     before = values(optimizer)
-    optimizer.state["run"] = {"epoch": 1}  # type: ignore[index]
+    optimizer.state["run"] = {"epoch": 1}
     with optimizer.swap_ema():
         pass
     assert same_bits(before, values(optimizer))
