@@ -178,3 +178,28 @@ def test_a_loaded_average_takes_the_asked_dtype_or_the_wider_one(saved, param, a
     other.load_state_dict(states)
     assert other.state[own]["ema"].dtype == expected
     assert other.state[own]["ema"].tolist() == [2.0] * 3
+
+
+def test_a_dict_without_averages_is_loaded_and_they_begin_at_the_next_step():
+    theirs = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))])
+    param = theirs.param_groups[0]["params"][0]
+    param.grad = torch.ones_like(param)
+    theirs.step()
+    optimizer = Adam([param], ema_decay=0.5)
+    optimizer.load_state_dict(theirs.state_dict())
+    before = param.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[param]["ema"], (before + param.detach()) / 2)
+
+
+@pytest.mark.parametrize("algorithm", [Adam, SGD])
+def test_a_loaded_average_of_another_shape_is_refused(algorithm):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = algorithm([param], lr=0.1, ema_decay=0.5)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["ema"] = torch.ones(2)
+    with pytest.raises(ValueError, match=r"has ema of shape \(2,\)"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state[param]["ema"].shape == (3,)

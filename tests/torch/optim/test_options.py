@@ -277,3 +277,31 @@ def test_what_autograd_sees_and_a_list_without_tensors_stay_the_users() -> None:
     params = [torch.ones(2, requires_grad=True) for _ in range(2)]
     optimizer = Adam([{"params": [param], "betas": betas} for param in params], lr=lr, differentiable=True)
     assert all(group["lr"] is lr and group["betas"] is betas for group in optimizer.param_groups)
+
+
+def test_a_loaded_dict_changes_no_option_that_it_lacks_and_none_of_the_optimizer():
+    loaded = torch.optim.Adam(parameters([(3,)])).state_dict()
+    loaded["param_groups"][0]["max_grad_norm"] = 0.5
+    optimizer = Adam([{"params": parameters([(3,)]), "clip_norm": 0.25}])
+    optimizer.load_state_dict(loaded)
+    (group,) = optimizer.param_groups
+    assert group["clip_norm"] == 0.25
+    assert "max_grad_norm" not in group
+
+
+def test_a_pickle_from_before_an_option_of_pytorch_gets_its_default():
+    optimizer = Adam(parameters([(3,)]), maximize=True)
+    pickled = optimizer.__getstate__()
+    del pickled["param_groups"][0]["maximize"]
+    copied = Adam.__new__(Adam)
+    copied.__setstate__(pickled)
+    assert copied.param_groups[0]["maximize"] is True
+
+
+def test_a_loaded_step_count_that_nothing_counts_on_is_left_out():
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = SGD([param], lr=1.0, momentum=0.5)
+    group = optimizer.state_dict()["param_groups"]
+    state = {"momentum_buffer": torch.ones(2), "step": torch.tensor(7.0)}
+    optimizer.load_state_dict({"param_groups": group, "state": {0: state}})
+    assert set(optimizer.state[param]) == {"momentum_buffer"}

@@ -44,7 +44,7 @@ def checked_state(
             f"loaded state dict has {found} for {label} of shape {tuple(param.shape)} and {param.dtype}"
         )
     if not algorithm.counts_steps(group):
-        return {name: value for name, value in state.items() if algorithm.saves_steps or name != "step"}
+        return {name: value for name, value in state.items() if name != "step"}
     has_begun = any(held_format(state, key) is not None for key in algorithm.state_keys(group))
     step = state.get("step", algorithm.uncounted_steps if has_begun else 0.0)
     if step is None:

@@ -113,3 +113,10 @@ def test_a_norm_that_the_host_decides_clips_float64_as_exactly_as_others(backend
     for param, old in zip(params, before, strict=True):
         expected = old - param.grad * (size / 4 / (norm + 1e-6))
         torch.testing.assert_close(param.detach(), expected, rtol=1e-14, atol=0)
+
+
+@each_backend
+def test_a_step_without_gradients_has_no_norm_that_nobody_asked_for(backend):
+    optimizer = SGD(parameters([(2,)], device=home(backend)), lr=0.5, backend=backend)
+    optimizer.step()
+    assert optimizer.grad_norm is None

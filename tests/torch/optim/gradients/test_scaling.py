@@ -115,3 +115,29 @@ def test_a_gradient_that_parameters_share_is_scaled_for_each_of_them_once(backen
         params[0].grad = params[1].grad = torch.full((2,), 3.0, device=home(backend))
         optimizer.step(zero_grad=True)
         assert [param.tolist() for param in params] == [[value] * 2] * 2
+
+
+@pytest.mark.parametrize("value", [3.0, math.inf])
+def test_kernels_beside_the_host_clip_skip_and_zero_as_it_decides(value):
+    found = []
+    for backend in ("triton", "eager"):
+        # No kernel updates what is not dense.
+        params = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2, 2)[:, 0])]
+        for param in params:
+            param.grad = torch.full_like(param, value)
+        optimizer = SGD(params, lr=1.0, backend=backend, max_grad_norm=1.0, skip_nonfinite=True)
+        optimizer.step(zero_grad=True)
+        assert optimizer.n_skipped_steps == math.isinf(value)
+        found.append([torch.cat([*params]).tolist(), torch.cat([param.grad for param in params]).tolist()])
+    assert found[0][1] == [0.0] * 4
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+
+
+@each_backend
+def test_each_gradient_is_clipped_by_its_unscaled_norm_whatever_its_clip_value(backend):
+    param = torch.nn.Parameter(torch.zeros(1, device=home(backend)))
+    param.grad = torch.full_like(param, 24.0)
+    optimizer = SGD([param], lr=1.0, backend=backend, clip_norm=2.0, clip_value=0.5)
+    optimizer.grad_scale = torch.full((1,), 8.0, device=home(backend))
+    optimizer.step()
+    assert param.item() == -2.0

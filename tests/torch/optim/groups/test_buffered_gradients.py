@@ -1,11 +1,13 @@
 """Gradients of parameters in flat buffers, wherever they lie."""
 
+import math
 import weakref
 
 import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim._groups.buffers import make_buffers
 
 from ..support import BACKENDS, bits, give_gradients, home, numbers, parameters
 
@@ -28,21 +30,21 @@ def test_a_gradient_object_that_moves_away_is_not_followed():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_another_new", [False, True])
-def test_a_gradient_in_the_place_of_an_object_that_moved_away_is_zeroed(backend, is_another_new):
-    params = [torch.nn.Parameter(torch.zeros(2, device=home(backend))) for _ in range(2)]
-    optimizer = SGD(params, lr=1.0, backend=backend, flatten=True)
+@pytest.mark.parametrize("another_new", [[], [1], [2]], ids=["none", "of the buffer", "of another buffer"])
+def test_a_gradient_in_the_place_of_an_object_that_moved_away_is_zeroed(backend, another_new):
+    params = [torch.nn.Parameter(torch.zeros(2, device=home(backend))) for _ in range(4)]
+    optimizer = SGD([{"params": params[:2]}, {"params": params[2:]}], lr=1.0, backend=backend, flatten=True)
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
     moved = params[0].grad
     params[0].grad = moved.detach()
     moved.data = torch.full_like(moved, -100.0)
-    if is_another_new:
-        params[1].grad = torch.ones_like(params[1])
+    for index in another_new:
+        params[index].grad = torch.ones_like(params[index])
     optimizer.step(zero_grad=True)
-    assert [param.tolist() for param in params] == [[-2.0] * 2] * 2
-    assert [param.grad.tolist() for param in params] == [[0.0] * 2] * 2
+    assert [param.tolist() for param in params] == [[-2.0] * 2] * 4
+    assert [param.grad.tolist() for param in params] == [[0.0] * 2] * 4
     assert moved.tolist() == [-100.0] * 2
 
 
@@ -232,3 +234,35 @@ def test_a_group_whose_parameters_moved_away_leaves_its_buffer():
     optimizer.step()
     assert len(optimizer._updater.buffers) == 1
     assert gone() is None
+
+
+def test_the_padding_between_sums_has_no_part_in_their_norm():
+    """Memory that nothing was written to is NaN here."""
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = SGD(params, lr=1.0, backend="native", flatten=True, max_grad_norm=100.0)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.sum_grad()
+    torch.use_deterministic_algorithms(True)
+    try:
+        optimizer.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert float(optimizer.grad_norm) == pytest.approx(2 * math.sqrt(6))
+
+
+def test_every_tensor_of_a_buffer_begins_at_a_multiple_of_16_elements():
+    params = [torch.nn.Parameter(torch.zeros(n, dtype=torch.bfloat16)) for n in (3, 17, 16, 1)]
+    (buffer,) = make_buffers([{"params": params}])
+    for flat, addresses in ((buffer.values, buffer.addresses), (buffer.grads, buffer.grad_addresses)):
+        assert [(address - flat.data_ptr()) / flat.itemsize for address in addresses] == [0, 16, 48, 64]
+
+
+def test_buffers_that_inference_mode_made_are_trained():
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    with torch.inference_mode():
+        optimizer = SGD(params, lr=1.0, flatten=True)
+    (params[0] + 2 * params[1]).sum().backward()
+    optimizer.step()
+    assert [param.tolist() for param in params] == [[-1.0] * 2, [-2.0] * 2]

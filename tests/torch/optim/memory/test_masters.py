@@ -179,6 +179,21 @@ def test_a_run_goes_back_to_its_checkpoint_bit_by_bit(master: Any, is_native: bo
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("master", SPLITS)
+def test_a_look_at_the_averages_between_two_loads_leaves_masters_alone(master: Any) -> None:
+    """They are trusted from `load_state_dict` to the next step, whatever is written."""
+    params, optimizer = make("split16", master_weights=master, ema_decay=0.5)
+    train(params, optimizer, 2)
+    before, weights = values(optimizer), [param.detach().clone() for param in params]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with optimizer.swap_ema():
+        pass
+    with torch.no_grad():
+        for param, weight in zip(params, weights, strict=True):
+            param.copy_(weight)
+    assert same_bits(before, values(optimizer))
+
+
 def test_a_remainder_of_16_bits_is_not_read_as_one_of_8_whatever_its_bits() -> None:
     params, optimizer = make("split16", [(1,)], native_state_dict=True)
     train(params, optimizer, 1)
@@ -357,3 +372,13 @@ def test_an_exchange_within_an_exchange_leaves_masters_alone(master: Any) -> Non
         pass
     ((_, after),) = optimizer.master_weights()
     assert torch.equal(before, after)
+
+
+def test_entries_of_others_in_a_state_leave_masters_alone() -> None:
+    params, optimizer = make("split16", ema_decay=0.5)
+    train(params, optimizer, 2)
+    before = values(optimizer)
+    optimizer.state["run"] = {"epoch": 1}
+    with optimizer.swap_ema():
+        pass
+    assert same_bits(before, values(optimizer))
