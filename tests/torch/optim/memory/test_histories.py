@@ -75,17 +75,19 @@ def test_no_history_of_gradients_exceeds_the_bound(
 
 
 def forgotten(n_steps: int, **options: object) -> float:
-    """Median of sqrt(v / exact v) of elements whose gradients got 10 times smaller after 500 steps."""
+    """Median of sqrt(v / exact v) of elements whose gradients got 10 times smaller after 200 steps."""
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.zeros(64, 64))
-    optimizer = Adam([param], lr=0.0, betas=BETAS, **options)
+    # 0.999 would take three times as many steps.
+    beta2 = 0.997
+    optimizer = Adam([param], lr=0.0, betas=(BETAS[0], beta2), **options)
     exact = torch.zeros(64, 64, dtype=torch.float64)
     quiet = (POSITIONS % 2 == 1).view(64, 64)
     sizes: tuple[Tensor, Tensor] = torch.ones(64, 64), torch.where(quiet, 0.1, 1.0)
     for step in range(n_steps):
-        param.grad = torch.randn(64, 64, generator=generator).mul_(sizes[step >= 500])
+        param.grad = torch.randn(64, 64, generator=generator).mul_(sizes[step >= 200])
         optimizer.step()
-        exact.lerp_(param.grad.double().square_(), 1 - BETAS[1])
+        exact.lerp_(param.grad.double().square_(), 1 - beta2)
     stored = optimizer.state_dict()["state"][0]["exp_avg_sq"].double()
     return float((stored / exact).sqrt()[quiet].median())
 
@@ -93,5 +95,5 @@ def forgotten(n_steps: int, **options: object) -> float:
 @pytest.mark.filterwarnings("ignore:exp_avg_sq is rounded to nearest")
 @pytest.mark.parametrize("state_dtype", [BF16, "8bit"])
 def test_second_moments_forget_and_to_nearest_they_would_not(state_dtype: torch.dtype | str) -> None:
-    assert 0.85 <= forgotten(4_500, state_dtype=state_dtype) <= 1.15
-    assert forgotten(1_500, state_dtype=state_dtype, stochastic_rounding=False) > 1.5
+    assert 0.85 <= forgotten(1_700, state_dtype=state_dtype) <= 1.15
+    assert forgotten(1_000, state_dtype=state_dtype, stochastic_rounding=False) > 1.5
