@@ -104,12 +104,13 @@ def _commit(recipe: Recipe, params: list[Tensor], states: list[State], parted: l
             held.update(state)
             for key in held.keys() - state.keys():
                 del held[key]
-    for buffer in parted:
-        recipe.buffers.remove(buffer)
     if parted:
-        together = {id(buffer.state.get("step")) for buffer in recipe.buffers}
+        together = {id(buffer.state.get("step")) for buffer in recipe.buffers if buffer not in parted}
         every = [state for state in recipe.state.values() if isinstance(state, dict)]
         part_counters([state for state in every if id(state.get("step")) not in together])
         for param, state in zip(params, states, strict=True):
             if state:
                 state.update(recipe.state[param])
+    # Last: whatever interrupts this, no counter stays shared without a buffer.
+    for buffer in parted:
+        recipe.buffers.remove(buffer)

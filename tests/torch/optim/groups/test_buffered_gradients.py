@@ -10,6 +10,7 @@ from dragon.vm.torch.optim import SGD, Adam
 from dragon.vm.torch.optim._groups.buffers import make_buffers
 
 from ..support import BACKENDS, bits, give_gradients, home, numbers, parameters
+from ..test_interrupts import OURS, Interrupt, Tracer
 
 
 def test_a_gradient_object_that_moves_away_is_not_followed():
@@ -266,3 +267,28 @@ def test_buffers_that_inference_mode_made_are_trained():
     (params[0] + 2 * params[1]).sum().backward()
     optimizer.step()
     assert [param.tolist() for param in params] == [[-1.0] * 2, [-2.0] * 2]
+
+
+def test_an_interrupt_while_a_buffer_parts_leaves_no_counter_shared():
+    def parting():
+        params = parameters([(3,)] * 3)
+        optimizer = Adam(params, backend="native", flatten=True)
+        give_gradients(params, 0)
+        optimizer.step()
+        params[1].grad = params[2].grad = None
+        return params, optimizer
+
+    folder = f"{OURS}/_plan/preparation.py"
+    counter = Tracer(None, folder)
+    counter.run(parting()[1].step)
+    assert counter.count > 300
+    for at in range(1, counter.count + 1):
+        params, optimizer = parting()
+        with pytest.raises(Interrupt):
+            Tracer(at, folder).run(optimizer.step)
+        for param in params[1:]:
+            params[0].grad = params[1].grad = params[2].grad = None
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        counts = [float(optimizer.state[param]["step"]) for param in params]
+        assert counts in ([1.0, 2.0, 2.0], [2.0, 2.0, 2.0]), at
