@@ -1,10 +1,21 @@
 """Buckets of released gradients: how they are filled, and what a scaler is told of them."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 from dragon.vm.torch.optim import SGD, _release
+
+
+def two_buckets(monkeypatch):
+    """Two parameters in a bucket each, a scaler, and an optimizer that releases their gradients."""
+    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
+    params = [nn.Parameter(torch.ones(64)) for _ in range(2)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    return *params, scaler, SGD(params, lr=1.0, release_gradients=scaler)
 
 
 def test_each_bucket_is_filled_before_the_next_begins(monkeypatch):
@@ -46,12 +57,9 @@ def test_a_scaler_that_unscales_finds_what_was_released_before_and_behind_the_la
 
 @pytest.mark.parametrize("factor", [1.0, torch.inf])
 def test_a_scaler_finds_what_was_released_before_a_group_came(factor, monkeypatch):
-    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
-    unused, trained, late = (nn.Parameter(torch.ones(64)) for _ in range(3))
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    optimizer = SGD([unused, trained], lr=1.0, release_gradients=scaler)
+    _, trained, scaler, optimizer = two_buckets(monkeypatch)
     scaler.scale((trained * factor).sum()).backward()
-    optimizer.add_param_group({"params": [late]})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(64))]})
     scaler.step(optimizer)
     scaler.update()
     is_skipped = factor == torch.inf
@@ -73,10 +81,7 @@ def test_a_group_in_any_bucket_hides_no_second_pass(n_elements, is_trained, monk
 
 
 def test_a_scaler_finds_nothing_of_a_backward_pass_that_was_given_up(monkeypatch):
-    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
-    unused, trained = (nn.Parameter(torch.ones(64)) for _ in range(2))
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    optimizer = SGD([unused, trained], lr=1.0, release_gradients=scaler)
+    _, trained, scaler, optimizer = two_buckets(monkeypatch)
     scaler.scale((trained * torch.inf).sum()).backward()
     optimizer.zero_grad()
     scaler.scale(trained.sum()).backward()
@@ -100,10 +105,24 @@ def test_a_parameter_that_another_has_replaced_is_left_alone():
 
 def test_who_asks_for_unscaling_without_a_scaler_changes_nothing(monkeypatch):
     """As PyTorch Lightning does before it clips."""
-    monkeypatch.setattr(_release, "BUCKET_BYTES", 4 * 64)
-    unused, trained = (nn.Parameter(torch.ones(64)) for _ in range(2))
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    optimizer = SGD([unused, trained], lr=1.0, release_gradients=scaler)
+    unused, trained, scaler, optimizer = two_buckets(monkeypatch)
     scaler.scale(trained.sum()).backward()
     assert optimizer._step_supports_amp_scaling
     assert unused.grad is None, "a gradient for no scaler"
+
+
+def test_an_optimizer_is_freed_without_the_garbage_collector():
+    param = nn.Parameter(torch.ones(4))
+    gc.disable()
+    try:
+        # PyTorch imports what it needs at the first construction of a process, which leaves frames behind.
+        for _ in range(2):
+            optimizer = SGD([param], lr=1.0, release_gradients=True)
+            param.sum().backward()
+            gone = weakref.ref(optimizer)
+            del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+    param.sum().backward()
+    assert param.grad is not None
