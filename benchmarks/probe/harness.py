@@ -41,7 +41,7 @@ class Probe:
         self.is_dry, self.machine, self.timer = is_dry, machine, Timer(machine.device)
         self.copy_gb_per_s: float | None = None
         self.n_failed = 0
-        self._n_times = 2 if is_dry else 15
+        self._n_times = 1 if is_dry else 15
         self._start = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
