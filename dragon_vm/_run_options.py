@@ -99,7 +99,9 @@ def _option_parser() -> argparse.ArgumentParser:
 
 
 def _value(text: str) -> Any:
-    """A word, a dtype by its name, or one of both for each state: ``exp_avg=bfloat16,exp_avg_sq=float32``."""
+    """A word, a dtype or None by its name, or one of them a state: ``exp_avg=bfloat16,exp_avg_sq=float32``."""
+    if text == "None":
+        return None
     if "=" in text:
         pairs = (pair.partition("=") for pair in text.split(","))
         return {state: _value(value) for state, _, value in pairs}

@@ -208,7 +208,7 @@ RIGHT: dict[tuple[str, ...], dict[str, Any]] = {
         "state_dtype": {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.float32}
     },
     ("--master-weights", "split8", "--rounding-seed", "7"): {"master_weights": "split8", "rounding_seed": 7},
-    ("--master-weights", "float32"): {"master_weights": torch.float32},
+    ("--master-weights", "float32", "--backend", "None"): {"master_weights": torch.float32, "backend": None},
     ("--flatten", "--max-grad-norm", "1e-2"): {"flatten": True, "max_grad_norm": 0.01},
     ("--norm-type", "inf", "--backend", "native"): {"norm_type": math.inf, "backend": "native"},
     ("--epsilon-hat", "--ema-decay", "0.9"): {"epsilon_hat": True, "ema_decay": 0.9},
