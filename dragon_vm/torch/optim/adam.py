@@ -57,8 +57,8 @@ class Adam(Optimizer, torch.optim.Adam):
             parameter's, or fp32 beside a master. Small and odd tensors keep fp32 instead of 8 bits.
         stochastic_rounding: per group: None rounds so the second moments that `state_dtype` makes narrow, and
             masters of 24 bits; True also bf16 parameters; False nothing.
-        master_weights: masters of 16-bit parameters, per group: `torch.float32`, "split16" with the same bits in
-            4 bytes, "split8" with 24 of them in 3 bytes, or None.
+        master_weights: masters of 16-bit parameters, per group: `torch.float32`, or None. For bf16 also "split16",
+            which has the same bits in 4 bytes, and "split8", 24 of them in 3 bytes.
         rounding_seed: decides the random bits, from 0 to 2**63 - 1.
         native_state_dict: let `state_dict` return what is stored instead of fp32. PyTorch reads no 8-bit codes.
         backend: "triton", "native", "eager", or None to choose.
