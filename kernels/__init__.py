@@ -1,4 +1,6 @@
-"""Device code: Triton kernels that update every tensor of a model in one launch. Imports triton and nothing else.
+"""Device code: Triton kernels that update all tensors of a dtype in one launch.
+
+It imports triton and the standard library.
 
 A kernel takes pointers to the tables of `dragon.kernels.table` and compile-time constants. `dragon.kernels.launch`
 starts it, and `dragon.kernels.inspect` shows what the compiler makes of it. Read `adam` (the maths), `update` (the

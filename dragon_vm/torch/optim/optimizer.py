@@ -255,7 +255,7 @@ class Optimizer(StoringOptimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of all gradients, 0 without one, at the last step that needed it; 0-dim float64, or None before."""
+        """Norm of scaled, unclipped gradients at the last step that needed it; 0-dim float64, or None before."""
         return self._updater.grad_norm
 
     def __getstate__(self) -> dict[str, Any]:
