@@ -2,9 +2,10 @@
 
 Needs torch, numpy and Hypothesis only. A parity suite for one's own optimizer:
 
-    from hypothesis import given
+    from hypothesis import given, settings
     from dragon.vm.testing import adam_cases, check_adam
 
+    @settings(deadline=None)
     @given(adam_cases())
     def test_my_adam_takes_every_step_right(case):
         check_adam(MyAdam, case)

@@ -80,7 +80,7 @@ def hyperparameters(names: Sequence[str] = ADAM_OPTIONS) -> SearchStrategy[dict[
 
 
 def numels() -> SearchStrategy[int]:
-    """Draw element counts: around the borders of blocks most of the time."""
+    """Draw element counts, half of them at the borders of blocks."""
     return st.sampled_from(BLOCK_BORDERS) | st.integers(0, 300)
 
 
