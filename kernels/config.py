@@ -14,7 +14,7 @@ class LaunchConfig(Constant):
     """The tuning of an update kernel, compiled into it.
 
     Attributes:
-        chunk: elements that a program takes at a time, a power of two of at least 32 times `n_warps`.
+        chunk: elements that a program takes at a time, a power of two and no fewer than its threads.
         n_warps: warps of a program.
         n_stages: software pipelining stages of loops.
         eviction: cache hint of loads and stores: "", "evict_first" or "evict_last".
