@@ -141,6 +141,8 @@ def check_own(group: Mapping[str, Any], settings: Settings) -> None:
     for name in ("clip_norm", "clip_value"):
         if not group[name] >= 0:
             raise ValueError(f"{name} must not be negative or NaN, but got {group[name]}")
+    if group.get("epsilon_hat") not in (None, True, False):
+        raise TypeError(f"epsilon_hat must be a bool or None, but got {group['epsilon_hat']!r}")
     if not 0.0 <= ema_decay < 1.0:
         raise ValueError(f"ema_decay must be at least 0 and below 1, but got {ema_decay}")
     if group["clip_norm"] and settings.norm_type != 2:

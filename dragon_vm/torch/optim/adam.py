@@ -117,8 +117,7 @@ class Adam(Optimizer, torch.optim.Adam):
         """Take over a running `torch.optim.Adam` or `AdamW`: its groups, hyperparameters, state and epsilon.
 
         Args:
-            optimizer: it keeps its state, its hooks and its schedulers, but is not to update the same parameters any
-                more.
+            optimizer: it keeps its state, hooks and schedulers, but is not to update the same parameters any more.
             **options: as of the class. One that the groups have too, such as `lr`, takes the place of theirs in
                 all of them.
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from dragon.vm.torch import nn as dragon_nn
 from dragon.vm.torch.optim import SGD, Adam, AdamW, swap
 from dragon.vm.torch.optim._hints import ELSEWHERE, option_of
 from dragon.vm.torch.optim._options import OWN_GROUP_DEFAULTS, Settings
@@ -237,6 +238,54 @@ def test_what_the_constructor_refuses_is_refused_in_mid_run(algorithm, name, bad
     optimizer.param_groups[0][name] = good
     optimizer.step()
     assert (param < before).all()
+
+
+@pytest.mark.parametrize("bad", ["no", "False", 2])
+def test_a_form_of_epsilon_that_is_no_bool_is_refused(bad):
+    param = torch.nn.Parameter(torch.ones(2))
+    refused = pytest.raises(TypeError, match=f"epsilon_hat must be a bool or None, but got {bad!r}")
+    with refused:
+        Adam([param], epsilon_hat=bad)
+    with refused:
+        Adam([{"params": [param], "epsilon_hat": bad}])
+    optimizer = Adam([param])
+    optimizer.param_groups[0]["epsilon_hat"] = bad
+    param.grad = torch.ones(2)
+    with refused:
+        optimizer.step()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make", [dragon_nn.Parameter, torch.nn.Parameter])
+def test_no_form_of_epsilon_means_that_of_the_parameters_in_mid_run_too(make, backend):
+    found = []
+    for change in ({}, {"epsilon_hat": None}):
+        param = make(torch.ones(2, device=home(backend)))
+        optimizer = Adam([param], eps=0.1, backend=backend)
+        optimizer.param_groups[0].update(change)
+        param.grad = torch.full_like(param, 0.1)
+        optimizer.step()
+        found.append(param.detach())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_value_is_a_flag_as_with_pytorch(backend):
+    for make, name in ((Adam, "decoupled_weight_decay"), (SGD, "nesterov")):
+        momentum = {"momentum": 0.9} if make is SGD else {}
+        found = []
+        for value in ("x", True, None, False):
+            param = torch.nn.Parameter(torch.ones(2, device=home(backend)))
+            optimizer = make([param], lr=0.1, weight_decay=0.5, backend=backend, **momentum)
+            optimizer.param_groups[0][name] = value
+            for _ in range(2):
+                param.grad = torch.ones_like(param)
+                optimizer.step()
+            found.append(param.detach())
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[2], found[3])
+        assert not torch.equal(found[0], found[2])
 
 
 def test_two_limits_contradict_each_other_in_mid_run_too():

@@ -53,8 +53,8 @@ def _columns(group: Group) -> dict[str, float]:
         "BETA1": beta1,
         "BETA2": beta2,
         "EPS": float(group["eps"]),
-        "EPSILON_HAT": float(group["epsilon_hat"]),
-        "DECOUPLED": float(group["decoupled_weight_decay"]),
+        "EPSILON_HAT": float(bool(group["epsilon_hat"])),
+        "DECOUPLED": float(bool(group["decoupled_weight_decay"])),
     }
 
 

@@ -37,7 +37,8 @@ def _check(group: Group) -> None:
 
 
 def _columns(group: Group) -> dict[str, float]:
-    return {name.upper(): float(group[name]) for name in ("momentum", "dampening", "nesterov")}
+    numbers = {name.upper(): float(group[name]) for name in ("momentum", "dampening")}
+    return {**numbers, "NESTEROV": float(bool(group["nesterov"]))}
 
 
 def sgd_update(

@@ -8,6 +8,7 @@ from operator import itemgetter
 from typing import Any
 
 from dragon.vm.torch.optim._algorithms.algorithm import host_number, kinds
+from dragon.vm.torch.optim._gradients.zeroing import are_dragon
 from dragon.vm.torch.optim._options import PLAIN_TYPES, Version, by_value, check_number, check_numbers, complete
 
 # Of learning rates that need no check.
@@ -99,7 +100,11 @@ class Hyperparameters:
 
     def _options_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group with all options, without its parameters: what is taken out of it must not stay here."""
-        return {name: value for name, value in complete(group, self._own).items() if name != "params"}
+        options = {name: value for name, value in complete(group, self._own).items() if name != "params"}
+        if options.get("epsilon_hat", False) is None:
+            # Written in mid-run: it means what it does at construction.
+            options["epsilon_hat"] = are_dragon(group["params"])
+        return options
 
     def _take(self, groups: Sequence[Mapping[str, Any]], rows: Sequence[Any]) -> None:
         complete_groups = list(map(self._options_of, groups))
