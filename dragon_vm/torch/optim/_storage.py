@@ -161,8 +161,8 @@ class StoringOptimizer(AccumulatingOptimizer):
             self._has_warned = True
             warnings.warn(
                 f"exp_avg_sq is rounded to nearest in so few bits that with beta2={beta2} it cannot decay: "
-                "learning rates stay too small for thousands of steps, and losses are worse. Leave "
-                'stochastic_rounding=None, or use state_dtype={"exp_avg_sq": torch.float32}',
+                "learning rates stay too small for thousands of steps, and losses are worse. Use "
+                'state_dtype={"exp_avg_sq": torch.float32}, or leave stochastic_rounding=None if no parameter is float64',
                 UserWarning,
                 stacklevel=_levels_to_user(),
             )
