@@ -162,7 +162,8 @@ class StoringOptimizer(AccumulatingOptimizer):
             warnings.warn(
                 f"exp_avg_sq is rounded to nearest in so few bits that with beta2={beta2} it cannot decay: "
                 "learning rates stay too small for thousands of steps, and losses are worse. Use "
-                'state_dtype={"exp_avg_sq": torch.float32}, or leave stochastic_rounding=None if no parameter is float64',
+                'state_dtype={"exp_avg_sq": torch.float32}. For all but float64 parameters, '
+                "stochastic_rounding=None does as well",
                 UserWarning,
                 stacklevel=_levels_to_user(),
             )
