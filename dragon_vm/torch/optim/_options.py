@@ -75,7 +75,7 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
     if not settings.max_grad_norm >= 0:
         raise ValueError(f"max_grad_norm must not be negative or NaN, but got {settings.max_grad_norm}")
     if settings.norm_type not in (2, math.inf):
-        raise ValueError(f"norm_type must be 2 or infinity, but got {settings.norm_type}")
+        raise ValueError(f"norm_type must be 2 or infinity, but got {settings.norm_type!r}")
     # A tensor that is filled later would be read by some backends and not by others.
     settings = settings._replace(max_grad_norm=float(settings.max_grad_norm))
     seed = settings.rounding_seed

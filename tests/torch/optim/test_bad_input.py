@@ -198,6 +198,7 @@ def test_an_integer_parameter_that_gets_a_gradient_later_is_refused_then():
         ({"clip_value": -1.0}, ("clip_value", "-1.0")), ({"clip_value": NAN}, ("clip_value", "nan")),
         ({"max_grad_norm": -1.0}, ("max_grad_norm", "-1.0")), ({"max_grad_norm": NAN}, ("max_grad_norm", "nan")),
         ({"norm_type": 1}, ("norm_type", "1")), ({"norm_type": NAN}, ("norm_type", "nan")),
+        ({"norm_type": "inf"}, ("norm_type", "'inf'")),
         ({"grad_scale": 0.0}, ("grad_scale", "0.0")), ({"grad_scale": -2.0}, ("grad_scale", "-2.0")),
         ({"grad_scale": NAN}, ("grad_scale", "nan")), ({"grad_scale": math.inf}, ("grad_scale", "inf")),
         ({"ema_decay": 1.0}, ("ema_decay", "1.0")), ({"ema_decay": -0.1}, ("ema_decay", "-0.1")),
