@@ -83,7 +83,7 @@ def main() -> None:
     set_state_dict(
         resumed_model,
         resumed,
-        model_state_dict=state["model"],  # type: ignore[arg-type]  # the stub knows flat ones only  # what get_state_dict returned
+        model_state_dict=state["model"],  # type: ignore[arg-type]  # the stub knows flat ones only
         optim_state_dict=state["optim"],  # type: ignore[arg-type]  # the stub knows flat ones only
     )
     same = loss == train(resumed_model, resumed, range(N_STEPS // 2, N_STEPS))
