@@ -49,6 +49,11 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str], bool]:
     return vars(found), program, as_module
 
 
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether an option in front of the script asks for the help."""
+    return not {"-h", "--help"}.isdisjoint(_split(arguments)[0])
+
+
 def _split(words: Sequence[str]) -> tuple[list[str], list[str], bool]:
     """The options, the program with its arguments, and whether it is a module; divided as by `python`."""
     # By hand: argparse drops "--" from the program's arguments, and loses those of "-mNAME".

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 
 from dragon.vm._children import flush_stdout, include_children, print_findings, print_report, say
-from dragon.vm._run_options import UsageError, options_help, parse
+from dragon.vm._run_options import UsageError, asks_for_help, options_help, parse
 from dragon.vm.torch.optim import swap
 from dragon.vm.torch.optim._swap import Swap
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
     if end is None:
         with ExitStack() as end:
             return main(arguments, end)
-    if list(arguments[:1]) in (["-h"], ["--help"]):
+    if asks_for_help(arguments):
         return _print_help()
     try:
         options, argv, as_module = parse(arguments)

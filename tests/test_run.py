@@ -155,8 +155,8 @@ def test_a_module_runs_as_with_python_m(run_here: Runner, capsys: pytest.Capture
 
 
 def test_it_says_how_to_use_it(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
-    for help_ in ("--help", "-h"):
-        assert run_here(help_) == 0
+    for words in (["--help"], ["-h"], ["--flatten", "--help"], ["--backend", "native", "-h", "train.py"]):
+        assert run_here(*words) == 0
         assert capsys.readouterr() == (f"{HELP}\n", "")
     assert max(map(len, HELP.splitlines())) <= 115
 
