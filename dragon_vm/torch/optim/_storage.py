@@ -127,15 +127,16 @@ class StoringOptimizer(AccumulatingOptimizer):
 
     def _named_params(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Yield name, parameter, and its group with all options."""
-        # Two models may have the same names.
+        # Two models may have the same names. Then a name that is a number could be another parameter's position.
         counts = Counter(chain.from_iterable(group.get("param_names", ()) for group in self.param_groups))
+        are_unique = max(counts.values(), default=1) == 1
+        own = {name for name, n in counts.items() if n == 1 and (are_unique or not name.isdecimal())}
         position = 0
         for group in self.param_groups:
             whole = complete(group, self._algorithm.own_defaults)
             names = group.get("param_names")
             for index, param in enumerate(group["params"]):
-                name = names[index] if names else None
-                yield name if name is not None and counts[name] == 1 else str(position), param, whole
+                yield names[index] if names and names[index] in own else str(position), param, whole
                 position += 1
 
     def _settle_masters(self) -> None:

@@ -105,6 +105,13 @@ def test_parameters_of_two_models_with_the_same_names_are_told_apart_by_position
     assert list(optimizer.state_formats()) == [name for name, _ in optimizer.master_weights()] == expected
 
 
+@pytest.mark.parametrize("lengths", [(3, 4), (2, 5), (4, 3), (1,)])
+def test_a_name_that_is_a_number_is_never_taken_for_a_position(lengths: tuple[int, ...]) -> None:
+    models = [torch.nn.ParameterList(map(torch.ones, [1] * length)) for length in lengths]
+    optimizer = Adam([{"params": model.named_parameters()} for model in models])
+    assert list(optimizer.state_formats()) == [str(position) for position in range(sum(lengths))]
+
+
 @pytest.mark.parametrize("lr", [torch.tensor(0.1), torch.tensor([0.1]), torch.tensor(0.1, dtype=torch.float64)])
 @pytest.mark.parametrize("backend", [None, "eager", "triton"])
 def test_tensors_as_hyperparameters_are_read_at_each_step(
