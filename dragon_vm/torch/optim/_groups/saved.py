@@ -43,6 +43,9 @@ def checked_state(
         raise ValueError(
             f"loaded state dict has {found} for {label} of shape {tuple(param.shape)} and {param.dtype}"
         )
+    stream = state.get("stream", 0)
+    if not isinstance(stream, int) or not 0 <= stream < 2**32:
+        raise ValueError(f"loaded state dict has a stream of {stream!r} for {label}, not a number below 2**32")
     if not algorithm.counts_steps(group):
         return {name: value for name, value in state.items() if name != "step"}
     has_begun = any(held_format(state, key) is not None for key in algorithm.state_keys(group))
