@@ -102,6 +102,17 @@ def test_counters_have_the_dtype_that_pytorchs_have_or_kernels_read(default, for
     assert counting.takes(counter.double()) != for_kernels
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.float64])
+def test_a_counter_of_any_dtype_counts_on(backend, dtype):
+    params = parameters([(3,)] * 2, device=home(backend))
+    optimizer = Adam(params, backend=backend)
+    take_steps(optimizer, params, [0b11])
+    optimizer.state[params[0]]["step"] = torch.tensor(2048, dtype=dtype)
+    take_steps(optimizer, params, [0b11, 0b11])
+    assert [float(optimizer.state[param]["step"]) for param in params] == [2050, 3]
+
+
 def test_a_counter_that_requires_a_gradient_is_not_counted_in_place():
     param = torch.ones(3, requires_grad=True).clone()
     optimizer = Adam([param], differentiable=True)
