@@ -78,7 +78,7 @@ def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], co
         if not isinstance(value, Tensor) or value.shape != param.shape:
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"a parameter has shape {tuple(param.shape)}, but its state {key!r} {found}")
-        if value.is_complex() != param.is_complex():
+        if value.is_complex() != param.is_complex() or not (value.is_floating_point() or value.is_complex()):
             raise ValueError(f"a parameter is of {param.dtype}, but its state {key!r} of {value.dtype}")
     step = state.get("step") if counts_steps else None
     if step is not None and (step.numel() != 1 if isinstance(step, Tensor) else not hasattr(step, "__float__")):
