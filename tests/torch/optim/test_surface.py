@@ -112,6 +112,19 @@ def test_a_name_that_is_a_number_is_never_taken_for_a_position(lengths: tuple[in
     assert list(optimizer.state_formats()) == [str(position) for position in range(sum(lengths))]
 
 
+@pytest.mark.parametrize("make", [Adam, torch.optim.Adam])
+@pytest.mark.parametrize("change", [list.clear, lambda params: params.append(torch.nn.Parameter(torch.ones(1)))])
+def test_names_are_nobodys_once_the_list_of_parameters_has_changed(make: Any, change: Any) -> None:
+    optimizer = make(torch.nn.Linear(2, 2).named_parameters())
+    change(optimizer.param_groups[0]["params"])
+    ours = Adam.from_torch(optimizer)
+    set_grads(params_of(ours), 0)
+    ours.step()
+    ours.load_state_dict(ours.state_dict())
+    assert list(ours.state_formats()) == [str(position) for position in range(len(params_of(ours)))]
+    assert ours.memory()["parameters"] == sum(param.nbytes for param in params_of(ours))
+
+
 @pytest.mark.parametrize("lr", [torch.tensor(0.1), torch.tensor([0.1]), torch.tensor(0.1, dtype=torch.float64)])
 @pytest.mark.parametrize("backend", [None, "eager", "triton"])
 def test_tensors_as_hyperparameters_are_read_at_each_step(

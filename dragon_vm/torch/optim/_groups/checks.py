@@ -16,11 +16,18 @@ from dragon.vm.torch.optim._groups.layout import overlapping_pair
 Group = Mapping[str, Any]
 
 
+def names_of(group: Group) -> list[str | None]:
+    """The name of each parameter of a group, or None.
+
+    A program that changes the list of parameters leaves the names as they were. Then they are nobody's.
+    """
+    names, n_params = group.get("param_names") or (), len(group["params"])
+    return list(names) if len(names) == n_params else [None] * n_params
+
+
 def labels(groups: Sequence[Group]) -> list[str]:
     """What to call each parameter in an error: its position among all, and its name if it has one."""
-    names: list[str | None] = []
-    for group in groups:
-        names += group.get("param_names") or [None] * len(group["params"])
+    names = chain.from_iterable(map(names_of, groups))
     return [f"parameter {index}" + (f" ({name})" if name else "") for index, name in enumerate(names)]
 
 
