@@ -30,7 +30,7 @@ def checked_state(
     # An average begins when it is asked for.
     optional = {"ema", *algorithm.optional_keys(saved_group)}
     for key in algorithm.all_state_keys(group):
-        if key not in optional and held_format(state, key) is None:
+        if not (key in optional or key in state or held_format(state, key)):
             raise ValueError(f"loaded state dict has no {key} for {label}: it has {', '.join(state) or 'nothing'}")
     try:
         if FORMAT_KEY in parts_of(state):
@@ -78,6 +78,8 @@ def misfit(param: Tensor, state: Mapping[str, Any], names: Iterable[str]) -> str
         expected["param_remainder"] = param.shape, master.parts[1].dtype
     for name in names:
         form = held_format(state, name)
+        if form is None and name in state:
+            return f"{name} of {state[name]!r}"
         for key, part in named_parts(name, form).items() if form else ():
             dtype = None if isinstance(form, Plain) else part.dtype
             expected[key] = part.shape(param.shape), dtype

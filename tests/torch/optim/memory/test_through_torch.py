@@ -301,3 +301,20 @@ def test_a_stream_that_is_no_number_is_refused_before_anything_changes(stream: A
     assert same_bits(optimizer.state_dict(), before)
     # Entries of others are theirs.
     optimizer.load_state_dict({**saved, "state": {**saved["state"], "others": {"stream": stream}}})
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "key"),
+    [(lambda p: AdamW([p], ema_decay=0.5), "ema"), (lambda p: SGD([p], momentum=0.5), "momentum_buffer")],
+    ids=["ema", "momentum_buffer"],
+)
+@pytest.mark.parametrize("value", [[1.0, 1.0], 1.0, "x"], ids=repr)
+def test_an_entry_that_is_no_tensor_is_refused_by_its_name(make_optimizer: Any, key: str, value: Any) -> None:
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = make_optimizer(param)
+    param.grad = torch.ones(2)
+    optimizer.step()
+    broken = optimizer.state_dict()
+    broken["state"][0] = {**broken["state"][0], key: value}
+    with pytest.raises(ValueError, match=f"loaded state dict has {key} of .* for parameter 0 of shape"):
+        optimizer.load_state_dict(broken)
