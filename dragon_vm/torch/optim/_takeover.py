@@ -42,6 +42,7 @@ def take_over(
     if isinstance(original, StoringOptimizer):
         # Masters of before a write to the parameters would be taken for the parameters' own.
         original._settle_masters()
+        with_plain_tensors(original._complete_switched_on)
     # PyTorch's groups are complete: what was asked for would not reach them as a default.
     groups = [{name: options.get(name, value) for name, value in group.items()} for group in original.param_groups]
     for group in groups if "lr" in options else ():

@@ -159,6 +159,16 @@ def test_other_moments_remember_no_betas() -> None:
     assert wide.param_groups[0]["params"] is not original.param_groups[0]["params"]
 
 
+def test_an_amsgrad_that_was_switched_on_since_the_last_step_is_taken_over() -> None:
+    original = Adam(make_params())
+    run(original, range(2))
+    original.param_groups[0]["amsgrad"] = True
+    ours = Adam.from_torch(copy.deepcopy(original))
+    for optimizer in (original, ours):
+        run(optimizer, range(2, 4))
+    assert same_bits(ours.state_dict()["state"], original.state_dict()["state"])
+
+
 def test_a_scheduler_of_the_new_optimizer_begins_with_the_rate_that_was_asked_for():
     param = torch.nn.Parameter(torch.ones(2))
     theirs = torch.optim.Adam([param], lr=1.0)
