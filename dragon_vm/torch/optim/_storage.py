@@ -78,7 +78,8 @@ class StoringOptimizer(AccumulatingOptimizer):
         """
         self._settle_masters()
         for name, param, group in self._named_params():
-            if group["master_weights"] is not None and param.requires_grad:
+            has_master = group["master_weights"] is not None and param.requires_grad
+            if has_master and not torch.nn.parameter.is_lazy(param):
                 state = self.state.get(param, {})
                 own = self._own_value(param)
                 value = decode_master(own, state)
