@@ -45,6 +45,14 @@ def test_counters_that_lie_in_order_are_counted_as_one_tensor(n_counters, start,
     assert [float(counter) for counter in counters] == [i + float(start <= i < end) for i in range(n_counters)]
 
 
+def test_a_first_step_makes_counters_side_by_side_where_pytorchs_stand():
+    ours, theirs = (make(parameters([(3,), (2, 2), ()])) for make in (Adam, torch.optim.Adam))
+    for optimizer in (ours, theirs):
+        take_steps(optimizer, optimizer.param_groups[0]["params"], [0b111])
+    assert [list(state) for state in ours.state.values()] == [list(state) for state in theirs.state.values()]
+    assert counter_buffer([state["step"] for state in ours.state.values()]) is not None
+
+
 def test_each_counter_has_a_storage_of_its_own():
     first, second = step_counters([0.0, 0.0], HOST)
     for counter in (first, second):
