@@ -156,7 +156,8 @@ def _drop_storage(packed: Group, is_flat: bool) -> None:
                 "under which this optimizer stores its states. Give native_state_dict=True to the optimizer, or "
                 "leave the dict nested"
             )
-    if packed.get("bound_betas") == tuple(map(float, packed.get("betas", ()))):
+    # Numbers on a device are not waited for where there is no bound.
+    if "bound_betas" in packed and packed["bound_betas"] == tuple(map(float, packed.get("betas", ()))):
         del packed["bound_betas"]
 
 

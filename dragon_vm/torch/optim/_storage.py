@@ -18,6 +18,7 @@ from dragon.vm.torch.optim._algorithms.algorithm import host_number
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats.resolve import cannot_forget
 from dragon.vm.torch.optim._groups.bounds import is_on_device
+from dragon.vm.torch.optim._groups.checks import names_of
 from dragon.vm.torch.optim._groups.entries import decode_master, kept_format, unflat
 from dragon.vm.torch.optim._groups.masters import resync
 from dragon.vm.torch.optim._groups.native import MASTER, MASTER_PARTS
@@ -77,7 +78,8 @@ class StoringOptimizer(AccumulatingOptimizer):
         """
         self._settle_masters()
         for name, param, group in self._named_params():
-            if group["master_weights"] is not None and param.requires_grad:
+            has_master = group["master_weights"] is not None and param.requires_grad
+            if has_master and not torch.nn.parameter.is_lazy(param):
                 state = self.state.get(param, {})
                 own = self._own_value(param)
                 value = decode_master(own, state)
@@ -127,15 +129,17 @@ class StoringOptimizer(AccumulatingOptimizer):
 
     def _named_params(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Yield name, parameter, and its group with all options."""
-        # Two models may have the same names.
-        counts = Counter(chain.from_iterable(group.get("param_names", ()) for group in self.param_groups))
+        # Two models may have the same names. Then a name that is a number could be another parameter's position.
+        names = list(chain.from_iterable(map(names_of, self.param_groups)))
+        counts = Counter(name for name in names if name is not None)
+        all_have = len(counts) == len(names)
+        own = {name for name, n in counts.items() if n == 1 and (all_have or not name.isdecimal())}
         position = 0
         for group in self.param_groups:
             whole = complete(group, self._algorithm.own_defaults)
-            names = group.get("param_names")
-            for index, param in enumerate(group["params"]):
-                name = names[index] if names else None
-                yield name if name is not None and counts[name] == 1 else str(position), param, whole
+            for param in group["params"]:
+                name = names[position]
+                yield str(position) if name is None or name not in own else name, param, whole
                 position += 1
 
     def _settle_masters(self) -> None:

@@ -155,8 +155,9 @@ class GradientSums:
 
     def _check_shape(self, param: Tensor) -> None:
         """Check that a parameter has the shape of its sum, which would follow some other ones by broadcasting."""
-        total, shape = self.totals.get(param), local(param).shape
-        if total is not None and total.shape != shape:
+        total = self.totals.get(param)
+        # An uninitialized parameter has neither.
+        if total is not None and total.shape != (shape := local(param).shape):
             raise ValueError(
                 f"sum_grad() has summed gradients of shape {tuple(total.shape)}, but now their parameter has "
                 f"shape {tuple(shape)}: give parameters another shape after step()"

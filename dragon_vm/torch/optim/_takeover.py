@@ -13,6 +13,7 @@ from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
 from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._modes import with_plain_tensors
+from dragon.vm.torch.optim._storage import StoringOptimizer
 
 OptimizerT = TypeVar("OptimizerT", bound=CheckpointedOptimizer)
 
@@ -38,6 +39,10 @@ def take_over(
             "from_torch of an optimizer with sums of sum_grad() that no step has used: call its step() first, or "
             "make a new optimizer and load its state_dict(), which has them"
         )
+    if isinstance(original, StoringOptimizer):
+        # Masters of before a write to the parameters would be taken for the parameters' own.
+        original._settle_masters()
+        with_plain_tensors(original._complete_switched_on)
     # PyTorch's groups are complete: what was asked for would not reach them as a default.
     groups = [{name: options.get(name, value) for name, value in group.items()} for group in original.param_groups]
     for group in groups if "lr" in options else ():

@@ -1,10 +1,13 @@
 """Parameters on several devices: one step, decided once. The devices here are one CPU under two names."""
 
 import math
+import weakref
 from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._backends.context import DeviceContext
@@ -152,3 +155,14 @@ def test_memory_that_a_step_uses_on_another_stream_is_recorded_there(monkeypatch
     stream = 1
     optimizer.step()
     assert recorded == []
+
+
+@given(st.lists(st.integers(0, 300), min_size=1))
+def test_partial_norms_have_room_and_none_that_a_graph_may_write_to_is_freed(sizes):
+    context, given_out = DeviceContext(torch.device("cpu")), []
+    for n_partials in sizes:
+        partials = context.partials(n_partials)
+        assert (partials.dtype, partials.numel() >= n_partials) == (torch.float64, True)
+        given_out.append(weakref.ref(partials))
+        del partials
+    assert all(each() is not None for each in given_out)

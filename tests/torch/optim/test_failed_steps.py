@@ -46,6 +46,11 @@ def complex_state(optimizer, last):
     optimizer.state[last]["exp_avg"] = torch.zeros(4, dtype=torch.complex64, device=last.device)
 
 
+def average_of_integers(optimizer, last):
+    optimizer.param_groups[1]["ema_decay"] = 0.5
+    optimizer.state[last]["ema"] = torch.zeros(4, dtype=torch.int32, device=last.device)
+
+
 def state_that_is_no_tensor(optimizer, last):
     optimizer.state[last]["exp_avg"] = "zeros"
 
@@ -66,6 +71,7 @@ SPOILS = [
     misshapen_state,
     broadcastable_state,
     complex_state,
+    average_of_integers,
     state_that_is_no_tensor,
     misshapen_step,
     step_that_is_no_number,

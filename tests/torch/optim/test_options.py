@@ -338,6 +338,21 @@ def test_a_loaded_dict_changes_no_option_that_it_lacks_and_none_of_the_optimizer
     assert "max_grad_norm" not in group
 
 
+@pytest.mark.parametrize("betas", [None, (0.9,), "x"])
+def test_betas_that_a_step_would_refuse_are_saved_as_they_are(betas):
+    optimizers = [make(parameters([(3,)]), foreach=True) for make in (Adam, torch.optim.Adam)]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["betas"] = betas
+    ours, theirs = (optimizer.state_dict()["param_groups"][0] for optimizer in optimizers)
+    assert ours["betas"] == theirs["betas"] == betas
+
+
+def test_none_is_a_value_that_a_loaded_dict_gives():
+    optimizer = Adam(parameters([(3,)]), foreach=True)
+    optimizer.load_state_dict(torch.optim.Adam(parameters([(3,)])).state_dict())
+    assert optimizer.param_groups[0]["foreach"] is None
+
+
 def test_a_pickle_from_before_an_option_of_pytorch_gets_its_default():
     optimizer = Adam(parameters([(3,)]), maximize=True)
     pickled = optimizer.__getstate__()

@@ -57,6 +57,8 @@ before = set(sys.modules)
 import torch
 from dragon.vm.torch.optim import SGD, Adam
 
+# A single one need not be limited.
+torch.set_num_threads(2)
 for backend in (None, "native", "eager", "triton"):
     for make in (Adam, SGD):
         params = [torch.nn.Parameter(torch.ones(n)) for n in (3, 20)]

@@ -105,6 +105,42 @@ def test_parameters_of_two_models_with_the_same_names_are_told_apart_by_position
     assert list(optimizer.state_formats()) == [name for name, _ in optimizer.master_weights()] == expected
 
 
+@pytest.mark.parametrize("lengths", [(3, 4), (2, 5), (4, 3), (1,)])
+def test_a_name_that_is_a_number_is_never_taken_for_a_position(lengths: tuple[int, ...]) -> None:
+    models = [torch.nn.ParameterList(map(torch.ones, [1] * length)) for length in lengths]
+    optimizer = Adam([{"params": model.named_parameters()} for model in models])
+    assert list(optimizer.state_formats()) == [str(position) for position in range(sum(lengths))]
+
+
+@pytest.mark.parametrize("make", [Adam, torch.optim.Adam])
+@pytest.mark.parametrize("change", [list.clear, lambda params: params.append(torch.nn.Parameter(torch.ones(1)))])
+def test_names_are_nobodys_once_the_list_of_parameters_has_changed(make: Any, change: Any) -> None:
+    optimizer = make(torch.nn.Linear(2, 2).named_parameters())
+    change(optimizer.param_groups[0]["params"])
+    ours = Adam.from_torch(optimizer)
+    set_grads(params_of(ours), 0)
+    ours.step()
+    ours.load_state_dict(ours.state_dict())
+    assert list(ours.state_formats()) == [str(position) for position in range(len(params_of(ours)))]
+    assert ours.memory()["parameters"] == sum(param.nbytes for param in params_of(ours))
+
+
+@pytest.mark.parametrize("options", [{}, {"master_weights": torch.float32}, {"flatten": True}], ids=str)
+def test_a_parameter_that_is_uninitialized_is_in_nobodys_way(options: dict[str, Any]) -> None:
+    layer, param = torch.nn.LazyLinear(3, dtype=torch.bfloat16), torch.nn.Parameter(torch.ones(3).bfloat16())
+    optimizer = Adam([param, *layer.parameters()], **options)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.sum_grad()
+        optimizer.step()
+    assert list(optimizer.state_formats()) == ["0"]
+    assert [name for name, _ in optimizer.master_weights()] == ["0"] * ("master_weights" in options)
+    optimizer.load_state_dict(optimizer.state_dict())
+    layer(torch.ones(2, 5).bfloat16()).sum().backward()
+    optimizer.step()
+    assert [float(optimizer.state[each]["step"]) for each in params_of(optimizer)] == [2.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("lr", [torch.tensor(0.1), torch.tensor([0.1]), torch.tensor(0.1, dtype=torch.float64)])
 @pytest.mark.parametrize("backend", [None, "eager", "triton"])
 def test_tensors_as_hyperparameters_are_read_at_each_step(

@@ -114,6 +114,11 @@ def test_sums_that_no_step_has_used_are_not_lost() -> None:
     other.load_state_dict(original.state_dict())
     assert len(original._sums.totals) == len(params)
     assert same_bits(list(other._sums.totals.values()), list(original._sums.totals.values()))
+    # A scaler that asks finds them in `.grad`.
+    assert original._step_supports_amp_scaling
+    assert not original._sums
+    with pytest.raises(RuntimeError, match=r"step\(\) first, or make a new optimizer"):
+        AdamW.from_torch(original)
     original.step()
     AdamW.from_torch(original)
 
@@ -127,12 +132,18 @@ def test_an_option_of_the_original_can_be_taken_back() -> None:
     )
 
 
-def test_narrow_moments_remember_the_betas_that_they_were_made_with() -> None:
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_narrow_moments_remember_the_betas_that_they_were_made_with(is_ours: bool) -> None:
     original = torch.optim.AdamW(make_params(), betas=(0.9, 0.9))
-    run(original, range(2))
-    ours = AdamW.from_torch(original, betas=(0.5, 0.999), state_dtype=torch.bfloat16)
+    if is_ours:
+        original = AdamW.from_torch(original, betas=(0.2, 0.9), state_dtype=torch.bfloat16)
+        run(original, range(2))
+        original.param_groups[0]["betas"] = (0.9, 0.9)
+    set_grads(params_of(original)[:-1], 2)
+    original.step()
+    ours = AdamW.from_torch(original, betas=(0.5, 0.9), state_dtype=torch.bfloat16)
     mirror = AdamW.from_torch(original, state_dtype=torch.bfloat16)
-    mirror.param_groups[0]["betas"] = (0.5, 0.999)
+    mirror.param_groups[0]["betas"] = (0.5, 0.9)
     set_grads(params_of(mirror), 3)
     mirror.step()
     assert ours.param_groups[0]["bound_betas"] == mirror.param_groups[0]["bound_betas"]
@@ -146,6 +157,16 @@ def test_other_moments_remember_no_betas() -> None:
     wide = AdamW.from_torch(original, betas=(0.5, 0.999))
     assert "bound_betas" not in wide.state_dict()["param_groups"][0]
     assert wide.param_groups[0]["params"] is not original.param_groups[0]["params"]
+
+
+def test_an_amsgrad_that_was_switched_on_since_the_last_step_is_taken_over() -> None:
+    original = Adam(make_params())
+    run(original, range(2))
+    original.param_groups[0]["amsgrad"] = True
+    ours = Adam.from_torch(copy.deepcopy(original))
+    for optimizer in (original, ours):
+        run(optimizer, range(2, 4))
+    assert same_bits(ours.state_dict()["state"], original.state_dict()["state"])
 
 
 def test_a_scheduler_of_the_new_optimizer_begins_with_the_rate_that_was_asked_for():

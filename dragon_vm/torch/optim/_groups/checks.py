@@ -16,11 +16,18 @@ from dragon.vm.torch.optim._groups.layout import overlapping_pair
 Group = Mapping[str, Any]
 
 
+def names_of(group: Group) -> list[str | None]:
+    """The name of each parameter of a group, or None.
+
+    A program that changes the list of parameters leaves the names as they were. Then they are nobody's.
+    """
+    names, n_params = group.get("param_names") or (), len(group["params"])
+    return list(names) if len(names) == n_params else [None] * n_params
+
+
 def labels(groups: Sequence[Group]) -> list[str]:
     """What to call each parameter in an error: its position among all, and its name if it has one."""
-    names: list[str | None] = []
-    for group in groups:
-        names += group.get("param_names") or [None] * len(group["params"])
+    names = chain.from_iterable(map(names_of, groups))
     return [f"parameter {index}" + (f" ({name})" if name else "") for index, name in enumerate(names)]
 
 
@@ -78,7 +85,7 @@ def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], co
         if not isinstance(value, Tensor) or value.shape != param.shape:
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"a parameter has shape {tuple(param.shape)}, but its state {key!r} {found}")
-        if value.is_complex() != param.is_complex():
+        if value.is_complex() != param.is_complex() or not (value.is_floating_point() or value.is_complex()):
             raise ValueError(f"a parameter is of {param.dtype}, but its state {key!r} of {value.dtype}")
     step = state.get("step") if counts_steps else None
     if step is not None and (step.numel() != 1 if isinstance(step, Tensor) else not hasattr(step, "__float__")):

@@ -65,7 +65,7 @@ def restored_states(
     others: dict[Tensor, State] = {}
     names = enumerate(labels([{**saved, **own} for own, saved in zip(groups, saved_groups, strict=True)]))
     named = (state["stream"] for state in saved.values() if isinstance(state, dict) and "stream" in state)
-    streams = {stream for stream in named if not _is_missing("stream", stream)}
+    streams = {stream for stream in named if isinstance(stream, int)}
     for group, saved_group in zip(groups, saved_groups, strict=True):
         said = {name: value for name, value in saved_group.items() if name not in STORAGE_OPTIONS}
         merged = complete({**group, **said}, algorithm.own_defaults)

@@ -30,7 +30,7 @@ def checked_state(
     # An average begins when it is asked for.
     optional = {"ema", *algorithm.optional_keys(saved_group)}
     for key in algorithm.all_state_keys(group):
-        if key not in optional and held_format(state, key) is None:
+        if not (key in optional or key in state or held_format(state, key)):
             raise ValueError(f"loaded state dict has no {key} for {label}: it has {', '.join(state) or 'nothing'}")
     try:
         if FORMAT_KEY in parts_of(state):
@@ -43,6 +43,9 @@ def checked_state(
         raise ValueError(
             f"loaded state dict has {found} for {label} of shape {tuple(param.shape)} and {param.dtype}"
         )
+    stream = state.get("stream", 0)
+    if not isinstance(stream, int) or not 0 <= stream < 2**32:
+        raise ValueError(f"loaded state dict has a stream of {stream!r} for {label}, not a number below 2**32")
     if not algorithm.counts_steps(group):
         return {name: value for name, value in state.items() if name != "step"}
     has_begun = any(held_format(state, key) is not None for key in algorithm.state_keys(group))
@@ -75,6 +78,8 @@ def misfit(param: Tensor, state: Mapping[str, Any], names: Iterable[str]) -> str
         expected["param_remainder"] = param.shape, master.parts[1].dtype
     for name in names:
         form = held_format(state, name)
+        if form is None and name in state:
+            return f"{name} of {state[name]!r}"
         for key, part in named_parts(name, form).items() if form else ():
             dtype = None if isinstance(form, Plain) else part.dtype
             expected[key] = part.shape(param.shape), dtype

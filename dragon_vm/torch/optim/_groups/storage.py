@@ -11,6 +11,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local
 from dragon.vm.torch.optim._formats.format import BLOCK
 from dragon.vm.torch.optim._formats.resolve import EIGHT_BIT, Storage, StorageOptions, check_options, resolve
+from dragon.vm.torch.optim._groups.checks import names_of
 from dragon.vm.torch.optim._groups.layout import is_dense
 
 
@@ -31,8 +32,8 @@ def check_storage(group: Mapping[str, Any], states: Sequence[str] | None = None)
             try:
                 storage_of(param, group, states or ())
             except ValueError as error:
-                names = group.get("param_names")
-                which = f"parameter {index} of the group" + (f" ({names[index]})" if names else "")
+                name = names_of(group)[index]
+                which = f"parameter {index} of the group" + (f" ({name})" if name else "")
                 raise ValueError(f"{error}, for {which}") from None
 
 

@@ -7,7 +7,7 @@ import torch
 
 from dragon.vm.torch.optim import SGD, Adam
 
-from ..support import BACKENDS, bits, home, numbers, parameters
+from ..support import BACKENDS, bits, give_gradients, home, numbers, parameters
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -113,6 +113,20 @@ def test_a_norm_that_the_host_decides_clips_float64_as_exactly_as_others(backend
     for param, old in zip(params, before, strict=True):
         expected = old - param.grad * (size / 4 / (norm + 1e-6))
         torch.testing.assert_close(param.detach(), expected, rtol=1e-14, atol=0)
+
+
+@each_backend
+@pytest.mark.parametrize("epsilon_hat", [False, True])
+def test_a_bound_of_each_norm_bounds_a_tensor_among_others_as_alone(backend, epsilon_hat):
+    together, alone = (parameters([(3,), (4,), ()], device=home(backend)) for _ in range(2))
+    options = {"backend": backend, "clip_norm": 0.5, "epsilon_hat": epsilon_hat}
+    optimizers = [Adam(together, **options), *[Adam([param], **options) for param in alone]]
+    for step in range(2):
+        for params in (together, alone):
+            give_gradients(params, step)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert list(map(bits, together)) == list(map(bits, alone))
 
 
 @each_backend

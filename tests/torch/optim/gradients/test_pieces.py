@@ -24,7 +24,7 @@ def stepped(kind: Any, dtype: torch.dtype, options: dict[str, Any]) -> list[torc
     """Parameters and states after three steps whose gradients stayed as they were."""
     params = [torch.nn.Parameter(numbers(i, *shape, dtype=dtype)) for i, shape in enumerate(SHAPES)]
     # No row of memory, and not contiguous.
-    params.append(torch.nn.Parameter(numbers(9, 40, 30, dtype=dtype).t()))
+    params.insert(1, torch.nn.Parameter(numbers(9, 40, 30, dtype=dtype).t()))
     optimizer = kind(params, lr=0.1, backend="native", **options)
     for step in range(3):
         grads = [numbers(step, *param.shape, dtype=dtype) for param in params]
@@ -68,6 +68,9 @@ def test_pieces_change_no_bit(
     assert [64] in cuts
     # What does not lie in a row is copied as a whole.
     assert max(cuts) == [1200 * numel_of_pair]
+    # Some are small, and some are not.
+    monkeypatch.setattr(fused_calls, "SINGLE_THREAD_NUMEL", 100)
+    assert list(map(bits, stepped(kind, dtype, options))) == list(map(bits, whole))
 
 
 # As fp32 its inverse is another number.

@@ -45,6 +45,14 @@ def test_counters_that_lie_in_order_are_counted_as_one_tensor(n_counters, start,
     assert [float(counter) for counter in counters] == [i + float(start <= i < end) for i in range(n_counters)]
 
 
+def test_a_first_step_makes_counters_side_by_side_where_pytorchs_stand():
+    ours, theirs = (make(parameters([(3,), (2, 2), ()])) for make in (Adam, torch.optim.Adam))
+    for optimizer in (ours, theirs):
+        take_steps(optimizer, optimizer.param_groups[0]["params"], [0b111])
+    assert [list(state) for state in ours.state.values()] == [list(state) for state in theirs.state.values()]
+    assert counter_buffer([state["step"] for state in ours.state.values()]) is not None
+
+
 def test_each_counter_has_a_storage_of_its_own():
     first, second = step_counters([0.0, 0.0], HOST)
     for counter in (first, second):
@@ -100,6 +108,17 @@ def test_counters_have_the_dtype_that_pytorchs_have_or_kernels_read(default, for
     assert counter.dtype == (torch.float32 if for_kernels else default)
     assert counting.takes(counter)
     assert counting.takes(counter.double()) != for_kernels
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.float64])
+def test_a_counter_of_any_dtype_counts_on(backend, dtype):
+    params = parameters([(3,)] * 2, device=home(backend))
+    optimizer = Adam(params, backend=backend)
+    take_steps(optimizer, params, [0b11])
+    optimizer.state[params[0]]["step"] = torch.tensor(2048, dtype=dtype)
+    take_steps(optimizer, params, [0b11, 0b11])
+    assert [float(optimizer.state[param]["step"]) for param in params] == [2050, 3]
 
 
 def test_a_counter_that_requires_a_gradient_is_not_counted_in_place():

@@ -130,3 +130,17 @@ def test_a_maximum_begins_as_wide_as_the_second_moments(is_saved: bool, backend:
     state = optimizer.state[param]
     assert state["max_exp_avg_sq"].dtype == FP32
     assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("backend", ["triton", *BACKENDS])
+def test_an_average_that_has_begun_keeps_its_dtype(backend: str) -> None:
+    param = torch.nn.Parameter(torch.linspace(1, 2, 9, dtype=BF16, device=home(backend)))
+    optimizer = Adam([param], lr=0.1, ema_decay=0.5, backend=backend)
+    for master in (None, FP32):
+        optimizer.param_groups[0]["master_weights"] = master
+        before = optimizer.state[param]["ema"].clone() if param in optimizer.state else param.detach().clone()
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        average = optimizer.state[param]["ema"]
+        assert average.dtype == BF16
+        torch.testing.assert_close(average, torch.lerp(before, param.detach(), 0.5), rtol=2**-7, atol=0)

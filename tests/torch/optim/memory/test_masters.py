@@ -118,7 +118,7 @@ def test_an_interrupted_step_leaves_masters_alone(
 
 
 @pytest.mark.parametrize("master", SPLITS)
-@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle", "master_weights"])
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle", "master_weights", "from_torch"])
 def test_a_write_before_a_copy_is_noticed_too(master: Any, how: str) -> None:
     params, optimizer = make("split16", master_weights=master)
     train(params, optimizer, 2)
@@ -131,6 +131,8 @@ def test_a_write_before_a_copy_is_noticed_too(master: Any, how: str) -> None:
         other.load_state_dict(saved)
     elif how == "master_weights":
         other = optimizer
+    elif how == "from_torch":
+        other = type(optimizer).from_torch(optimizer)
     else:
         other = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
     masters = dict(other.master_weights())

@@ -287,3 +287,34 @@ def test_full_dicts_are_loaded_as_others_are(source: str, target: str, native: t
     for params, optimizer in ((found, loading[0]), (expected, loading[1])):
         train(params, optimizer, 1, 2)
     assert bits(found, loading[0]) == bits(expected, loading[1])
+
+
+@pytest.mark.parametrize("stream", [[0], {"a": 0}, "0", 0.5, -1, 2**32, torch.tensor(0)], ids=repr)
+def test_a_stream_that_is_no_number_is_refused_before_anything_changes(stream: Any) -> None:
+    params, optimizer = make("8bit")
+    train(params, optimizer, 1)
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    broken = {**saved, "state": {**saved["state"], 1: {**saved["state"][1], "stream": stream}}}
+    with pytest.raises(ValueError, match=r"has a stream of .* for parameter 1, not a number"):
+        optimizer.load_state_dict(broken)
+    assert same_bits(optimizer.state_dict(), before)
+    # Entries of others are theirs.
+    optimizer.load_state_dict({**saved, "state": {**saved["state"], "others": {"stream": stream}}})
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "key"),
+    [(lambda p: AdamW([p], ema_decay=0.5), "ema"), (lambda p: SGD([p], momentum=0.5), "momentum_buffer")],
+    ids=["ema", "momentum_buffer"],
+)
+@pytest.mark.parametrize("value", [[1.0, 1.0], 1.0, "x"], ids=repr)
+def test_an_entry_that_is_no_tensor_is_refused_by_its_name(make_optimizer: Any, key: str, value: Any) -> None:
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = make_optimizer(param)
+    param.grad = torch.ones(2)
+    optimizer.step()
+    broken = optimizer.state_dict()
+    broken["state"][0] = {**broken["state"][0], key: value}
+    with pytest.raises(ValueError, match=f"loaded state dict has {key} of .* for parameter 0 of shape"):
+        optimizer.load_state_dict(broken)

@@ -13,8 +13,9 @@ pytestmark = pytest.mark.usefixtures("at_once")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_a_gradient_that_is_copied_may_be_absent(backend, scale):
-    """Gradients that lie otherwise than their parameters are copied, each if it is there."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_copied_may_be_absent(backend, scale, dtype):
+    """Gradients that lie otherwise than their parameters, or have another dtype, are copied if they are there."""
     params, alone = (parameters([(3, 4)] * 3, device=home(backend)) for _ in range(2))
     optimizer = Adam(params, backend=backend)
     others = [Adam([param], backend=backend) for param in alone]
@@ -22,7 +23,8 @@ def test_a_gradient_that_is_copied_may_be_absent(backend, scale):
         for some in (params, alone):
             give_some(some, present, number)
             for param in some:
-                param.grad = None if param.grad is None else param.grad.t().contiguous().t()
+                grad, param.grad, param.grad_dtype = param.grad, None, None
+                param.grad = None if grad is None else grad.t().contiguous().t().to(dtype)
         for each in (optimizer, *others):
             each.grad_scale, each.found_inf = torch.tensor(scale), torch.tensor(0.0)
             each.step()
