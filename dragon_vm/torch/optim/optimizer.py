@@ -153,7 +153,7 @@ class Optimizer(StoringOptimizer):
 
     def _publish(self, group: dict[str, Any]) -> None:
         """Upload a live group's hyperparameters to wherever steps, captured ones too, read them."""
-        self._updater.publish(self.param_groups, group, self.defaults, self._settings)
+        self._updater.publish(self.param_groups, group, self._settings)
         # What this changes is published in turn.
         widen_bounds([group], self.state)
 
@@ -215,7 +215,7 @@ class Optimizer(StoringOptimizer):
         if self._originals:
             raise RuntimeError("step() was called inside swap_ema(): the averages would be updated as parameters")
         make_live(self.param_groups, self._publish)
-        read = self.param_groups, self.defaults, self._settings
+        read = self.param_groups, self._settings
         groups = self._updater.read(*read)
         # Only now, since what is refused must have changed nothing.
         has_changed = widen_bounds(self.param_groups, self.state, self._sums.totals)
