@@ -181,13 +181,12 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         """
         self._take_back()
         sums: dict[Tensor, Tensor] = {}
-        # Behind the hooks of others, which may still change the dict.
+        # Behind the hooks of others, which may still change the dict, and before those that see what was loaded.
         behind = self.register_load_state_dict_pre_hook
+        before = partial(self.register_load_state_dict_post_hook, prepend=True)
         try:
-            with behind(partial(_take_sums, sums)), behind(take_states):
+            with behind(partial(_take_sums, sums)), behind(take_states), before(partial(_restore_sums, sums)):
                 super().load_state_dict(state_dict)
-            if sums:
-                with_plain_tensors(lambda: self._sums.restore(sums))
         finally:
             self._restored = None
 
@@ -209,6 +208,12 @@ def _take_sums(sums: dict[Tensor, Tensor], optimizer: Any, state_dict: dict[str,
     for key in saved:
         rest[key] = {name: value for name, value in state[key].items() if name != _SUM}
     return {**state_dict, "state": rest}
+
+
+def _restore_sums(sums: Mapping[Tensor, Tensor], optimizer: Any) -> None:
+    """A hook after loading: take over the sums, if there are some."""
+    if sums:
+        with_plain_tensors(lambda: optimizer._sums.restore(sums))
 
 
 def _check_sums(sums: Mapping[Tensor, Any], settings: Settings) -> None:
