@@ -97,8 +97,21 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must fit a float, but got an integer of {value.bit_length()} bits")
 
 
+def check_bound(group: Mapping[str, Any]) -> None:
+    """Check a group's "bound_betas", which state dicts have: two numbers, and a third one where they changed."""
+    bound = group.get("bound_betas")
+    if bound is None:
+        return
+    numbers = bound if isinstance(bound, tuple | list) else ()
+    if len(numbers) not in (2, 3) or not all(isinstance(each, int | float) and each >= 0 for each in numbers):
+        raise ValueError(
+            f"bound_betas must be two or three numbers, as state_dict() saves them, but got {bound!r}"
+        )
+
+
 def check_numbers(group: Mapping[str, Any]) -> None:
     """Check that a group's hyperparameters are numbers, in range or not. Betas that are tensors may be any."""
+    check_bound(group)
     for name in _NUMBERS & group.keys():
         if type(value := group[name]) is not float:
             check_number(name, value)
