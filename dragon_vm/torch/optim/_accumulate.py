@@ -193,29 +193,23 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         return state if self._restored_sums is None else {**state, "_sums": self._restored_sums}
 
     def _taken(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Without the sums."""
-        return super()._taken(_take_sums(self, state_dict))
-
-
-def _take_sums(optimizer: AccumulatingOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Copy the sums of a dict to `optimizer._restored_sums`, and leave others the rest of it."""
-    optimizer._restored_sums = None
-    state, saved_groups = state_dict["state"], state_dict["param_groups"]
-    saved = {key: each[_SUM] for key, each in state.items() if isinstance(each, Mapping) and _SUM in each}
-    lengths = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved_groups)]
-    # PyTorch refuses others, with its own words.
-    if not saved or lengths[0] != lengths[1]:
-        return state_dict
-    keys = chain.from_iterable(group["params"] for group in saved_groups)
-    pairs = zip(keys, optimizer._all_params(), strict=True)
-    sums = {param: saved[key] for key, param in pairs if key in saved}
-    _check_sums(sums, optimizer._settings)
-    optimizer._restored_sums = restored = GradientSums()
-    with_plain_tensors(lambda: restored.restore(sums))
-    rest = dict(state)
-    for key in saved:
-        rest[key] = {name: value for name, value in state[key].items() if name != _SUM}
-    return {**state_dict, "state": rest}
+        """Copy the sums of a dict to `_restored_sums` too."""
+        self._restored_sums = None
+        state, saved_groups = state_dict["state"], state_dict["param_groups"]
+        saved = {key: each[_SUM] for key, each in state.items() if isinstance(each, Mapping) and _SUM in each}
+        lengths = [[len(group["params"]) for group in groups] for groups in (self.param_groups, saved_groups)]
+        # PyTorch refuses others, with its own words.
+        if not saved or lengths[0] != lengths[1]:
+            return super()._taken(state_dict)
+        keys = chain.from_iterable(group["params"] for group in saved_groups)
+        sums = {param: saved[key] for key, param in zip(keys, self._all_params(), strict=True) if key in saved}
+        _check_sums(sums, self._settings)
+        self._restored_sums = restored = GradientSums()
+        with_plain_tensors(lambda: restored.restore(sums))
+        rest = dict(state)
+        for key in saved:
+            rest[key] = {name: value for name, value in state[key].items() if name != _SUM}
+        return super()._taken({**state_dict, "state": rest})
 
 
 def _check_sums(sums: Mapping[Tensor, Any], settings: Settings) -> None:

@@ -70,8 +70,29 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         return {**packed, "state": with_own_steps(states)}
 
     def _taken(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """What PyTorch is to load of a state dict. The rest is copied here, to be taken over with it."""
-        return take_states(self, state_dict)
+        """Copy the states of a dict to `_restored`, and leave PyTorch the rest of it.
+
+        Raises:
+            ValueError: as `restored_states`, and as `check_bound`.
+        """
+        own, saved = self._algorithm.own_defaults, _rejoined(state_dict["state"])
+        # Nothing was written over the places that are None.
+        saved_groups = [
+            {name: value for name, value in group.items() if value is not None or name not in own}
+            for group in state_dict["param_groups"]
+        ]
+        lengths = [len(group["params"]) for group in self.param_groups]
+        if [len(group["params"]) for group in saved_groups] != lengths:
+            return state_dict  # PyTorch refuses it, with its own words
+        for group in saved_groups:
+            check_bound(group)
+        # What a later step is to write must not be of inference mode.
+        loading = self._algorithm, self._settings, self.param_groups, saved_groups, saved
+        self._restored = with_plain_tensors(lambda: restored_states(*loading))
+        owned = set(chain.from_iterable(group["params"] for group in saved_groups))
+        groups = [{k: v for k, v in group.items() if k not in STORAGE_OPTIONS} for group in saved_groups]
+        rest = {key: value for key, value in saved.items() if key not in owned}
+        return {**state_dict, "param_groups": groups, "state": rest}
 
     def _all_params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -195,29 +216,3 @@ def _rejoined(saved: dict[Any, Any]) -> dict[Any, Any]:
     for key, owner in apart.items():
         states[owner] = {**states[owner], **saved[key]}
     return states
-
-
-def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Copy the states of a dict to `optimizer._restored`, and leave PyTorch the rest of it.
-
-    Raises:
-        ValueError: as `restored_states`, and as `check_bound`.
-    """
-    own, saved = optimizer._algorithm.own_defaults, _rejoined(state_dict["state"])
-    # Nothing was written over the places that are None.
-    saved_groups = [
-        {name: value for name, value in group.items() if value is not None or name not in own}
-        for group in state_dict["param_groups"]
-    ]
-    lengths = [len(group["params"]) for group in optimizer.param_groups]
-    if [len(group["params"]) for group in saved_groups] != lengths:
-        return state_dict  # PyTorch refuses it, with its own words
-    for group in saved_groups:
-        check_bound(group)
-    # What a later step is to write must not be of inference mode.
-    loading = optimizer._algorithm, optimizer._settings, optimizer.param_groups, saved_groups, saved
-    optimizer._restored = with_plain_tensors(lambda: restored_states(*loading))
-    owned = set(chain.from_iterable(group["params"] for group in saved_groups))
-    groups = [{k: v for k, v in group.items() if k not in STORAGE_OPTIONS} for group in saved_groups]
-    rest = {key: value for key, value in saved.items() if key not in owned}
-    return {**state_dict, "param_groups": groups, "state": rest}
