@@ -33,6 +33,12 @@ _NUMBERS = {
     *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
 }
 
+# Those that are true or false, whatever says so.
+_FLAGS = {
+    *("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"),
+    *("nesterov", "decoupled_weight_decay", "epsilon_hat"),
+}
+
 # Hyperparameters that kernels read where they are, if they are tensors on the device.
 _LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
 
@@ -89,6 +95,8 @@ def check_number(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
+        if value.device.type == "meta" or value.is_complex():
+            raise TypeError(f"{name} must be a real number, but got {value!r}")
         if value.device.type != "cpu" and name not in _LIVE_TENSORS:
             raise ValueError(f"{name} must be a number or a tensor on the CPU, but got a tensor on {value.device}")
     elif not hasattr(value, "__float__"):
@@ -125,6 +133,15 @@ def check_numbers(group: Mapping[str, Any]) -> None:
             check_number(f"betas[{index}]", beta)
 
 
+def check_flags(group: Mapping[str, Any]) -> None:
+    """Check that a group's flags are true or false."""
+    for name in _FLAGS & group.keys():
+        try:
+            bool(group[name])
+        except (RuntimeError, ValueError):
+            raise TypeError(f"{name} must be true or false, but got {group[name]!r}") from None
+
+
 def check_keys(group: Any, settings: Settings) -> None:
     """Refuse a dict with an option of the optimizer as a whole that says something else than the settings."""
     for name, own in settings._asdict().items() if isinstance(group, dict) else ():
@@ -146,8 +163,9 @@ def needs_norm(settings: Settings) -> bool:
 
 
 def check_own(group: Mapping[str, Any], settings: Settings) -> None:
-    """Check that all hyperparameters are numbers, and the ranges of those of our own that all optimizers have."""
+    """Check that hyperparameters are numbers or flags, and ranges of those of our own that all optimizers have."""
     check_numbers(group)
+    check_flags(group)
     grad_scale, ema_decay = group["grad_scale"], group["ema_decay"]
     if not 0.0 < grad_scale < math.inf:
         raise ValueError(f"grad_scale must be positive and finite, but got {grad_scale}")
