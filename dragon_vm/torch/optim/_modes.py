@@ -40,6 +40,24 @@ def with_plain_tensors(run: Callable[[], Any]) -> Any:
         return without_torch_function(run, (), (), {})
 
 
+def check_transforms() -> None:
+    """Check that tensors which are made now have memory.
+
+    Raises:
+        RuntimeError: within a transform of `torch.func` that wraps them. The states would be wrapped too.
+    """
+    made = torch.ones(1, dtype=torch.float32, device="cpu")
+    try:
+        is_wrapped = type(made) is torch.Tensor and made.data_ptr() == 0
+    except RuntimeError:
+        is_wrapped = True
+    if is_wrapped:
+        raise RuntimeError(
+            "step() cannot be prepared within torch.func.grad, vjp, jvp or functionalize, which wrap the states "
+            "that it makes: call it outside"
+        )
+
+
 def uncast(run: Callable[[], T]) -> T:
     """Call `run`, which joins tensors on the CPU, with autocast off there.
 
