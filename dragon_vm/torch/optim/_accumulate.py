@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
-from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer, take_states
+from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
 from dragon.vm.torch.optim._distributed.hidden import check_scaled_sums, looking_scaler, tell_scaler
 from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.shards import distributed_like
@@ -31,6 +31,8 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     """An optimizer that sums gradients over backward passes. Its state dicts have sums that no step has used."""
 
     _sums: GradientSums
+    # Between the check of a state dict and the end of its loading.
+    _restored_sums: GradientSums | None = None
     # Whether a `GradScaler` leaves unscaling to the step, and the parameters whose sums it finds in `.grad`.
     _handles_scaling = False
     _handed_over: Sequence[Tensor] = ()
@@ -180,35 +182,34 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
             ValueError: as PyTorch, and for missing or misshapen states. Nothing has changed then.
         """
         self._take_back()
-        sums: dict[Tensor, Tensor] = {}
-        # Behind the hooks of others, which may still change the dict.
-        behind = self.register_load_state_dict_pre_hook
         try:
-            with behind(partial(_take_sums, sums)), behind(take_states):
-                super().load_state_dict(state_dict)
-            if sums:
-                with_plain_tensors(lambda: self._sums.restore(sums))
+            super().load_state_dict(state_dict)
         finally:
-            self._restored = None
+            self._restored = self._restored_sums = None
 
+    def _with_restored(self, state: dict[str, Any]) -> dict[str, Any]:
+        """With copies of what is loaded. All of it takes effect at once, whatever interrupts the loading."""
+        state["state"].update(self._restored or {})
+        return state if self._restored_sums is None else {**state, "_sums": self._restored_sums}
 
-def _take_sums(sums: dict[Tensor, Tensor], optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """A hook before loading: gather the sums, and leave others the rest of the dict."""
-    state, saved_groups = state_dict["state"], state_dict["param_groups"]
-    saved = {key: each[_SUM] for key, each in state.items() if isinstance(each, Mapping) and _SUM in each}
-    if not saved:
-        return None
-    keys = chain.from_iterable(group["params"] for group in saved_groups)
-    pairs = zip(keys, optimizer._all_params(), strict=False)
-    sums.update({param: saved[key] for key, param in pairs if key in saved})
-    lengths = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved_groups)]
-    # PyTorch refuses others, with its own words.
-    if lengths[0] == lengths[1]:
-        _check_sums(sums, optimizer._settings)
-    rest = dict(state)
-    for key in saved:
-        rest[key] = {name: value for name, value in state[key].items() if name != _SUM}
-    return {**state_dict, "state": rest}
+    def _taken(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Copy the sums of a dict to `_restored_sums` too."""
+        self._restored_sums = None
+        state, saved_groups = state_dict["state"], state_dict["param_groups"]
+        saved = {key: each[_SUM] for key, each in state.items() if isinstance(each, Mapping) and _SUM in each}
+        lengths = [[len(group["params"]) for group in groups] for groups in (self.param_groups, saved_groups)]
+        # PyTorch refuses others, with its own words.
+        if not saved or lengths[0] != lengths[1]:
+            return super()._taken(state_dict)
+        keys = chain.from_iterable(group["params"] for group in saved_groups)
+        sums = {param: saved[key] for key, param in zip(keys, self._all_params(), strict=True) if key in saved}
+        _check_sums(sums, self._settings)
+        self._restored_sums = restored = GradientSums()
+        with_plain_tensors(lambda: restored.restore(sums))
+        rest = dict(state)
+        for key in saved:
+            rest[key] = {name: value for name, value in state[key].items() if name != _SUM}
+        return super()._taken({**state_dict, "state": rest})
 
 
 def _check_sums(sums: Mapping[Tensor, Any], settings: Settings) -> None:

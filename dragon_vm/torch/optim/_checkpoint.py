@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from itertools import chain
 from typing import Any
@@ -16,7 +16,7 @@ from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import dict_request
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon
-from dragon.vm.torch.optim._groups.bounds import add_place, drop_place, widen_bounds
+from dragon.vm.torch.optim._groups.bounds import add_place, drop_place, keep_bounds
 from dragon.vm.torch.optim._groups.entries import stored_entries
 from dragon.vm.torch.optim._groups.exchange import pytorch_state, tagged_state
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS
@@ -24,7 +24,7 @@ from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._groups.states import State
 from dragon.vm.torch.optim._groups.storage import storage_of
 from dragon.vm.torch.optim._modes import with_plain_tensors
-from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
+from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, check_bound, complete
 
 Group = dict[str, Any]
 
@@ -39,9 +39,10 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     # Between the check of a state dict and the end of its loading.
     _restored: dict[Tensor, State] | None = None
 
-    def _convert_first(self) -> None:
-        """Let hooks of others see what is saved, since they run behind the conversion."""
+    def _hook_own(self) -> None:
+        """Let hooks of others see and change what is saved, since they run outside of the conversions."""
         self._optimizer_state_dict_post_hooks = _BehindConversion(self._optimizer_state_dict_post_hooks)
+        self._optimizer_load_state_dict_pre_hooks = _BeforeLoading(self._optimizer_load_state_dict_pre_hooks)
 
     def _as_saved(self, packed: dict[str, Any]) -> dict[str, Any]:
         """What is saved, of what PyTorch would save."""
@@ -68,6 +69,31 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 states[key] = _to_fill(found) if is_to_fill else found
         return {**packed, "state": with_own_steps(states)}
 
+    def _taken(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Copy the states of a dict to `_restored`, and leave PyTorch the rest of it.
+
+        Raises:
+            ValueError: as `restored_states`, and as `check_bound`.
+        """
+        own, saved = self._algorithm.own_defaults, _rejoined(state_dict["state"])
+        # Nothing was written over the places that are None.
+        saved_groups = [
+            {name: value for name, value in group.items() if value is not None or name not in own}
+            for group in state_dict["param_groups"]
+        ]
+        lengths = [len(group["params"]) for group in self.param_groups]
+        if [len(group["params"]) for group in saved_groups] != lengths:
+            return state_dict  # PyTorch refuses it, with its own words
+        for group in saved_groups:
+            check_bound(group)
+        # What a later step is to write must not be of inference mode.
+        loading = self._algorithm, self._settings, self.param_groups, saved_groups, saved
+        self._restored = with_plain_tensors(lambda: restored_states(*loading))
+        owned = set(chain.from_iterable(group["params"] for group in saved_groups))
+        groups = [{k: v for k, v in group.items() if k not in STORAGE_OPTIONS} for group in saved_groups]
+        rest = {key: value for key, value in saved.items() if key not in owned}
+        return {**state_dict, "param_groups": groups, "state": rest}
+
     def _all_params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
@@ -76,10 +102,12 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         original = self._originals.get(param)
         return param if original is None else distributed_like(param, original)
 
-    def _complete_groups(self, earlier: Sequence[Group]) -> None:
+    def _complete_groups(
+        self, groups: Sequence[Group], earlier: Sequence[Group], state: Mapping[Any, Any]
+    ) -> None:
         """Give loaded groups what they do not know, as earlier ones had it, and leave only options of groups."""
         own = self._algorithm.own_defaults
-        for index, group in enumerate(self.param_groups):
+        for index, group in enumerate(groups):
             old, said = earlier[index] if index < len(earlier) else {}, set(group)
             for name, default in self.defaults.items():
                 if name in old or name not in (*own, *Settings._fields):
@@ -88,12 +116,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 group.pop(name, None)
             self._drop_defaults(group, said)
             drop_place(group)
-        self._keep_bounds()
-
-    def _keep_bounds(self) -> None:
-        """Let groups keep the bound of the betas which their moments were made with, whatever is set now."""
-        begun = [group for group in self.param_groups if any(map(self.state.get, group["params"]))]
-        widen_bounds(begun, self.state)
+        keep_bounds(groups, state)
 
     def _drop_defaults(self, group: Group, kept: Collection[str] = ()) -> None:
         """Take own keys that mean what PyTorch does out of a group, but for those to keep."""
@@ -116,6 +139,14 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 if state and "max_exp_avg_sq" not in state:
                     storage = storage_of(param, complete(group, self._algorithm.own_defaults), names)
                     state.update(stored_entries(param, state, storage, ("max_exp_avg_sq",))[0])
+
+
+class _BeforeLoading(OrderedDict[int, Callable[..., Any]]):
+    """The hooks of others, which may still change what is loaded, with ours behind their values."""
+
+    def values(self) -> Any:
+        """What PyTorch calls, in order."""
+        return [*super().values(), lambda optimizer, state_dict: optimizer._taken(state_dict)]
 
 
 class _BehindConversion(OrderedDict[int, Callable[..., Any]]):
@@ -186,27 +217,3 @@ def _rejoined(saved: dict[Any, Any]) -> dict[Any, Any]:
     for key, owner in apart.items():
         states[owner] = {**states[owner], **saved[key]}
     return states
-
-
-def take_states(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """A hook before loading: copy the states to `optimizer._restored`, and leave PyTorch the rest of the dict.
-
-    Raises:
-        ValueError: as `restored_states`.
-    """
-    own, saved = optimizer._algorithm.own_defaults, _rejoined(state_dict["state"])
-    # Nothing was written over the places that are None.
-    saved_groups = [
-        {name: value for name, value in group.items() if value is not None or name not in own}
-        for group in state_dict["param_groups"]
-    ]
-    lengths = [len(group["params"]) for group in optimizer.param_groups]
-    if [len(group["params"]) for group in saved_groups] != lengths:
-        return None  # PyTorch refuses it, with its own words
-    # What a later step is to write must not be of inference mode.
-    loading = optimizer._algorithm, optimizer._settings, optimizer.param_groups, saved_groups, saved
-    optimizer._restored = with_plain_tensors(lambda: restored_states(*loading))
-    owned = set(chain.from_iterable(group["params"] for group in saved_groups))
-    groups = [{k: v for k, v in group.items() if k not in STORAGE_OPTIONS} for group in saved_groups]
-    rest = {key: value for key, value in saved.items() if key not in owned}
-    return {**state_dict, "param_groups": groups, "state": rest}

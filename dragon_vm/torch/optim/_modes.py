@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._C import _set_grad_enabled as set_grad_enabled
+
+T = TypeVar("T")
 
 
 def undisturbed(update: Callable[..., None], *args: Any, with_grad: bool = False) -> None:
@@ -36,3 +38,39 @@ def with_plain_tensors(run: Callable[[], Any]) -> Any:
         return without_torch_function(run, (), (), {})
     with torch.inference_mode(False), torch.no_grad():
         return without_torch_function(run, (), (), {})
+
+
+def check_transforms() -> None:
+    """Check that tensors which are made now have memory.
+
+    Raises:
+        RuntimeError: within a transform of `torch.func` that wraps them. The states would be wrapped too.
+    """
+    made = torch.ones(1, dtype=torch.float32, device="cpu")
+    try:
+        is_wrapped = type(made) is torch.Tensor and made.data_ptr() == 0
+    except RuntimeError:
+        is_wrapped = True
+    if is_wrapped:
+        raise RuntimeError(
+            "step() cannot be prepared within torch.func.grad, vjp, jvp or functionalize, which wrap the states "
+            "that it makes: call it outside"
+        )
+
+
+def uncast(run: Callable[[], T]) -> T:
+    """Call `run`, which joins tensors on the CPU, with autocast off there.
+
+    Autocast refuses to join tensors of another narrow dtype than its own.
+    """
+    if not torch.is_autocast_enabled("cpu"):
+        return run()
+    try:
+        try:
+            torch.set_autocast_enabled("cpu", False)
+            return run()
+        finally:
+            torch.set_autocast_enabled("cpu", True)
+    finally:
+        # Once more: an interrupt may have hit the line above.
+        torch.set_autocast_enabled("cpu", True)

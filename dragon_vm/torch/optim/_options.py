@@ -33,6 +33,12 @@ _NUMBERS = {
     *("grad_scale", "clip_norm", "clip_value", "ema_decay"),
 }
 
+# Those that are true or false, whatever says so.
+_FLAGS = {
+    *("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"),
+    *("nesterov", "decoupled_weight_decay", "epsilon_hat"),
+}
+
 # Hyperparameters that kernels read where they are, if they are tensors on the device.
 _LIVE_TENSORS = ("lr", "betas[0]", "betas[1]")
 
@@ -89,6 +95,8 @@ def check_number(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
+        if value.device.type == "meta" or value.is_complex():
+            raise TypeError(f"{name} must be a real number, but got {value!r}")
         if value.device.type != "cpu" and name not in _LIVE_TENSORS:
             raise ValueError(f"{name} must be a number or a tensor on the CPU, but got a tensor on {value.device}")
     elif not hasattr(value, "__float__"):
@@ -97,8 +105,21 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must fit a float, but got an integer of {value.bit_length()} bits")
 
 
+def check_bound(group: Mapping[str, Any]) -> None:
+    """Check a group's "bound_betas", which state dicts have: two numbers, and a third one where they changed."""
+    bound = group.get("bound_betas")
+    if bound is None:
+        return
+    numbers = bound if isinstance(bound, tuple | list) else ()
+    if len(numbers) not in (2, 3) or not all(isinstance(each, int | float) and each >= 0 for each in numbers):
+        raise ValueError(
+            f"bound_betas must be two or three numbers, as state_dict() saves them, but got {bound!r}"
+        )
+
+
 def check_numbers(group: Mapping[str, Any]) -> None:
     """Check that a group's hyperparameters are numbers, in range or not. Betas that are tensors may be any."""
+    check_bound(group)
     for name in _NUMBERS & group.keys():
         if type(value := group[name]) is not float:
             check_number(name, value)
@@ -110,6 +131,15 @@ def check_numbers(group: Mapping[str, Any]) -> None:
     for index, beta in enumerate(betas):
         if type(beta) is not float and not isinstance(beta, Tensor):
             check_number(f"betas[{index}]", beta)
+
+
+def check_flags(group: Mapping[str, Any]) -> None:
+    """Check that a group's flags are true or false."""
+    for name in _FLAGS & group.keys():
+        try:
+            bool(group[name])
+        except (RuntimeError, ValueError):
+            raise TypeError(f"{name} must be true or false, but got {group[name]!r}") from None
 
 
 def check_keys(group: Any, settings: Settings) -> None:
@@ -133,8 +163,9 @@ def needs_norm(settings: Settings) -> bool:
 
 
 def check_own(group: Mapping[str, Any], settings: Settings) -> None:
-    """Check that all hyperparameters are numbers, and the ranges of those of our own that all optimizers have."""
+    """Check that hyperparameters are numbers or flags, and ranges of those of our own that all optimizers have."""
     check_numbers(group)
+    check_flags(group)
     grad_scale, ema_decay = group["grad_scale"], group["ema_decay"]
     if not 0.0 < grad_scale < math.inf:
         raise ValueError(f"grad_scale must be positive and finite, but got {grad_scale}")

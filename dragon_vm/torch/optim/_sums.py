@@ -209,6 +209,8 @@ def _check_grad(param: Tensor, grad: Tensor) -> None:
             f"sum_grad() does not support gradients of layout {grad.layout}, and no step would use their sum. "
             "Give dense gradients: sparse=False for an embedding"
         )
+    if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
+        raise ValueError(f"a parameter is of {param.dtype}, but its gradient is of {grad.dtype}")
     if grad.shape == param.shape:
         return
     if getattr(param, "_fsdp_flattened", False):

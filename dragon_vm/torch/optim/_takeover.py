@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
+from dragon.vm.torch.optim._groups.bounds import keep_bounds
 from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._storage import StoringOptimizer
@@ -58,5 +59,5 @@ def take_over(
         # Narrow moments were made with other betas than those that are asked for.
         if group.get("state_dtype") is not None and any(map(optimizer.state.get, group["params"])):
             group["bound_betas"] = old.get("bound_betas") or tuple(map(float, old["betas"]))
-    optimizer._keep_bounds()
+    keep_bounds(optimizer.param_groups, optimizer.state)
     return optimizer

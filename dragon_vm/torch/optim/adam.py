@@ -177,9 +177,9 @@ class AdamW(Adam, torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As `Adam`; whatever was saved, decay stays decoupled."""
-        super().__setstate__(state)
-        for group in self.param_groups:
+        for group in state["param_groups"]:
             group["decoupled_weight_decay"] = True
+        super().__setstate__(state)
 
 
 if Adam.__doc__ and AdamW.__doc__:

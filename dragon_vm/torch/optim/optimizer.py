@@ -67,7 +67,7 @@ class Optimizer(StoringOptimizer):
         torch.optim.Optimizer.__init__(self, params, options)
         self._handles_scaling = bool(options["fused"])
         self._check_params(self.param_groups)
-        self._convert_first()
+        self._hook_own()
         self._is_built = True
         self._make_buffers(self.param_groups)
         self._watch(self.param_groups)
@@ -153,7 +153,7 @@ class Optimizer(StoringOptimizer):
 
     def _publish(self, group: dict[str, Any]) -> None:
         """Upload a live group's hyperparameters to wherever steps, captured ones too, read them."""
-        self._updater.publish(self.param_groups, group, self.defaults, self._settings)
+        self._updater.publish(self.param_groups, group, self._settings)
         # What this changes is published in turn.
         widen_bounds([group], self.state)
 
@@ -215,7 +215,7 @@ class Optimizer(StoringOptimizer):
         if self._originals:
             raise RuntimeError("step() was called inside swap_ema(): the averages would be updated as parameters")
         make_live(self.param_groups, self._publish)
-        read = self.param_groups, self.defaults, self._settings
+        read = self.param_groups, self._settings
         groups = self._updater.read(*read)
         # Only now, since what is refused must have changed nothing.
         has_changed = widen_bounds(self.param_groups, self.state, self._sums.totals)
@@ -278,9 +278,8 @@ class Optimizer(StoringOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickle's contents, or a state dict's that `load_state_dict` has checked."""
-        is_copy = "param_groups" not in self.__dict__
-        earlier: list[dict[str, Any]] = [] if is_copy else self.param_groups
-        if is_copy:
+        earlier: list[dict[str, Any]] = vars(self).get("param_groups", [])
+        if is_copy := "param_groups" not in vars(self):
             self._reset()
         else:
             self._updater.plans.forget()
@@ -288,12 +287,13 @@ class Optimizer(StoringOptimizer):
         self._is_built = True
         if "_settings" in state:
             settings, self._updater.n_skipped = Settings(**returned(state["_settings"])), state["_n_skipped"]
-            state = {**state, "_settings": settings, "defaults": returned(state["defaults"])}
+            self.defaults = returned(state["defaults"])
+            state = {**state, "_settings": settings, "defaults": self.defaults}
+        state = self._with_restored(state)
+        self._complete_groups(state["param_groups"], earlier, state["state"])
         torch.optim.Optimizer.__setstate__(self, state)
-        self.state.update(self._restored or {})
-        self._complete_groups(earlier)
         make_live(self.param_groups, self._publish)
         if is_copy:
-            self._convert_first()
+            self._hook_own()
             self._make_buffers(self.param_groups)
             self._watch(self.param_groups)

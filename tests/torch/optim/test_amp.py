@@ -184,3 +184,22 @@ def test_scaled_and_skipped_steps_never_wait_for_the_device() -> None:
         optimizer.found_inf = found
         optimizer.step()
     assert optimizer.n_skipped_steps == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 0.5}, {"clip_norm": 0.5}, {"state_dtype": torch.bfloat16}], ids=str
+)
+def test_autocast_to_the_other_narrow_dtype_is_no_obstacle(
+    options: dict[str, Any], dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    other = torch.bfloat16 if dtype == torch.float16 else torch.float16
+    place_of = place(backend, device)
+    runs = [Adam(make_params(device=place_of, dtype=dtype), lr=0.1, backend=backend, **options) for _ in range(2)]
+    for number, is_casting in ((0, True), (1, False)):
+        for optimizer, wants in zip(runs, (is_casting, False), strict=True):
+            set_grads(params_of(optimizer), number)
+            with torch.autocast(place_of.type, dtype=other, enabled=wants):
+                optimizer.step()
+                assert torch.is_autocast_enabled(place_of.type) == wants
+    assert all(map(torch.equal, *map(params_of, runs)))

@@ -308,3 +308,28 @@ def test_a_gradient_elsewhere_or_of_another_kind_is_refused():
     ):
         with pytest.raises(ValueError, match=words):
             check_grads([param()], [grad], "Adam")
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.functionalize], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_a_transform_that_would_wrap_states_is_refused(backend, is_first, transform):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = Adam([weight], lr=0.5, backend=backend)
+    if not is_first:
+        weight.grad = torch.ones(3)
+        optimizer.step()
+    before, states = weight.tolist(), dict(optimizer.state.get(weight, {}))
+
+    def stepped(x):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        return x.sum()
+
+    with pytest.raises(RuntimeError, match=r"step\(\) cannot be prepared within torch\.func\.grad"):
+        transform(stepped)(torch.ones(3))
+    assert weight.tolist() == before
+    assert all(optimizer.state[weight][name] is value for name, value in states.items())
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert weight.tolist() == pytest.approx([-0.5 if is_first else -1.0] * 3)

@@ -1,5 +1,6 @@
 """An error that `step` raises has changed nothing, and the next step is as ever."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,6 +87,12 @@ SPOILS = [
     option("clip_norm", None),
     option("grad_scale", None),
     option("ema_decay", "slow"),
+    option("lr", torch.ones((), device="meta")),
+    option("lr", torch.tensor(1j)),
+    option("betas", (torch.ones((), device="meta"), torch.ones((), device="meta"))),
+    option("maximize", torch.tensor([True, False])),
+    option("epsilon_hat", np.array([True, False])),
+    option("decoupled_weight_decay", torch.tensor([True, False])),
 ]
 
 

@@ -355,3 +355,15 @@ def test_a_gradient_that_inference_mode_made_is_zeroed_with_the_others(backend):
         assert not any(param.grad.any() for param in params)
     assert torch.equal(*params)
     assert not torch.equal(params[0], one(backend))
+
+
+@each_backend
+@pytest.mark.parametrize("algorithm", [Adam, SGD])
+def test_defaults_of_others_are_no_options_of_groups(algorithm: Any, backend: str) -> None:
+    params = [one(backend), one(backend)]
+    ours, alone = (algorithm([param], lr=0.1, backend=backend) for param in params)
+    ours.defaults["warmup"] = 10
+    for optimizer in (ours, alone):
+        optimizer.step()
+    assert torch.equal(*params)
+    assert "warmup" not in ours.param_groups[0]

@@ -97,3 +97,37 @@ def test_a_gradient_beside_sums_is_unscaled_once(backend: str) -> None:
     optimizer.step()
     assert [param.tolist() for param in params] == [[-1.0] * 3, [-2.0] * 3]
     assert params[1].grad.tolist() == [2.0] * 3
+
+
+def test_a_hook_after_loading_finds_the_loaded_sum_even_if_it_fails() -> None:
+    param, optimizer = summed()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    found = []
+
+    def fail(loaded: SGD) -> None:
+        found.append(loaded.state_dict()["state"][0]["grad_sum"].tolist())
+        raise OSError("no space left")
+
+    optimizer.register_load_state_dict_post_hook(fail)
+    with pytest.raises(OSError, match="no space left"):
+        optimizer.load_state_dict(saved)
+    assert found == [[1.0] * 3]
+    optimizer.step()
+    assert param.tolist() == [-2.0] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_gradient_of_another_kind_of_number_is_not_summed(is_first: bool, dtype: torch.dtype) -> None:
+    param, optimizer = summed()
+    if is_first:
+        optimizer.step()
+    before = param.tolist()
+    param.grad_dtype = None  # type: ignore[attr-defined]  # the stubs lack it
+    param.grad = torch.ones(3, dtype=dtype)
+    with pytest.raises(ValueError, match=f"a parameter is of torch.float32, but its gradient is of {dtype}"):
+        optimizer.sum_grad()
+    param.grad = None
+    optimizer.step()
+    assert param.tolist() == (before if is_first else [-1.0] * 3)

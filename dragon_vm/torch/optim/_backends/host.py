@@ -25,6 +25,7 @@ from dragon.vm.torch.optim._gradients.unscaling import unscale_all
 from dragon.vm.torch.optim._groups.entries import flat
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import is_dense
+from dragon.vm.torch.optim._modes import uncast
 from dragon.vm.torch.optim._options import Version
 
 Group = dict[str, Any]
@@ -120,7 +121,7 @@ class HostGroup:
         first = pieces[0]
         step = None if first.counter is None else first.counter + 1
         if len(pieces) > 1:
-            self._write(pieces, self._updated(_joined(pieces), step, groups), step)
+            self._write(pieces, self._updated(uncast(lambda: _joined(pieces)), step, groups), step)
             return
         for part in self._cut(first) if first.is_flat else pieces:
             self._write([part], self._updated(part, step, groups), step)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._modes import uncast
+
 # Elements whose norm is taken in float32 at a time; norms of such rows are added in float64.
 ROW = 1024
 
@@ -63,7 +65,8 @@ class SquareSum:
     def __call__(self, grads: Sequence[Tensor]) -> float:
         """The sum of the squares."""
         pieces = [grads[i] for i in self._large]
-        pieces += [join([grads[i] for i in indices]) for indices, join in self._joined]
+        if self._joined:
+            pieces += uncast(lambda: [join([grads[i] for i in indices]) for indices, join in self._joined])
         total = _sum_by_rows(list(map(as_real, pieces))) if pieces else 0.0
         if self._others:
             total += float(norms_of([grads[i] for i in self._others], 2).square().sum())

@@ -31,13 +31,9 @@ def widen_bounds(
     for group in groups:
         if group.get("state_dtype") is None:
             continue
-        betas = group.get("betas")
-        # The step refuses fewer than two.
-        if betas is None or len(betas) < 2 or any(map(is_on_device, betas)):
+        now = _readable(group.get("betas"))
+        if now is None:
             continue
-        now = host_number(betas[0]), host_number(betas[1])
-        if not 0 <= min(now) <= max(now) < 1:
-            continue  # the step refuses them
         before = group.get(_KEY)
         beta1, beta2, bound = (*(before or now), 0.0)[:3]
         if (beta1, beta2) != now:
@@ -49,6 +45,22 @@ def widen_bounds(
             group[_KEY] = wanted
             has_changed = True
     return has_changed
+
+
+def keep_bounds(groups: Iterable[dict[str, Any]], state: Mapping[Any, Any]) -> None:
+    """Let groups keep the bound of the betas which their moments were made with, whatever is set now."""
+    widen_bounds([group for group in groups if any(map(state.get, group["params"]))], state)
+
+
+def _readable(betas: Any) -> tuple[float, float] | None:
+    """Betas as numbers; None for those on a device, and for those that the step refuses."""
+    try:
+        if any(map(is_on_device, betas)):
+            return None
+        now = host_number(betas[0]), host_number(betas[1])
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return None
+    return now if 0 <= min(now) <= max(now) < 1 else None
 
 
 def _begins(params: Sequence[Tensor], state: Mapping[Any, Any], sums: Container[Any]) -> bool:

@@ -13,6 +13,7 @@ from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Sign
 from dragon.vm.torch.optim._groups.layout import is_stray
 from dragon.vm.torch.optim._groups.masters import reconcile
 from dragon.vm.torch.optim._groups.storage import first_index
+from dragon.vm.torch.optim._modes import check_transforms
 from dragon.vm.torch.optim._plan.completion import completed_states
 from dragon.vm.torch.optim._plan.joining import Joined, join, part_counters
 from dragon.vm.torch.optim._plan.recipe import Chosen, Recipe
@@ -51,6 +52,7 @@ def prepare(recipe: Recipe, chosen: Chosen, *, are_captured: bool) -> Prepared:
     Raises:
         RuntimeError, ValueError: for gradients or parameters that cannot be updated. Nothing has changed then.
     """
+    check_transforms()
     params, shards = chosen.params, chosen.shards
     # The gradient of a parameter is laid out like it, until another is seen.
     grads: list[Tensor] = [

@@ -29,6 +29,9 @@ from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 
 Group = dict[str, Any]
 
+# Options that all of PyTorch's counterparts have, or that are our own.
+_FLAGS = ("maximize", "foreach", "capturable", "differentiable", "fused")
+
 _average_of = itemgetter("ema_decay")
 
 
@@ -47,24 +50,22 @@ class Updater:
         self._n_skipped: int | Tensor = 0
         self._grad_norm: Tensor | None = None
 
-    def read(self, groups: Sequence[Group], defaults: Mapping[str, Any], settings: Settings) -> list[Group]:
+    def read(self, groups: Sequence[Group], settings: Settings) -> list[Group]:
         """Read and check the hyperparameters of all groups; return the groups with all options."""
         if self._hyperparameters is None:
-            self._hyperparameters = self._new_hyperparameters(defaults, settings)
+            self._hyperparameters = self._new_hyperparameters(settings)
         self._hyperparameters.read(groups)
         return self._hyperparameters.groups
 
-    def publish(
-        self, groups: Sequence[Group], changed: Group, defaults: Mapping[str, Any], settings: Settings
-    ) -> None:
+    def publish(self, groups: Sequence[Group], changed: Group, settings: Settings) -> None:
         """Check a group that has changed, and upload its hyperparameters to wherever kernels read them."""
-        self._new_hyperparameters(defaults, settings).read([changed])
+        self._new_hyperparameters(settings).read([changed])
         if any(group is changed for group in groups):
             self.plans.publish(changed, complete(changed, self._algorithm.own_defaults), settings)
 
-    def _new_hyperparameters(self, defaults: Mapping[str, Any], settings: Settings) -> Hyperparameters:
+    def _new_hyperparameters(self, settings: Settings) -> Hyperparameters:
         own = self._algorithm.own_defaults
-        names = [name for name in defaults if name not in own and name not in Settings._fields]
+        names = [name for name in (*self._algorithm.fused_names, *_FLAGS) if name not in own]
         # A reference to this object would keep flat buffers until the garbage collector runs.
         return Hyperparameters(names, own, partial(_checked_structure, self._algorithm, settings))
 

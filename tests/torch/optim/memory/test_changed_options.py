@@ -1,5 +1,7 @@
 """Storage options and betas that a program changes between steps."""
 
+import copy
+import math
 from typing import Any
 
 import pytest
@@ -94,6 +96,45 @@ def test_betas_out_of_range_leave_no_bound_behind(betas: tuple[float, float]) ->
     with pytest.raises(ValueError, match="Invalid beta parameter at index"):
         optimizer.step()
     assert optimizer.param_groups[0]["bound_betas"] == before
+
+
+def stepped() -> tuple[Tensor, Adam]:
+    """A parameter and an optimizer with narrow moments, after a step."""
+    param = torch.nn.Parameter(torch.ones(8))
+    optimizer = Adam([param], lr=0.5, state_dtype=BF16)
+    param.grad = torch.ones(8)
+    optimizer.step()
+    return param, optimizer
+
+
+@pytest.mark.parametrize("betas", [("a", "b"), 5, None, (torch.ones(2), torch.ones(2))], ids=str)
+def test_betas_that_are_no_numbers_load_and_are_refused_by_the_step(betas: Any) -> None:
+    param, optimizer = stepped()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["betas"] = betas
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[param]["exp_avg"].dtype == BF16
+    with pytest.raises((TypeError, ValueError), match="betas"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("bound", [5, (0.9,), "xyz", (0.9, 0.99, "x"), (0.9, math.nan)], ids=str)
+def test_a_bound_that_no_state_dict_has_is_refused_before_anything_changes(bound: Any) -> None:
+    param, optimizer = stepped()
+    state, before = optimizer.state[param], param.tolist()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0].update(lr=0.25, bound_betas=bound)
+    text = "bound_betas must be two or three numbers"
+    with pytest.raises(ValueError, match=text):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state[param] is state
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    optimizer.param_groups[0]["bound_betas"] = bound
+    with pytest.raises(ValueError, match=text):
+        optimizer.step()
+    with pytest.raises(ValueError, match=text):
+        Adam([{"params": [param], "bound_betas": bound}])
+    assert param.tolist() == before
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])

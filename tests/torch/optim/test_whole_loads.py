@@ -1,0 +1,58 @@
+"""A state dict is loaded as a whole, or not at all."""
+
+import copy
+import random
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import pytest
+
+from dragon.vm.torch.optim import AdamW
+
+from .judging import make_params, run
+from .test_interrupts import IS_SOAK, Interrupt, Tracer, contents, later_step
+
+
+def test_an_interrupt_of_loading_leaves_all_as_it_was_or_all_as_it_was_saved() -> None:
+    def both() -> tuple[Any, dict[str, Any]]:
+        optimizer = later_step("native", ema_decay=0.5)
+        optimizer.sum_grad()
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer.param_groups[0]["lr"] = 0.5
+        optimizer.step()
+        return optimizer, saved
+
+    def whole(optimizer: Any) -> tuple[Any, ...]:
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
+        return contents(optimizer), groups, len(optimizer._sums.totals)
+
+    optimizer, saved = both()
+    before = whole(optimizer)
+    counter = Tracer(None)
+    counter.run(partial(optimizer.load_state_dict, saved))
+    allowed = before, whole(optimizer)
+    generator = random.Random(0)
+    for _ in range(20 * (42 if IS_SOAK else 1)):
+        # The copies come first, and take most of the time.
+        at = generator.randint(counter.count * 3 // 4, counter.count - 1)
+        optimizer, saved = both()
+        with suppress(Interrupt):
+            Tracer(at).run(partial(optimizer.load_state_dict, saved))
+        assert whole(optimizer) in allowed
+        optimizer.load_state_dict(saved)
+        assert whole(optimizer) == allowed[1]
+
+
+def test_a_number_that_no_step_takes_loads_as_a_whole_where_groups_are_watched() -> None:
+    optimizer = AdamW(make_params(), capturable=True)
+    run(optimizer, range(1))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = "fast"
+    run(optimizer, range(1, 2))
+    optimizer.load_state_dict(saved)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+    with pytest.raises(TypeError, match="lr must be a number, but got 'fast'"):
+        optimizer.step()
