@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -16,19 +17,33 @@ from dragon.vm.torch.optim._gradients.zeroing import apart
 def unscale_all(grads: Sequence[Tensor], scale: float | Tensor) -> None:
     """Divide gradients in place, of which no two are the same memory, by a number or a tensor of one element."""
     divisor = scale.reshape(()) if isinstance(scale, Tensor) else scale
+    for is_inference in (False, True):
+        if chosen := [grad for grad in grads if grad.is_inference() == is_inference]:
+            with _writing(is_inference):
+                _divide(chosen, divisor)
+
+
+def _writing(is_inference: bool) -> AbstractContextManager[None]:
+    """A mode in which tensors may be written: that which made them, if it is inference mode."""
+    return torch.inference_mode() if is_inference else torch.no_grad()
+
+
+def _divide(grads: Sequence[Tensor], divisor: float | Tensor) -> None:
     parts = [each_once(grad, grad) for grad in grads]
-    with torch.no_grad():
-        parts = [as_real(part.conj() if part.is_conj() else part) for part in parts]
-        if in_place := [part for part in parts if _is_divided_once(part)]:
-            torch._foreach_div_(in_place, divisor)
-        for part in parts:
-            if not _is_divided_once(part):
-                part.copy_(part.float() / divisor)
+    parts = [as_real(part.conj() if part.is_conj() else part) for part in parts]
+    if in_place := [part for part in parts if _is_divided_once(part)]:
+        torch._foreach_div_(in_place, divisor)
+    for part in parts:
+        if not _is_divided_once(part):
+            part.copy_(part.to(torch.promote_types(part.dtype, torch.float32)) / divisor)
 
 
 def _is_divided_once(tensor: Tensor) -> bool:
-    """Whether an operation in place divides by any number and rounds once. Half precision on a GPU does not."""
-    return tensor.is_cpu or tensor.dtype in (torch.float32, torch.float64)
+    """Whether an operation on lists divides a tensor in place by any number and rounds once.
+
+    It takes no negated views, and in half precision on a GPU it rounds twice.
+    """
+    return not tensor.is_neg() and (tensor.is_cpu or tensor.dtype in (torch.float32, torch.float64))
 
 
 def unscale_left(params: Iterable[Tensor], scaling: Scaling) -> None:
@@ -49,7 +64,8 @@ def unscale_left(params: Iterable[Tensor], scaling: Scaling) -> None:
 
 def assign(tensor: Tensor, values: Tensor) -> None:
     """Copy values into a tensor of their shape, which may be an expanded one."""
-    each_once(tensor, tensor).copy_(each_once(values, tensor))
+    with _writing(tensor.is_inference()):
+        each_once(tensor, tensor).copy_(each_once(values, tensor))
 
 
 def each_once(tensor: Tensor, expanded: Tensor) -> Tensor:

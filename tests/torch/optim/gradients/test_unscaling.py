@@ -282,6 +282,37 @@ def test_a_conjugated_gradient_is_divided_as_one_that_is_not(dtype, scale):
     assert torch.equal(values, plain)
 
 
+def negated(values: Tensor) -> Tensor:
+    """The same values, which are negated where they are read."""
+    return torch.complex(values, -values).conj().imag
+
+
+def of_inference(values: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return values.clone()
+
+
+@each_backend
+@pytest.mark.parametrize("made", [negated, of_inference, lambda values: of_inference(values.t()).t()])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"state_dtype": BF16}], ids=str)
+@pytest.mark.parametrize("sums", [False, True])
+def test_a_gradient_that_few_operations_may_write_is_divided_too(backend, made, options, sums):
+    device = home(backend)
+    results = []
+    for make in (torch.clone, made):
+        params = [torch.nn.Parameter(torch.ones(3, 4, device=device)) for _ in range(2)]
+        optimizer = ours.Adam(params, backend=backend, **options)
+        for turn in range(1 + sums):
+            if turn:
+                optimizer.sum_grad()
+            params[0].grad = make(numbers(turn, 12).reshape(3, 4).to(device))
+            params[1].grad = numbers(2, 12).reshape(3, 4).to(device)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor([4.0, 0.0], device=device)
+        optimizer.step()
+        results.append([everything(optimizer), *(param.grad.tolist() for param in params)])
+    assert results[0] == results[1]
+
+
 def test_an_expanded_gradient_without_elements_and_a_sparse_one_are_divided_too():
     sparse = torch.tensor([0.0, 6.0]).to_sparse()
     unscale_all([torch.ones(()).expand(0), sparse], 2.0)
