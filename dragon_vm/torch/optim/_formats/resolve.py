@@ -86,12 +86,13 @@ def check_options(options: StorageOptions) -> None:
         ValueError: a value that no parameter could have.
     """
     asked = options.state_dtype
+    is_by_name = isinstance(asked, Mapping)
     for state, value in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
-        if state and state not in MOMENTS:
+        if is_by_name and state not in MOMENTS:
             raise ValueError(f"state_dtype: expected states among {STATES}, got {state!r}")
         is_dtype = isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1
         if value is not None and value != EIGHT_BIT and not is_dtype:
-            name = f"state_dtype[{state!r}]" if state else "state_dtype"
+            name = f"state_dtype[{state!r}]" if is_by_name else "state_dtype"
             raise ValueError(
                 f'{name}: expected a floating point dtype of 2 bytes or more, "8bit" or None, got {value!r}'
             )
@@ -100,7 +101,7 @@ def check_options(options: StorageOptions) -> None:
     if options.asked("exp_avg_sq") == torch.float16:
         raise ValueError(
             "state_dtype: float16 loses second moments below 6e-8; "
-            'use bfloat16, or {"exp_avg": torch.float16} for the first moment alone'
+            'use bfloat16, or with Adam {"exp_avg": torch.float16} for the first moment alone'
         )
     if options.stochastic_rounding not in (None, True, False):
         raise ValueError(f"stochastic_rounding: expected a bool or None, got {options.stochastic_rounding!r}")
