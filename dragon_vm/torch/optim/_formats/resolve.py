@@ -128,7 +128,7 @@ def _param_format(dtype: torch.dtype, options: StorageOptions) -> Format:
         raise ValueError(f"master_weights={master!r}: expected {names} parameters, got {dtype}")
     if master == torch.float32:
         return Master(dtype)
-    return Split16() if master == "split16" else Split8(stochastic is not False)
+    return Split16() if master == "split16" else Split8(stochastic is None or bool(stochastic))
 
 
 def is_blockwise(shape: Size) -> bool:

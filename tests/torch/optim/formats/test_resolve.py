@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import Size
@@ -120,6 +121,15 @@ def test_what_a_dtype_is_asked_for() -> None:
     assert storage(FP32, options(BF16), states=AMSGRAD).asked == set(AMSGRAD)
     assert storage(FP32, options({"exp_avg": FP32}), states=AMSGRAD).asked == {"exp_avg"}
     assert storage(FP32, options("8bit")).asked == set()
+
+
+@pytest.mark.parametrize("value", [False, 0, np.bool_(False)], ids=repr)
+@pytest.mark.parametrize(
+    "more", [{"master_weights": "split8"}, {"state_dtype": "8bit"}, {"state_dtype": BF16}], ids=str
+)
+def test_nothing_is_stochastic_where_that_is_false(value: object, more: dict[str, object]) -> None:
+    found = storage(BF16, options(stochastic_rounding=value, **more), states=AMSGRAD)
+    assert not any(form.stochastic for form in found.formats)
 
 
 @pytest.mark.parametrize(
