@@ -68,8 +68,9 @@ def test_no_finite_number_gets_infinite() -> None:
 
 
 def test_upwards_is_the_least_number_that_is_not_below() -> None:
-    value = numbers(256)
-    value = value[value <= LARGEST]
+    borders = torch.arange(-(2**31), 2**31, 2**16)[:, None] + torch.tensor([0, 1, 2**16 - 1])
+    value = torch.cat([numbers(256), borders.to(torch.int32).view(torch.float32).flatten()])
+    value = value[value.isfinite() & (value <= LARGEST)]
     stored = encoded(UpwardBfloat16(), value)
     assert (stored.float() >= value).all()
     bits = stored.view(torch.int16).to(torch.int32)
