@@ -76,6 +76,14 @@ def test_one_element_that_is_not_finite_shows(value):
     assert not norms_of(grads, math.inf).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("norm_type", [2, math.inf])
+def test_the_norm_of_an_empty_gradient_is_zero(norm_type, dtype):
+    grads = [torch.ones(0, dtype=dtype), torch.ones(1, dtype=dtype), torch.ones(3, 0, dtype=dtype)]
+    assert norms_of(grads, norm_type).tolist() == [0.0, 1.0, 0.0]
+    assert SquareSum(grads)(grads) == 1
+
+
 def test_complex_gradients_count_both_parts():
     grads = [torch.full((5,), 3 + 4j, dtype=torch.complex64)]
     assert SquareSum(grads)(grads) == 125
