@@ -32,7 +32,7 @@ def test_the_norm_is_within_four_eps_whatever_the_range(sizes, exponent, dtype, 
     assert abs(math.sqrt(SquareSum(grads)(grads)) - expected) <= 4 * EPS * expected
 
 
-@pytest.mark.parametrize("shapes", [[(2, 1024), (4, 5)], [(2, 3), (4,), (1, 1, 1)]])
+@pytest.mark.parametrize("shapes", [[(2, 1024), (4, 5)], [(2, 3), (4,), (1, 1, 1)], [(300, 301), (90, 4, 256)]])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 4 * EPS), (torch.float64, 1e-12)])
 def test_gradients_of_any_shape_count_once_and_those_of_fp64_in_fp64(shapes, dtype, error):
     grads = [torch.full(shape, 0.1, dtype=dtype) for shape in shapes]
