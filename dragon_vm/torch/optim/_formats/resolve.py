@@ -22,8 +22,12 @@ STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MOMENTS = (*STATES, "momentum_buffer")
 # Smaller tensors gain little, and are the sensitive ones: norms and biases.
 SMALLEST_Q8 = 4096
-# With a larger beta2 a bf16 second moment that is rounded to nearest cannot decay to 0: the half step is 2^-8.
-LARGEST_BETA2 = 1 - 2.0**-8
+# The largest beta2 with which second moments that are rounded to nearest decay. In bf16 the half step is 2^-8.
+# In 8 bits a moment is the eighth power of its code, and half a step is 1/510 of the largest code.
+_LARGEST_BETA2: dict[Format | None, float] = {
+    Plain(torch.bfloat16): 1 - 2.0**-8,
+    SquareQ8(False): (1 - 1 / 510) ** 8,
+}
 
 
 class StorageOptions(NamedTuple):
@@ -205,5 +209,4 @@ def resolve(
 
 def cannot_forget(storage: Storage, beta2: float) -> bool:
     """Whether the second moment is rounded to nearest in steps too large for it to decay."""
-    is_nearest = storage.states.get("exp_avg_sq") in (Plain(torch.bfloat16), SquareQ8(False))
-    return is_nearest and beta2 > LARGEST_BETA2
+    return beta2 > _LARGEST_BETA2.get(storage.states.get("exp_avg_sq"), 1.0)
