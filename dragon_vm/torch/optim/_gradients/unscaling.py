@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Scaling
-from dragon.vm.torch.optim._gradients.zeroing import apart
+from dragon.vm.torch.optim._gradients.zeroing import apart, writing
 
 
 def unscale_all(grads: Sequence[Tensor], scale: float | Tensor) -> None:
@@ -19,13 +18,8 @@ def unscale_all(grads: Sequence[Tensor], scale: float | Tensor) -> None:
     divisor = scale.reshape(()) if isinstance(scale, Tensor) else scale
     for is_inference in (False, True):
         if chosen := [grad for grad in grads if grad.is_inference() == is_inference]:
-            with _writing(is_inference):
+            with writing(is_inference):
                 _divide(chosen, divisor)
-
-
-def _writing(is_inference: bool) -> AbstractContextManager[None]:
-    """A mode in which tensors may be written: that which made them, if it is inference mode."""
-    return torch.inference_mode() if is_inference else torch.no_grad()
 
 
 def _divide(grads: Sequence[Tensor], divisor: float | Tensor) -> None:
@@ -64,7 +58,7 @@ def unscale_left(params: Iterable[Tensor], scaling: Scaling) -> None:
 
 def assign(tensor: Tensor, values: Tensor) -> None:
     """Copy values into a tensor of their shape, which may be an expanded one."""
-    with _writing(tensor.is_inference()):
+    with writing(tensor.is_inference()):
         each_once(tensor, tensor).copy_(each_once(values, tensor))
 
 
