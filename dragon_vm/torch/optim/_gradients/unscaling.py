@@ -29,7 +29,8 @@ def _divide(grads: Sequence[Tensor], divisor: float | Tensor) -> None:
         torch._foreach_div_(in_place, divisor)
     for part in parts:
         if not _is_divided_once(part):
-            part.copy_(part.to(torch.promote_types(part.dtype, torch.float32)) / divisor)
+            wide = part if part.dtype == torch.float64 else part.float()
+            part.copy_(wide / divisor)
 
 
 def _is_divided_once(tensor: Tensor) -> bool:

@@ -272,6 +272,14 @@ def test_a_scale_of_zero_leaves_what_pytorch_leaves(backend: str) -> None:
         torch.testing.assert_close(own, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP64])
+def test_a_negated_gradient_is_divided_in_its_own_precision(dtype):
+    values = numbers(0, 100, dtype=dtype)
+    view = negated(values)
+    unscale_all([view], 3.0)
+    assert torch.equal(view, values / 3.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.parametrize("scale", [3.0, torch.full((1,), 7.0)], ids=["number", "tensor"])
 def test_a_conjugated_gradient_is_divided_as_one_that_is_not(dtype, scale):
