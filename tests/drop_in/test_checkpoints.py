@@ -192,3 +192,17 @@ def test_formats_of_states_need_a_shape() -> None:
     with pytest.raises(ValueError, match=r"parameter 0 is uninitialized.*Run the model once"):
         lazy.optimizer.load_state_dict(saved.optimizer.state_dict())
     assert not lazy.optimizer.state
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8])
+def test_states_of_one_byte_become_the_parameters_as_in_pytorch(dtype):
+    found = []
+    for module in (torch.optim, ours):
+        param = torch.nn.Parameter(torch.ones(4, 3))
+        optimizer = module.Adam([param])
+        moments = {name: torch.arange(12.0).view(4, 3).to(dtype) for name in ("exp_avg", "exp_avg_sq")}
+        saved = {**optimizer.state_dict(), "state": {0: {"step": torch.tensor(3.0), **moments}}}
+        optimizer.load_state_dict(saved)
+        found.append([optimizer.state[param][name] for name in moments])
+    for theirs, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=0, atol=0)

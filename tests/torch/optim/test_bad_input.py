@@ -333,3 +333,20 @@ def test_a_transform_that_would_wrap_states_is_refused(backend, is_first, transf
     weight.grad = torch.ones(3)
     optimizer.step()
     assert weight.tolist() == pytest.approx([-0.5 if is_first else -1.0] * 3)
+
+
+@pytest.mark.parametrize(
+    "bad", ["x", [1.0], torch.ones(2), torch.ones(0), torch.ones((), dtype=torch.complex64), 1j]
+)
+def test_a_step_count_that_is_no_number_is_refused_by_loading_and_by_a_step(bad):
+    optimizer = Adam([param()])
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+    optimizer.step()
+    before, saved = everything(optimizer), optimizer.state_dict()
+    saved["state"][0] = {**saved["state"][0], "step": bad}
+    with pytest.raises(ValueError, match=re.escape(f"has the step {bad!r} for parameter 0, not one number")):
+        optimizer.load_state_dict(saved)
+    assert everything(optimizer) == before
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] = bad
+    with pytest.raises(ValueError, match=re.escape(f"must be one number, but got {bad!r}")):
+        optimizer.step()

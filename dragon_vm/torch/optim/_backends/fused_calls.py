@@ -14,6 +14,7 @@ from dragon.vm.torch.optim._algorithms.algorithm import Algorithm, kinds
 from dragon.vm.torch.optim._backends.pieces import Piece, Scratch
 from dragon.vm.torch.optim._backends.selection import Picker, picker
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
+from dragon.vm.torch.optim._gradients.unscaling import unscale_all
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._options import by_value
 
@@ -72,7 +73,7 @@ class FusedCall(NamedTuple):
 
     def divide(self, grads: list[Tensor]) -> None:
         """Divide gradients that stay behind by the divisor."""
-        torch._foreach_div_(grads, _number(self.divisor, grads[0].dtype))
+        unscale_all(grads, _number(self.divisor, grads[0].dtype))
 
 
 def _number(value: float, dtype: torch.dtype) -> Tensor:

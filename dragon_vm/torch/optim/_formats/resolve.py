@@ -22,8 +22,12 @@ STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MOMENTS = (*STATES, "momentum_buffer")
 # Smaller tensors gain little, and are the sensitive ones: norms and biases.
 SMALLEST_Q8 = 4096
-# With a larger beta2 a bf16 second moment that is rounded to nearest cannot decay to 0: the half step is 2^-8.
-LARGEST_BETA2 = 1 - 2.0**-8
+# The largest beta2 with which second moments that are rounded to nearest decay. In bf16 the half step is 2^-8.
+# In 8 bits a moment is the eighth power of its code, and half a step is 1/510 of the largest code.
+_LARGEST_BETA2: dict[Format | None, float] = {
+    Plain(torch.bfloat16): 1 - 2.0**-8,
+    SquareQ8(False): (1 - 1 / 510) ** 8,
+}
 
 
 class StorageOptions(NamedTuple):
@@ -86,12 +90,13 @@ def check_options(options: StorageOptions) -> None:
         ValueError: a value that no parameter could have.
     """
     asked = options.state_dtype
+    is_by_name = isinstance(asked, Mapping)
     for state, value in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
-        if state and state not in MOMENTS:
+        if is_by_name and state not in MOMENTS:
             raise ValueError(f"state_dtype: expected states among {STATES}, got {state!r}")
         is_dtype = isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1
         if value is not None and value != EIGHT_BIT and not is_dtype:
-            name = f"state_dtype[{state!r}]" if state else "state_dtype"
+            name = f"state_dtype[{state!r}]" if is_by_name else "state_dtype"
             raise ValueError(
                 f'{name}: expected a floating point dtype of 2 bytes or more, "8bit" or None, got {value!r}'
             )
@@ -100,7 +105,7 @@ def check_options(options: StorageOptions) -> None:
     if options.asked("exp_avg_sq") == torch.float16:
         raise ValueError(
             "state_dtype: float16 loses second moments below 6e-8; "
-            'use bfloat16, or {"exp_avg": torch.float16} for the first moment alone'
+            'use bfloat16, or with Adam {"exp_avg": torch.float16} for the first moment alone'
         )
     if options.stochastic_rounding not in (None, True, False):
         raise ValueError(f"stochastic_rounding: expected a bool or None, got {options.stochastic_rounding!r}")
@@ -127,7 +132,7 @@ def _param_format(dtype: torch.dtype, options: StorageOptions) -> Format:
         raise ValueError(f"master_weights={master!r}: expected {names} parameters, got {dtype}")
     if master == torch.float32:
         return Master(dtype)
-    return Split16() if master == "split16" else Split8(stochastic is not False)
+    return Split16() if master == "split16" else Split8(stochastic is None or bool(stochastic))
 
 
 def is_blockwise(shape: Size) -> bool:
@@ -204,5 +209,4 @@ def resolve(
 
 def cannot_forget(storage: Storage, beta2: float) -> bool:
     """Whether the second moment is rounded to nearest in steps too large for it to decay."""
-    is_nearest = storage.states.get("exp_avg_sq") in (Plain(torch.bfloat16), SquareQ8(False))
-    return is_nearest and beta2 > LARGEST_BETA2
+    return beta2 > _LARGEST_BETA2.get(storage.states.get("exp_avg_sq"), 1.0)

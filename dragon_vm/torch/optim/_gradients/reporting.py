@@ -11,6 +11,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._distributed.reduction import all_reduce_flags, meeting_device
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._gradients.scaling import Scaling
+from dragon.vm.torch.optim._gradients.zeroing import writing
 
 
 @torch.no_grad()
@@ -36,9 +37,10 @@ def report(params: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
     grads = (local(param.grad) for param in params if param.grad is not None)
     grad = next((each for each in grads if _can_tell(each)), None)
     if grad is not None:
-        element = grad[(0,) * grad.dim()]
-        for each in found:
-            element.masked_fill_(each.to(grad.device).reshape(()) > 0, torch.inf)
+        with writing(grad.is_inference()):
+            element = grad[(0,) * grad.dim()]
+            for each in found:
+                element.masked_fill_(each.to(grad.device).reshape(()) > 0, torch.inf)
     return grad is not None
 
 

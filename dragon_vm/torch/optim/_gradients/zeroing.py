@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any
 
@@ -24,14 +25,18 @@ def detach_all(grads: Sequence[Tensor]) -> None:
             grad.requires_grad_(False)
 
 
+def writing(is_inference: bool) -> AbstractContextManager[None]:
+    """A mode in which tensors may be written: that which made them, if it is inference mode."""
+    return torch.inference_mode() if is_inference else torch.no_grad()
+
+
 def zero_all(grads: Sequence[Tensor]) -> None:
     """Set gradients to zero, all strided ones in one operation, and detach them from any graph."""
     detach_all(grads)
     strided = []
     for grad in grads:
         if grad.is_inference():
-            # Only there may it be written.
-            with torch.inference_mode():
+            with writing(is_inference=True):
                 grad.zero_()
         elif grad.layout == torch.strided and not grad.is_conj() and not grad.is_neg():
             strided.append(grad)

@@ -88,8 +88,15 @@ def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], co
         if value.is_complex() != param.is_complex() or not (value.is_floating_point() or value.is_complex()):
             raise ValueError(f"a parameter is of {param.dtype}, but its state {key!r} of {value.dtype}")
     step = state.get("step") if counts_steps else None
-    if step is not None and (step.numel() != 1 if isinstance(step, Tensor) else not hasattr(step, "__float__")):
+    if step is not None and not is_count(step):
         raise ValueError(f"the state 'step' of a parameter must be one number, but got {step!r}")
+
+
+def is_count(step: Any) -> bool:
+    """Whether a step count is one real number."""
+    if isinstance(step, Tensor):
+        return step.numel() == 1 and not step.is_complex()
+    return hasattr(step, "__float__")
 
 
 def check_memory(params: Sequence[Tensor], groups: Sequence[Group]) -> None:

@@ -56,7 +56,12 @@ def kept_format(storage: Storage, state: Mapping[str, Any], name: str) -> Format
         held = held_format(state, "exp_avg_sq")
     if held is None or name in storage.asked or not isinstance(form, Plain):
         return form
-    return Plain(torch.promote_types(held.dtype if isinstance(held, Plain) else torch.float32, form.dtype))
+    return Plain(wider(held.dtype if isinstance(held, Plain) else torch.float32, form.dtype))
+
+
+def wider(held: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    """The wider one of two dtypes. PyTorch does not promote those of one byte, float8, which any other holds."""
+    return wanted if held.itemsize == 1 else torch.promote_types(held, wanted)
 
 
 def make_parts(param: Any, name: str, form: Format) -> State:

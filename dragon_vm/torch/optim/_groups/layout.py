@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -86,6 +87,8 @@ def overlapping_pair(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 
 def _overlaps(*tensors: Tensor) -> bool:
     base = min(tensor.data_ptr() for tensor in tensors)
-    nbytes = min(tensor.element_size() for tensor in tensors)
+    # One tensor may begin within an element of another.
+    sizes = (math.gcd(tensor.element_size(), tensor.data_ptr() - base) for tensor in tensors)
+    nbytes = math.gcd(*sizes)
     offsets = torch.cat([_piece_offsets(tensor, base, nbytes) for tensor in tensors])
     return len(offsets.unique()) < len(offsets)

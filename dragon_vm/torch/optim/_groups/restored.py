@@ -16,7 +16,7 @@ from dragon.vm.torch.optim._formats.resolve import MOMENTS, Storage
 from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.checks import labels
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, counter_place
-from dragon.vm.torch.optim._groups.entries import named_parts
+from dragon.vm.torch.optim._groups.entries import named_parts, wider
 from dragon.vm.torch.optim._groups.exchange import restored_entries
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, parts_of
 from dragon.vm.torch.optim._groups.saved import checked_state
@@ -126,7 +126,7 @@ def _copied(algorithm: Algorithm, settings: Settings, owners: Sequence[_Owner]) 
         copy = restored_entries(param, storage, state)
         if "ema" in algorithm.all_state_keys(group) and "ema" in state:
             average = storage.average
-            dtype = average if group["state_dtype"] else torch.promote_types(state["ema"].dtype, average)
+            dtype = average if group["state_dtype"] else wider(state["ema"].dtype, average)
             copy["ema"] = distributed_like(param, zeros_for(local(param), dtype))
         if algorithm.counts_steps(group):
             dtypes = {value.dtype for value in copy.values() if value.is_floating_point()}

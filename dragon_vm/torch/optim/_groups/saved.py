@@ -12,6 +12,7 @@ from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._formats.split import Split8, Split16
+from dragon.vm.torch.optim._groups.checks import is_count
 from dragon.vm.torch.optim._groups.entries import held_format, held_master, named_parts
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of, walking_order
 from dragon.vm.torch.optim._groups.states import State, count_of
@@ -52,8 +53,8 @@ def checked_state(
     step = state.get("step", algorithm.uncounted_steps if has_begun else 0.0)
     if step is None:
         raise ValueError(f"loaded state dict has no step for {label}: it has {', '.join(state)}")
-    if isinstance(step, Tensor) and step.numel() != 1:
-        raise ValueError(f"loaded state dict has a step of shape {tuple(step.shape)} for {label}, not one number")
+    if not is_count(step):
+        raise ValueError(f"loaded state dict has the step {step!r} for {label}, not one number")
     return {**state, "step": count_of(step)}
 
 

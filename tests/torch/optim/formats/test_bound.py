@@ -75,3 +75,12 @@ def test_what_exceeds_the_bound_is_cut_and_nan_stays() -> None:
     assert clamped[4].isnan()
     assert clamped[5:].tolist() == [0.0, -limit, 0.0]
     assert clamp_moment(exp_avg, root, math.inf) is exp_avg
+
+
+def test_a_bound_is_an_fp32_number_under_any_default_dtype() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        limit = rounded_bound(1 / 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert limit == rounded_bound(1 / 3)

@@ -110,3 +110,14 @@ def test_the_words_of_neighbours_and_of_both_values_are_independent() -> None:
     for one, other in [*pairs, (second[0::2], second[1::2])]:
         counts = torch.bincount((one >> 8) * 256 + (other >> 8), minlength=65536).double()
         assert abs(chi_square(counts) - 65535) < 5 * 362
+
+
+@pytest.mark.parametrize("n_spans", [1, 2, 3])
+def test_parameters_together_have_the_words_of_each(n_spans: int) -> None:
+    spans = [
+        (Rounding(5, stream, 7, first), numel) for stream, first, numel in ((3, 0, 9), (4, 13, 30), (9, 8, 1))
+    ]
+    together = random_words(spans[:n_spans])
+    each = [random_words([span]) for span in spans[:n_spans]]
+    for found, alone in zip(together, zip(*each, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(alone))

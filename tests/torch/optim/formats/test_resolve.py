@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from torch import Size
 
+from dragon.vm.torch.optim._formats.blockwise import SquareQ8
 from dragon.vm.torch.optim._formats.resolve import (
     Storage,
     StorageOptions,
@@ -122,6 +124,15 @@ def test_what_a_dtype_is_asked_for() -> None:
     assert storage(FP32, options("8bit")).asked == set()
 
 
+@pytest.mark.parametrize("value", [False, 0, np.bool_(False)], ids=repr)
+@pytest.mark.parametrize(
+    "more", [{"master_weights": "split8"}, {"state_dtype": "8bit"}, {"state_dtype": BF16}], ids=str
+)
+def test_nothing_is_stochastic_where_that_is_false(value: object, more: dict[str, object]) -> None:
+    found = storage(BF16, options(stochastic_rounding=value, **more), states=AMSGRAD)
+    assert not any(form.stochastic for form in found.formats)
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -129,6 +140,8 @@ def test_what_a_dtype_is_asked_for() -> None:
         (options(torch.int32), "state_dtype: expected .* got torch.int32"),
         (options(torch.float8_e4m3fn), "state_dtype: expected .* got torch.float8_e4m3fn"),
         (options({"exp_avgs": BF16}), "state_dtype: expected states among .* got 'exp_avgs'"),
+        (options({"": BF16}), "state_dtype: expected states among .* got ''"),
+        (options({None: BF16}), "state_dtype: expected states among .* got None"),
         (options({"max_exp_avg_sq": "8bit"}), "no 8-bit form"),
         (options(FP16), "float16 loses second moments"),
         (options({"exp_avg_sq": FP16}), "float16 loses second moments"),
@@ -218,6 +231,21 @@ def test_the_second_moments_that_cannot_forget() -> None:
     assert not cannot_forget(storage(BF16, options()), 0.995)
     assert not cannot_forget(storage(FP32, options("8bit")), 0.999)
     assert not cannot_forget(storage(FP32, options()), 0.999)
+
+
+@pytest.mark.parametrize("beta2", [0.9, 0.98, 0.984, 0.985, 0.99, 0.995, 0.996, 0.9965, 0.999])
+def test_they_are_those_that_a_decay_leaves_as_they_are(beta2: float) -> None:
+    narrow = torch.arange(128, 256).to(BF16)
+    assert cannot_forget(storage(BF16, options()), beta2) == bool(
+        ((narrow.float() * beta2).to(BF16) == narrow).any()
+    )
+    codes = torch.arange(255).to(torch.uint8).view(-1, 51)
+    # Each block keeps its largest number, and thereby its scale.
+    blocks = torch.cat([codes, torch.full((5, 13), 255, dtype=torch.uint8)], 1)
+    decayed = SquareQ8(False).decode([blocks, torch.ones(5, 1)])
+    decayed[:, :-1] *= beta2
+    found, _ = SquareQ8(False).encode(decayed)
+    assert cannot_forget(storage(FP32, options("8bit", False)), beta2) == torch.equal(found, blocks)
 
 
 def test_keys_of_8_bit_states_are_none_that_pytorch_reads() -> None:

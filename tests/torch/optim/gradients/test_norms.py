@@ -32,7 +32,7 @@ def test_the_norm_is_within_four_eps_whatever_the_range(sizes, exponent, dtype, 
     assert abs(math.sqrt(SquareSum(grads)(grads)) - expected) <= 4 * EPS * expected
 
 
-@pytest.mark.parametrize("shapes", [[(2, 1024), (4, 5)], [(2, 3), (4,), (1, 1, 1)]])
+@pytest.mark.parametrize("shapes", [[(2, 1024), (4, 5)], [(2, 3), (4,), (1, 1, 1)], [(300, 301), (90, 4, 256)]])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 4 * EPS), (torch.float64, 1e-12)])
 def test_gradients_of_any_shape_count_once_and_those_of_fp64_in_fp64(shapes, dtype, error):
     grads = [torch.full(shape, 0.1, dtype=dtype) for shape in shapes]
@@ -74,6 +74,14 @@ def test_one_element_that_is_not_finite_shows(value):
     grads[0][765_432] = value
     assert not math.isfinite(SquareSum(grads)(grads))
     assert not norms_of(grads, math.inf).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("norm_type", [2, math.inf])
+def test_the_norm_of_an_empty_gradient_is_zero(norm_type, dtype):
+    grads = [torch.ones(0, dtype=dtype), torch.ones(1, dtype=dtype), torch.ones(3, 0, dtype=dtype)]
+    assert norms_of(grads, norm_type).tolist() == [0.0, 1.0, 0.0]
+    assert SquareSum(grads)(grads) == 1
 
 
 def test_complex_gradients_count_both_parts():

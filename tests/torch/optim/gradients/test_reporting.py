@@ -46,6 +46,14 @@ def test_the_first_gradient_that_can_be_infinite_tells_what_was_found():
     assert torch.isinf(able.grad).flatten().tolist() == [True, False, False, False]
 
 
+def test_a_gradient_of_inference_mode_tells_too():
+    with torch.inference_mode():
+        grad = torch.ones(2)
+    for found, told in ((0.0, [1.0, 1.0]), (1.0, [math.inf, 1.0])):
+        assert report([param(torch.ones(2), grad)], [torch.tensor(found)])
+        assert grad.tolist() == told
+
+
 def test_the_smallest_trained_parameter_stands_in():
     frozen = param(torch.ones(1)).requires_grad_(False)
     params = [param(torch.ones(0)), frozen, param(torch.ones(3)), param(torch.ones(2)), param(torch.ones(4))]

@@ -272,6 +272,14 @@ def test_a_scale_of_zero_leaves_what_pytorch_leaves(backend: str) -> None:
         torch.testing.assert_close(own, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP64])
+def test_a_negated_gradient_is_divided_in_its_own_precision(dtype):
+    values = numbers(0, 100, dtype=dtype)
+    view = negated(values)
+    unscale_all([view], 3.0)
+    assert torch.equal(view, values / 3.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.parametrize("scale", [3.0, torch.full((1,), 7.0)], ids=["number", "tensor"])
 def test_a_conjugated_gradient_is_divided_as_one_that_is_not(dtype, scale):
@@ -280,6 +288,37 @@ def test_a_conjugated_gradient_is_divided_as_one_that_is_not(dtype, scale):
     unscale_all([values.conj()], scale)
     unscale_all([plain], scale)
     assert torch.equal(values, plain)
+
+
+def negated(values: Tensor) -> Tensor:
+    """The same values, which are negated where they are read."""
+    return torch.complex(values, -values).conj().imag
+
+
+def of_inference(values: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return values.clone()
+
+
+@each_backend
+@pytest.mark.parametrize("made", [negated, of_inference, lambda values: of_inference(values.t()).t()])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"state_dtype": BF16}], ids=str)
+@pytest.mark.parametrize("sums", [False, True])
+def test_a_gradient_that_few_operations_may_write_is_divided_too(backend, made, options, sums):
+    device = home(backend)
+    results = []
+    for make in (torch.clone, made):
+        params = [torch.nn.Parameter(torch.ones(3, 4, device=device)) for _ in range(2)]
+        optimizer = ours.Adam(params, backend=backend, **options)
+        for turn in range(1 + sums):
+            if turn:
+                optimizer.sum_grad()
+            params[0].grad = make(numbers(turn, 12).reshape(3, 4).to(device))
+            params[1].grad = numbers(2, 12).reshape(3, 4).to(device)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor([4.0, 0.0], device=device)
+        optimizer.step()
+        results.append([everything(optimizer), *(param.grad.tolist() for param in params)])
+    assert results[0] == results[1]
 
 
 def test_an_expanded_gradient_without_elements_and_a_sparse_one_are_divided_too():

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -118,19 +119,21 @@ def test_an_interrupted_step_leaves_masters_alone(
 
 
 @pytest.mark.parametrize("master", SPLITS)
-@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle", "master_weights", "from_torch"])
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle", "master_weights", "from_torch", "swap_ema"])
 def test_a_write_before_a_copy_is_noticed_too(master: Any, how: str) -> None:
-    params, optimizer = make("split16", master_weights=master)
+    params, optimizer = make("split16", master_weights=master, ema_decay=0.5)
     train(params, optimizer, 2)
     with torch.no_grad():
         params[0].fill_(0.5)
     if how == "state_dict":
         saved = copy.deepcopy(optimizer.state_dict())
-        theirs, other = make("split16", master_weights=master)
+        theirs, other = make("split16", master_weights=master, ema_decay=0.5)
         theirs[0].data.fill_(0.5)
         other.load_state_dict(saved)
-    elif how == "master_weights":
+    elif how in ("master_weights", "swap_ema"):
         other = optimizer
+        with optimizer.swap_ema() if how == "swap_ema" else nullcontext():
+            pass
     elif how == "from_torch":
         other = type(optimizer).from_torch(optimizer)
     else:
@@ -232,6 +235,16 @@ def test_what_pytorch_does_not_count_needs_a_call(is_saved: bool, master: Any) -
     optimizer.resync_master()
     for (_, value), param in zip(optimizer.master_weights(), params, strict=True):
         assert torch.equal(value, param.float())
+
+
+def test_a_write_to_a_parameter_without_a_state_is_no_obstacle() -> None:
+    params, optimizer = make("split16")
+    optimizer.resync_master()
+    train(params, optimizer, 1)
+    with torch.no_grad():
+        params[0].fill_(0.5)
+    optimizer.state.clear()
+    train(params, optimizer, 1)
 
 
 def test_a_write_is_noticed_once() -> None:

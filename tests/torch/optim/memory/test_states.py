@@ -71,9 +71,10 @@ def test_an_unknown_native_form_is_refused() -> None:
         optimizer.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("key", ["param_remainder", "master_param"])
+@pytest.mark.parametrize("key", ["param_remainder", "param_master", "master_param"])
 def test_misshapen_masters_are_refused(key: str) -> None:
-    params, optimizer = make("split16", native_state_dict=key == "param_remainder")
+    master = FP32 if key == "param_master" else "split16"
+    params, optimizer = make("split16", master_weights=master, native_state_dict=key != "master_param")
     train(params, optimizer, 1)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][1][key] = saved["state"][1][key][:1]
