@@ -73,7 +73,12 @@ class FusedCall(NamedTuple):
 
     def divide(self, grads: list[Tensor]) -> None:
         """Divide gradients that stay behind by the divisor."""
-        unscale_all(grads, _number(self.divisor, grads[0].dtype))
+        divisor = _number(self.divisor, grads[0].dtype)
+        if any(map(Tensor.is_inference, grads)) or any(map(Tensor.is_neg, grads)):
+            unscale_all(grads, divisor)
+        else:
+            # In a third of the time of looking at each.
+            torch._foreach_div_(grads, divisor)
 
 
 def _number(value: float, dtype: torch.dtype) -> Tensor:
