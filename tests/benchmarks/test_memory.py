@@ -149,7 +149,7 @@ def test_the_page_tells_the_measured_times() -> None:
     lines = [json.loads(line) for line in STEPS.read_text().splitlines()]
     ratios = {line["mode"]: line["ratio"] for line in lines}
     page = (STEPS.parents[3] / "docs" / "memory.md").read_text()
-    (sentence,) = re.findall(r"One thread was measured .*?\.memory\.steps .*?`", page, re.DOTALL)
+    (sentence,) = re.findall(r"One thread of an AMD EPYC was measured .*?\.memory\.steps .*?`", page, re.DOTALL)
     told = ["fp32 masters", "split16", "bf16 states", "8bit", "split8, 8bit"]
     assert [int(number) for number in re.findall(r"(\d+)\s+times", sentence)] == [
         round(ratios[mode]) for mode in told

@@ -95,10 +95,10 @@ def check_number(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
-        if value.device.type == "meta" or value.is_complex():
-            raise TypeError(f"{name} must be a real number, but got {value!r}")
         if value.device.type != "cpu" and name not in _LIVE_TENSORS:
             raise ValueError(f"{name} must be a number or a tensor on the CPU, but got a tensor on {value.device}")
+        if value.device.type == "meta" or value.is_complex():
+            raise TypeError(f"{name} must be a real number, but got {value!r}")
     elif not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, but got {value!r}")
     elif isinstance(value, int) and abs(value) > sys.float_info.max:
