@@ -86,12 +86,13 @@ def check_options(options: StorageOptions) -> None:
         ValueError: a value that no parameter could have.
     """
     asked = options.state_dtype
+    are_named = isinstance(asked, Mapping)
     for state, value in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
-        if state and state not in MOMENTS:
+        if are_named and state not in MOMENTS:
             raise ValueError(f"state_dtype: expected states among {STATES}, got {state!r}")
         is_dtype = isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1
         if value is not None and value != EIGHT_BIT and not is_dtype:
-            name = f"state_dtype[{state!r}]" if state else "state_dtype"
+            name = f"state_dtype[{state!r}]" if are_named else "state_dtype"
             raise ValueError(
                 f'{name}: expected a floating point dtype of 2 bytes or more, "8bit" or None, got {value!r}'
             )

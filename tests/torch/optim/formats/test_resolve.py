@@ -129,6 +129,7 @@ def test_what_a_dtype_is_asked_for() -> None:
         (options(torch.int32), "state_dtype: expected .* got torch.int32"),
         (options(torch.float8_e4m3fn), "state_dtype: expected .* got torch.float8_e4m3fn"),
         (options({"exp_avgs": BF16}), "state_dtype: expected states among .* got 'exp_avgs'"),
+        (options({"": "8bit"}), "state_dtype: expected states among .* got ''"),
         (options({"max_exp_avg_sq": "8bit"}), "no 8-bit form"),
         (options(FP16), "float16 loses second moments"),
         (options({"exp_avg_sq": FP16}), "float16 loses second moments"),
