@@ -229,7 +229,7 @@ def test_nothing_shares_memory_with_a_loaded_dict() -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["shape", "complex", "missing", "maximum", "step", "vector_step", "groups", "length"]
+    "damage", ["shape", "complex", "missing", "maximum", "step", "bad step", "bad steps", "groups", "length"]
 )
 def test_a_dict_that_does_not_fit_is_refused_before_anything_changes(damage: str) -> None:
     names = ["a", "b", "c", "d"]
@@ -243,8 +243,8 @@ def test_a_dict_that_does_not_fit_is_refused_before_anything_changes(damage: str
         state["exp_avg"] = state["exp_avg"].flatten()
     elif damage == "complex":
         state["exp_avg_sq"] = state["exp_avg_sq"] + 0j
-    elif damage == "vector_step":
-        state["step"] = torch.ones(2)
+    elif damage in ("bad step", "bad steps"):
+        state["step"] = torch.ones(2) if damage == "bad steps" else torch.tensor(3j)
     elif damage == "groups":
         broken["param_groups"] *= 2
         text = "different number of parameter groups"

@@ -59,6 +59,10 @@ def misshapen_step(optimizer, last):
     optimizer.state[last]["step"] = torch.zeros(2)
 
 
+def complex_step(optimizer, last):
+    optimizer.state[last]["step"] = torch.tensor(2j)
+
+
 def step_that_is_no_number(optimizer, last):
     optimizer.state[last]["step"] = "one"
 
@@ -74,6 +78,7 @@ SPOILS = [
     average_of_integers,
     state_that_is_no_tensor,
     misshapen_step,
+    complex_step,
     step_that_is_no_number,
     option("lr", None),
     option("lr", "fast"),

@@ -78,7 +78,7 @@ def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], co
     """Check the state that a parameter has already, complete or not, whoever put it there.
 
     Raises:
-        ValueError: for a state tensor of another shape or kind of number, and for a step that is not one number.
+        ValueError: for a state tensor of another shape or kind of number, and for a step that is no real number.
     """
     for key in keys:
         value = state.get(key, param)
@@ -88,8 +88,12 @@ def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], co
         if value.is_complex() != param.is_complex() or not (value.is_floating_point() or value.is_complex()):
             raise ValueError(f"a parameter is of {param.dtype}, but its state {key!r} of {value.dtype}")
     step = state.get("step") if counts_steps else None
-    if step is not None and (step.numel() != 1 if isinstance(step, Tensor) else not hasattr(step, "__float__")):
-        raise ValueError(f"the state 'step' of a parameter must be one number, but got {step!r}")
+    if isinstance(step, Tensor):
+        is_number = step.numel() == 1 and not step.is_complex()
+    else:
+        is_number = step is None or hasattr(step, "__float__")
+    if not is_number:
+        raise ValueError(f"the state 'step' of a parameter must be one real number, but got {step!r}")
 
 
 def check_memory(params: Sequence[Tensor], groups: Sequence[Group]) -> None:

@@ -52,8 +52,9 @@ def checked_state(
     step = state.get("step", algorithm.uncounted_steps if has_begun else 0.0)
     if step is None:
         raise ValueError(f"loaded state dict has no step for {label}: it has {', '.join(state)}")
-    if isinstance(step, Tensor) and step.numel() != 1:
-        raise ValueError(f"loaded state dict has a step of shape {tuple(step.shape)} for {label}, not one number")
+    if isinstance(step, Tensor) and (step.numel() != 1 or step.is_complex()):
+        found = f"shape {tuple(step.shape)} and {step.dtype}"
+        raise ValueError(f"loaded state dict has a step of {found} for {label}, not one real number")
     return {**state, "step": count_of(step)}
 
 
