@@ -110,7 +110,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(groups):
             old, said = earlier[index] if index < len(earlier) else {}, set(group)
             for name, default in self.defaults.items():
-                if name in old or name not in (*own, *Settings._fields):
+                if name in old or name not in own:
                     group.setdefault(name, old.get(name, default))
             for name in Settings._fields:
                 group.pop(name, None)

@@ -37,8 +37,8 @@ def with_parameters_of(init: Callable[..., None], call: Callable[..., None]) -> 
         call(self, **{name: value for name, value in options.items() if value is not defaults.get(name, options)})
 
     params = [
-        # The defaults themselves are set below: not each of them can be written as text.
-        param.replace(annotation=param.empty, default=None if param.name in defaults else param.empty)
+        # Defaults are set below: not each of them can be written as text.
+        param.replace(annotation=param.empty, default=param.empty)
         for param in (first, *rest)
         if param.kind is not param.VAR_KEYWORD
     ]

@@ -113,12 +113,18 @@ def test_swap_ema_needs_averages():
         pass
 
 
-def test_swap_ema_passes_by_what_others_keep_in_the_state():
+def test_swap_ema_passes_by_what_has_no_average():
     (param, *_), optimizer, _ = trained("native")
+    # Of others, and of a group without averages.
     optimizer.state["calls"] = 3
-    own = param.detach().clone()
+    plain = torch.nn.Parameter(torch.ones(4))
+    optimizer.add_param_group({"params": [plain], "ema_decay": 0.0})
+    plain.grad = torch.ones(4)
+    optimizer.step()
+    own, other = param.detach().clone(), plain.detach().clone()
     with optimizer.swap_ema():
         assert torch.equal(param, optimizer.state[param]["ema"])
+        assert torch.equal(plain, other)
     assert torch.equal(param, own)
 
 
@@ -190,6 +196,18 @@ def test_a_dict_without_averages_is_loaded_and_they_begin_at_the_next_step():
     before = param.detach().clone()
     optimizer.step()
     torch.testing.assert_close(optimizer.state[param]["ema"], (before + param.detach()) / 2)
+
+
+def test_a_loaded_average_without_a_decay_is_kept_as_it_is():
+    (source, *_), optimizer, _ = trained("native")
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["ema_decay"]
+    params = [param.detach().clone().requires_grad_() for param in optimizer.state]
+    other = Adam(params)
+    other.load_state_dict(saved)
+    params[0].grad = torch.ones_like(params[0])
+    other.step()
+    assert torch.equal(other.state[params[0]]["ema"], optimizer.state[source]["ema"])
 
 
 @pytest.mark.parametrize("algorithm", [Adam, SGD])

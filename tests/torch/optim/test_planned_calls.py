@@ -44,3 +44,32 @@ def test_a_step_that_differs_from_the_last_one_has_calls_of_its_own(
     for param, other in zip(params, twins, strict=True):
         assert bits(param) == bits(other)
         assert bits(param.grad) == bits(other.grad)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *({"lr": 0.2}, {"weight_decay": 0.1}, {"eps": 1e-3}, {"betas": (0.5, 0.999)}, {"maximize": True}),
+        *({"grad_scale": 0.5}, {"clip_value": 0.1}, {"clip_norm": 1e3}, {"epsilon_hat": True}, {"n_steps": 5}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("common", [{}, {"epsilon_hat": True, "clip_value": 0.5}], ids=str)
+def test_groups_that_differ_in_one_number_are_updated_as_by_optimizers_of_their_own(
+    common: dict[str, Any], other: dict[str, Any]
+) -> None:
+    found = []
+    for are_apart in (False, True):
+        params = [torch.nn.Parameter(numbers(i, 5)) for i in range(2)]
+        groups = [{"params": [param], "lr": 0.1, **common} for param in params]
+        groups[1] |= {name: value for name, value in other.items() if name != "n_steps"}
+        optimizers = [Adam([group], backend="native") for group in groups] if are_apart else [Adam(groups)]
+        for number in range(3):
+            for i, param in enumerate(params):
+                param.grad = numbers(10 * number + i, 5)
+            for optimizer in optimizers:
+                optimizer.step()
+            if number == 0:
+                optimizers[-1].state[params[1]]["step"] += other.get("n_steps", 0)
+        found.append(list(map(bits, params)))
+    assert found[0] == found[1]

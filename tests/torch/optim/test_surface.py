@@ -112,6 +112,15 @@ def test_a_name_that_is_a_number_is_never_taken_for_a_position(lengths: tuple[in
     assert list(optimizer.state_formats()) == [str(position) for position in range(sum(lengths))]
 
 
+def test_a_name_that_is_a_number_is_kept_as_long_as_all_parameters_have_names() -> None:
+    first, second, third = (torch.nn.Parameter(torch.ones(1)) for _ in range(3))
+    optimizer = Adam([{"params": [("5", first), ("3", second)]}, {"params": [("0", third)]}])
+    assert list(optimizer.state_formats()) == ["5", "3", "0"]
+    # The names of the first group are nobody's from here on.
+    del optimizer.param_groups[0]["params"][0]
+    assert list(optimizer.state_formats()) == ["0", "1"]
+
+
 @pytest.mark.parametrize("make", [Adam, torch.optim.Adam])
 @pytest.mark.parametrize("change", [list.clear, lambda params: params.append(torch.nn.Parameter(torch.ones(1)))])
 def test_names_are_nobodys_once_the_list_of_parameters_has_changed(make: Any, change: Any) -> None:

@@ -120,7 +120,8 @@ def test_who_wraps_the_constructor_during_a_swap_keeps_the_wrapper(
 
         theirs.SGD.__init__ = wrapper
         assert type(theirs.SGD(make_params())) is SGD
-    assert type(theirs.SGD(make_params())) is theirs.SGD
+    plain = theirs.SGD(make_params(), 0.5)
+    assert (type(plain), len(params_of(plain)), plain.defaults["lr"]) == (theirs.SGD, 4, 0.5)
     with swap():
         assert type(theirs.SGD(make_params())) is SGD
     assert len(calls) == 3
@@ -142,11 +143,14 @@ def test_a_wrapped_constructor_takes_what_it_took(theirs: Any, monkeypatch: pyte
     with swap(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert type(theirs.SGD(make_params(), lr=0.1, momentum=0.9)) is SGD
-        refused = theirs.SGD(iter([param, param]), 0.5)
+        group = {"params": iter([param, param]), "lr": -0.5}
+        refused = [theirs.SGD(iter([param, param]), 0.5), theirs.SGD([group], 0.5)]
         with pytest.raises(TypeError, match="'params'"):
             theirs.SGD()
-    assert type(refused) is theirs.SGD
-    assert (params_of(refused), refused.defaults["lr"]) == ([param, param], 0.5)
+    for optimizer in refused:
+        assert type(optimizer) is theirs.SGD
+        assert (params_of(optimizer), optimizer.defaults["lr"]) == ([param, param], 0.5)
+    assert "clip_norm" not in group, "ours left something in the caller's group"
 
 
 def test_an_option_that_pytorchs_class_lacks_is_pytorchs_error(theirs: Any) -> None:

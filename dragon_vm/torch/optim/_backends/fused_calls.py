@@ -23,7 +23,7 @@ from dragon.vm.torch.optim._options import by_value
 SINGLE_THREAD_NUMEL = 8192
 
 # Hyperparameters, beside those of the algorithm and the learning rate, that tensors of one call must share.
-_COMMON_NAMES = ("maximize", "grad_scale", "clip_norm", "clip_value")
+_COMMON_NAMES = ("maximize", "clip_norm", "clip_value")
 
 Group = dict[str, Any]
 

@@ -292,3 +292,18 @@ def test_an_interrupt_while_a_buffer_parts_leaves_no_counter_shared():
             optimizer.step()
         counts = [float(optimizer.state[param]["step"]) for param in params]
         assert counts in ([1.0, 2.0, 2.0], [2.0, 2.0, 2.0]), at
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_nan_does_not_stay_in_the_padding_between_joined_gradients(backend):
+    params = parameters([(3, 5), (17,), (), (0,), (1100,), (4, 4), (16,)], device=home(backend))
+    optimizer = Adam(params, backend=backend, flatten=True, max_grad_norm=1.0)
+    for value, expected in ((math.nan, math.nan), (math.inf, math.inf), (1.0, None)):
+        optimizer.zero_grad(set_to_none=True)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        params[1].grad.flatten()[0] = value
+        optimizer.step()
+        numel = sum(param.numel() for param in params)
+        norm = math.sqrt(numel) if expected is None else expected
+        assert float(optimizer.grad_norm) == pytest.approx(norm, nan_ok=True)

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import math
 import pickle
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim._groups.buffers import make_buffers
 
 from ..support import home
 
@@ -269,25 +269,17 @@ def test_parameters_that_are_not_dense_stay_where_they_are():
     assert torch.equal(base[:, 0], param)
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
-def test_a_nan_does_not_stay_in_the_padding_between_joined_gradients(backend):
-    params = parameters(backend)
-    optimizer = Adam(params, backend=backend, flatten=True, max_grad_norm=1.0)
-    for value, expected in ((math.nan, math.nan), (math.inf, math.inf), (1.0, None)):
-        optimizer.zero_grad(set_to_none=True)
-        for param in params:
-            param.grad = torch.ones_like(param)
-        params[1].grad.flatten()[0] = value
-        optimizer.step()
-        numel = sum(param.numel() for param in params)
-        norm = math.sqrt(numel) if expected is None else expected
-        assert float(optimizer.grad_norm) == pytest.approx(norm, nan_ok=True)
-
-
-def test_an_empty_parameter_does_not_hold_the_buffer():
-    params = [torch.nn.Parameter(torch.ones(300)), torch.nn.Parameter(torch.zeros(0))]
-    Adam(params, flatten=True)
-    assert params[1].untyped_storage().nbytes() == 0
+def test_a_buffer_has_trained_parameters_of_one_group_and_dtype():
+    sizes = {torch.float32: [3, 0, 3, 0, 3], torch.float64: [2, 2], torch.float16: [5]}
+    first = [torch.nn.Parameter(torch.full((n,), 1.5, dtype=dtype)) for dtype, ns in sizes.items() for n in ns]
+    second, clipped = ([torch.nn.Parameter(torch.ones(2)) for _ in range(2)] for _ in range(2))
+    first[0].requires_grad_(False)
+    buffers = make_buffers([{"params": first}, {"params": second}, {"params": clipped, "clip_norm": 1.0}])
+    members = [first[2], first[4]], first[5:7], second
+    assert [each.addresses for each in buffers] == [[param.data_ptr() for param in own] for own in members]
+    assert [param.dtype for param in first] == [dtype for dtype, ns in sizes.items() for _ in ns]
+    assert all(bool((param == 1.5).all()) for param in first)
+    assert first[1].untyped_storage().nbytes() == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -177,6 +177,8 @@ def test_bytes_are_those_that_are_allocated(mode: str) -> None:
     assert sum(told.values()) == sum(t.untyped_storage().nbytes() for t in (*params, *grads, *kept))
     assert told["parameters"] == sum(param.nbytes for param in params)
     assert (told["masters"] > 0) == (optimizer.param_groups[0].get("master_weights") is not None)
+    for kind, key in (("averages", "ema"), ("counters", "step")):
+        assert told[kind] == sum(state[key].nbytes for state in optimizer.state.values() if key in state)
     # Sums are fp32 at least, and take the place of gradients.
     optimizer.sum_grad()
     summed = {"sums": sum(4 * grad.numel() for grad in grads), "gradients": 0}
