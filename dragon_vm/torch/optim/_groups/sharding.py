@@ -1,4 +1,4 @@
-"""Whether options fit the way in which parameters are distributed: asked at construction."""
+"""Whether options fit the way in which parameters are distributed: asked at construction, and when a group gets a `clip_norm` later."""
 
 from __future__ import annotations
 

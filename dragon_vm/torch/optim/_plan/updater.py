@@ -21,6 +21,7 @@ from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.early_averages import drop_early, note_early
 from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
+from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._groups.storage import options_of
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, check_own, complete, needs_norm
 from dragon.vm.torch.optim._plan.cache import PlanCache
@@ -44,6 +45,8 @@ class Updater:
         # The sums over processes of each part, and what they were made for.
         self._reductions: dict[int, tuple[object, Reductions | None]] = {}
         self._hyperparameters: Hyperparameters | None = None
+        # Of which it is known that it fits the way in which parameters are distributed.
+        self._structure_checked = 0
         self._n_skipped: int | Tensor = 0
         self._grad_norm: Tensor | None = None
 
@@ -51,8 +54,14 @@ class Updater:
         """Read and check the hyperparameters of all groups; return the groups with all options."""
         if self._hyperparameters is None:
             self._hyperparameters = self._new_hyperparameters(defaults, settings)
-        self._hyperparameters.read(groups)
-        return self._hyperparameters.groups
+        values = self._hyperparameters
+        values.read(groups)
+        if values.structure != self._structure_checked:
+            # A group may have got its clip_norm since its construction.
+            if any(group["clip_norm"] for group in values.groups):
+                check_sharding(groups, settings)
+            self._structure_checked = values.structure
+        return values.groups
 
     def publish(
         self, groups: Sequence[Group], changed: Group, defaults: Mapping[str, Any], settings: Settings
