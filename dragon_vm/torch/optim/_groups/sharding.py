@@ -1,4 +1,4 @@
-"""Whether options fit the way in which parameters are distributed: asked at construction, and when a group gets a `clip_norm` later."""
+"""Whether options fit the way in which parameters are distributed."""
 
 from __future__ import annotations
 

@@ -45,8 +45,6 @@ class Updater:
         # The sums over processes of each part, and what they were made for.
         self._reductions: dict[int, tuple[object, Reductions | None]] = {}
         self._hyperparameters: Hyperparameters | None = None
-        # Of which it is known that it fits the way in which parameters are distributed.
-        self._structure_checked = 0
         self._n_skipped: int | Tensor = 0
         self._grad_norm: Tensor | None = None
 
@@ -54,14 +52,8 @@ class Updater:
         """Read and check the hyperparameters of all groups; return the groups with all options."""
         if self._hyperparameters is None:
             self._hyperparameters = self._new_hyperparameters(defaults, settings)
-        values = self._hyperparameters
-        values.read(groups)
-        if values.structure != self._structure_checked:
-            # A group may have got its clip_norm since its construction.
-            if any(group["clip_norm"] for group in values.groups):
-                check_sharding(groups, settings)
-            self._structure_checked = values.structure
-        return values.groups
+        self._hyperparameters.read(groups)
+        return self._hyperparameters.groups
 
     def publish(
         self, groups: Sequence[Group], changed: Group, defaults: Mapping[str, Any], settings: Settings
@@ -211,6 +203,9 @@ def _checked_structure(algorithm: Algorithm, settings: Settings, group: Mapping[
     check_own(group, settings)
     check_options(options_of(group))
     algorithm.check_rounding(group)
+    if group["clip_norm"]:
+        # It may have come after the construction.
+        check_sharding([group], settings)
     flags = (bool(group[name]) for name in ("differentiable", "clip_norm", "capturable"))
     storage = tuple(by_value(group[name]) for name in STORAGE_OPTIONS)
     return algorithm.all_state_keys(group), algorithm.counts_steps(group), *flags, storage
