@@ -25,8 +25,9 @@ class Hyperparameters:
     Args:
         names: keys that every group has, "params" aside.
         own: keys that a group may have, with the values of those that it has not.
-        structure_of: maps a group with all options to what decides which tensors and kernels take part, and refuses
-            bad options. It is asked after changes of anything but the learning rate, `weight_decay`, `eps` and betas.
+        structure_of: maps a group with all options to what decides which tensors and kernels take part, and
+            refuses bad options. It is asked after changes of anything but the learning rate, `weight_decay`, `eps`
+            and betas.
 
     Attributes:
         groups: the groups with all options, without their parameters.
