@@ -157,6 +157,25 @@ def pending_sums(name: str) -> tuple[float, bool]:
     return largest_difference([whole(param) for param in params_of(copied)], expected), is_trained
 
 
+def loaded_sums(name: str) -> dict[str, int]:
+    """How many sums a new optimizer has from a nested dict, from a flat one, and from one of the first process."""
+    wrapped, optimizer = built("fsdp2", name)
+    backward(wrapped, 0)
+    optimizer.sum_grad()
+    nested, flat = StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)
+    found = {}
+    for key, saving, loading in (
+        ("nested", nested, nested),
+        ("flat", flat, flat),
+        ("broadcast", FULL, FROM_FIRST),
+    ):
+        saved = get_optimizer_state_dict(wrapped.model, optimizer, options=saving)
+        other, loader = built("fsdp2", name)
+        set_optimizer_state_dict(other.model, loader, saved, options=loading)
+        found[key] = sum("grad_sum" in state for state in loader.state_dict()["state"].values())
+    return found
+
+
 def asked_where_some_have_no_state(name: str) -> tuple[int, list[tuple[str, int]]]:
     """The states that a process has after it was asked for them, and the collectives of that.
 

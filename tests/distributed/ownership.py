@@ -2,14 +2,17 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dragon.vm.torch.optim import AdamW
 from dragon.vm.torch.optim._distributed.owners import Replicas, reshard
 
+from .factories import make
 from .wrappers import WRAPPERS, batch
 
 
@@ -35,6 +38,50 @@ def unreduced() -> None:
     gc.collect()
     assert gone() is None, "the optimizer would keep the model alive"
     assert replicas.unreduced() == {}
+
+
+class _PartlyShared(nn.Module):
+    """Of its two layers DDP reduces one."""
+
+    def __init__(self, n_columns: int) -> None:
+        super().__init__()
+        self.own, self.shared = (nn.Linear(n_columns, 1, bias=False) for _ in range(2))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["own.weight"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.own(x) + self.shared(x)
+
+
+def ignored(name: str, is_last_synchronized: bool) -> list[float]:
+    """First moments of a weight that DDP ignores, and of one that it reduces, behind parts with gradients 1 and 2.
+
+    The gradients are those of the first process. Each process has ten times the gradients of the one before.
+    """
+    model = _PartlyShared(1)
+    wrapped = DistributedDataParallel(model)
+    optimizer = make(name, wrapped.parameters())
+    for part in (1.0, 2.0):
+        with nullcontext() if part == 2 and is_last_synchronized else wrapped.no_sync():
+            wrapped(torch.tensor([[part * 10 ** dist.get_rank()]])).sum().backward()
+        optimizer.sum_grad()
+    optimizer.step()
+    return [float(optimizer.state[each.weight]["exp_avg"]) for each in (model.own, model.shared)]
+
+
+def released_ignored() -> tuple[str, bool]:
+    """What is said of releasing gradients of a weight that DDP reduces, and whether one that it ignores is."""
+    model = _PartlyShared(7)
+    wrapped = DistributedDataParallel(model)
+    own = AdamW(model.own.parameters(), release_gradients=True)
+    wrapped(batch(0)).sum().backward()
+    own.step()
+    is_released = all(param.grad is None and own.state[param] for param in model.own.parameters())
+    shared = AdamW(model.shared.parameters(), release_gradients=True)
+    try:
+        wrapped(batch(0)).sum().backward()
+    except RuntimeError as error:
+        return str(error), is_released
+    return f"{shared} accepted", is_released
 
 
 def resharded() -> tuple[bool, bool]:

@@ -100,6 +100,28 @@ def wrapped(kind: str, name: str, **options: Any) -> Any:
     return make(name, held.groups, **options)
 
 
+def clipped_later(name: str, is_loaded: bool) -> tuple[list[str], bool]:
+    """What is said of two steps behind a `clip_norm` for parts by FSDP1, and whether nothing has changed by them.
+
+    It is written into the group, or comes from a state dict.
+    """
+    held = WRAPPERS["fsdp1"]()
+    optimizer = make(name, held.groups)
+    held.model(torch.ones(12, 7)).sum().backward()
+    optimizer.step()
+    if is_loaded:
+        saved = optimizer.state_dict()
+        saved["param_groups"][0]["clip_norm"] = 1.0
+        optimizer.load_state_dict(saved)
+    else:
+        optimizer.param_groups[0]["clip_norm"] = 1.0
+    before = [param.detach().clone() for param in held.model.parameters()]
+    texts = [outcome(optimizer.step) for _ in range(2)]
+    is_same = all(map(torch.equal, before, held.model.parameters()))
+    optimizer.param_groups[0]["clip_norm"] = 0.0
+    return [*texts, outcome(optimizer.step)], is_same
+
+
 def averages_of_fsdp1(name: str) -> str:
     held = WRAPPERS["fsdp1 original parameters"]()
     optimizer = make(name, held.groups, ema_decay=0.5)

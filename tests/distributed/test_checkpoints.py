@@ -95,3 +95,9 @@ def test_whole_and_sharded_state_dicts_go_into_each_other(cluster: Cluster, n_pr
 def test_a_process_without_states_makes_them_alone(cluster: Cluster, n_processes: int) -> None:
     results = cluster.run(n_processes, "checkpoints:asked_where_some_have_no_state", name=OPT)
     assert results == [(2, [])] * n_processes
+
+
+def test_flat_dicts_and_broadcasts_do_not_bring_sums_to_all(cluster: Cluster) -> None:
+    first, second = cluster.run(2, "checkpoints:loaded_sums", name=OPT)
+    assert first == {"nested": 8, "flat": 0, "broadcast": 8}
+    assert second == {"nested": 8, "flat": 0, "broadcast": 0}

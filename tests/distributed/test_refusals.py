@@ -81,3 +81,11 @@ def test_clipping_each_tensor_by_kernels_beside_other_updates_is_refused(cluster
     for text in cluster.run(2, "refusals:clipped_by_host_and_kernels", strided=True):
         assert "clip_norm=1.0" in text
         assert "backend='eager'" in text
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_clipping_parts_that_is_asked_for_later_is_refused_by_the_step(cluster: Cluster, is_loaded: bool) -> None:
+    for (*refused, without), is_same in cluster.run(2, "refusals:clipped_later", name=OPT, is_loaded=is_loaded):
+        assert all("clip_norm=1.0 needs whole gradients" in text for text in refused)
+        assert is_same
+        assert without == "accepted"

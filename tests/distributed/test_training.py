@@ -43,3 +43,19 @@ def test_each_process_of_zero_updates_its_part(cluster: Cluster, n_processes: in
 @pytest.mark.parametrize("name", ["triton", "eager"])
 def test_other_backends_train_as_torch(cluster: Cluster, kind: str, name: str) -> None:
     assert max(cluster.run(2, "training:as_with_torch", kind=kind, name=name)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("ddp", (True, 1.0, True)),
+        ("fsdp1", (True, 2.0, True)),
+        ("fsdp1 original parameters", (True, 2.0, True)),
+        ("fsdp2", (False, 2.0, False)),
+        ("tp", (False, 2.0, False)),
+    ],
+)
+def test_dragons_parameters_follow_dragon_as_far_as_a_wrapper_lets_them(
+    cluster: Cluster, kind: str, expected: tuple[bool, float, bool]
+) -> None:
+    assert cluster.run(2, "training:dragons", kind=kind) == [expected] * 2

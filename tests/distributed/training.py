@@ -7,11 +7,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.join import Join
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from dragon.vm.torch import nn as dragon_nn
+from dragon.vm.torch.optim import Adam
 
 from .factories import largest_difference, make, own, params_of, whole
-from .wrappers import WRAPPERS, EvenNet, Net, Wrapped, backward, backward_alone, batch
+from .wrappers import WRAPPERS, EvenNet, Net, Wrapped, backward, backward_alone, batch, world_mesh
 
 N_STEPS = 4
 EVEN = ("tp", "sp", "fsdp2 and tp")
@@ -129,3 +134,30 @@ def pipeline(name: str) -> float:
             optimizer.zero_grad()
         runs.append([own(param) for param in module.parameters()])
     return largest_difference(*runs)
+
+
+def dragons(kind: str) -> tuple[bool, float, bool]:
+    """Which of Dragon's rules its own parameters follow under a wrapper.
+
+    Returns:
+        Whether the optimizer takes Dragon's epsilon, the gradient after a second backward pass by the first one's,
+        and whether `zero_grad()` keeps gradients.
+    """
+    model: torch.nn.Module = torch.nn.Sequential(dragon_nn.Linear(8, 4 * dist.get_world_size(), bias=False))
+    if kind == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    elif kind.startswith("fsdp1"):
+        has_original = kind == "fsdp1 original parameters"
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=has_original)
+    elif kind == "fsdp2":
+        fully_shard(model, mesh=world_mesh())
+    else:
+        parallelize_module(model, world_mesh(), {"0": ColwiseParallel()})
+    (param,) = model.parameters()
+    optimizer = Adam([param])
+    sums = []
+    for _ in range(2):
+        model(torch.ones(2, 8)).sum().backward()
+        sums.append(float(own(param.grad).sum()))
+    optimizer.zero_grad()
+    return optimizer.param_groups[0].get("epsilon_hat", False), sums[1] / sums[0], param.grad is not None

@@ -58,17 +58,17 @@ def check_accumulated(params: Sequence[Tensor]) -> None:
 
 
 class Replicas:
-    """The DDP modules that hold parameters, and whether they have reduced the last gradients."""
+    """The DDP modules that reduce gradients of parameters, and whether they have reduced the last ones."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         wanted = set(map(id, params))
         modules = instances("torch.nn.parallel.distributed", "DistributedDataParallel") if wanted else ()
         self._modules = [
-            weakref.ref(module) for module in modules if any(id(param) in wanted for param in module.parameters())
+            weakref.ref(module) for module in modules if any(id(param) in wanted for param in _reduced_by(module))
         ]
 
     def __bool__(self) -> bool:
-        """Whether any DDP module held a parameter at the construction."""
+        """Whether any DDP module reduced gradients of a parameter at the construction."""
         return bool(self._modules)
 
     @property
@@ -99,7 +99,7 @@ class Replicas:
         gradients and outside of `no_sync`, it does not say so: nothing records which pass a gradient is from.
         """
         modules = [m for m in self._alive() if not m.require_forward_param_sync and m.process_group.size() > 1]
-        return {id(param): module.process_group for module in modules for param in module.parameters()}
+        return {id(param): module.process_group for module in modules for param in _reduced_by(module)}
 
     def wanting(self) -> set[int]:
         """The ids of parameters that DDP wants a gradient of after a pass inside `no_sync` that has used them.
@@ -108,4 +108,12 @@ class Replicas:
         not. It raises on a process where such a parameter has no gradient, and all others wait.
         """
         modules = [module for module in self._alive() if module.find_unused_parameters]
-        return {id(param) for module in modules for param in module.parameters()}
+        return {id(param) for module in modules for param in _reduced_by(module)}
+
+
+def _reduced_by(module: Any) -> Iterator[Tensor]:
+    """The parameters of a DDP module that it was not told to ignore, by the names that it looks up itself."""
+    for prefix, child in module.module.named_modules():
+        for name, param in child.named_parameters(recurse=False):
+            if f"{prefix}.{name}" not in module.parameters_to_ignore:
+                yield param

@@ -1,4 +1,4 @@
-"""Whether options fit the way in which parameters are distributed: asked at construction."""
+"""Whether options fit the way in which parameters are distributed."""
 
 from __future__ import annotations
 

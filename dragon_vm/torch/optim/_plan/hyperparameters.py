@@ -25,8 +25,9 @@ class Hyperparameters:
     Args:
         names: keys that every group has, "params" aside.
         own: keys that a group may have, with the values of those that it has not.
-        structure_of: maps a group to what decides which tensors and kernels take part, and refuses bad options. It
-            is asked after changes of anything but the learning rate, `weight_decay`, `eps` and betas.
+        structure_of: maps a group with all options to what decides which tensors and kernels take part, and
+            refuses bad options. It is asked after changes of anything but the learning rate, `weight_decay`, `eps`
+            and betas.
 
     Attributes:
         groups: the groups with all options, without their parameters.
@@ -115,7 +116,8 @@ class Hyperparameters:
         seen_options, seen_structures = self._structures
         structures = seen_structures
         if options != seen_options:
-            structures = list(map(self._structure_of, complete_groups))
+            pairs = zip(groups, complete_groups, strict=True)
+            structures = [self._structure_of({**group, **full}) for group, full in pairs]
         if structures != seen_structures:
             self.structure += 1
         self.version = self.version[0] + 1, self.version[1]

@@ -21,6 +21,7 @@ from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.early_averages import drop_early, note_early
 from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
+from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._groups.storage import options_of
 from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, check_own, complete, needs_norm
 from dragon.vm.torch.optim._plan.cache import PlanCache
@@ -203,6 +204,9 @@ def _checked_structure(algorithm: Algorithm, settings: Settings, group: Mapping[
     check_own(group, settings)
     check_options(options_of(group))
     algorithm.check_rounding(group)
+    if group["clip_norm"]:
+        # It may have come after the construction.
+        check_sharding([group], settings)
     flags = (bool(group[name]) for name in ("differentiable", "clip_norm", "capturable"))
     storage = tuple(by_value(group[name]) for name in STORAGE_OPTIONS)
     return algorithm.all_state_keys(group), algorithm.counts_steps(group), *flags, storage
