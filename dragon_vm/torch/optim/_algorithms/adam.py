@@ -53,7 +53,7 @@ def _columns(group: Group) -> dict[str, float]:
         "BETA1": beta1,
         "BETA2": beta2,
         "EPS": float(group["eps"]),
-        "EPSILON_HAT": float(bool(group["epsilon_hat"])),
+        "EPSILON_HAT": float(group["epsilon_hat"]),
         "DECOUPLED": float(bool(group["decoupled_weight_decay"])),
     }
 
