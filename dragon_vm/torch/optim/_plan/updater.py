@@ -31,7 +31,7 @@ from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 Group = dict[str, Any]
 
 # Options that all of PyTorch's counterparts have, or that are our own.
-_FLAGS = ("maximize", "foreach", "capturable", "differentiable", "fused")
+_COMMON_FLAGS = ("maximize", "foreach", "capturable", "differentiable", "fused")
 
 _average_of = itemgetter("ema_decay")
 
@@ -66,7 +66,7 @@ class Updater:
 
     def _new_hyperparameters(self, settings: Settings) -> Hyperparameters:
         own = self._algorithm.own_defaults
-        names = [name for name in (*self._algorithm.fused_names, *_FLAGS) if name not in own]
+        names = [name for name in (*self._algorithm.fused_names, *_COMMON_FLAGS) if name not in own]
         # A reference to this object would keep flat buffers until the garbage collector runs.
         return Hyperparameters(names, own, partial(_checked_structure, self._algorithm, settings))
 
