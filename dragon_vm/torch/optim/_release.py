@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,15 +100,6 @@ def _living(references: Sequence[TensorWeakRef]) -> list[Tensor]:
     return [param for reference in references if (param := reference()) is not None]
 
 
-class Owned(NamedTuple):
-    """What an optimizer has at the time: its groups, states and settings, and what reads and checks all groups."""
-
-    groups: list[dict[str, Any]]
-    state: MutableMapping[Tensor, Any]
-    settings: Settings
-    read: Callable[[], object]
-
-
 # For each parameter with a release: all of them, and the later optimizers without, which may be gone; latest last.
 _deciders: MutableMapping[Tensor, list[weakref.ref[Any]]] = WeakIdKeyDictionary()
 
@@ -129,17 +120,17 @@ class GradientRelease:
     Of several optimizers of a parameter the latest decides about its gradient, while it is there.
 
     Args:
-        own: the optimizer's method that returns what it has.
-        updater: what updates.
+        optimizer: the owner of the groups, which it reads and checks with `_read_groups`.
         scaler: the `GradScaler` whose scale the gradients have; True if they have none.
 
     Attributes:
         report: what a `GradScaler` is to find.
     """
 
-    def __init__(self, own: Callable[[], Owned], updater: Updater, scaler: Any) -> None:
+    def __init__(self, optimizer: Any, scaler: Any) -> None:
         # The hooks must not keep the optimizer alive.
-        self._own, self._updater = weakref.WeakMethod(own), updater
+        self._optimizer = weakref.ref(optimizer)
+        self._updater: Updater = optimizer._updater
         self.report = ScalerReport(None if scaler is True else scaler)
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
@@ -213,18 +204,18 @@ class GradientRelease:
             )
 
     def _arrived(self, param: Tensor) -> None:
-        own = self._own()
-        if own is None:
+        optimizer = self._optimizer()
+        if optimizer is None:
             return
-        owned = own()
+        groups = optimizer.param_groups
         with self._lock:
             if not self._is_under_way:
                 number = self._n_passes + 1
                 # Groups may have lost, gained, frozen or exchanged parameters since the last pass.
-                found = [[(id(each), each.requires_grad) for each in g["params"]] for g in owned.groups]
+                found = [[(id(each), each.requires_grad) for each in g["params"]] for g in groups]
                 is_same = found == self._arranged and all(bucket.is_whole for bucket in self._buckets)
                 if not is_same:
-                    self.watch(owned.groups)
+                    self.watch(groups)
                 if not is_same or number.bit_count() == 1:
                     # Now and then, for a model may be wrapped later.
                     self._check_owner()
@@ -243,7 +234,7 @@ class GradientRelease:
             if self.report.scaler is not None and bucket is self._buckets[-1]:
                 self.report.tell(bucket.params)
             elif not bucket.waiting:
-                self._release(bucket, owned)
+                self._release(bucket, optimizer)
 
     def _check_owner(self) -> None:
         params = [param for bucket in self._buckets for param in bucket.params]
@@ -253,22 +244,22 @@ class GradientRelease:
                 "after this hook. Use FSDP2's fully_shard"
             )
 
-    def _release(self, bucket: Bucket, owned: Owned) -> None:
-        undisturbed(self._update, bucket, owned)
+    def _release(self, bucket: Bucket, optimizer: Any) -> None:
+        undisturbed(self._update, bucket, optimizer)
         bucket.done = bucket.ids
         for param in bucket.params:
             param.grad = None
         self.report.tell(self._buckets[-1].params)
 
-    def _update(self, bucket: Bucket, owned: Owned) -> None:
-        groups, state, settings, read = owned
-        read()
+    def _update(self, bucket: Bucket, optimizer: Any) -> None:
+        optimizer._read_groups()
         members = bucket.members()
         found_inf = self.report.found_inf(members.grads, members.shards[0].device)
         if found_inf is not None and members.are_distributed:
-            found_inf = self._updater.agreed(members, settings, found_inf, bucket.index)
+            found_inf = self._updater.agreed(members, found_inf, bucket.index)
         scaling = self.report.scaling(found_inf)
-        self._updater.update(members, groups, state, settings, scaling, zero_grad=False, part=bucket.index)
+        owned = optimizer.param_groups, optimizer.state
+        self._updater.update(members, *owned, scaling, zero_grad=False, part=bucket.index)
 
 
 def _remove(handles: WeakIdKeyDictionary, params: Sequence[Tensor] | None = None, gone: object = None) -> None:

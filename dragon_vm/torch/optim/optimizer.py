@@ -34,7 +34,7 @@ from dragon.vm.torch.optim._hooks import hooked_step, recorded
 from dragon.vm.torch.optim._modes import undisturbed, with_plain_tensors
 from dragon.vm.torch.optim._options import Settings, check_common, check_keys, complete, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.updater import Updater
-from dragon.vm.torch.optim._release import GradientRelease, Owned, check_release, keep_gradients
+from dragon.vm.torch.optim._release import GradientRelease, check_release, keep_gradients
 from dragon.vm.torch.optim._storage import StoringOptimizer
 from dragon.vm.torch.optim._sums import GradientSums
 
@@ -74,7 +74,7 @@ class Optimizer(StoringOptimizer):
 
     def _reset(self) -> None:
         """Forget everything that is derived: plans, buffers and sums."""
-        self._updater = Updater(type(self).__name__, self._algorithm)
+        self._updater = Updater(type(self).__name__, self._algorithm, self._settings)
         self._sums = GradientSums()
         self._release = None
         self._originals = {}
@@ -95,11 +95,8 @@ class Optimizer(StoringOptimizer):
         if self._release is None:
             # A scaler leaves unscaling to the step: it says so by what it hands over.
             self._handles_scaling = True
-            self._release = GradientRelease(self._own, self._updater, self._settings.release_gradients)
+            self._release = GradientRelease(self, self._settings.release_gradients)
         self._release.watch(self.param_groups)
-
-    def _own(self) -> Owned:
-        return Owned(self.param_groups, self.state, self._settings, self._read_groups)
 
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
         if self._settings.flatten:
@@ -153,7 +150,7 @@ class Optimizer(StoringOptimizer):
 
     def _publish(self, group: dict[str, Any]) -> None:
         """Upload a live group's hyperparameters to wherever steps, captured ones too, read them."""
-        self._updater.publish(self.param_groups, group, self._settings)
+        self._updater.publish(self.param_groups, group)
         # What this changes is published in turn.
         widen_bounds([group], self.state)
 
@@ -196,7 +193,7 @@ class Optimizer(StoringOptimizer):
             check_capture(type(self).__name__, groups, backend, members.have_grads, self._sums.are_outside)
         if members.are_distributed and not (has_released or members.have_grads):
             check_accumulated(members.params)
-        step = members, self.param_groups, self.state, self._settings, scaling
+        step = members, self.param_groups, self.state, scaling
         self._updater.update(*step, zero_grad=zero_grad, are_own=not summed)
         self._drop_handed_over()
         if summed:
@@ -215,11 +212,10 @@ class Optimizer(StoringOptimizer):
         if self._originals:
             raise RuntimeError("step() was called inside swap_ema(): the averages would be updated as parameters")
         make_live(self.param_groups, self._publish)
-        read = self.param_groups, self._settings
-        groups = self._updater.read(*read)
+        groups = self._updater.read(self.param_groups)
         # Only now, since what is refused must have changed nothing.
         has_changed = widen_bounds(self.param_groups, self.state, self._sums.totals)
-        return self._updater.read(*read) if has_changed else groups
+        return self._updater.read(self.param_groups) if has_changed else groups
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -279,16 +275,15 @@ class Optimizer(StoringOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickle's contents, or a state dict's that `load_state_dict` has checked."""
         earlier: list[dict[str, Any]] = vars(self).get("param_groups", [])
-        if is_copy := "param_groups" not in vars(self):
+        if is_copy := "_settings" in state:
+            self._settings, self.defaults = Settings(**returned(state["_settings"])), returned(state["defaults"])
+            state = {**state, "_settings": self._settings, "defaults": self.defaults}
             self._reset()
+            self._updater.n_skipped = state["_n_skipped"]
         else:
             self._updater.plans.forget()
             self._updater.masters.forget()
         self._is_built = True
-        if "_settings" in state:
-            settings, self._updater.n_skipped = Settings(**returned(state["_settings"])), state["_n_skipped"]
-            self.defaults = returned(state["defaults"])
-            state = {**state, "_settings": settings, "defaults": self.defaults}
         state = self._with_restored(state)
         self._complete_groups(state["param_groups"], earlier, state["state"])
         torch.optim.Optimizer.__setstate__(self, state)

@@ -43,16 +43,16 @@ class TritonDevice:
         n_gathered: int,
         zero_grad: bool,
         columns_of: Columns,
+        settings: Settings,
         counts: bool,
-        seed: int = 0,
     ) -> None:
         positions = [entry.position for group in flattened for entry in group.entries]
-        self._context = context
+        self._context, self._settings = context, settings
         self._pick_own = picker(positions, n_gathered)
         self._status = context.status if counts else context.spare_status
         self.norm = self._status[int(table.GRAD_NORM)]
-        self._launches = plan_launches(flattened, algorithm, context, n_groups, zero_grad, seed)
-        self._groups = GroupTable(self._launches.table, context.device, columns_of)
+        self._launches = plan_launches(flattened, algorithm, context, n_groups, zero_grad, settings.rounding_seed)
+        self._groups = GroupTable(self._launches.table, context.device, columns_of, settings)
         self._stream = context.stream()
         self._captured_grads: list[Tensor] = []
         self._addresses: list[int] = []
@@ -62,7 +62,6 @@ class TritonDevice:
         grads: Sequence[Tensor | None],
         groups: Sequence[Group],
         version: Version,
-        settings: Settings,
         scaling: Scaling,
         shared: SharedNorm | None = None,
         kept_scale: Tensor | None = None,
@@ -72,9 +71,9 @@ class TritonDevice:
         `grads` are all that the step gathered, None for a parameter that takes no part. Those that stay behind are
         divided by `kept_scale`, or left as they are. `shared` is None where no other process has parts of them.
         """
-        context = self._context
+        context, settings = self._context, self._settings
         check_device(context.device)
-        self._groups.write(groups, version, settings)
+        self._groups.write(groups, version)
         kind = NO_NORM
         # All processes skip the step that one must skip: where there are others, a norm is summed with a flag.
         if shared is not None or needs_norm(settings) or self._groups.clips_each:
@@ -152,9 +151,9 @@ class TritonDevice:
         device_table.upload()
         return self._launches.sections[-1]
 
-    def publish(self, index: int, group: Group, settings: Settings) -> None:
+    def publish(self, index: int, group: Group) -> None:
         """Bring one group's hyperparameters up to date between steps, in stream order."""
-        if self._groups.write_one(index, group, settings):
+        if self._groups.write_one(index, group):
             self._context.launch(self._launches.table.upload, in_order=True)
 
 
@@ -174,7 +173,7 @@ class SumLaunch:
         if device is None or numels != self._numels:
             context = DeviceContext(self._signature.device)
             device = TritonDevice(
-                [group], "accumulate", context, 1, len(totals), False, lambda group: {}, counts=False
+                [group], "accumulate", context, 1, len(totals), False, lambda group: {}, Settings(), counts=False
             )
         # Whatever interrupts a first launch, its scalars do not pass for written.
         self._device = None

@@ -10,7 +10,6 @@ from typing import Any
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._graphs.capture import check_live, is_capturing
 from dragon.vm.torch.optim._modes import with_plain_tensors
-from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._plan.preparation import prepare
 from dragon.vm.torch.optim._plan.recipe import Chosen, Recipe
 from dragon.vm.torch.optim._plan.step import StepPlan
@@ -107,7 +106,7 @@ class PlanCache:
         self._keep((key, None if more else present), plan)
         return plan, tensors
 
-    def publish(self, live: dict[str, Any], group: dict[str, Any], settings: Settings) -> None:
+    def publish(self, live: dict[str, Any], group: dict[str, Any]) -> None:
         """Upload the hyperparameters of a live group to wherever kernels read them, in stream order.
 
         `group` is the same with all options.
@@ -124,4 +123,4 @@ class PlanCache:
         if self._captured:
             check_live(group)
         for plan in plans.values():
-            plan.publish(live, group, settings)
+            plan.publish(live, group)

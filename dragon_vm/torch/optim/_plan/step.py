@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +41,18 @@ class StepPlan:
         self._host = HostStep(recipe, prepared, n_gathered)
         # The kernel zeroes the gradients it reads: not those that it reads copies of.
         self._kernel_zeroes = recipe.zero_grad and not self._strays and not self._host.groups
-        self._devices = _on_devices(recipe, prepared.flattened, n_gathered, self._kernel_zeroes)
+        by_device: dict[torch.device, list[FlattenedGroup]] = {}
+        for group in prepared.flattened:
+            if group.signature.backend == "triton":
+                by_device.setdefault(group.signature.device, []).append(group)
         # Host groups, or several devices, need to know what is found in all gradients.
         asks_all = needs_norm(recipe.settings) or recipe.reductions is not None
-        self._decides_on_host = bool(self._host.groups) or (len(self._devices) > 1 and asks_all)
-        if self._devices and self._decides_on_host:
+        self._decides_on_host = bool(self._host.groups) or (len(by_device) > 1 and asks_all)
+        settings = recipe.settings
+        if by_device and self._decides_on_host:
             _check_shared_clipping(recipe)
+            settings = settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
+        self._devices = _on_devices(recipe, by_device, settings, n_gathered, self._kernel_zeroes)
         # The groups at the rows of the devices' tables, as long as somebody has them.
         self._rows = [weakref.ref(each) if isinstance(each, LiveGroup) else None for each in recipe.param_groups]
         # The last write makes the plan valid.
@@ -54,7 +60,7 @@ class StepPlan:
 
     def run(self, recipe: Recipe, tensors: Gathered) -> Outcome:
         """Update the parameters from their gradients."""
-        settings, scaling, are_own = recipe.settings, recipe.scaling, recipe.are_own
+        scaling, are_own = recipe.scaling, recipe.are_own
         are_left = not (recipe.zero_grad or recipe.are_last)
         kept_scale = scaling.grad_scale if are_own and are_left else None
         if self._joined and are_own:
@@ -68,14 +74,12 @@ class StepPlan:
             kept = (1.0 if kept_scale is None else float(kept_scale)) if are_left else None
             outcome, scaling = self._host.run(recipe, ready, kept)
             devices = [] if outcome.n_skipped else devices
-            if devices:
-                settings = settings._replace(max_grad_norm=0.0, skip_nonfinite=False)
         else:
             shared = self._host.shared(recipe, ready)
-            if needs_norm(settings):
+            if needs_norm(recipe.settings):
                 outcome = Outcome(devices[0].norm)
         for device in devices:
-            device.update(ready.grads, recipe.groups, recipe.version, settings, scaling, shared, kept_scale)
+            device.update(ready.grads, recipe.groups, recipe.version, scaling, shared, kept_scale)
         if not outcome.n_skipped:
             # Autograd is told of what neither kernels nor torch's fused operations tell it.
             increment_version(tensors.take(tensors.params))
@@ -119,12 +123,12 @@ class StepPlan:
         ready = tensors._replace(grads=grads, states=states)
         return with_buffers(self._joined, ready, are_own) if self._joined else ready
 
-    def publish(self, live: Any, group: dict[str, Any], settings: Settings) -> None:
+    def publish(self, live: Any, group: dict[str, Any]) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""
         for index, reference in enumerate(self._rows):
             if reference is not None and reference() is live:
                 for device in self._devices:
-                    device.publish(index, group, settings)
+                    device.publish(index, group)
 
     def check_capture(self) -> None:
         """Check that a graph of this step repeats all of it.
@@ -155,12 +159,12 @@ def _check_shared_clipping(recipe: Recipe) -> None:
 
 
 def _on_devices(
-    recipe: Recipe, flattened: Sequence[FlattenedGroup], n_gathered: int, zero_grad: bool
+    recipe: Recipe,
+    by_device: Mapping[torch.device, list[FlattenedGroup]],
+    settings: Settings,
+    n_gathered: int,
+    zero_grad: bool,
 ) -> list[TritonDevice]:
-    by_device: dict[torch.device, list[FlattenedGroup]] = {}
-    for group in flattened:
-        if group.signature.backend == "triton":
-            by_device.setdefault(group.signature.device, []).append(group)
     if not by_device:
         return []
     from dragon.vm.torch.optim._backends.context import DeviceContext
@@ -175,8 +179,8 @@ def _on_devices(
             TritonDevice(
                 *(groups, recipe.algorithm.name, context, len(recipe.groups), n_gathered, zero_grad),
                 recipe.algorithm.columns,
+                settings,
                 counts=is_first,
-                seed=recipe.settings.rounding_seed,
             )
         )
     return devices

@@ -39,43 +39,40 @@ _average_of = itemgetter("ema_decay")
 class Updater:
     """What an optimizer derives from its groups and states, and needs to update parameters."""
 
-    def __init__(self, owner: str, algorithm: Algorithm) -> None:
-        self._owner, self._algorithm = owner, algorithm
+    def __init__(self, owner: str, algorithm: Algorithm, settings: Settings) -> None:
+        self._owner, self._algorithm, self._settings = owner, algorithm, settings
         self.plans = PlanCache()
         self.buffers: list[FlatBuffer] = []
         self.masters = MasterVersions()
         self._devices: dict[torch.device, Any] = {}
         # The sums over processes of each part, and what they were made for.
         self._reductions: dict[int, tuple[object, Reductions | None]] = {}
-        self._hyperparameters: Hyperparameters | None = None
-        self._n_skipped: int | Tensor = 0
-        self._grad_norm: Tensor | None = None
+        self._hyperparameters = self._new_hyperparameters()
+        # The last norm, and all skipped steps that the host knows of.
+        self._so_far = Outcome()
 
-    def read(self, groups: Sequence[Group], settings: Settings) -> list[Group]:
+    def read(self, groups: Sequence[Group]) -> list[Group]:
         """Read and check the hyperparameters of all groups; return the groups with all options."""
-        if self._hyperparameters is None:
-            self._hyperparameters = self._new_hyperparameters(settings)
         self._hyperparameters.read(groups)
         return self._hyperparameters.groups
 
-    def publish(self, groups: Sequence[Group], changed: Group, settings: Settings) -> None:
+    def publish(self, groups: Sequence[Group], changed: Group) -> None:
         """Check a group that has changed, and upload its hyperparameters to wherever kernels read them."""
-        self._new_hyperparameters(settings).read([changed])
+        self._new_hyperparameters().read([changed])
         if any(group is changed for group in groups):
-            self.plans.publish(changed, complete(changed, self._algorithm.own_defaults), settings)
+            self.plans.publish(changed, complete(changed, self._algorithm.own_defaults))
 
-    def _new_hyperparameters(self, settings: Settings) -> Hyperparameters:
+    def _new_hyperparameters(self) -> Hyperparameters:
         own = self._algorithm.own_defaults
         names = [name for name in (*self._algorithm.fused_names, *_COMMON_FLAGS) if name not in own]
         # A reference to this object would keep flat buffers until the garbage collector runs.
-        return Hyperparameters(names, own, partial(_checked_structure, self._algorithm, settings))
+        return Hyperparameters(names, own, partial(_checked_structure, self._algorithm, self._settings))
 
     def update(
         self,
         members: Members,
         param_groups: list[Group],
         state: MutableMapping[Any, Any],
-        settings: Settings,
         scaling: Scaling,
         *,
         zero_grad: bool,
@@ -88,16 +85,15 @@ class Updater:
         zero. `part` is a number for some of the parameters, or 0 for all of them.
         """
         values = self._hyperparameters
-        assert values is not None
         zero_grad = zero_grad and are_own
         # What is found in a part has been agreed on.
         decides = scaling.found_inf is not None and not part
-        reductions = self._find_reductions(members, settings, part, decides=decides)
+        reductions = self._find_reductions(members, part, decides=decides)
         begin_too_early = self._settle_averages(members, values.groups, state)
         recipe = Recipe(
             self._owner,
             self._algorithm,
-            settings,
+            self._settings,
             values.groups,
             values.version,
             param_groups,
@@ -114,14 +110,15 @@ class Updater:
         key = (zero_grad, are_own, values.structure, reductions is not None, part, *members.lengths)
         outcome = self._run(recipe, key)
         if outcome is None:
-            if needs_norm(settings):
-                self._grad_norm = zero_norm(self._grad_norm, members.params)
+            if needs_norm(self._settings):
+                norm = zero_norm(self._so_far.grad_norm, members.params)
+                self._so_far = self._so_far._replace(grad_norm=norm)
             return
         if begin_too_early:
             note_early(members.params, state)
-        if outcome.grad_norm is not None:
-            self._grad_norm = outcome.grad_norm
-        self._n_skipped = self._n_skipped + outcome.n_skipped
+        norm, n_skipped = self._so_far
+        norm = norm if outcome.grad_norm is None else outcome.grad_norm
+        self._so_far = Outcome(norm, n_skipped + outcome.n_skipped)
 
     def _run(self, recipe: Recipe, key: tuple[Hashable, ...]) -> Outcome | None:
         """Take a step; None if there is no gradient, and no other process that may have one."""
@@ -153,32 +150,30 @@ class Updater:
             drop_early(members.params, state)
         return is_asked
 
-    def agreed(self, members: Members, settings: Settings, found_inf: Tensor, part: int) -> Tensor:
+    def agreed(self, members: Members, found_inf: Tensor, part: int) -> Tensor:
         """A finding about the gradients of a part, positive if it is on any process that shares the parameters."""
-        reductions = self._find_reductions(members, settings, part, decides=True)
+        reductions = self._find_reductions(members, part, decides=True)
         if reductions is None:
             return found_inf
         none = torch.zeros(0, dtype=torch.float64, device=found_inf.device)
         return SharedNorm(reductions._replace(each=None), [], 0).reduce(none, found_inf)[1]
 
-    def _find_reductions(
-        self, members: Members, settings: Settings, part: int, *, decides: bool
-    ) -> Reductions | None:
+    def _find_reductions(self, members: Members, part: int, *, decides: bool) -> Reductions | None:
         """The sums that a step needs; None if it needs none, or no other process takes part.
 
         With `decides` a finding of some process decides for all.
         """
-        if not members.are_distributed and settings.process_group is None:
+        process_group = self._settings.process_group
+        if not members.are_distributed and process_group is None:
             return None
-        assert self._hyperparameters is not None
         clips_each = any(group["clip_norm"] for group in self._hyperparameters.groups)
-        if not (decides or clips_each or needs_norm(settings)):
+        if not (decides or clips_each or needs_norm(self._settings)):
             return None
         # All parameters, with a gradient or not, by id: process groups outlive them, tensors must not be kept.
         # Another parameter may have the id of one that is gone.
-        made_for = list(map(id, members.params)), specs_of(members.params), clips_each, settings.process_group
+        made_for = list(map(id, members.params)), specs_of(members.params), clips_each, process_group
         if part not in self._reductions or self._reductions[part][0] != made_for:
-            made = make_reductions(members.params, settings.process_group, clips_each)
+            made = make_reductions(members.params, process_group, clips_each)
             self._reductions[part] = made_for, made
         found = self._reductions[part][1]
         # PyTorch makes states where a process has none: other processes may take no such step.
@@ -187,16 +182,17 @@ class Updater:
     @property
     def n_skipped(self) -> int:
         """Skipped updates so far. Reading it waits for the device."""
-        return int(self._n_skipped) + sum(int(context.status[0]) for context in self._devices.values())
+        return int(self._so_far.n_skipped) + sum(int(context.status[0]) for context in self._devices.values())
 
     @n_skipped.setter
     def n_skipped(self, value: int) -> None:
-        self._n_skipped = value
+        self._so_far = self._so_far._replace(n_skipped=value)
 
     @property
     def grad_norm(self) -> Tensor | None:
         """Norm of all gradients at the last update that needed it, 0-dim float64; None before the first."""
-        return None if self._grad_norm is None else self._grad_norm.clone()
+        norm = self._so_far.grad_norm
+        return None if norm is None else norm.clone()
 
 
 def _checked_structure(algorithm: Algorithm, settings: Settings, group: Mapping[str, Any]) -> tuple[Any, ...]:

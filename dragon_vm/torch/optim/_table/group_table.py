@@ -37,24 +37,24 @@ class GroupTable:
         is_live: whether steps may be captured.
     """
 
-    def __init__(self, device_table: DeviceTable, device: torch.device, columns_of: Columns) -> None:
-        self._table, self._device, self._columns_of = device_table, device, columns_of
+    def __init__(
+        self, device_table: DeviceTable, device: torch.device, columns_of: Columns, settings: Settings
+    ) -> None:
+        self._table, self._device, self._columns_of, self._settings = device_table, device, columns_of, settings
         self._rows: list[list[float]] = []
         self._sources: list[list[int]] = []
         self._written_for: Version | None = None
         self.clips_each = self.is_live = False
 
-    def write(self, groups: Sequence[Group], version: Version, settings: Settings) -> None:
+    def write(self, groups: Sequence[Group], version: Version) -> None:
         """Write the hyperparameters, if they are of another version than those written last.
-
-        The settings are the same at each call.
 
         Raises:
             ValueError: for a hyperparameter on a device that kernels cannot read.
         """
         written_for, self._written_for = self._written_for, None
         if written_for is None or written_for[0] != version[0]:
-            rows = [_group_row(group, self._columns_of, settings) for group in groups]
+            rows = list(map(self._row_of, groups))
             self.write_rows(rows, [_source_row(group, self._device) for group in groups])
             self.clips_each = any(group["clip_norm"] for group in groups)
             self.is_live = any(group["capturable"] for group in groups)
@@ -67,17 +67,35 @@ class GroupTable:
             self._rows = rows
         self._written_for = version
 
-    def write_one(self, index: int, group: Group, settings: Settings) -> bool:
+    def write_one(self, index: int, group: Group) -> bool:
         """Write the hyperparameters of one group between steps; False if none were written yet."""
         if index >= len(self._rows):
             return False
         rows, sources = list(self._rows), list(self._sources)
-        rows[index] = _group_row(group, self._columns_of, settings)
+        rows[index] = self._row_of(group)
         sources[index] = _source_row(group, self._device)
         # Not those of the last step any more.
         self._written_for = None
         self.write_rows(rows, sources)
         return True
+
+    def _row_of(self, group: Group) -> list[float]:
+        """A group's row of the hyperparameter table; tensors on a device stand in the source table instead."""
+        row = [0.0] * _N_COLUMNS
+        columns = {
+            "LR": host_number(group["lr"]),
+            "WEIGHT_DECAY": float(group["weight_decay"]),
+            "GRAD_FACTOR": group_factor(group),
+            "CLIP_VALUE": clip_value(group),
+            "CLIP_NORM": float(group["clip_norm"]),
+            "MAX_GRAD_NORM": float(self._settings.max_grad_norm),
+            "EMA_DECAY": float(group["ema_decay"]),
+            "SKIP_NONFINITE": float(self._settings.skip_nonfinite),
+            **self._columns_of(group),
+        }
+        for name, value in columns.items():
+            row[_COLUMNS[name]] = value
+        return row
 
     def write_rows(self, rows: list[list[float]], sources: list[list[int]]) -> bool:
         """Write rows of both sections, as far as they differ from those written last; tell whether groups do."""
@@ -91,25 +109,6 @@ class GroupTable:
             self._table.write("sources", array("q", chain.from_iterable(sources)))
             self._sources = sources
         return differ
-
-
-def _group_row(group: Group, columns_of: Columns, settings: Settings) -> list[float]:
-    """A group's row of the hyperparameter table; tensors on a device stand in the source table instead."""
-    row = [0.0] * _N_COLUMNS
-    columns = {
-        "LR": host_number(group["lr"]),
-        "WEIGHT_DECAY": float(group["weight_decay"]),
-        "GRAD_FACTOR": group_factor(group),
-        "CLIP_VALUE": clip_value(group),
-        "CLIP_NORM": float(group["clip_norm"]),
-        "MAX_GRAD_NORM": float(settings.max_grad_norm),
-        "EMA_DECAY": float(group["ema_decay"]),
-        "SKIP_NONFINITE": float(settings.skip_nonfinite),
-        **columns_of(group),
-    }
-    for name, value in columns.items():
-        row[_COLUMNS[name]] = value
-    return row
 
 
 def _source_row(group: Group, device: torch.device) -> list[int]:

@@ -14,7 +14,6 @@ from dragon.vm.torch.optim._table.table import DeviceTable
 
 # No kernel runs: any device will do whose tensors the host does not read.
 DEVICE = torch.device("meta")
-SETTINGS = Settings()
 N_GROUPS = 2
 # Both at address 0.
 NARROW = torch.zeros((), dtype=torch.float32, device=DEVICE)
@@ -31,7 +30,7 @@ def new_tables(device=DEVICE):
     columns = {"groups": int(table.GROUP_COLUMNS), "sources": int(table.SOURCE_COLUMNS)}
     sections = {name: array("q", [-1] * N_GROUPS * width) for name, width in columns.items()}
     device_table = DeviceTable(sections, torch.device("cpu"))
-    return device_table, GroupTable(device_table, device, ADAM.columns)
+    return device_table, GroupTable(device_table, device, ADAM.columns, Settings())
 
 
 def uploaded(device_table):
@@ -42,7 +41,7 @@ def uploaded(device_table):
 def fresh(groups):
     """What a table has that these groups are the first to be written to."""
     device_table, written = new_tables()
-    written.write(groups, (0, 0), SETTINGS)
+    written.write(groups, (0, 0))
     return uploaded(device_table)
 
 
@@ -60,14 +59,14 @@ changes = st.one_of(
 @given(st.lists(st.tuples(st.integers(0, N_GROUPS - 1), changes, st.booleans()), max_size=8))
 def test_kernels_read_the_hyperparameters_of_now_whatever_came_before(history):
     (device_table, written), groups, version = new_tables(), new_groups(), (0, 0)
-    written.write(groups, version, SETTINGS)
+    written.write(groups, version)
     for index, (name, value), is_published in history:
         groups[index][name] = value
         version = (version[0], version[1] + 1) if name == "lr" else (version[0] + 1, version[1])
         if is_published:
-            assert all(written.write_one(index, group, SETTINGS) for index, group in enumerate(groups))
+            assert all(written.write_one(index, group) for index, group in enumerate(groups))
         else:
-            written.write(groups, version, SETTINGS)
+            written.write(groups, version)
         assert uploaded(device_table) == fresh(groups)
 
 
@@ -78,7 +77,7 @@ changed = pytest.mark.parametrize("change", [{"lr": 0.5}, {"weight_decay": 0.5},
 @changed
 def test_numbers_that_return_behind_an_interrupted_write_are_written(change, monkeypatch):
     (device_table, written), groups = new_tables(), new_groups()
-    written.write(groups, (0, 0), SETTINGS)
+    written.write(groups, (0, 0))
     write, before = device_table.write, dict(groups[1])
 
     def interrupted(*args):
@@ -88,20 +87,20 @@ def test_numbers_that_return_behind_an_interrupted_write_are_written(change, mon
     groups[1].update(change)
     monkeypatch.setattr(device_table, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        written.write(groups, (0, 1) if "lr" in change else (1, 0), SETTINGS)
+        written.write(groups, (0, 1) if "lr" in change else (1, 0))
     monkeypatch.undo()
     groups[1].update(before)
-    written.write(groups, (0, 2) if "lr" in change else (2, 0), SETTINGS)
+    written.write(groups, (0, 2) if "lr" in change else (2, 0))
     assert uploaded(device_table) == fresh(groups)
 
 
 @changed
 def test_a_group_may_be_written_between_steps(change):
     (device_table, written), groups = new_tables(), new_groups()
-    assert not any(written.write_one(index, group, SETTINGS) for index, group in enumerate(groups))
-    written.write(groups, (0, 0), SETTINGS)
+    assert not any(written.write_one(index, group) for index, group in enumerate(groups))
+    written.write(groups, (0, 0))
     groups[1].update(change)
-    assert written.write_one(1, groups[1], SETTINGS)
+    assert written.write_one(1, groups[1])
     assert uploaded(device_table) == fresh(groups)
 
 
@@ -127,5 +126,5 @@ def test_a_tensor_that_kernels_cannot_read_is_refused_before_anything_is_written
     before = uploaded(device_table)
     groups[1]["lr"] = torch.zeros((), dtype=dtype, device=DEVICE)
     with pytest.raises(ValueError, match=f"lr must be a number, or a float32 or float64 tensor on {device}"):
-        written.write(groups, (0, 0), SETTINGS)
+        written.write(groups, (0, 0))
     assert uploaded(device_table) == before
