@@ -18,6 +18,7 @@ from dragon.vm.torch.optim._distributed.lanes import has_others
 from dragon.vm.torch.optim._distributed.shards import distributed_like
 from dragon.vm.torch.optim._gradients.reporting import any_of, report, report_to_all, stand_in
 from dragon.vm.torch.optim._gradients.scaling import Scaling, handed_over
+from dragon.vm.torch.optim._groups.checks import are_of_one_kind
 from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._options import Settings
 from dragon.vm.torch.optim._release import GradientRelease
@@ -195,13 +196,11 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     def _taken(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the sums of a dict to `_restored_sums` too."""
         self._restored_sums = None
-        state, saved_groups = state_dict["state"], state_dict["param_groups"]
+        state = state_dict["state"]
         saved = {key: each[_SUM] for key, each in state.items() if isinstance(each, Mapping) and _SUM in each}
-        lengths = [[len(group["params"]) for group in groups] for groups in (self.param_groups, saved_groups)]
-        # PyTorch refuses others, with its own words.
-        if not saved or lengths[0] != lengths[1]:
+        if not saved:
             return super()._taken(state_dict)
-        keys = chain.from_iterable(group["params"] for group in saved_groups)
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         sums = {param: saved[key] for key, param in zip(keys, self._all_params(), strict=True) if key in saved}
         _check_sums(sums, self._settings)
         self._restored_sums = restored = GradientSums()
@@ -220,14 +219,9 @@ def _check_sums(sums: Mapping[Tensor, Any], settings: Settings) -> None:
             "unused. Load it without release_gradients and call step(), or save it behind a step"
         )
     for param, total in sums.items():
-        is_sum = isinstance(total, Tensor) and total.shape == param.shape
-        if not is_sum or _kind(total) != _kind(param):
+        if not (isinstance(total, Tensor) and total.shape == param.shape and are_of_one_kind(param, total)):
             found = f"{total.dtype} and shape {tuple(total.shape)}" if isinstance(total, Tensor) else repr(total)
             raise ValueError(
                 f"loaded state dict has {_SUM} of {found} for a parameter of {param.dtype} and shape "
                 f"{tuple(param.shape)}"
             )
-
-
-def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    return tensor.is_floating_point(), tensor.is_complex()

@@ -16,26 +16,30 @@ from dragon.vm.torch.optim._distributed.hidden import split_by_fsdp1
 from dragon.vm.torch.optim._distributed.owners import reshard
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local
 from dragon.vm.torch.optim._groups.checks import check_state
+from dragon.vm.torch.optim._groups.masters import MasterVersions
 
 
 @contextmanager
-def exchanged(state: Mapping[Any, Any], originals: dict[Tensor, Tensor]) -> Iterator[None]:
+def exchanged(
+    state: Mapping[Any, Any], originals: dict[Tensor, Tensor], masters: MasterVersions
+) -> Iterator[None]:
     """Give each parameter the value of its average, rounded to its dtype, inside a ``with`` block.
 
     Parameters without an "ema" in `state` stay as they are. Inside the block `originals` holds copies of the
-    parameters' own values, of distributed ones their shards.
+    parameters' own values, of distributed ones their shards. To `masters` nobody has written then.
     """
     if originals:
         raise RuntimeError("swap_ema() was called inside swap_ema(): the parameters are exchanged already")
-    try:
+    with masters.undisturbed(state):
         try:
-            _exchange(state, originals)
-            yield
+            try:
+                _exchange(state, originals)
+                yield
+            finally:
+                _restore(originals)
         finally:
+            # Once more: an interrupt may have hit the line above.
             _restore(originals)
-    finally:
-        # Once more: an interrupt may have hit the line above.
-        _restore(originals)
 
 
 @_disable_dynamo

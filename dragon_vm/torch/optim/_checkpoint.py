@@ -24,9 +24,7 @@ from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._groups.states import State
 from dragon.vm.torch.optim._groups.storage import storage_of
 from dragon.vm.torch.optim._modes import with_plain_tensors
-from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, check_bound, complete
-
-Group = dict[str, Any]
+from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Group, Settings, check_bound, complete
 
 
 class CheckpointedOptimizer(torch.optim.Optimizer):
@@ -69,6 +67,12 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 states[key] = _to_fill(found) if is_to_fill else found
         return {**packed, "state": with_own_steps(states)}
 
+    def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What is left to PyTorch of a dict: all of one for other groups, which it refuses with its own words."""
+        saved_groups = state_dict["param_groups"]
+        own, saved = ([len(group["params"]) for group in groups] for groups in (self.param_groups, saved_groups))
+        return self._taken(state_dict) if own == saved else state_dict
+
     def _taken(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the states of a dict to `_restored`, and leave PyTorch the rest of it.
 
@@ -81,9 +85,6 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             {name: value for name, value in group.items() if value is not None or name not in own}
             for group in state_dict["param_groups"]
         ]
-        lengths = [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in saved_groups] != lengths:
-            return state_dict  # PyTorch refuses it, with its own words
         for group in saved_groups:
             check_bound(group)
         # What a later step is to write must not be of inference mode.
@@ -146,7 +147,7 @@ class _BeforeLoading(OrderedDict[int, Callable[..., Any]]):
 
     def values(self) -> Any:
         """What PyTorch calls, in order."""
-        return [*super().values(), lambda optimizer, state_dict: optimizer._taken(state_dict)]
+        return [*super().values(), lambda optimizer, state_dict: optimizer._before_loading(state_dict)]
 
 
 class _BehindConversion(OrderedDict[int, Callable[..., Any]]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -29,15 +30,17 @@ def undisturbed(update: Callable[..., None], *args: Any, with_grad: bool = False
         set_grad_enabled(enabled)
 
 
-def with_plain_tensors(run: Callable[[], Any]) -> Any:
+def with_plain_tensors(run: Callable[[], T]) -> T:
     """Call `run` such that tensors it makes can be written to later, whatever mode that is in.
 
     They are PyTorch's own, also where it makes them of a subclass: who loads a checkpoint may not know that one.
     """
     if not torch.is_inference_mode_enabled():
-        return without_torch_function(run, (), (), {})
+        made: T = without_torch_function(run, (), (), {})
+        return made
     with torch.inference_mode(False), torch.no_grad():
-        return without_torch_function(run, (), (), {})
+        made = without_torch_function(run, (), (), {})
+    return made
 
 
 def check_transforms() -> None:
@@ -65,12 +68,21 @@ def uncast(run: Callable[[], T]) -> T:
     """
     if not torch.is_autocast_enabled("cpu"):
         return run()
+
+    def run_without() -> T:
+        torch.set_autocast_enabled("cpu", False)
+        return run()
+
+    return restoring(partial(torch.set_autocast_enabled, "cpu", True), run_without)
+
+
+def restoring(restore: Callable[[], object], run: Callable[[], T]) -> T:
+    """Call `run`, and whatever happens then `restore`."""
     try:
         try:
-            torch.set_autocast_enabled("cpu", False)
             return run()
         finally:
-            torch.set_autocast_enabled("cpu", True)
+            restore()
     finally:
         # Once more: an interrupt may have hit the line above.
-        torch.set_autocast_enabled("cpu", True)
+        restore()

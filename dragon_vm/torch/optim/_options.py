@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# A parameter group.
+Group = dict[str, Any]
+
 # Options of our own that each parameter group may override, with the value that means what PyTorch does. Other
 # options of our own belong to the optimizer.
 OWN_GROUP_DEFAULTS: dict[str, Any] = {

@@ -16,6 +16,7 @@ from dragon.vm.torch.optim._distributed.placement import placed_like, ready_grad
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._distributed.unreduced import SUM_DTYPES, UnreducedSums, at_once, by_buffer, set_grads
 from dragon.vm.torch.optim._graphs.capture import is_capturing
+from dragon.vm.torch.optim._groups.checks import are_of_one_kind
 from dragon.vm.torch.optim._groups.flattening import Signature
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense
 
@@ -209,7 +210,7 @@ def _check_grad(param: Tensor, grad: Tensor) -> None:
             f"sum_grad() does not support gradients of layout {grad.layout}, and no step would use their sum. "
             "Give dense gradients: sparse=False for an embedding"
         )
-    if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
+    if not are_of_one_kind(param, grad):
         raise ValueError(f"a parameter is of {param.dtype}, but its gradient is of {grad.dtype}")
     if grad.shape == param.shape:
         return

@@ -138,7 +138,8 @@ class Optimizer(StoringOptimizer):
             # Dragon's own parameters follow Dragon's formula, all others PyTorch's.
             group["epsilon_hat"] = are_dragon(group["params"])
         check_common(group, self._settings)
-        self._algorithm.check_group(group)
+        self._algorithm.check(group)
+        self._algorithm.check_rounding(group)
         for param in group["params"]:
             if param.requires_grad:
                 check_param(param)
@@ -241,8 +242,7 @@ class Optimizer(StoringOptimizer):
             RuntimeError: if no parameter has an average: `ema_decay` is 0, or no step has been taken; if FSDP1
                 splits parameters; from `step`, copies and pickles of the optimizer inside the block.
         """
-        exchange = exchanged(self.state, self._originals)
-        return self._updater.masters.undisturbed(self.state, self._originals, exchange)
+        return exchanged(self.state, self._originals, self._updater.masters)
 
     @property
     def n_skipped_steps(self) -> int:

@@ -73,15 +73,6 @@ class Algorithm:
         """Options of groups that PyTorch's counterpart lacks, with the value that means the same."""
         return {**OWN_GROUP_DEFAULTS, **self.own_group_defaults}
 
-    def check_group(self, group: Group) -> None:
-        """Check a group at construction.
-
-        Raises:
-            ValueError: as `check` and `check_rounding`.
-        """
-        self.check(group)
-        self.check_rounding(group)
-
     def check_rounding(self, group: Group) -> None:
         """Check that a group asks for random words only where steps are counted, on which they depend.
 

@@ -16,7 +16,7 @@ from dragon.vm.torch.optim._backends.selection import Picker, picker
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
 from dragon.vm.torch.optim._gradients.unscaling import unscale_all
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
-from dragon.vm.torch.optim._options import by_value
+from dragon.vm.torch.optim._options import Group, by_value
 
 # A fused operation forks its threads once a tensor. Below this many elements a tensor, one thread is faster:
 # 1000 tensors of 1000 elements took 0.87 ms on one thread, 2.05 ms on two (torch 2.13, 2 cores).
@@ -24,8 +24,6 @@ SINGLE_THREAD_NUMEL = 8192
 
 # Hyperparameters, beside those of the algorithm and the learning rate, that tensors of one call must share.
 _COMMON_NAMES = ("maximize", "clip_norm", "clip_value")
-
-Group = dict[str, Any]
 
 
 class FusedCall(NamedTuple):

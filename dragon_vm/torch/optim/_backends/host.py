@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,7 @@ from dragon.vm.torch.optim._groups.entries import flat
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.layout import is_dense
 from dragon.vm.torch.optim._modes import uncast
-from dragon.vm.torch.optim._options import Version
-
-Group = dict[str, Any]
+from dragon.vm.torch.optim._options import Group, Version
 
 # Elements of a piece, of which four threads take a part in each operation: PyTorch gives a thread 32,768 or more.
 # Half as many leave the caches to fewer bytes, and still cost a tenth more: an operation takes 1 us to start.

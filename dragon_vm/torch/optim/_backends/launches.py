@@ -19,6 +19,7 @@ from dragon.vm.torch.optim._backends.context import DeviceContext
 from dragon.vm.torch.optim._backends.partials import SPAN, Partials
 from dragon.vm.torch.optim._formats.format import Format
 from dragon.vm.torch.optim._formats.rounding import Plain
+from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup, Signature
 from dragon.vm.torch.optim._table.chunks import plan_chunks
 from dragon.vm.torch.optim._table.table import DeviceTable, words_of
@@ -66,7 +67,7 @@ def plan_launches(
 ) -> Launches:
     """Lay out the table of a device, whose rows are the entries of `flattened`, in order."""
     entries = list(chain.from_iterable(group.entries for group in flattened))
-    numels = [_real_numel(entry.param) for entry in entries]
+    numels = [as_real(entry.param).numel() for entry in entries]
     contents = {
         # These change from step to step; one copy takes them all.
         "groups": array("q", bytes(8 * n_groups * int(table.GROUP_COLUMNS))),
@@ -124,11 +125,6 @@ def _spec(algorithm: str, signature: Signature, zero_grad: bool) -> Spec:
     )
 
 
-def _real_numel(tensor: Tensor) -> int:
-    """Elements of the tensor's real view."""
-    return tensor.numel() * (2 if tensor.is_complex() else 1)
-
-
 def _format_name(form: Format) -> str:
     """A format's name for the kernels: that of a dtype is of its real view."""
     return _dtype_name(form.dtype) if isinstance(form, Plain) else form.name
@@ -146,7 +142,7 @@ def tensor_rows(flattened: Sequence[FlattenedGroup], seed: int = 0) -> array[int
     words = array("q", bytes(8 * len(entries) * width))
     columns: dict[Any, Sequence[int]] = {
         table.PARAM: [entry.param.data_ptr() for entry in entries],
-        table.NUMEL: [_real_numel(entry.param) for entry in entries],
+        table.NUMEL: [as_real(entry.param).numel() for entry in entries],
         table.GROUP: [entry.group_index for entry in entries],
     }
     for column, values in columns.items():

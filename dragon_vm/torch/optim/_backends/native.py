@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ from dragon.vm.torch.optim._gradients.norms import as_real
 from dragon.vm.torch.optim._gradients.scaling import Factors
 from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
 from dragon.vm.torch.optim._groups.states import counter_buffer
-from dragon.vm.torch.optim._options import Version
+from dragon.vm.torch.optim._options import Group, Version
 
-Group = dict[str, Any]
 Tensors = Sequence[Tensor]
 
 

@@ -54,8 +54,7 @@ class Scratch:
             start = rows.stop
 
     def _memory(self, numel: int) -> Tensor:
-        memory: Tensor = with_plain_tensors(lambda: torch.empty(numel, dtype=self._dtype, device="cpu"))
-        return memory
+        return with_plain_tensors(lambda: torch.empty(numel, dtype=self._dtype, device="cpu"))
 
     def _lay_out(self) -> None:
         buffer = self._memory(SMALL_PIECE)

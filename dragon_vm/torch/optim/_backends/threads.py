@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from itertools import repeat
 from typing import Any
 
 import torch
+
+from dragon.vm.torch.optim._modes import restoring
 
 try:
     from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # it has no types
@@ -33,18 +36,13 @@ def on_one_thread(run: Callable[[], None]) -> None:
         return
     pools = _openmp_pools()
     limits = [pool.num_threads for pool in pools]
-    try:
-        try:
-            for pool in pools:
-                pool.set_num_threads(1)
-            run()
-        finally:
-            _restore(pools, limits)
-    finally:
-        # Once more: an interrupt may have hit the lines above.
-        _restore(pools, limits)
 
+    def limit_to(limits: Iterable[int]) -> None:
+        for pool, limit in zip(pools, limits, strict=False):
+            pool.set_num_threads(limit)
 
-def _restore(pools: list[Any], limits: list[int]) -> None:
-    for pool, limit in zip(pools, limits, strict=True):
-        pool.set_num_threads(limit)
+    def run_alone() -> None:
+        limit_to(repeat(1))
+        run()
+
+    restoring(partial(limit_to, limits), run_alone)

@@ -19,10 +19,8 @@ from dragon.vm.torch.optim._gradients.scaling import Scaling
 from dragon.vm.torch.optim._gradients.shared_norm import SharedNorm
 from dragon.vm.torch.optim._graphs.capture import check_device, is_capturing
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature
-from dragon.vm.torch.optim._options import Settings, Version, needs_norm
+from dragon.vm.torch.optim._options import Group, Settings, Version, needs_norm
 from dragon.vm.torch.optim._table.group_table import Columns, GroupTable
-
-Group = dict[str, Any]
 
 _ABSENT = int(table.ABSENT)
 _data_ptr: Callable[[Any], int] = Tensor.data_ptr

@@ -45,8 +45,7 @@ def make_lanes(params: Sequence[Tensor], process_group: Any, per_tensor: bool) -
         per_tensor: for the sum of each tensor alone. `process_group` then counts for tensors that FSDP1 splits.
 
     Raises:
-        TypeError, ValueError: for a `process_group` that is none or does not contain this process, and for a
-            parameter that is `Partial`; as `check_meshes`.
+        ValueError: for a parameter that is `Partial`; as `check_meshes`.
     """
     check_meshes(params, process_group, per_tensor)
     members = _ranks_of_group(process_group)
@@ -113,11 +112,7 @@ def check_process_group(group: Any) -> None:
 
 
 def has_others(process_group: Any) -> bool:
-    """Whether a process group, or None, contains other processes.
-
-    Raises:
-        TypeError, ValueError: as `check_process_group`.
-    """
+    """Whether a process group, or None, contains other processes."""
     return bool(_ranks_of_group(process_group))
 
 
@@ -141,7 +136,6 @@ def _ranks_of_mesh(param: Any) -> tuple[int, ...]:
 
 def _ranks_of_group(group: Any) -> tuple[int, ...]:
     """The ranks of a process group; none for None and a group of one process."""
-    check_process_group(group)
     ranks = [] if group is None else dist.get_process_group_ranks(group)
     return tuple(sorted(ranks)) if len(ranks) > 1 else ()
 

@@ -60,13 +60,6 @@ def specs_of(tensors: Sequence[Any]) -> list[Any]:
     return list(map(getattr, tensors, repeat("_spec"), repeat(None)))
 
 
-def local_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A state with the shards of its distributed tensors; the very state if it has none."""
-    if not any(map(is_distributed, state.values())):
-        return state
-    return {key: local(value) for key, value in state.items()}
-
-
 def distributed_like(param: Any, shard: Tensor, shape: Size | None = None) -> Tensor:
     """A tensor for this process's part of `param`, as a `DTensor` if `param` is one.
 

@@ -70,8 +70,13 @@ def check_grads(params: Sequence[Tensor], grads: Sequence[Tensor], owner: str) -
             raise ValueError(f"a parameter is on {param.device}, but its gradient is on {grad.device}")
         if grad.shape != param.shape:
             raise ValueError(f"a parameter has shape {tuple(param.shape)}, but its gradient {tuple(grad.shape)}")
-        if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
+        if not are_of_one_kind(param, grad):
             raise ValueError(f"a parameter is of {param.dtype}, but its gradient is of {grad.dtype}")
+
+
+def are_of_one_kind(param: Tensor, value: Tensor) -> bool:
+    """Whether what belongs to a parameter is real or complex floating point, as the parameter is."""
+    return value.is_complex() if param.is_complex() else value.is_floating_point()
 
 
 def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], counts_steps: bool) -> None:
@@ -85,7 +90,7 @@ def check_state(param: Tensor, state: Mapping[str, Any], keys: Sequence[str], co
         if not isinstance(value, Tensor) or value.shape != param.shape:
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"a parameter has shape {tuple(param.shape)}, but its state {key!r} {found}")
-        if value.is_complex() != param.is_complex() or not (value.is_floating_point() or value.is_complex()):
+        if not are_of_one_kind(param, value):
             raise ValueError(f"a parameter is of {param.dtype}, but its state {key!r} of {value.dtype}")
     step = state.get("step") if counts_steps else None
     if step is not None and not is_count(step):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._formats.format import Format
 from dragon.vm.torch.optim._formats.rounding import Plain
-
-State = dict[str, Any]
+from dragon.vm.torch.optim._groups.states import State
 
 
 class Entry(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import compress
 from operator import attrgetter, ne
 from typing import Any
@@ -74,19 +74,14 @@ class MasterVersions:
         self._seen.update(zip(map(id, params), _versions(params), strict=True))
 
     @contextmanager
-    def undisturbed(
-        self, state: Mapping[Any, Any], originals: Mapping[Tensor, Tensor], context: AbstractContextManager[None]
-    ) -> Iterator[None]:
-        """A context that leaves the parameters as it found them, whatever their versions say."""
+    def undisturbed(self, state: Mapping[Any, Any]) -> Iterator[None]:
+        """A context that leaves the parameters as it finds them, whatever their versions say."""
         # Also those of groups that were removed.
         entries = ((param, held) for param, held in state.items() if isinstance(held, Mapping))
         params = [param for param, held in entries if not held.keys().isdisjoint(MASTER_PARTS)]
-        # Inside another one, which `context` refuses, the averages are in the parameters.
-        if not originals:
-            self.notice(params, state)
+        self.notice(params, state)
         try:
-            with context:
-                yield
+            yield
         finally:
             self.note([param for param in params if id(param) in self._seen])
 

@@ -22,9 +22,7 @@ from dragon.vm.torch.optim._groups.native import FORMAT_KEY, parts_of
 from dragon.vm.torch.optim._groups.saved import checked_state
 from dragon.vm.torch.optim._groups.states import CounterPlace, State, add_counters, zeros_for
 from dragon.vm.torch.optim._groups.storage import options_of, storage_of
-from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, complete
-
-Group = dict[str, Any]
+from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Group, Settings, complete
 
 # Names of entries that a step writes. Under any other name None is a value of others.
 _OWN = frozenset((*MOMENTS, "step", "ema", "stream"))

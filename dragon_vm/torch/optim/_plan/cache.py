@@ -73,8 +73,7 @@ class PlanCache:
                 "a first step with these parameters, gradients, states and arguments cannot be captured: "
                 "take one before the capture, as PyTorch's notes on CUDA graphs do"
             )
-        prepared: Found = with_plain_tensors(lambda: self._prepare(recipe, key, present))
-        return prepared
+        return with_plain_tensors(lambda: self._prepare(recipe, key, present))
 
     def _keep(self, key: tuple[Hashable, bytes | None], plan: StepPlan) -> None:
         """Keep a plan as the last one used, which stands at the end."""

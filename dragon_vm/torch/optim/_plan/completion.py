@@ -12,10 +12,10 @@ from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.checks import check_state, has_memory, has_own_memory
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, counter_place
 from dragon.vm.torch.optim._groups.entries import decode_entry, held_format, kept_format, stored_entries, unwalked
-from dragon.vm.torch.optim._groups.flattening import Signature, State
+from dragon.vm.torch.optim._groups.flattening import Signature
 from dragon.vm.torch.optim._groups.native import parts_of
 from dragon.vm.torch.optim._groups.saved import misfit, with_saved_remainder
-from dragon.vm.torch.optim._groups.states import CounterPlace, add_counters, begun_average, settled_entries
+from dragon.vm.torch.optim._groups.states import CounterPlace, State, add_counters, begun_average, settled_entries
 from dragon.vm.torch.optim._groups.storage import storage_of
 from dragon.vm.torch.optim._plan.recipe import Chosen, Recipe
 

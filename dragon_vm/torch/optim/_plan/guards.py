@@ -36,7 +36,7 @@ class Guard:
     """
 
     def __init__(
-        self, grads: Tensors, params: Tensors, states: States, placed: Sequence[str], *, takes_parts: bool = False
+        self, grads: Tensors, params: Tensors, states: States, placed: Sequence[str], *, takes_parts: bool
     ) -> None:
         self._placed = placed
         self._layouts = layout_guard([*grads, *params])

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._backends.selection import Gathered, Picker, picker
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer, gather, take_states
-from dragon.vm.torch.optim._groups.flattening import Signature, State
+from dragon.vm.torch.optim._groups.flattening import Signature
 from dragon.vm.torch.optim._groups.layout import is_stray
+from dragon.vm.torch.optim._groups.states import State
 from dragon.vm.torch.optim._plan.recipe import Chosen, Recipe
 
 

@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dragon.vm.torch.optim._distributed.shards import local_state
+from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._groups.buffers import FlatBuffer
 from dragon.vm.torch.optim._groups.checks import check_grads, check_memory, has_memory, has_own_memory
-from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature, State
+from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup, Signature
 from dragon.vm.torch.optim._groups.layout import is_stray
 from dragon.vm.torch.optim._groups.masters import reconcile
+from dragon.vm.torch.optim._groups.states import State
 from dragon.vm.torch.optim._groups.storage import first_index
 from dragon.vm.torch.optim._modes import check_transforms
 from dragon.vm.torch.optim._plan.completion import completed_states
@@ -81,7 +82,8 @@ def prepare(recipe: Recipe, chosen: Chosen, *, are_captured: bool) -> Prepared:
     for i, signature in enumerate(signatures):
         if i not in inside:
             first = first_index(params[i]) if signature.is_stochastic else 0
-            entry = Entry(shards[i], local_state(states[i]), chosen.group_index[i], i, first)
+            state = {key: local(value) for key, value in states[i].items()}
+            entry = Entry(shards[i], state, chosen.group_index[i], i, first)
             entries.setdefault(signature, []).append(entry)
     for i, member in enumerate(joined, len(params)):
         entry = Entry(member.buffer.values, member.buffer.state, member.group_index, i)

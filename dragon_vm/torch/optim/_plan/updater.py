@@ -23,12 +23,18 @@ from dragon.vm.torch.optim._groups.masters import MasterVersions
 from dragon.vm.torch.optim._groups.members import Members
 from dragon.vm.torch.optim._groups.sharding import check_sharding
 from dragon.vm.torch.optim._groups.storage import options_of
-from dragon.vm.torch.optim._options import STORAGE_OPTIONS, Settings, by_value, check_own, complete, needs_norm
+from dragon.vm.torch.optim._options import (
+    STORAGE_OPTIONS,
+    Group,
+    Settings,
+    by_value,
+    check_own,
+    complete,
+    needs_norm,
+)
 from dragon.vm.torch.optim._plan.cache import PlanCache
 from dragon.vm.torch.optim._plan.hyperparameters import Hyperparameters
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
-
-Group = dict[str, Any]
 
 # Options that all of PyTorch's counterparts have, or that are our own.
 _COMMON_FLAGS = ("maximize", "foreach", "capturable", "differentiable", "fused")
@@ -111,8 +117,8 @@ class Updater:
         outcome = self._run(recipe, key)
         if outcome is None:
             if needs_norm(self._settings):
-                norm = zero_norm(self._so_far.grad_norm, members.params)
-                self._so_far = self._so_far._replace(grad_norm=norm)
+                zero = zero_norm(self._so_far.grad_norm, members.params)
+                self._so_far = self._so_far._replace(grad_norm=zero)
             return
         if begin_too_early:
             note_early(members.params, state)

@@ -18,7 +18,7 @@ def plan_chunks(numels: Sequence[int], chunk: int, rows: Sequence[int] | None = 
     Returns:
         int32 ``[2 * n_chunks]``: pairs of the tensor's row and the index of the chunk within the tensor.
     """
-    counts = [-(-numel // chunk) for numel in numels]
+    counts = [n_chunks(numel, chunk) for numel in numels]
     pairs = array("i", bytes(8 * sum(counts)))
     rows = range(len(counts)) if rows is None else rows
     pairs[0::2] = array("i", chain.from_iterable(map(repeat, rows, counts)))

@@ -14,10 +14,8 @@ from torch import Tensor
 from dragon.kernels import table
 from dragon.vm.torch.optim._algorithms.algorithm import host_number
 from dragon.vm.torch.optim._gradients.scaling import clip_value, group_factor
-from dragon.vm.torch.optim._options import Settings, Version
+from dragon.vm.torch.optim._options import Group, Settings, Version
 from dragon.vm.torch.optim._table.table import DeviceTable, words_of
-
-Group = dict[str, Any]
 
 # Maps a group to an algorithm's own hyperparameters, by the name of their column.
 Columns = Callable[[Mapping[str, Any]], dict[str, float]]

@@ -51,10 +51,7 @@ class StagingRing:
 
 
 def _new_buffer(length: int) -> Tensor:
-    buffer: Tensor = with_plain_tensors(
-        lambda: torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=True)
-    )
-    return buffer
+    return with_plain_tensors(lambda: torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=True))
 
 
 def _copy_to_device(staging: Tensor, target: Tensor) -> None:
