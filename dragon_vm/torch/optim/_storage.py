@@ -18,7 +18,7 @@ from dragon.vm.torch.optim._algorithms.algorithm import host_number
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats.resolve import cannot_forget
 from dragon.vm.torch.optim._groups.bounds import is_on_device
-from dragon.vm.torch.optim._groups.checks import names_of
+from dragon.vm.torch.optim._groups.checks import is_trained, names_of
 from dragon.vm.torch.optim._groups.entries import decode_master, kept_format, unflat
 from dragon.vm.torch.optim._groups.masters import resync
 from dragon.vm.torch.optim._groups.native import MASTER, MASTER_PARTS
@@ -63,7 +63,7 @@ class StoringOptimizer(AccumulatingOptimizer):
         """
         found = {}
         for name, param, group in self._named_params():
-            if param.requires_grad and not torch.nn.parameter.is_lazy(param):
+            if is_trained(param):
                 names, state = self._algorithm.state_keys(group), self.state.get(param, {})
                 storage = storage_of(param, group, names)
                 found[name] = {"param": storage.param.name}
@@ -78,8 +78,7 @@ class StoringOptimizer(AccumulatingOptimizer):
         """
         self._settle_masters()
         for name, param, group in self._named_params():
-            has_master = group["master_weights"] is not None and param.requires_grad
-            if has_master and not torch.nn.parameter.is_lazy(param):
+            if group["master_weights"] is not None and is_trained(param):
                 state = self.state.get(param, {})
                 own = self._own_value(param)
                 value = decode_master(own, state)
@@ -159,8 +158,7 @@ class StoringOptimizer(AccumulatingOptimizer):
         beta2, names = group["betas"][1], self._algorithm.state_keys(group)
         if is_on_device(beta2):
             return
-        lazy, beta2 = torch.nn.parameter.is_lazy, host_number(beta2)
-        trained = [param for param in group["params"] if param.requires_grad and not lazy(param)]
+        beta2, trained = host_number(beta2), filter(is_trained, group["params"])
         if any(cannot_forget(storage_of(param, group, names), beta2) for param in trained):
             self._has_warned = True
             warnings.warn(

@@ -56,9 +56,7 @@ class Optimizer(StoringOptimizer):
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
         self._settings = read_settings(options)
         check_process_group(self._settings.process_group)
-        check_common(options, self._settings)
-        check_storage(complete(options, self._algorithm.own_defaults))
-        self._algorithm.check(options)
+        self._checked(options)
         if "betas" in options:
             # As PyTorch's: a group that gives its own keeps the list that it gave.
             options["betas"] = tuple(options["betas"])
@@ -82,7 +80,6 @@ class Optimizer(StoringOptimizer):
 
     def _check_params(self, groups: list[dict[str, Any]]) -> None:
         """Check the memory of trained parameters, that of all groups before a buffer parts it, and sharding."""
-        check_differentiable(groups, self._settings.max_grad_norm)
         check_trained(self.param_groups if self._settings.flatten else groups)
         check_sharding(self.param_groups, self._settings)
         check_release(self.param_groups, self._settings)
@@ -137,17 +134,23 @@ class Optimizer(StoringOptimizer):
         if group.get("epsilon_hat", False) is None:
             # Dragon's own parameters follow Dragon's formula, all others PyTorch's.
             group["epsilon_hat"] = are_dragon(group["params"])
+        full = self._checked(group)
+        check_differentiable(group, self._settings.max_grad_norm)
+        self._warn_of_rounding(full)
+        self._drop_defaults(group)
+
+    def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Check a group, or the options of those that do not give their own; return it with all options."""
         check_common(group, self._settings)
         self._algorithm.check(group)
         self._algorithm.check_rounding(group)
-        for param in group["params"]:
+        for param in group.get("params", ()):
             if param.requires_grad:
                 check_param(param)
                 check_backend(None if group["differentiable"] else self._settings.backend, param.device)
         full = complete(group, self._algorithm.own_defaults)
         check_storage(full, self._algorithm.state_keys(full))
-        self._warn_of_rounding(full)
-        self._drop_defaults(group)
+        return full
 
     def _publish(self, group: dict[str, Any]) -> None:
         """Upload a live group's hyperparameters to wherever steps, captured ones too, read them."""

@@ -124,9 +124,7 @@ def read_json(path: Path) -> Any:
 def check_result(data: Any, path: Path | None = None) -> LaunchConfig:
     """The configuration of a result that is usable with the kernels of this release.
 
-    Args:
-        data: what was read.
-        path: of the file, which must be the one for what the result is of; None for data of another origin.
+    A file must have the path for what its result is of; None is for data of another origin.
 
     Raises:
         ValueError: says why it is not usable.

@@ -39,13 +39,11 @@ class Launches(NamedTuple):
     """The table of a device, and the launches on it.
 
     Attributes:
-        table: all sections.
-        sections: those of `_SHARED`.
+        sections: of the table, those of `_SHARED`.
         scalars: scratch memory that `advance_kernel` writes.
         advances: by the kind of norm, and by whether each gradient is clipped by its own.
         updates: launches for the tensors that share a `Spec`, each with all their chunks.
         norms: by the kind of norm, launches for the gradients of one dtype, each with all their spans.
-        partials: the numbering of partial norms.
     """
 
     table: DeviceTable

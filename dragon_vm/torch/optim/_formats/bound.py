@@ -21,13 +21,7 @@ def moment_bound(beta1: float, beta2: float, step: float) -> float:
     with r = beta1^2 / beta2, in float64. It holds for constant betas. A step takes K^2 to r K^2 and adds the term
     in front, so where betas change, the largest K of endless steps that they have had holds.
 
-    Args:
-        beta1: of the first moment.
-        beta2: of the second moment.
-        step: at least 1; infinite for a bound of any number of steps.
-
-    Returns:
-        The bound, infinite where nothing bounds the moment.
+    `step` is at least 1, and infinite for a bound of any number of steps. So is the bound where there is none.
     """
     if beta2 == 0 and beta1 > 0 and step > 1:
         return math.inf
@@ -49,10 +43,7 @@ def clamp_moment(exp_avg: Tensor, root: Tensor, bound: float) -> Tensor:
     An exact first moment stays as it is. A stored one may exceed the bound, and its update is then larger than
     any of exact Adam.
 
-    Args:
-        exp_avg: fp32.
-        root: square root of the new second moment, fp32.
-        bound: of `moment_bound`.
+    `exp_avg` and `root`, the square root of the new second moment, are fp32.
     """
     if math.isinf(bound):
         return exp_avg

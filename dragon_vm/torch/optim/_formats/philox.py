@@ -96,9 +96,7 @@ def random_words(spans: Sequence[Span], device: torch.device | str = "cpu") -> t
     A word decides by its upper byte, but for one time in 256. No two of the four words of a pair of elements share
     their upper byte. So they are as good as independent, with half the calls.
 
-    Args:
-        spans: parameters with their numbers of elements, from `first` on, all in one step with one seed.
-        device: where the words are made.
+    The spans count elements from `first` on, all in one step with one seed.
 
     Returns:
         Two int32 tensors of numbers in [0, 65536), those of all spans one after the other.

@@ -31,15 +31,7 @@ _LARGEST_BETA2: dict[Format | None, float] = {
 
 
 class StorageOptions(NamedTuple):
-    """How a group's parameters and states are to be stored.
-
-    Attributes:
-        state_dtype: a dtype, "8bit", or one of both for each state by name. None is the parameter's dtype, or fp32
-            beside a master.
-        stochastic_rounding: True also for bf16 parameters and second moments, False for nothing. None is for the
-            second moments that `state_dtype` makes narrow, and for "split8".
-        master_weights: `torch.float32`, "split16", "split8" or None.
-    """
+    """How a group's parameters and states are to be stored; see `Adam`."""
 
     state_dtype: StateDtype | Mapping[str, StateDtype] = None
     stochastic_rounding: bool | None = None

@@ -71,9 +71,7 @@ def stand_in(params: Sequence[Tensor]) -> Tensor | None:
 def report_to_all(params: Sequence[Tensor], process_group: Any) -> tuple[Tensor | None, Tensor | None]:
     """Report infinite and NaN gradients to all processes of a group, so that their scalers do the same.
 
-    Args:
-        params: the parameters of this process.
-        process_group: all its processes call this.
+    All processes of the group call this, each with its own parameters.
 
     Returns:
         The parameter that got a gradient of zeros, for others have gradients and this process has none. The

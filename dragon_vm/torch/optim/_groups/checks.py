@@ -127,17 +127,16 @@ def check_memory(params: Sequence[Tensor], groups: Sequence[Group]) -> None:
     )
 
 
-def check_differentiable(groups: Sequence[Group], max_grad_norm: float) -> None:
+def check_differentiable(group: Group, max_grad_norm: float) -> None:
     """Check that autograd sees all that decides about an update that it is to see.
 
     Raises:
         ValueError: for norms of gradients, which are numbers to it.
     """
-    for group in groups:
-        if group.get("differentiable") and (max_grad_norm or group.get("clip_norm")):
-            clipping = f"max_grad_norm={max_grad_norm}" if max_grad_norm else f"clip_norm={group['clip_norm']}"
+    for name, limit in (("max_grad_norm", max_grad_norm), ("clip_norm", group["clip_norm"])):
+        if group["differentiable"] and limit:
             raise ValueError(
-                f"differentiable=True with {clipping}: autograd does not see the norm. Clip by "
+                f"differentiable=True with {name}={limit}: autograd does not see the norm. Clip by "
                 "torch.nn.utils.clip_grad_norm_, or leave it out"
             )
 
@@ -150,6 +149,11 @@ def check_trained(groups: Sequence[Group]) -> None:
     """
     params = chain.from_iterable(group["params"] for group in groups)
     check_memory([param for param in params if param.requires_grad and has_memory(local(param))], groups)
+
+
+def is_trained(param: Tensor) -> bool:
+    """Whether a parameter is updated, and has a shape by now."""
+    return param.requires_grad and not torch.nn.parameter.is_lazy(param)
 
 
 def has_memory(param: Tensor) -> bool:

@@ -45,12 +45,7 @@ def restored_states(
     A state has the format that its group asks for, else the wider one of the saved dtype and the parameter's: fp32
     states of a bf16 parameter stay fp32, which PyTorch would round. Rounding is to nearest.
 
-    Args:
-        algorithm: of the optimizer that loads.
-        settings: likewise.
-        groups: likewise, fitting the saved ones.
-        saved_groups: with the keys of `saved` under "params".
-        saved: a state for each key, or none.
+    The saved groups fit those of the optimizer that loads. They have keys of `saved` under "params".
 
     Returns:
         States that share no memory with the saved ones, for the parameters of `groups` that have one.

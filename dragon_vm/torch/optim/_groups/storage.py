@@ -11,7 +11,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local
 from dragon.vm.torch.optim._formats.format import BLOCK
 from dragon.vm.torch.optim._formats.resolve import EIGHT_BIT, Storage, StorageOptions, check_options, resolve
-from dragon.vm.torch.optim._groups.checks import names_of
+from dragon.vm.torch.optim._groups.checks import is_trained, names_of
 from dragon.vm.torch.optim._groups.layout import is_dense
 
 
@@ -20,7 +20,7 @@ def options_of(group: Mapping[str, Any]) -> StorageOptions:
     return StorageOptions(*(group[name] for name in StorageOptions._fields))
 
 
-def check_storage(group: Mapping[str, Any], states: Sequence[str] | None = None) -> None:
+def check_storage(group: Mapping[str, Any], states: Sequence[str]) -> None:
     """Check the storage options of a group, and those of its parameters that have a shape by now.
 
     Raises:
@@ -28,9 +28,9 @@ def check_storage(group: Mapping[str, Any], states: Sequence[str] | None = None)
     """
     check_options(options_of(group))
     for index, param in enumerate(group.get("params", ())):
-        if param.requires_grad and not torch.nn.parameter.is_lazy(param):
+        if is_trained(param):
             try:
-                storage_of(param, group, states or ())
+                storage_of(param, group, states)
             except ValueError as error:
                 name = names_of(group)[index]
                 which = f"parameter {index} of the group" + (f" ({name})" if name else "")
