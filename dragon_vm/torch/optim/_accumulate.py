@@ -32,8 +32,6 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
     """An optimizer that sums gradients over backward passes. Its state dicts have sums that no step has used."""
 
     _sums: GradientSums
-    # Between the check of a state dict and the end of its loading.
-    _restored_sums: GradientSums | None = None
     # Whether a `GradScaler` leaves unscaling to the step, and the parameters whose sums it finds in `.grad`.
     _handles_scaling = False
     _handed_over: Sequence[Tensor] = ()
@@ -186,16 +184,10 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         try:
             super().load_state_dict(state_dict)
         finally:
-            self._restored = self._restored_sums = None
-
-    def _with_restored(self, state: dict[str, Any]) -> dict[str, Any]:
-        """With copies of what is loaded. All of it takes effect at once, whatever interrupts the loading."""
-        state["state"].update(self._restored or {})
-        return state if self._restored_sums is None else {**state, "_sums": self._restored_sums}
+            self._restored = {}
 
     def _taken(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Copy the sums of a dict to `_restored_sums` too."""
-        self._restored_sums = None
+        """Copy the sums of a dict too."""
         state = state_dict["state"]
         saved = {key: each[_SUM] for key, each in state.items() if isinstance(each, Mapping) and _SUM in each}
         if not saved:
@@ -203,8 +195,9 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         sums = {param: saved[key] for key, param in zip(keys, self._all_params(), strict=True) if key in saved}
         _check_sums(sums, self._settings)
-        self._restored_sums = restored = GradientSums()
+        restored = GradientSums()
         with_plain_tensors(lambda: restored.restore(sums))
+        self._restored = {"_sums": restored}
         rest = dict(state)
         for key in saved:
             rest[key] = {name: value for name, value in state[key].items() if name != _SUM}

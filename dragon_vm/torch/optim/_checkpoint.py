@@ -34,8 +34,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
     _settings: Settings
     # Inside swap_ema(), the shards of parameters as they are without it.
     _originals: dict[Tensor, Tensor]
-    # Between the check of a state dict and the end of its loading.
-    _restored: dict[Tensor, State] | None = None
+    # Between the check of a state dict and the end of its loading, the states and other attributes that it gives.
+    _restored: Mapping[str, Any] = {}
 
     def _hook_own(self) -> None:
         """Let hooks of others see and change what is saved, since they run outside of the conversions."""
@@ -69,12 +69,12 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
     def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What is left to PyTorch of a dict: all of one for other groups, which it refuses with its own words."""
-        saved_groups = state_dict["param_groups"]
+        self._restored, saved_groups = {}, state_dict["param_groups"]
         own, saved = ([len(group["params"]) for group in groups] for groups in (self.param_groups, saved_groups))
         return self._taken(state_dict) if own == saved else state_dict
 
     def _taken(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Copy the states of a dict to `_restored`, and leave PyTorch the rest of it.
+        """Copy the states of a dict for `_with_restored`, and leave PyTorch the rest of it.
 
         Raises:
             ValueError: as `restored_states`, and as `check_bound`.
@@ -89,11 +89,18 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
             check_bound(group)
         # What a later step is to write must not be of inference mode.
         loading = self._algorithm, self._settings, self.param_groups, saved_groups, saved
-        self._restored = with_plain_tensors(lambda: restored_states(*loading))
+        states = with_plain_tensors(lambda: restored_states(*loading))
+        self._restored = {**self._restored, "state": states}
         owned = set(chain.from_iterable(group["params"] for group in saved_groups))
         groups = [{k: v for k, v in group.items() if k not in STORAGE_OPTIONS} for group in saved_groups]
         rest = {key: value for key, value in saved.items() if key not in owned}
         return {**state_dict, "param_groups": groups, "state": rest}
+
+    def _with_restored(self, state: dict[str, Any]) -> dict[str, Any]:
+        """With copies of what is loaded. All of it takes effect at once, whatever interrupts the loading."""
+        restored = dict(self._restored)
+        state["state"].update(restored.pop("state", {}))
+        return {**state, **restored}
 
     def _all_params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))

@@ -120,14 +120,15 @@ class GradientRelease:
     Of several optimizers of a parameter the latest decides about its gradient, while it is there.
 
     Args:
-        optimizer: the owner of the groups, which it reads and checks with `_read_groups`.
-        scaler: the `GradScaler` whose scale the gradients have; True if they have none.
+        optimizer: it reads and checks its groups with `_read_groups`. Its `release_gradients` is the `GradScaler`
+            whose scale the gradients have; True if they have none.
 
     Attributes:
         report: what a `GradScaler` is to find.
     """
 
-    def __init__(self, optimizer: Any, scaler: Any) -> None:
+    def __init__(self, optimizer: Any) -> None:
+        scaler = optimizer._settings.release_gradients
         # The hooks must not keep the optimizer alive.
         self._optimizer = weakref.ref(optimizer)
         self._updater: Updater = optimizer._updater

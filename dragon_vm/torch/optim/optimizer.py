@@ -92,7 +92,7 @@ class Optimizer(StoringOptimizer):
         if self._release is None:
             # A scaler leaves unscaling to the step: it says so by what it hands over.
             self._handles_scaling = True
-            self._release = GradientRelease(self, self._settings.release_gradients)
+            self._release = GradientRelease(self)
         self._release.watch(self.param_groups)
 
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:

@@ -28,10 +28,7 @@ from dragon.vm.torch.optim._table.table import DeviceTable, words_of
 NO_NORM, L2_NORM, INF_NORM = map(int, (norm.NO_NORM, norm.L2_NORM, norm.INF_NORM))
 NORMS = (L2_NORM, INF_NORM)
 # The sections of a table that all launches of a device share.
-_SHARED = {
-    **{"counts": torch.int64, "tensors": torch.int64},
-    **{"groups": torch.float64, "sources": torch.int64, "grads": torch.int64},
-}
+_SHARED = ("counts", "tensors", "groups", "sources", "grads")
 _STATE_COLUMNS = (table.STATE_0, table.STATE_1, table.STATE_2)
 
 
@@ -102,7 +99,8 @@ def plan_launches(
     }
     scalars = torch.empty(len(entries) * int(table.SCALAR_COLUMNS), dtype=torch.float64, device=context.device)
     device_table = DeviceTable(contents, context.device)
-    sections = [device_table.section(name, dtype) for name, dtype in _SHARED.items()]
+    dtypes = {"groups": torch.float64}
+    sections = [device_table.section(name, dtypes.get(name, torch.int64)) for name in _SHARED]
 
     def placed(launchers: dict[str, Launcher]) -> list[tuple[Launcher, Tensor]]:
         return [(each, device_table.section(name, torch.int32)) for name, each in launchers.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -40,17 +41,17 @@ class Scratch:
         ]
         self._row: Tensor | None = None
         # For each tensor the number of its piece and its place there.
-        self._numbers: list[int] = []
-        self._places: list[Tensor | None] = []
+        self._places: list[tuple[int, Tensor | None]] = []
 
     def of_small(self, pick: Picker, columns: Sequence[Sequence[Tensor]]) -> Iterator[Piece]:
         """Small tensors, some at a time; `pick` selects what belongs to them from a list for all of the group."""
         if not self._places:
             self._lay_out()
-        places, start = pick(self._places), 0
-        for _, members in groupby(pick(self._numbers)):
-            rows = slice(start, start + len(list(members)))
-            yield rows, [list(column[rows]) for column in columns], list(places[rows])
+        start = 0
+        for _, members in groupby(pick(self._places), itemgetter(0)):
+            copies = [place for _, place in members]
+            rows = slice(start, start + len(copies))
+            yield rows, [list(column[rows]) for column in columns], copies
             start = rows.stop
 
     def _memory(self, numel: int) -> Tensor:
@@ -58,8 +59,7 @@ class Scratch:
 
     def _lay_out(self) -> None:
         buffer = self._memory(SMALL_PIECE)
-        numbers: list[int] = []
-        places: list[Tensor | None] = []
+        places: list[tuple[int, Tensor | None]] = []
         number, end = 0, 0
         for layout in self._layouts:
             place = None
@@ -69,10 +69,8 @@ class Scratch:
                     number, end = number + 1, 0
                 place = buffer.as_strided(shape, stride, end)
                 end += numel
-            numbers.append(number)
-            places.append(place)
+            places.append((number, place))
         # Whatever interrupts this, there are places for all or for none.
-        self._numbers = numbers
         self._places = places
 
     def of_large(self, columns: Sequence[Sequence[Tensor]]) -> Iterator[Piece]:
