@@ -1,14 +1,7 @@
 """Sums of squares and non-finite flags over all processes that share a model, in stream order.
 
-A step uses it between the norm and the advance, on every process, with gradients or without:
-
-    lanes = make_lanes(params, process_group, per_tensor=False)
-    reduction = Reduction(lanes)                             # once for a set of parameters
-    part = reduction.part(positions)                         # once for a plan: those with gradients
-    values = part.collapse(squares, found_inf)
-    part.all_reduce(values)                                  # values[0]: the flag, values[1]: the sum
-
-Nothing here waits for the device. `TensorReduction` does the same for the norm of each tensor alone.
+A step takes them between the norm and the advance, on every process, with gradients or without. Nothing here waits
+for the device.
 """
 
 from __future__ import annotations

@@ -115,19 +115,14 @@ class Updater:
         )
         key = (zero_grad, are_own, values.structure, reductions is not None, part, *members.lengths)
         outcome = self._run(recipe, key)
-        if outcome is None:
-            if needs_norm(self._settings):
-                zero = zero_norm(self._so_far.grad_norm, members.params)
-                self._so_far = self._so_far._replace(grad_norm=zero)
-            return
         if begin_too_early:
             note_early(members.params, state)
         norm, n_skipped = self._so_far
         norm = norm if outcome.grad_norm is None else outcome.grad_norm
         self._so_far = Outcome(norm, n_skipped + outcome.n_skipped)
 
-    def _run(self, recipe: Recipe, key: tuple[Hashable, ...]) -> Outcome | None:
-        """Take a step; None if there is no gradient, and no other process that may have one."""
+    def _run(self, recipe: Recipe, key: tuple[Hashable, ...]) -> Outcome:
+        """Take a step, also one without gradients, of which other processes may have some."""
         with_masters = _with_masters(recipe.members, recipe.groups)
         if with_masters and is_capturing():
             self.masters.check_capture(with_masters)
@@ -135,9 +130,10 @@ class Updater:
             self.masters.notice(with_masters, recipe.state)
         found = self.plans.find(recipe, key)
         if found is None:
-            if recipe.reductions is None:
-                return None
-            return Outcome(*take_part(recipe.reductions, recipe.members.params, recipe.settings, recipe.scaling))
+            params, settings = recipe.members.params, recipe.settings
+            if recipe.reductions is not None:
+                return Outcome(*take_part(recipe.reductions, params, settings, recipe.scaling))
+            return Outcome(zero_norm(self._so_far.grad_norm, params) if needs_norm(settings) else None)
         plan, tensors = found
         try:
             return plan.run(recipe, tensors)
