@@ -23,8 +23,8 @@ KERNELS = "dragon.kernels"
 FLOORS = (
     {"_swap", "adamw"},
     {"adam", "sgd"},
-    {"_takeover"},
     {"optimizer"},
+    {"_takeover"},
     {"_storage"},
     {"_accumulate"},
     {"_release"},

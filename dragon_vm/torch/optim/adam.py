@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from typing_extensions import Self
 
 from dragon.vm.torch.optim._algorithms.adam import ADAM
 from dragon.vm.torch.optim._hints import with_hints
 from dragon.vm.torch.optim._options import given
-from dragon.vm.torch.optim._takeover import take_over
 from dragon.vm.torch.optim.optimizer import Optimizer
 
 StateDtypes = torch.dtype | str | Mapping[str, torch.dtype | str | None] | None
@@ -75,6 +73,7 @@ class Adam(Optimizer, torch.optim.Adam):
     """
 
     _algorithm = ADAM
+    _counterpart = torch.optim.Adam
 
     @with_hints
     def __init__(
@@ -111,24 +110,6 @@ class Adam(Optimizer, torch.optim.Adam):
         release_gradients: bool | torch.amp.GradScaler = False,
     ) -> None:
         Optimizer.__init__(self, params, given(locals()))
-
-    @classmethod
-    def from_torch(cls, optimizer: torch.optim.Optimizer, **options: Any) -> Self:
-        """Take over a running `torch.optim.Adam` or `AdamW`: its groups, hyperparameters, state and epsilon.
-
-        Args:
-            optimizer: it keeps its state, hooks and schedulers, but is not to update the same parameters any more.
-            **options: as of the class. One that the groups have too, such as `lr`, takes the place of theirs in
-                all of them.
-
-        Raises:
-            RuntimeError: for an optimizer of this library with sums of `sum_grad` that no step has used.
-            TypeError: for an optimizer of another algorithm.
-            ValueError: for a state that does not fit, and for an `AdamW` of one whose decay is not decoupled.
-        """
-        if not isinstance(optimizer, Optimizer):
-            options.setdefault("epsilon_hat", False)
-        return take_over(cls, optimizer, torch.optim.Adam, options)
 
 
 class AdamW(Adam, torch.optim.AdamW):

@@ -35,11 +35,11 @@ from dragon.vm.torch.optim._modes import undisturbed, with_plain_tensors
 from dragon.vm.torch.optim._options import Settings, check_common, check_keys, complete, own_tensors, read_settings
 from dragon.vm.torch.optim._plan.updater import Updater
 from dragon.vm.torch.optim._release import GradientRelease, check_release, keep_gradients
-from dragon.vm.torch.optim._storage import StoringOptimizer
 from dragon.vm.torch.optim._sums import GradientSums
+from dragon.vm.torch.optim._takeover import TakingOptimizer
 
 
-class Optimizer(StoringOptimizer):
+class Optimizer(TakingOptimizer):
     """Base class of the optimizers; a `torch.optim.Optimizer` that updates all its groups at once.
 
     Args:

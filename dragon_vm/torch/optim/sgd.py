@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from typing_extensions import Self
 
 from dragon.vm.torch.optim._algorithms.sgd import SGD as ALGORITHM
 from dragon.vm.torch.optim._hints import with_hints
 from dragon.vm.torch.optim._options import given
-from dragon.vm.torch.optim._takeover import take_over
 from dragon.vm.torch.optim.optimizer import Optimizer
 
 
@@ -41,6 +39,7 @@ class SGD(Optimizer, torch.optim.SGD):
     """
 
     _algorithm = ALGORITHM
+    _counterpart = torch.optim.SGD
 
     @with_hints
     def __init__(
@@ -73,19 +72,3 @@ class SGD(Optimizer, torch.optim.SGD):
         release_gradients: bool | torch.amp.GradScaler = False,
     ) -> None:
         Optimizer.__init__(self, params, given(locals()))
-
-    @classmethod
-    def from_torch(cls, optimizer: torch.optim.Optimizer, **options: Any) -> Self:
-        """Take over a running `torch.optim.SGD`: groups, hyperparameters and state.
-
-        Args:
-            optimizer: it keeps its state, hooks and schedulers, but is not to update the same parameters any more.
-            **options: as of the class. One that the groups have too, such as `lr`, takes the place of theirs in
-                all of them.
-
-        Raises:
-            RuntimeError: for an optimizer of this library with sums of `sum_grad` that no step has used.
-            TypeError: for an optimizer of another algorithm.
-            ValueError: for a state that does not fit.
-        """
-        return take_over(cls, optimizer, torch.optim.SGD, options)
