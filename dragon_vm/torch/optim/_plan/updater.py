@@ -54,8 +54,8 @@ class Updater:
         # The sums over processes of each part, and what they were made for.
         self._reductions: dict[int, tuple[object, Reductions | None]] = {}
         self._hyperparameters = self._new_hyperparameters()
-        # The last norm, and all skipped steps that the host knows of.
-        self._so_far = Outcome()
+        # The last norm, and how many steps were skipped as far as the host knows.
+        self._so_far: tuple[Tensor | None, int | Tensor] = None, 0
 
     def read(self, groups: Sequence[Group]) -> list[Group]:
         """Read and check the hyperparameters of all groups; return the groups with all options."""
@@ -119,7 +119,7 @@ class Updater:
             note_early(members.params, state)
         norm, n_skipped = self._so_far
         norm = norm if outcome.grad_norm is None else outcome.grad_norm
-        self._so_far = Outcome(norm, n_skipped + outcome.n_skipped)
+        self._so_far = norm, n_skipped + outcome.n_skipped
 
     def _run(self, recipe: Recipe, key: tuple[Hashable, ...]) -> Outcome:
         """Take a step, also one without gradients, of which other processes may have some."""
@@ -133,7 +133,7 @@ class Updater:
             params, settings = recipe.members.params, recipe.settings
             if recipe.reductions is not None:
                 return Outcome(*take_part(recipe.reductions, params, settings, recipe.scaling))
-            return Outcome(zero_norm(self._so_far.grad_norm, params) if needs_norm(settings) else None)
+            return Outcome(zero_norm(self._so_far[0], params) if needs_norm(settings) else None)
         plan, tensors = found
         try:
             return plan.run(recipe, tensors)
@@ -184,16 +184,16 @@ class Updater:
     @property
     def n_skipped(self) -> int:
         """Skipped updates so far. Reading it waits for the device."""
-        return int(self._so_far.n_skipped) + sum(int(context.status[0]) for context in self._devices.values())
+        return int(self._so_far[1]) + sum(int(context.status[0]) for context in self._devices.values())
 
     @n_skipped.setter
     def n_skipped(self, value: int) -> None:
-        self._so_far = self._so_far._replace(n_skipped=value)
+        self._so_far = self._so_far[0], value
 
     @property
     def grad_norm(self) -> Tensor | None:
         """Norm of all gradients at the last update that needed it, 0-dim float64; None before the first."""
-        norm = self._so_far.grad_norm
+        norm, _ = self._so_far
         return None if norm is None else norm.clone()
 
 
