@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from dragon.vm.torch.optim._distributed.lanes import make_lanes
+from dragon.vm.torch.optim._distributed.lanes import check_process_group, make_lanes
 from dragon.vm.torch.optim._distributed.placement import GradientPlacements
 from dragon.vm.torch.optim._distributed.reduction import Reduction, TensorReduction
 from dragon.vm.torch.optim._distributed.shards import local
@@ -243,12 +243,11 @@ def refusals() -> dict[str, str]:
     partial = nn.Parameter(DTensor.from_local(torch.ones(2), mesh, [Partial()]))
     in_part = nn.Parameter(DTensor.from_local(torch.ones(2), square_mesh(), [Replicate(), Partial()]))
     other = dist.new_group([0])
-    plain = nn.Parameter(torch.ones(2))
     attempts = {
         "partial": lambda: together([partial]),
         "in part": lambda: together([in_part]),
-        "no group": lambda: together([plain], "world"),
-        "others": lambda: together([plain], other) if dist.get_rank() else together([plain], "world"),
+        "no group": lambda: check_process_group("world"),
+        "others": lambda: check_process_group(other if dist.get_rank() else "world"),
     }
     texts = {}
     for name, attempt in attempts.items():
