@@ -21,17 +21,17 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 @pytest.fixture
 def two_devices(monkeypatch):
     """Put each flattened group on a device of its own."""
-    on_devices = step._on_devices
+    by_device = step._by_device
 
-    def apart(recipe, flattened, *args):
+    def apart(flattened):
         assert len(flattened) == 2
         moved = [
             group._replace(signature=group.signature._replace(device=torch.device("cpu", i)))
             for i, group in enumerate(flattened)
         ]
-        return on_devices(recipe, moved, *args)
+        return by_device(moved)
 
-    monkeypatch.setattr(step, "_on_devices", apart)
+    monkeypatch.setattr(step, "_by_device", apart)
 
 
 def make(**options):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +41,7 @@ class StepPlan:
         self._host = HostStep(recipe, prepared, n_gathered)
         # The kernel zeroes the gradients it reads: not those that it reads copies of.
         self._kernel_zeroes = recipe.zero_grad and not self._strays and not self._host.groups
-        by_device: dict[torch.device, list[FlattenedGroup]] = {}
-        for group in prepared.flattened:
-            if group.signature.backend == "triton":
-                by_device.setdefault(group.signature.device, []).append(group)
+        by_device = _by_device(prepared.flattened)
         # Host groups, or several devices, need to know what is found in all gradients.
         asks_all = needs_norm(recipe.settings) or recipe.reductions is not None
         self._decides_on_host = bool(self._host.groups) or (len(by_device) > 1 and asks_all)
@@ -156,6 +153,15 @@ def _check_shared_clipping(recipe: Recipe) -> None:
             "all or none of a process. Give backend='eager', or clip by torch.nn.utils.clip_grad_norm_ and leave "
             "clip_norm out"
         )
+
+
+def _by_device(flattened: Sequence[FlattenedGroup]) -> dict[torch.device, list[FlattenedGroup]]:
+    """The groups that kernels update."""
+    found: dict[torch.device, list[FlattenedGroup]] = {}
+    for group in flattened:
+        if group.signature.backend == "triton":
+            found.setdefault(group.signature.device, []).append(group)
+    return found
 
 
 def _on_devices(
