@@ -128,18 +128,15 @@ class StoringOptimizer(AccumulatingOptimizer):
 
     def _named_params(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Yield name, parameter, and its group with all options."""
-        # Two models may have the same names. Then a name that is a number could be another parameter's position.
         names = list(chain.from_iterable(map(names_of, self.param_groups)))
-        counts = Counter(name for name in names if name is not None)
-        all_have = len(counts) == len(names)
-        own = {name for name, n in counts.items() if n == 1 and (all_have or not name.isdecimal())}
-        position = 0
-        for group in self.param_groups:
-            whole = complete(group, self._algorithm.own_defaults)
-            for param in group["params"]:
-                name = names[position]
-                yield str(position) if name is None or name not in own else name, param, whole
-                position += 1
+        counts = Counter(names)
+        # Two models may have the same names. Then a name that is a number could be another parameter's position.
+        all_have = None not in counts and len(counts) == len(names)
+        groups = [complete(group, self._algorithm.own_defaults) for group in self.param_groups]
+        members = ((param, group) for group in groups for param in group["params"])
+        for position, (name, (param, group)) in enumerate(zip(names, members, strict=True)):
+            is_own = counts[name] == 1 and (all_have or not str(name).isdecimal())
+            yield name if name is not None and is_own else str(position), param, group
 
     def _settle_masters(self) -> None:
         """Make parameters their own masters that somebody wrote to since the last step."""
