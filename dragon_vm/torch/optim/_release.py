@@ -193,6 +193,11 @@ class GradientRelease:
         for bucket in self._buckets:
             bucket.begin()
         self.report.begin()
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        if not was_under_way and _arrangement(groups) != self._arranged:
+            # No hook tells of a pass where all trained parameters are others than those that have one.
+            self.watch(groups)
         return was_under_way
 
     def check_scaler(self, scaler: Any) -> None:
@@ -213,7 +218,7 @@ class GradientRelease:
             if not self._is_under_way:
                 number = self._n_passes + 1
                 # Groups may have lost, gained, frozen or exchanged parameters since the last pass.
-                found = [[(id(each), each.requires_grad) for each in g["params"]] for g in groups]
+                found = _arrangement(groups)
                 is_same = found == self._arranged and all(bucket.is_whole for bucket in self._buckets)
                 if not is_same:
                     self.watch(groups)
@@ -261,6 +266,11 @@ class GradientRelease:
         scaling = self.report.scaling(found_inf)
         owned = optimizer.param_groups, optimizer.state
         self._updater.update(members, *owned, scaling, zero_grad=False, part=bucket.index)
+
+
+def _arrangement(groups: Sequence[Mapping[str, Any]]) -> list[list[tuple[int, bool]]]:
+    """The ids of each group's parameters, and which of them are trained."""
+    return [[(id(each), each.requires_grad) for each in group["params"]] for group in groups]
 
 
 def _remove(handles: WeakIdKeyDictionary, params: Sequence[Tensor] | None = None, gone: object = None) -> None:

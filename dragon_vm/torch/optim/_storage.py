@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
 from dragon.vm.torch.optim._algorithms.algorithm import host_number
+from dragon.vm.torch.optim._distributed.hidden import is_loading
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats.resolve import cannot_forget
 from dragon.vm.torch.optim._groups.bounds import is_on_device
@@ -46,7 +47,9 @@ class StoringOptimizer(AccumulatingOptimizer):
             RuntimeError: for sums of gradients that other processes have parts of, and for flat dicts that
                 PyTorch's checkpoint functions could not load.
         """
-        self._settle_masters()
+        if not is_loading():
+            # Else a master that `dcp.load` has filled in its place would be lost before it is loaded.
+            self._settle_masters()
         self._take_back()
         self._sums.check_reduced()
         # The next step is to write it.

@@ -55,6 +55,20 @@ def test_a_scaler_that_unscales_finds_what_was_released_before_and_behind_the_la
     assert torch.equal(kept, torch.ones(4))
 
 
+@pytest.mark.parametrize("is_exchanged", [True, False])
+def test_parameters_that_are_all_exchanged_or_frozen_at_first_are_released_behind_the_first_step(is_exchanged):
+    params = [nn.Parameter(torch.ones(64), requires_grad=is_exchanged) for _ in range(2)]
+    # As Accelerate does for FSDP2.
+    built_with = [torch.empty_like(param) for param in params] if is_exchanged else params
+    optimizer = SGD(built_with, lr=1.0, release_gradients=True)
+    optimizer.param_groups[0]["params"] = params
+    for n_steps in (1, 2, 3):
+        sum(param.requires_grad_(True).sum() for param in params).backward()
+        assert [param.grad is None for param in params] == [n_steps > 1] * 2
+        optimizer.step()
+        assert all(torch.equal(param, torch.ones(64) - n_steps) for param in params)
+
+
 @pytest.mark.parametrize("factor", [1.0, torch.inf])
 def test_a_scaler_finds_what_was_released_before_a_group_came(factor, monkeypatch):
     _, trained, scaler, optimizer = two_buckets(monkeypatch)

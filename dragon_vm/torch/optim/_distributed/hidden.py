@@ -77,6 +77,11 @@ def is_state_asked_for() -> bool:
     return _caller(_CHECKPOINTS, "_init_optim_state") is not None
 
 
+def is_loading() -> bool:
+    """Whether PyTorch's checkpoint functions load a dict on this thread, maybe of the optimizer's own tensors."""
+    return _caller(_CHECKPOINTS, "_load_optim_state_dict") is not None
+
+
 class DictRequest(NamedTuple):
     """What PyTorch's checkpoint functions do with what `state_dict` returns to them on this thread.
 
@@ -99,7 +104,7 @@ def dict_request() -> DictRequest:
     frame = _caller(_CHECKPOINTS, "_get_optim_state_dict")
     info = frame and frame.f_locals.get("info")
     flattens = bool(getattr(info, "flatten_optimizer_state_dict", False))
-    fills = frame is not None and not flattens and _caller(_CHECKPOINTS, "_load_optim_state_dict") is not None
+    fills = frame is not None and not flattens and is_loading()
     return DictRequest(frame is not None, flattens, fills, bool(getattr(info, "broadcast_from_rank0", False)))
 
 

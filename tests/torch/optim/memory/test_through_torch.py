@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
+    get_state_dict,
     set_optimizer_state_dict,
+    set_state_dict,
 )
 
 from dragon.vm.torch.optim import SGD, AdamW
@@ -287,6 +289,36 @@ def test_full_dicts_are_loaded_as_others_are(source: str, target: str, native: t
     for params, optimizer in ((found, loading[0]), (expected, loading[1])):
         train(params, optimizer, 1, 2)
     assert bits(found, loading[0]) == bits(expected, loading[1])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("form", [{}, {"full_state_dict": True}], ids=str)
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("mode", ["split16", "split8, 8bit", "fp32 masters, 8bit", "fp32 masters of fp16"])
+def test_masters_that_were_loaded_in_their_place_are_kept(
+    mode: str, native: bool, form: dict[str, bool], tmp_path: Path
+) -> None:
+    """The dicts that are filled have tensors of the model and the optimizer that load them."""
+    dtype, options = MODES[mode]
+    models = [torch.nn.Linear(64, 64, dtype=dtype) for _ in range(2)]
+    optimizers = [AdamW(model.parameters(), native_state_dict=native, **options) for model in models]
+    params = [list(model.parameters()) for model in models]
+    train(params[0], optimizers[0], 2)
+    states = [
+        get_state_dict(*each, options=StateDictOptions(**form)) for each in zip(models, optimizers, strict=True)
+    ]
+    dcp.save(dict(zip("mo", states[0], strict=True)), checkpoint_id=tmp_path)
+    dcp.load(dict(zip("mo", states[1], strict=True)), checkpoint_id=tmp_path)
+    set_state_dict(
+        models[1],
+        optimizers[1],
+        model_state_dict=states[1][0],
+        optim_state_dict=states[1][1],
+        options=StateDictOptions(**form),
+    )
+    for each in zip(params, optimizers, strict=True):
+        train(*each, 2, 2)
+    assert bits(params[1], optimizers[1]) == bits(params[0], optimizers[0])
 
 
 @pytest.mark.parametrize("stream", [[0], {"a": 0}, "0", 0.5, -1, 2**32, torch.tensor(0)], ids=repr)
