@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._accumulate import AccumulatingOptimizer
 from dragon.vm.torch.optim._checkpoint import CheckpointedOptimizer
-from dragon.vm.torch.optim._groups.bounds import keep_bounds
+from dragon.vm.torch.optim._groups.bounds import keep_bounds, may_be_narrow
 from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._storage import StoringOptimizer
@@ -57,7 +57,7 @@ def take_over(
     pairs = zip(optimizer.param_groups, original.param_groups, strict=True)
     for group, old in pairs if "betas" in options else ():
         # Narrow moments were made with other betas than those that are asked for.
-        if group.get("state_dtype") is not None and any(map(optimizer.state.get, group["params"])):
+        if may_be_narrow(group) and any(map(optimizer.state.get, group["params"])):
             group["bound_betas"] = old.get("bound_betas") or tuple(map(float, old["betas"]))
     keep_bounds(optimizer.param_groups, optimizer.state)
     return optimizer
