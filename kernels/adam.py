@@ -21,8 +21,8 @@ def adam_update(param, grad, states, scalars, SPEC: tl.constexpr):
     with step_size = lr sqrt(1 - beta2^t) / (1 - beta1^t), and eps' = eps for the epsilon-hat of section 2 of
     Kingma & Ba, https://arxiv.org/abs/1412.6980, or eps' = eps sqrt(1 - beta2^t) for their algorithm 1, which is
     PyTorch's. With three states it is AMSGrad (Reddi et al., https://openreview.net/forum?id=ryQu7f-RZ), which
-    divides by the largest v so far. Where states are stored in parts, m is bounded by K sqrt(v), as that of exact
-    Adam is: see `dragon.kernels.rounding.moment_bound`.
+    divides by the largest v so far. Where `has_bound` says so, m is bounded by K sqrt(v), as that of exact Adam
+    is: see `dragon.kernels.rounding.moment_bound`.
     """
     # Not m + (1 - beta1) (g - m): for a small beta1 that leaves the rounding of a large m in the result.
     exp_avg = scalars[table.BETA1_FACTOR] * states[0] + scalars[table.ONE_MINUS_BETA1] * grad

@@ -94,8 +94,13 @@ def has_rest(spec):
 
 @triton.constexpr_function
 def has_bound(spec):
-    """Whether the first moment is clamped to what the second one allows: if some state is not plain."""
-    return any(name not in DTYPES for name in spec.states)
+    """Whether Adam's first moment is clamped to what the second one allows: if stored ones may exceed that.
+
+    They may if some state is not plain. So may those in fp16, where small numbers do not decay, beside another
+    dtype.
+    """
+    is_stalling = spec.states[0] == "float16" != spec.states[1]
+    return spec.param != "float64" and (is_stalling or any(name not in DTYPES for name in spec.states))
 
 
 @triton.constexpr_function

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from dragon.vm.torch.optim._groups.bounds import keep_bounds
+from dragon.vm.torch.optim._groups.bounds import keep_bounds, may_be_narrow
 from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._storage import StoringOptimizer
@@ -76,6 +76,6 @@ class TakingOptimizer(StoringOptimizer):
         self.state.update({**others, **states})
         pairs = zip(self.param_groups, original.param_groups, strict=True)
         for group, old in pairs if keep_betas else ():
-            if group.get("state_dtype") is not None and any(map(self.state.get, group["params"])):
+            if may_be_narrow(group) and any(map(self.state.get, group["params"])):
                 group["bound_betas"] = old.get("bound_betas") or tuple(map(float, old["betas"]))
         keep_bounds(self.param_groups, self.state)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from dragon.vm.torch.optim._formats.format import Format
+from dragon.vm.torch.optim._formats.rounding import Plain
 
 # More than a rounded fp32 moment exceeds its bound by, and less than 1e-5 of an update.
 SLACK = 1 + 2.0**-18
@@ -35,6 +39,16 @@ def moment_bound(beta1: float, beta2: float, step: float) -> float:
         exponent = step * math.log(ratio)
         terms = math.expm1(exponent) / (ratio - 1) if exponent < _LARGEST_EXPONENT else math.inf
     return (1 - beta1) * math.sqrt(terms / (1 - beta2))
+
+
+def can_exceed_bound(states: Sequence[Format]) -> bool:
+    """Whether a first moment among states that are stored so may exceed its bound by more than a rounding.
+
+    It may if a state is in parts or rounded stochastically. So may one in fp16 beside another second moment: 0.9
+    times four of the least numbers of fp16 are four of them again, and the second moment decays on.
+    """
+    is_stalling = len(states) > 1 and states[0] == Plain(torch.float16) != states[1]
+    return is_stalling or not all(isinstance(form, Plain) for form in states)
 
 
 def clamp_moment(exp_avg: Tensor, root: Tensor, bound: float) -> Tensor:

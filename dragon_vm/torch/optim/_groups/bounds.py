@@ -29,7 +29,7 @@ def widen_bounds(
     """
     has_changed = False
     for group in groups:
-        if group.get("state_dtype") is None:
+        if not may_be_narrow(group):
             continue
         now = _readable(group.get("betas"))
         if now is None:
@@ -50,6 +50,11 @@ def widen_bounds(
 def keep_bounds(groups: Iterable[dict[str, Any]], state: Mapping[Any, Any]) -> None:
     """Let groups keep the bound of the betas which their moments were made with, whatever is set now."""
     widen_bounds([group for group in groups if any(map(state.get, group["params"]))], state)
+
+
+def may_be_narrow(group: Mapping[str, Any]) -> bool:
+    """Whether an option of a group makes moments narrow: stochastic rounding does for bf16 parameters."""
+    return group.get("state_dtype") is not None or bool(group.get("stochastic_rounding"))
 
 
 def _readable(betas: Any) -> tuple[float, float] | None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._formats.bound import can_exceed_bound
 from dragon.vm.torch.optim._formats.format import Format
 from dragon.vm.torch.optim._formats.rounding import Plain
 from dragon.vm.torch.optim._groups.states import State
@@ -89,8 +90,8 @@ class Signature(NamedTuple):
 
     @property
     def is_bounded(self) -> bool:
-        """Whether the first moment is clamped to what the second one allows."""
-        return not all(isinstance(form, Plain) for form in self.state_formats)
+        """Whether the first moment is clamped to what the second one allows: see `can_exceed_bound`."""
+        return self.param_dtype != torch.float64 and can_exceed_bound(self.state_formats)
 
     @property
     def is_stochastic(self) -> bool:

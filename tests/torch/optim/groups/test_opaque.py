@@ -109,6 +109,21 @@ def test_fake_tensors_step_and_keep_fake_states(algorithm: Any) -> None:
     assert all(isinstance(state, FakeTensor) for state in states)
 
 
+def test_narrow_states_of_tensors_without_memory_are_rounded_as_elsewhere() -> None:
+    options: dict[str, Any] = {"state_dtype": {"exp_avg": torch.float16, "exp_avg_sq": torch.float32}}
+    plain, whole = torch.nn.Parameter(torch.full((3,), 2.0)), wrapper(2.0, 2.0)
+    for param in (plain, whole):
+        optimizer = make(Adam, [param], backend="eager", **options)
+        train(optimizer, [param])
+    assert torch.equal(whole.a, plain)
+    assert optimizer.state[whole]["exp_avg"].b.dtype == torch.float16
+    with FakeTensorMode():
+        fake = torch.nn.Parameter(torch.ones(3))
+        optimizer = make(Adam, [fake], **options)
+        train(optimizer, [fake])
+        assert isinstance(optimizer.state[fake]["exp_avg"], FakeTensor)
+
+
 def test_an_explicit_kernel_is_not_given_what_has_no_memory() -> None:
     param = wrapper(1.0, 2.0)
     optimizer = Adam([param], backend="native")

@@ -85,6 +85,30 @@ def test_changed_betas_leave_an_exact_first_moment_alone(
     torch.testing.assert_close(ours, moment(torch.optim.Adam), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("how", ["set", "loaded", "taken over"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_changed_betas_cut_no_moment_that_stochastic_rounding_alone_makes_narrow(backend: str, how: str) -> None:
+    """Second moments of bf16 parameters are narrow then without a `state_dtype`."""
+    options: dict[str, Any] = {"lr": 1e-3, "backend": backend, "stochastic_rounding": True}
+    param = torch.nn.Parameter(torch.zeros(64, dtype=BF16, device=home(backend)))
+    optimizer = Adam([param], **options)
+    for gradient in (*[1e-3] * 9, 1.0):
+        param.grad = torch.full_like(param, gradient)
+        optimizer.step()
+    moment = optimizer.state[param]["exp_avg"].clone()
+    if how == "taken over":
+        optimizer = Adam.from_torch(optimizer, betas=(0.9, 0.99), **options)
+    else:
+        if how == "loaded":
+            saved, optimizer = optimizer.state_dict(), Adam([param], **options)
+            optimizer.load_state_dict(saved)
+        optimizer.param_groups[0]["betas"] = (0.9, 0.99)
+    param = optimizer.param_groups[0]["params"][0]
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[param]["exp_avg"], 0.9 * moment)
+
+
 @pytest.mark.parametrize("betas", [(0.9, 1.0), (0.9, 1.5), (1.5, 0.9), (float("nan"), 0.9)])
 def test_betas_out_of_range_leave_no_bound_behind(betas: tuple[float, float]) -> None:
     param = torch.nn.Parameter(torch.ones(64))

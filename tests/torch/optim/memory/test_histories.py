@@ -12,6 +12,7 @@ from torch import Tensor
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._formats.bound import moment_bound
 
+from ..support import home
 from .modes import BF16
 
 NUMEL = 4096
@@ -30,6 +31,11 @@ HISTORIES = {
 }
 
 
+def largest_update(beta1: float, beta2: float, step: int) -> float:
+    """The largest update of exact Adam at a step, for a learning rate of 1."""
+    return moment_bound(beta1, beta2, step) * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+
+
 def check_updates(gradients: Iterator[Tensor], state_dtype: torch.dtype | str) -> None:
     """Check that no step moves an element further than exact Adam could."""
     param = torch.nn.Parameter(torch.zeros(64, 64))
@@ -39,8 +45,7 @@ def check_updates(gradients: Iterator[Tensor], state_dtype: torch.dtype | str) -
             param.zero_()
         param.grad = gradient.view(64, 64)
         optimizer.step()
-        limit = moment_bound(*BETAS, step) * math.sqrt(1 - BETAS[1] ** step) / (1 - BETAS[0] ** step)
-        assert param.detach().abs().max() <= limit * (1 + 1e-5)
+        assert param.detach().abs().max() <= largest_update(*BETAS, step) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("history", HISTORIES)
@@ -49,6 +54,20 @@ def test_no_update_exceeds_the_bound(history: str, state_dtype: torch.dtype | st
     generator = torch.Generator().manual_seed(0)
     values = (torch.randn(NUMEL, generator=generator) for _ in range(120))
     check_updates((HISTORIES[history](value, step) for step, value in enumerate(values, 1)), state_dtype)
+
+
+@pytest.mark.parametrize("backend", ["triton", "native", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_moment_in_fp16_that_does_not_decay_is_bounded(dtype: torch.dtype, backend: str) -> None:
+    """0.9 times four of fp16's least numbers are four of them again, and the second moment decays on."""
+    param = torch.nn.Parameter(torch.zeros(64, dtype=dtype, device=home(backend)))
+    states = {"exp_avg": torch.float16, "exp_avg_sq": torch.float32}
+    optimizer = Adam([param], lr=1.0, betas=(0.9, 0.9), eps=1e-15, state_dtype=states, backend=backend)
+    for step in range(1, 101):
+        param.detach().zero_()
+        param.grad = torch.full_like(param, 1e-6 if step <= 20 else 0.0)
+        optimizer.step()
+        assert param.detach().abs().max() <= largest_update(0.9, 0.9, step) * (1 + 1e-3)
 
 
 # Some steps with gradients of a size, of which one in a few is larger by another factor, or there alone.
