@@ -107,6 +107,10 @@ def test_what_a_half_lacks_is_rounded_to_the_nearest_that_fits(
     form.encode_rest(masters, half.expand_as(masters), rest)
     expected = (distances / unit + 0.5).floor().clamp(max=2**15 // unit - 1)
     assert torch.equal(rest.double(), expected.double().where(distances.abs() <= 2**15, 0.0))
+    nearest = (distances >= -(2**15)) & (distances < 2**15)
+    found = torch.empty_like(rest)
+    form.encode_rest(masters, None, found)
+    assert torch.equal(found[nearest], rest[nearest])
 
 
 def test_the_mean_of_24_bits_over_all_bytes_is_the_number_itself() -> None:
