@@ -22,6 +22,10 @@ _Handler = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any], type], A
 class MirroredTensorType(Mirrored, torch._C._TensorMeta):
     """Metaclass of `Tensor`: every tensor is an instance of it, as code that asks means `torch.Tensor`."""
 
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        """Answer for every type of tensors but PyTorch's own: of a subclass PyTorch would take the rules first."""
+        return subclass is not torch.Tensor and super().__subclasscheck__(subclass)
+
 
 class Tensor(torch.Tensor, metaclass=MirroredTensorType):
     """A `torch.Tensor` whose results are Dragon tensors, with three rules of its own.
@@ -211,7 +215,7 @@ def _backward(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
 def _grad(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type) -> Any:
     kwargs.pop("only_inputs", None)  # deprecated and without effect
     grads = _engine.grad(*args, **kwargs)
-    _convert(grads, kind, set())
+    _convert(grads, kind, _collect_ids(kwargs.values(), set()))
     return grads
 
 

@@ -69,6 +69,23 @@ def test_plain_tensors_and_parameters_mix_with_dragons():
     assert type(plain_parameter) is real.nn.Parameter
 
 
+FUNCTIONS_IN_PYTHON = {
+    "loss": torch.nn.functional.mse_loss,
+    "product": lambda x, y: torch.einsum("i,i->", x, y),
+    "one of a list": lambda x, y: torch.broadcast_tensors(x, y, x + y)[2],
+    "gradient": lambda x, y: torch.autograd.grad(x * y, [x, y], torch.ones(2))[0],
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS_IN_PYTHON.values(), ids=FUNCTIONS_IN_PYTHON)
+def test_the_order_of_plain_tensors_and_dragons_decides_nothing(function):
+    """PyTorch asks the type of each argument in turn, where a function is one of Python's."""
+    plain, dragon = (module.ones(2, requires_grad=True) for module in (real, torch))
+
+    assert type(function(plain, dragon)) is type(function(dragon, plain)) is torch.Tensor
+    torch.nn.functional.mse_loss(dragon, plain, reduction="none").backward()
+
+
 def test_a_plain_tensor_that_an_operation_returns_stays_plain():
     plain, dragon = real.ones(2), torch.ones(2)
 
