@@ -74,6 +74,15 @@ def test_autograd_grad_leaves_the_gradient_alone():
     assert type(gradient) is torch.Tensor
 
 
+def test_a_plain_gradient_that_autograd_grad_hands_on_stays_plain():
+    x, plain = leaf(2.0, 3.0), real.ones(2)
+
+    (gradient,) = torch.autograd.grad(x + 1, x, plain)
+
+    assert gradient is plain
+    assert type(plain) is real.Tensor
+
+
 def test_autograd_grad_takes_what_pytorchs_takes():
     x, unused = leaf(2.0), leaf(1.0, 1.0)
     y = x * x
