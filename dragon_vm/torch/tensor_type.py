@@ -148,8 +148,7 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
                 )
             plain = copy.deepcopy(self.detach(), memo)
             copied = rebuild(type(self), plain, self.requires_grad, copy.deepcopy(self.__dict__, memo))
-            if self.grad is not None:
-                copied.grad = copy.deepcopy(self.grad, memo)
+            copied.grad = copy.deepcopy(self.grad, memo)
         memo[id(self)] = copied
         return copied
 

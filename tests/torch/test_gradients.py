@@ -83,6 +83,21 @@ def test_a_plain_gradient_that_autograd_grad_hands_on_stays_plain():
     assert type(plain) is real.Tensor
 
 
+def test_a_hook_within_autograd_grad_works_on_dragon_tensors():
+    x, seen = leaf(2.0, 3.0), []
+    y = x * 2
+    y.register_hook(lambda gradient: seen.append(type(x * gradient)))
+
+    torch.autograd.grad(y.sum(), x)
+
+    assert seen == [torch.Tensor]
+
+
+def test_a_complex_number_has_no_backward_as_in_pytorch():
+    with pytest.raises(RuntimeError, match="only for real scalar outputs"):
+        (leaf(2.0) * 1j).sum().backward()
+
+
 def test_autograd_grad_takes_what_pytorchs_takes():
     x, unused = leaf(2.0), leaf(1.0, 1.0)
     y = x * x
