@@ -104,13 +104,16 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
     @property
     def _is_param(self) -> bool:
         """Whether this is a parameter. `torch.nn.Parameter(x)` sets it where it does not know the type."""
-        return torch.nn.Parameter in type(self).__mro__
+        return torch.nn.Parameter in type(self).__mro__ or bool(vars(self).get("_is_param"))
 
     @_is_param.setter
     def _is_param(self, value: bool) -> None:
         if value and type(self) is Tensor:
             self.__class__ = self._parameter_type
             overwrite_gradients(self)
+        elif torch.nn.Parameter not in type(self).__mro__:
+            # A user's type stays what it is.
+            vars(self)["_is_param"] = value
 
     def __repr__(self, **contents: Any) -> str:  # type: ignore[override]  # a keyword that is PyTorch's affair
         """Show the tensor as PyTorch shows its own."""

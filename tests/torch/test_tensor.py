@@ -214,6 +214,23 @@ def test_pytorchs_parameter_of_dragon_data_is_dragons():
     assert (of_tensor.requires_grad, of_parameter.requires_grad) == (True, False)
 
 
+def test_pytorchs_parameter_of_a_users_tensor_type_is_a_parameter_of_that_type():
+    class Mine(torch.Tensor):
+        pass
+
+    parameter = real.nn.Parameter(torch.ones(2).as_subclass(Mine))
+    for each in (parameter, copy.deepcopy(parameter), copy.copy(parameter)):
+        module = torch.nn.Module()
+        module.weight = each
+        assert type(each) is Mine
+        assert isinstance(each, torch.nn.Parameter)
+        assert list(module.parameters()) == [each]
+    assert not isinstance(parameter * 1, real.nn.Parameter)
+    for factor in (2, 3):
+        (parameter * factor).sum().backward()
+    assert parameter.grad.tolist() == [3, 3]
+
+
 @pytest.mark.parametrize("make", [parameter, lambda n: torch.ones(n, requires_grad=True)])
 def test_a_tensor_dies_with_its_last_reference(make):
     gc.disable()
