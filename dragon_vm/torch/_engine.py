@@ -42,23 +42,14 @@ def backward(
 
 
 def grad(
-    outputs: Sequence[Any],
-    inputs: Inputs,
-    *,
-    materialize_grads: bool = False,
-    allow_unused: bool | None = None,
-    **options: Any,
+    outputs: Sequence[Any], inputs: Inputs, *, materialize_grads: bool = False, **options: Any
 ) -> tuple[torch.Tensor | None, ...]:
     """Do what `torch.autograd.grad` does, whose arguments these are."""
     listed = _listed(inputs)
     edges = [_edge(tensor) for tensor in listed]
     with _guard(edges):
-        grads = torch.autograd.grad(
-            [_plain_alias(tensor) for tensor in outputs],
-            edges,
-            allow_unused=materialize_grads or bool(allow_unused),
-            **options,
-        )
+        # What is unused is allowed by now, if zeros are made of it.
+        grads = torch.autograd.grad([_plain_alias(tensor) for tensor in outputs], edges, **options)
     if not materialize_grads:
         return tuple(grads)
     return tuple(
