@@ -22,7 +22,7 @@ _Handler = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any], type], A
 class MirroredTensorType(Mirrored, torch._C._TensorMeta):
     """Metaclass of `Tensor`: every tensor is an instance of it, as code that asks means `torch.Tensor`."""
 
-    def __subclasscheck__(cls, subclass: type) -> bool:
+    def __subclasscheck__(cls, subclass: type) -> bool:  # noqa: N805  # of a metaclass
         """Answer for every type of tensors but PyTorch's own: of a subclass PyTorch would take the rules first."""
         return subclass is not torch.Tensor and super().__subclasscheck__(subclass)
 
