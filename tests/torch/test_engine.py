@@ -22,6 +22,10 @@ GRADS: dict[str, Callable[[Any, Any], Any]] = {
     "unused": lambda x, y: grad((x * 2).sum(), [x, y]),
     "unused and allowed": lambda x, y: grad((x * 2).sum(), [x, y], allow_unused=True),
     "unused and made": lambda x, y: grad((x * 2).sum(), [x, y], materialize_grads=True),
+    "an unused edge": lambda x, y: grad((x * 2).sum(), [x, get_gradient_edge(y)], materialize_grads=True),
+    "the second of what is unused": lambda x, y: grad(
+        grad((x * 2).sum(), [x, y], create_graph=True, materialize_grads=True)[1].sum(), x, materialize_grads=True
+    ),
     "no input": lambda x, y: grad((x * y).sum(), []),
     "frozen": lambda x, y: grad((x * y).sum(), [x, y.detach()]),
     "no root": lambda x, y: grad(y.detach(), [x]),
