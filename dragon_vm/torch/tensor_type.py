@@ -32,9 +32,9 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
 
     - As a leaf, its next backward overwrites `.grad`, where PyTorch adds to it.
     - `backward()` of more than one element means a gradient of ones.
-    - `x += y`, `-=`, `*=` and `/=` on a result that autograd follows rebind `x` to a new tensor, so that what
-      the graph has saved stays as it was. Views are changed in place, as everywhere in PyTorch: `x[0] += 1`
-      and `row = x[0]; row += 1` reach `x`.
+    - `x += y`, `-=`, `*=` and `/=` on a result that autograd follows rebind `x` to a new tensor of its shape and
+      dtype, so that what the graph has saved stays as it was. Views are changed in place, as everywhere in
+      PyTorch: `x[0] += 1` and `row = x[0]; row += 1` reach `x`.
     """
 
     __module__ = "dragon.vm.torch"
@@ -87,19 +87,19 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
 
     def __iadd__(self, other: Any) -> Tensor:  # type: ignore[misc]  # the stubs know torch.Tensor only
         """Add, into a new tensor where autograd follows this result."""
-        return self + other if _rebinds(self) else super().__iadd__(other)  # type: ignore[return-value]  # see above
+        return _rebound(self, self + other) if _rebinds(self) else super().__iadd__(other)  # type: ignore[return-value]  # see above
 
     def __isub__(self, other: Any) -> Tensor:  # type: ignore[misc]  # as in __iadd__
         """Subtract, into a new tensor where autograd follows this result."""
-        return self - other if _rebinds(self) else super().__isub__(other)  # type: ignore[return-value]  # as above
+        return _rebound(self, self - other) if _rebinds(self) else super().__isub__(other)  # type: ignore[return-value]  # as above
 
     def __imul__(self, other: Any) -> Tensor:  # type: ignore[misc]  # as in __iadd__
         """Multiply, into a new tensor where autograd follows this result."""
-        return self * other if _rebinds(self) else super().__imul__(other)  # type: ignore[return-value]  # as above
+        return _rebound(self, self * other) if _rebinds(self) else super().__imul__(other)  # type: ignore[return-value]  # as above
 
     def __itruediv__(self, other: Any) -> Tensor:  # type: ignore[misc]  # as in __iadd__
         """Divide, into a new tensor where autograd follows this result."""
-        return self / other if _rebinds(self) else super().__itruediv__(other)  # type: ignore[return-value]  # as above
+        return _rebound(self, self / other) if _rebinds(self) else super().__itruediv__(other)  # type: ignore[return-value]  # as above
 
     @property
     def _is_param(self) -> bool:
@@ -186,6 +186,20 @@ def _rebinds(tensor: torch.Tensor) -> bool:
             return False
         # The compiler does not say what is a view.
         return torch.compiler.is_compiling() or not tensor._is_view()
+
+
+def _rebound(before: torch.Tensor, after: Any) -> Any:
+    """The result that takes the place of another: of its shape and dtype, as if it were changed in place."""
+    # Of a foreign operand it may be anything.
+    if not isinstance(after, torch.Tensor):
+        return after
+    if after.shape != before.shape:
+        raise RuntimeError(
+            f"output with shape {list(before.shape)} doesn't match the broadcast shape {list(after.shape)}"
+        )
+    if not torch.can_cast(after.dtype, before.dtype):
+        raise RuntimeError(f"result type {after.dtype} can't be cast to the desired output type {before.dtype}")
+    return after.to(before.dtype)
 
 
 def _run(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type) -> Any:

@@ -259,6 +259,21 @@ def test_an_augmented_result_has_the_gradient_of_the_written_out_sum(sign):
 
 
 @pytest.mark.parametrize("sign", IN_PLACE)
+@pytest.mark.parametrize("dtype", [real.float32, real.bfloat16, real.complex64])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_an_augmented_result_keeps_its_shape_and_dtype_or_is_refused_as_in_place(sign, dtype, shape):
+    outcomes = []
+    for module in (real, torch):
+        x = module.tensor([0.3, 0.7, 0.9], requires_grad=True, dtype=real.bfloat16)
+        try:
+            y = IN_PLACE[sign](x * 1, real.full(shape, 0.1, dtype=dtype))
+            outcomes.append((y.dtype, y.tolist()))
+        except RuntimeError as error:
+            outcomes.append(str(error).partition(" type ")[0])
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("sign", IN_PLACE)
 def test_elsewhere_an_augmented_assignment_is_in_place(sign):
     with torch.no_grad():
         p = torch.nn.Parameter(torch.ones(2))
