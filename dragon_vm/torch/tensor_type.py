@@ -110,7 +110,6 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
     def _is_param(self, value: bool) -> None:
         if value and type(self) is Tensor:
             self.__class__ = self._parameter_type
-            overwrite_gradients(self)
         elif torch.nn.Parameter not in type(self).__mro__:
             # A user's type stays what it is.
             vars(self)["_is_param"] = value

@@ -86,6 +86,16 @@ def test_the_order_of_plain_tensors_and_dragons_decides_nothing(function):
     torch.nn.functional.mse_loss(dragon, plain, reduction="none").backward()
 
 
+def test_a_type_that_is_no_tensor_has_the_word_beside_dragons():
+    class Foreign:
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return "foreign"
+
+    for make in (parameter, torch.ones):
+        assert torch.add(make(2), Foreign()) == torch.add(Foreign(), make(2)) == "foreign"
+
+
 def test_a_plain_tensor_that_an_operation_returns_stays_plain():
     plain, dragon = real.ones(2), torch.ones(2)
 
