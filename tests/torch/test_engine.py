@@ -40,7 +40,7 @@ BACKWARDS: dict[str, Callable[[Any, Any], Any]] = {
     "of the tensor into one": lambda x, y: (x * y).sum().backward(inputs=x),
     "of the tensor into an edge": lambda x, y: (x * y).sum().backward(inputs=get_gradient_edge(x)),
     "into a list": lambda x, y: (x * y).sum().backward(inputs=[y]),
-    "into a dict": lambda x, y: backward((x * y).sum(), inputs={"a": y}),
+    "of the tensor into a dict": lambda x, y: (x * y).sum().backward(inputs={"a": y}),
     "into none": lambda x, y: backward((x * y).sum(), inputs=[]),
     "into a frozen one": lambda x, y: backward((x * y).sum(), inputs=[y.detach()]),
     "a gradient of another shape": lambda x, y: (x * y).backward(real.ones(3)),
