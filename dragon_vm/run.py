@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import builtins
 import importlib.util
 import io
 import os
@@ -141,6 +142,8 @@ def _prepared(argv: list[str], as_module: bool) -> CodeType:
     module.__spec__ = spec
     module.__package__ = spec.parent if spec else None
     module.__loader__ = spec.loader if spec else None
+    # The module, whose attributes scripts read and set: `exec` would put its dictionary there.
+    vars(module)["__builtins__"] = builtins
     # It stays: exit handlers and threads may outlast the script, and pickle its classes.
     sys.modules["__main__"] = module
     return code

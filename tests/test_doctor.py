@@ -11,8 +11,10 @@ from dragon.vm import doctor
 from dragon.vm.doctor import Verdict
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._groups.eligibility import why_not
+from dragon.vm.tuning import store
 
 from .forking import Forking
+from .tuning.support import result
 
 
 class Clock:
@@ -123,6 +125,11 @@ def test_an_ignored_tuning_file_is_wrong(tuning_folder: Path) -> None:
     wrong = [finding for finding in doctor.tuning_files() if finding.verdict is Verdict.WRONG]
     assert len(wrong) == 1
     assert str(tuning_folder / "sm_90" / "gpu" / "x.json") in wrong[0].text
+
+
+def test_a_stored_result_is_said_to_be_in_force() -> None:
+    path = store.save(result())
+    assert doctor.Finding("tuning", f"in force on Planted GPU: {path}") in doctor.tuning_files()
 
 
 def test_versions_are_told_and_absent_packages_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,11 @@ import torch
 def make():
     return torch.nn.Linear(64, 64)
 
+def frozen():
+    module = make()
+    module.bias.requires_grad_(False)
+    return module
+
 def wide(width):
     return make()
 
@@ -104,6 +109,12 @@ def test_a_wrong_model_is_named(path: str, message: str, capsys: pytest.CaptureF
         tune.console(["memory", "--model", path])
     assert stopped.value.code == 2
     assert f"--model: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_frozen_parameter_is_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert memory.main("my_package.model:frozen") == 0
+    assert capsys.readouterr().out.startswith("my_package.model:frozen: 4,096 trained parameters in 1 tensor\n")
 
 
 def test_every_row_is_what_an_optimizer_allocates_for_parameters_of_each_layout() -> None:

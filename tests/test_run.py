@@ -290,7 +290,7 @@ def test_an_optimizer_that_ours_refuses_is_pytorchs(run_here: Runner, capsys: py
 FILES = {
     "package/__init__.py": "",
     "package/inner/__main__.py": "import sys\nprint(sys.argv, __name__, __spec__.name, __package__)\n",
-    "folder/__main__.py": "import sys\nprint(sys.argv, sys.path[0], __name__, __file__)\n",
+    "folder/__main__.py": "import sys\nprint(sys.argv, sys.path[0], __name__, __file__, __builtins__)\n",
     "broken.py": "def f(:\n",
     "interrupted.py": "import atexit\natexit.register(print, 'bye')\ndef f(): raise KeyboardInterrupt\nf()\n",
     "at_exit.py": AT_EXIT,

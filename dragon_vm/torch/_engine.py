@@ -45,26 +45,28 @@ def grad(
     outputs: Sequence[Any],
     inputs: Inputs,
     *,
+    create_graph: bool = False,
     materialize_grads: bool = False,
-    allow_unused: bool | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor | None, ...]:
     """Do what `torch.autograd.grad` does, whose arguments these are."""
     listed = _listed(inputs)
-    edges = [_edge(tensor) for tensor in listed]
+    edges, roots = [_edge(tensor) for tensor in listed], [_plain_alias(tensor) for tensor in outputs]
     with _guard(edges):
-        grads = torch.autograd.grad(
-            [_plain_alias(tensor) for tensor in outputs],
-            edges,
-            allow_unused=materialize_grads or bool(allow_unused),
-            **options,
-        )
+        # What is unused is allowed by now, if zeros are made of it.
+        grads = torch.autograd.grad(roots, edges, create_graph=create_graph, **options)
     if not materialize_grads:
         return tuple(grads)
     return tuple(
-        torch.zeros_like(tensor) if gradient is None else gradient
-        for gradient, tensor in zip(grads, listed, strict=True)
+        _zeros_like(given, create_graph) if gradient is None else gradient
+        for gradient, given in zip(grads, listed, strict=True)
     )
+
+
+def _zeros_like(given: torch.Tensor | GradientEdge, requires_grad: bool) -> torch.Tensor:
+    if isinstance(given, GradientEdge):
+        raise RuntimeError("materialize_grads cannot be used when the given input is a GradientEdge")
+    return torch.zeros_like(given, requires_grad=requires_grad)
 
 
 def _listed(inputs: Inputs) -> list[Any]:

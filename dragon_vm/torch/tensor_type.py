@@ -22,15 +22,19 @@ _Handler = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any], type], A
 class MirroredTensorType(Mirrored, torch._C._TensorMeta):
     """Metaclass of `Tensor`: every tensor is an instance of it, as code that asks means `torch.Tensor`."""
 
+    def __subclasscheck__(cls, subclass: type) -> bool:  # noqa: N805  # of a metaclass
+        """Answer for every type of tensors but PyTorch's own: of a subclass PyTorch would take the rules first."""
+        return subclass is not torch.Tensor and super().__subclasscheck__(subclass)
+
 
 class Tensor(torch.Tensor, metaclass=MirroredTensorType):
     """A `torch.Tensor` whose results are Dragon tensors, with three rules of its own.
 
     - As a leaf, its next backward overwrites `.grad`, where PyTorch adds to it.
     - `backward()` of more than one element means a gradient of ones.
-    - `x += y`, `-=`, `*=` and `/=` on a result that autograd follows rebind `x` to a new tensor, so that what
-      the graph has saved stays as it was. Views are changed in place, as everywhere in PyTorch: `x[0] += 1`
-      and `row = x[0]; row += 1` reach `x`.
+    - `x += y`, `-=`, `*=` and `/=` on a result that autograd follows rebind `x` to a new tensor of its shape and
+      dtype, so that what the graph has saved stays as it was. Views are changed in place, as everywhere in
+      PyTorch: `x[0] += 1` and `row = x[0]; row += 1` reach `x`.
     """
 
     __module__ = "dragon.vm.torch"
@@ -83,30 +87,32 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
 
     def __iadd__(self, other: Any) -> Tensor:  # type: ignore[misc]  # the stubs know torch.Tensor only
         """Add, into a new tensor where autograd follows this result."""
-        return self + other if _rebinds(self) else super().__iadd__(other)  # type: ignore[return-value]  # see above
+        return _rebound(self, self + other) if _rebinds(self) else super().__iadd__(other)  # type: ignore[return-value]  # see above
 
     def __isub__(self, other: Any) -> Tensor:  # type: ignore[misc]  # as in __iadd__
         """Subtract, into a new tensor where autograd follows this result."""
-        return self - other if _rebinds(self) else super().__isub__(other)  # type: ignore[return-value]  # as above
+        return _rebound(self, self - other) if _rebinds(self) else super().__isub__(other)  # type: ignore[return-value]  # as above
 
     def __imul__(self, other: Any) -> Tensor:  # type: ignore[misc]  # as in __iadd__
         """Multiply, into a new tensor where autograd follows this result."""
-        return self * other if _rebinds(self) else super().__imul__(other)  # type: ignore[return-value]  # as above
+        return _rebound(self, self * other) if _rebinds(self) else super().__imul__(other)  # type: ignore[return-value]  # as above
 
     def __itruediv__(self, other: Any) -> Tensor:  # type: ignore[misc]  # as in __iadd__
         """Divide, into a new tensor where autograd follows this result."""
-        return self / other if _rebinds(self) else super().__itruediv__(other)  # type: ignore[return-value]  # as above
+        return _rebound(self, self / other) if _rebinds(self) else super().__itruediv__(other)  # type: ignore[return-value]  # as above
 
     @property
     def _is_param(self) -> bool:
         """Whether this is a parameter. `torch.nn.Parameter(x)` sets it where it does not know the type."""
-        return torch.nn.Parameter in type(self).__mro__
+        return torch.nn.Parameter in type(self).__mro__ or bool(vars(self).get("_is_param"))
 
     @_is_param.setter
     def _is_param(self, value: bool) -> None:
         if value and type(self) is Tensor:
             self.__class__ = self._parameter_type
-            overwrite_gradients(self)
+        elif torch.nn.Parameter not in type(self).__mro__:
+            # A user's type stays what it is.
+            vars(self)["_is_param"] = value
 
     def __repr__(self, **contents: Any) -> str:  # type: ignore[override]  # a keyword that is PyTorch's affair
         """Show the tensor as PyTorch shows its own."""
@@ -144,8 +150,7 @@ class Tensor(torch.Tensor, metaclass=MirroredTensorType):
                 )
             plain = copy.deepcopy(self.detach(), memo)
             copied = rebuild(type(self), plain, self.requires_grad, copy.deepcopy(self.__dict__, memo))
-            if self.grad is not None:
-                copied.grad = copy.deepcopy(self.grad, memo)
+            copied.grad = copy.deepcopy(self.grad, memo)
         memo[id(self)] = copied
         return copied
 
@@ -182,6 +187,20 @@ def _rebinds(tensor: torch.Tensor) -> bool:
         return torch.compiler.is_compiling() or not tensor._is_view()
 
 
+def _rebound(before: torch.Tensor, after: Any) -> Any:
+    """The result that takes the place of another: of its shape and dtype, as if it were changed in place."""
+    # Of a foreign operand it may be anything.
+    if not isinstance(after, torch.Tensor):
+        return after
+    if after.shape != before.shape:
+        raise RuntimeError(
+            f"output with shape {list(before.shape)} doesn't match the broadcast shape {list(after.shape)}"
+        )
+    if not torch.can_cast(after.dtype, before.dtype):
+        raise RuntimeError(f"result type {after.dtype} can't be cast to the desired output type {before.dtype}")
+    return after.to(before.dtype)
+
+
 def _run(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type) -> Any:
     """Run an operation; its new tensors are of type `kind`."""
     note_recomputation()
@@ -211,7 +230,7 @@ def _backward(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
 def _grad(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type) -> Any:
     kwargs.pop("only_inputs", None)  # deprecated and without effect
     grads = _engine.grad(*args, **kwargs)
-    _convert(grads, kind, set())
+    _convert(grads, kind, _collect_ids(kwargs.values(), set()))
     return grads
 
 

@@ -192,14 +192,17 @@ class Search:
             self._drop(stage, rivals, max(n_keep, math.ceil(len(rivals) / 2)))
             repetitions *= 2
         self._drop(stage, rivals, n_keep)
-        return [config for config in rivals if self._relative(config) < math.inf]
+        return rivals
 
     def _drop(self, stage: str, rivals: list[LaunchConfig], n_keep: int) -> None:
+        """Leave the fastest, fastest first; whatever was never timed goes too."""
         rivals.sort(key=self._relative)
+        n_timed = sum(self._relative(rival) < math.inf for rival in rivals)
         outcomes = self._decision.outcomes
         outcomes.update(dict.fromkeys(rivals[:n_keep], f"best {n_keep} of the {stage}"))
         outcomes.update(dict.fromkeys(rivals[n_keep:], f"slower among the {stage}"))
-        del rivals[n_keep:]
+        outcomes.update(dict.fromkeys(rivals[n_timed:], "not reached"))
+        del rivals[min(n_keep, n_timed) :]
 
     def _decide(self, rivals: Sequence[LaunchConfig]) -> None:
         """Choose the fastest finalist if it beats the default by more than the noise."""

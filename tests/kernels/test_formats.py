@@ -194,7 +194,7 @@ def test_rounding_of_any_bits_is_that_of_the_host(device: torch.device, stochast
 
 
 def moments(seed: int) -> tuple[Tensor, Tensor]:
-    """Blocks far apart in scale, with zeros, and one each with NaN and infinity."""
+    """Blocks far apart in scale, with zeros, and one each with NaN, infinity and the smallest peak that counts."""
     draw = torch.Generator().manual_seed(seed)
     scale = 2 ** (torch.rand(N // 64, 1, generator=draw) * 260 - 150)
     spread = 2 ** -(torch.rand(N // 64, 64, generator=draw) * 25)
@@ -203,6 +203,7 @@ def moments(seed: int) -> tuple[Tensor, Tensor]:
     exp_avg[3] = 0
     exp_avg_sq = (exp_avg.square() * 3).clamp(max=3e38)
     exp_avg[5, 7], exp_avg[6, 0], exp_avg_sq[7, 63], exp_avg_sq[8, 1] = torch.nan, -torch.inf, torch.inf, torch.nan
+    exp_avg[9] = exp_avg[9].sign() * 2.0**-126
     return exp_avg.reshape(-1), exp_avg_sq.reshape(-1)
 
 

@@ -144,8 +144,9 @@ def test_dropping_the_gradient_of_an_inactive_tensor_stays_inside_of_it(device: 
         fence.check()
 
 
-def test_the_average_is_of_the_parameter_as_it_is_stored(device: torch.device) -> None:
-    param = place(torch.linspace(1, 2, 40, device=device).bfloat16())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_average_is_of_the_parameter_as_it_is_stored(device: torch.device, dtype: torch.dtype) -> None:
+    param = place(torch.linspace(1, 2, 40, device=device).to(dtype))
     row = Row(param, at_same_offset(param, 2**-12), ema=place(torch.zeros(40, device=device)))
     tables = Tables([row], device=device).set_scalars(ONE_MINUS_EMA_DECAY=0.5)
     tables.update(spec_of("accumulate", row))

@@ -74,6 +74,30 @@ def test_autograd_grad_leaves_the_gradient_alone():
     assert type(gradient) is torch.Tensor
 
 
+def test_a_plain_gradient_that_autograd_grad_hands_on_stays_plain():
+    x, plain = leaf(2.0, 3.0), real.ones(2)
+
+    (gradient,) = torch.autograd.grad(x + 1, x, plain)
+
+    assert gradient is plain
+    assert type(plain) is real.Tensor
+
+
+def test_a_hook_within_autograd_grad_works_on_dragon_tensors():
+    x, seen = leaf(2.0, 3.0), []
+    y = x * 2
+    y.register_hook(lambda gradient: seen.append(type(x * gradient)))
+
+    torch.autograd.grad(y.sum(), x)
+
+    assert seen == [torch.Tensor]
+
+
+def test_a_complex_number_has_no_backward_as_in_pytorch():
+    with pytest.raises(RuntimeError, match="only for real scalar outputs"):
+        (leaf(2.0) * 1j).sum().backward()
+
+
 def test_autograd_grad_takes_what_pytorchs_takes():
     x, unused = leaf(2.0), leaf(1.0, 1.0)
     y = x * x
@@ -232,6 +256,21 @@ def test_an_augmented_result_has_the_gradient_of_the_written_out_sum(sign):
 
     torch.testing.assert_close(x.grad, plain.grad)
     assert type(y) is torch.Tensor
+
+
+@pytest.mark.parametrize("sign", IN_PLACE)
+@pytest.mark.parametrize("dtype", [real.float32, real.bfloat16, real.complex64])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_an_augmented_result_keeps_its_shape_and_dtype_or_is_refused_as_in_place(sign, dtype, shape):
+    outcomes = []
+    for module in (real, torch):
+        x = module.tensor([0.3, 0.7, 0.9], requires_grad=True, dtype=real.bfloat16)
+        try:
+            y = IN_PLACE[sign](x * 1, real.full(shape, 0.1, dtype=dtype))
+            outcomes.append((y.dtype, y.tolist()))
+        except RuntimeError as error:
+            outcomes.append(str(error).partition(" type ")[0])
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("sign", IN_PLACE)

@@ -69,6 +69,33 @@ def test_plain_tensors_and_parameters_mix_with_dragons():
     assert type(plain_parameter) is real.nn.Parameter
 
 
+FUNCTIONS_IN_PYTHON = {
+    "loss": torch.nn.functional.mse_loss,
+    "product": lambda x, y: torch.einsum("i,i->", x, y),
+    "one of a list": lambda x, y: torch.broadcast_tensors(x, y, x + y)[2],
+    "gradient": lambda x, y: torch.autograd.grad(x * y, [x, y], torch.ones(2))[0],
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS_IN_PYTHON.values(), ids=FUNCTIONS_IN_PYTHON)
+def test_the_order_of_plain_tensors_and_dragons_decides_nothing(function):
+    """PyTorch asks the type of each argument in turn, where a function is one of Python's."""
+    plain, dragon = (module.ones(2, requires_grad=True) for module in (real, torch))
+
+    assert type(function(plain, dragon)) is type(function(dragon, plain)) is torch.Tensor
+    torch.nn.functional.mse_loss(dragon, plain, reduction="none").backward()
+
+
+def test_a_type_that_is_no_tensor_has_the_word_beside_dragons():
+    class Foreign:
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return "foreign"
+
+    for make in (parameter, torch.ones):
+        assert torch.add(make(2), Foreign()) == torch.add(Foreign(), make(2)) == "foreign"
+
+
 def test_a_plain_tensor_that_an_operation_returns_stays_plain():
     plain, dragon = real.ones(2), torch.ones(2)
 
@@ -195,6 +222,23 @@ def test_pytorchs_parameter_of_dragon_data_is_dragons():
 
     assert type(of_tensor) is type(of_parameter) is torch.nn.Parameter
     assert (of_tensor.requires_grad, of_parameter.requires_grad) == (True, False)
+
+
+def test_pytorchs_parameter_of_a_users_tensor_type_is_a_parameter_of_that_type():
+    class Mine(torch.Tensor):
+        pass
+
+    parameter = real.nn.Parameter(torch.ones(2).as_subclass(Mine))
+    for each in (parameter, copy.deepcopy(parameter), copy.copy(parameter)):
+        module = torch.nn.Module()
+        module.weight = each
+        assert type(each) is Mine
+        assert isinstance(each, torch.nn.Parameter)
+        assert list(module.parameters()) == [each]
+    assert not isinstance(parameter * 1, real.nn.Parameter)
+    for factor in (2, 3):
+        (parameter * factor).sum().backward()
+    assert parameter.grad.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("make", [parameter, lambda n: torch.ones(n, requires_grad=True)])

@@ -94,6 +94,16 @@ def test_with_little_time_the_default_stays_and_the_reason_says_so() -> None:
     assert "decide nothing" in result.reason
 
 
+@pytest.mark.parametrize("limit", [0.0, 40.0, 60.0, 80.0, 200.0])
+def test_what_does_not_end_in_time_is_not_begun_and_not_reached(limit: float) -> None:
+    bench = PlantedBench(bowl, clock=Clock(), launch_seconds=1.0)
+    result = search(bench, limit)
+    # How long a repetition takes the first one shows.
+    assert bench.clock.now <= max(limit, 1.0 + len(shapes(32)))
+    for config, outcome in result.outcomes.items():
+        assert config == DEFAULT or (outcome == "not reached") == (not result.times(config))
+
+
 def test_every_repetition_times_the_default_and_each_rival_once() -> None:
     result = search(PlantedBench(bowl, 0.05))
     assert all(DEFAULT in times for times in result.repetitions)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dragon import kernels
 from dragon.kernels.config import LaunchConfig, default_config
 from dragon.vm.torch.optim._backends import configs
 from dragon.vm.tuning import store
+from dragon.vm.tuning.run import summary
 
 from ..forking import Forking
 from .support import DEFAULT, SPEC, result
@@ -245,7 +246,12 @@ JSON = st.recursive(
 )
 
 
-@given(st.sampled_from([*result(), *(("spec", name) for name in result()["spec"]), "config", "best_ms"]), JSON)
+PLACES = [*result(), *(("spec", name) for name in result()["spec"]), "config", ("best_ms", "median"), "copy_ms"]
+
+
+@given(st.sampled_from(PLACES), JSON)
+@example(("best_ms", "median"), 10**400)
+@example("copy_ms", 10**400)
 def test_nothing_in_a_file_is_more_than_no_result(place: str | tuple[str, str], value: object) -> None:
     data = result()
     path = configs.path_of(data["spec"], data["arch"], data["device"], data["size"])
@@ -256,6 +262,7 @@ def test_nothing_in_a_file_is_more_than_no_result(place: str | tuple[str, str], 
     for own in (path, None):
         with suppress(ValueError):
             assert isinstance(configs.check_result(data, own), LaunchConfig)
+            assert summary(data)
 
 
 @pytest.mark.parametrize(

@@ -119,10 +119,11 @@ class Master:
         if half is None:
             master.copy_(value)
             return
-        rounded, own = value.to(half.dtype), half.to(value.dtype)
-        # At a tie there are two: the halves of other formats are rounded away from 0.
-        is_nearest = (rounded == half) | ((value - own).abs() <= (value - rounded.to(value.dtype)).abs())
-        master.copy_(torch.where(is_nearest, value, own))
+        rounded = value.to(half.dtype)
+        # At a tie there are two: the halves of other formats are rounded away from 0. Any number is nearer to a
+        # master than the infinity that it rounds to, and still not nearest.
+        is_as_near = rounded.isfinite() & ((value - half).abs() <= (value - rounded).abs())
+        master.copy_(torch.where((rounded == half) | is_as_near, value, half))
 
     def encode(self, value: Tensor, words: Tensor | None = None) -> tuple[Tensor, ...]:
         """The master twice: copying rounds it for the forward pass."""

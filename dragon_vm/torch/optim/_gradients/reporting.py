@@ -28,7 +28,6 @@ def nonfinite(grads: Sequence[Tensor], device: torch.device) -> Tensor:
     return found
 
 
-@torch.no_grad()
 def report(params: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
     """Make an element of a gradient infinite if anything was found, and tell whether there is one for it.
 
@@ -50,7 +49,6 @@ def _can_tell(tensor: Tensor) -> bool:
     return bool(is_number and tensor.numel() and tensor.layout == torch.strided)
 
 
-@torch.no_grad()
 def stand_in(params: Sequence[Tensor]) -> Tensor | None:
     """Give the smallest parameter a gradient of zeros, if none has a gradient.
 

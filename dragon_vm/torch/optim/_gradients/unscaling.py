@@ -50,7 +50,7 @@ def unscale_left(params: Iterable[Tensor], scaling: Scaling) -> None:
             grad = local(param.grad)
             members.setdefault(grad.device, []).append(grad)
     for device, grads in members.items():
-        scale = scaling.grad_scale.to(device).reshape(())
+        scale = scaling.grad_scale.to(device)
         if scaling.found_inf is not None:
             found = scaling.found_inf.to(device).reshape(()) > 0
             scale = torch.where(found, torch.ones_like(scale), scale)

@@ -107,6 +107,10 @@ def test_what_a_half_lacks_is_rounded_to_the_nearest_that_fits(
     form.encode_rest(masters, half.expand_as(masters), rest)
     expected = (distances / unit + 0.5).floor().clamp(max=2**15 // unit - 1)
     assert torch.equal(rest.double(), expected.double().where(distances.abs() <= 2**15, 0.0))
+    nearest = (distances >= -(2**15)) & (distances < 2**15)
+    found = torch.empty_like(rest)
+    form.encode_rest(masters, None, found)
+    assert torch.equal(found[nearest], rest[nearest])
 
 
 def test_the_mean_of_24_bits_over_all_bytes_is_the_number_itself() -> None:
@@ -137,3 +141,22 @@ def test_a_master_is_kept_beside_the_parameter(dtype: torch.dtype) -> None:
     assert torch.equal(param, value.to(dtype))
     assert torch.equal(form.decode((param, master)), value)
     assert [part.suffix for part in form.parts] == ["", "_master"]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_parameter_keeps_the_master_that_it_is_nearest_to(dtype: torch.dtype, sign: int) -> None:
+    unit, largest = torch.finfo(dtype).eps, torch.finfo(dtype).max
+    tie, too_large = 1 + unit / 2, torch.finfo(torch.float32).max
+    kept = [(tie, 1.0), (tie, 1 + unit), (1 + unit / 4, 1.0), (too_large, torch.inf), (torch.inf, torch.inf)]
+    left = [
+        (tie, 1 + 2 * unit),
+        (1 + unit / 4, 1 + unit),
+        (too_large, largest),
+        (torch.inf, 5.0),
+        (torch.nan, 5.0),
+    ]
+    masters, halves = sign * torch.tensor([*kept, *left]).T
+    written = torch.empty(len(masters))
+    Master(dtype).encode_rest(masters, halves.to(dtype), written)
+    assert torch.equal(written, torch.cat([masters[: len(kept)], halves[len(kept) :]]))

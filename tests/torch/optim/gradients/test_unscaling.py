@@ -321,9 +321,10 @@ def test_a_gradient_that_few_operations_may_write_is_divided_too(backend, made, 
     assert results[0] == results[1]
 
 
-def test_an_expanded_gradient_without_elements_and_a_sparse_one_are_divided_too():
-    sparse = torch.tensor([0.0, 6.0]).to_sparse()
-    unscale_all([torch.ones(()).expand(0), sparse], 2.0)
+def test_expanded_gradients_of_no_or_two_elements_and_a_sparse_one_are_divided_once():
+    sparse, pair = torch.tensor([0.0, 6.0]).to_sparse(), torch.tensor(6.0).expand(2)
+    unscale_all([torch.ones(()).expand(0), pair, sparse], 2.0)
+    assert pair.tolist() == [3.0, 3.0]
     assert sparse.to_dense().tolist() == [0.0, 3.0]
 
 
