@@ -192,7 +192,8 @@ def _rebound(before: torch.Tensor, after: Any) -> Any:
     # Of a foreign operand it may be anything.
     if not isinstance(after, torch.Tensor):
         return after
-    if after.shape != before.shape:
+    # The shape of a nested tensor cannot be read. Nothing broadcasts one.
+    if not before.is_nested and after.shape != before.shape:
         raise RuntimeError(
             f"output with shape {list(before.shape)} doesn't match the broadcast shape {list(after.shape)}"
         )

@@ -272,3 +272,12 @@ def test_a_data_loader_gives_dragon_batches(n_workers):
 
     assert [batch.tolist() for batch in batches] == [[0, 1], [2, 3]]
     assert {type(batch) for batch in batches} == {torch.Tensor}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_an_augmented_result_may_be_a_nested_tensor():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    y = real.nested.as_nested_tensor([x * 1, x[:1] * 3])
+    y *= y
+    y.to_padded_tensor(0.0).sum().backward()
+    assert x.grad.tolist() == [20.0, 4.0]
