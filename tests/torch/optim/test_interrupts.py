@@ -57,6 +57,9 @@ class Tracer:
                 return None
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
             return self
+        if event == "exception" and isinstance(arg, tuple) and arg[0] is GeneratorExit:
+            # Python ignores what is raised where it closes a generator. No signal handler runs there.
+            frame.f_trace_opcodes = False
         if event == "opcode":
             self.count += 1
             if self.count == self.at:
