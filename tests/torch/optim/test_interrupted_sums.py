@@ -12,8 +12,9 @@ import torch
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._distributed.unreduced import BufferKey, UnreducedSums
 
+from .interrupts import Interrupt, Tracer
 from .support import numbers, parameters
-from .test_interrupts import OURS, Interrupt, Tracer, params_of
+from .test_interrupts import OURS, params_of
 from .test_interrupts import undisturbed as undisturbed
 
 SHAPES = ((3,), (2, 2), (17,))

@@ -10,8 +10,9 @@ import pytest
 
 from dragon.vm.torch.optim import AdamW
 
+from .interrupts import Interrupt, Tracer
 from .judging import make_params, run
-from .test_interrupts import IS_SOAK, Interrupt, Tracer, contents, later_step
+from .test_interrupts import IS_SOAK, contents, later_step
 
 
 def test_an_interrupt_of_loading_leaves_all_as_it_was_or_all_as_it_was_saved() -> None:

@@ -9,8 +9,9 @@ import torch
 from dragon.vm.torch.optim import SGD, Adam
 from dragon.vm.torch.optim._groups.buffers import make_buffers
 
+from ..interrupts import Interrupt, Tracer
 from ..support import BACKENDS, bits, give_gradients, home, numbers, parameters
-from ..test_interrupts import OURS, Interrupt, Tracer
+from ..test_interrupts import OURS
 
 
 def test_a_gradient_object_that_moves_away_is_not_followed():
