@@ -30,16 +30,21 @@ def exchanged(
     """
     if originals:
         raise RuntimeError("swap_ema() was called inside swap_ema(): the parameters are exchanged already")
-    with masters.undisturbed(state):
+    with_masters = masters.settled(state)
+
+    def restore() -> None:
+        _restore(originals)
+        masters.note_again(with_masters)
+
+    try:
         try:
-            try:
-                _exchange(state, originals)
-                yield
-            finally:
-                _restore(originals)
+            _exchange(state, originals)
+            yield
         finally:
-            # Once more: an interrupt may have hit the line above.
-            _restore(originals)
+            restore()
+    finally:
+        # Once more: an interrupt may have hit the line above.
+        restore()
 
 
 @_disable_dynamo

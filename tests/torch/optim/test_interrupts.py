@@ -11,7 +11,7 @@ import timeit
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
@@ -19,8 +19,9 @@ import torch
 from hypothesis import settings
 
 from dragon.kernels import launch
-from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim import Adam, _averages
 from dragon.vm.torch.optim._backends import host, pieces
+from dragon.vm.torch.optim._groups import masters
 from dragon.vm.torch.optim._groups.flattening import Signature
 
 from .interrupts import Interrupt, Tracer
@@ -269,6 +270,34 @@ def test_an_interrupt_leaves_each_piece_of_a_large_tensor_whole(
         seen.add(tuple((old, new).index(found) for found, old, new in outcomes))
     assert seen <= {(0, 0, 0, 0), (1, 1, 0, 0), (1, 1, 1, 0), (1, 1, 1, 1)}
     assert len(seen) >= 3
+
+
+@pytest.mark.parametrize("source", [_averages, masters], ids=["exchange", "masters"])
+@pytest.mark.parametrize("master_weights", [torch.float32, "split16"], ids=str)
+def test_an_interrupt_of_swap_ema_leaves_parameters_and_masters(master_weights: Any, source: ModuleType) -> None:
+    def third_step() -> Any:
+        params = parameters(SHAPES, torch.bfloat16)
+        optimizer = Adam(params, lr=1e-3, master_weights=master_weights, ema_decay=0.9)
+        for seed in range(3):
+            if seed:
+                optimizer.step()
+            give_gradients(params, seed)
+        return optimizer
+
+    def exchange(optimizer: Any) -> None:
+        with optimizer.swap_ema():
+            pass
+
+    counter, done = Tracer(None, str(source.__file__)), third_step()
+    counter.run(partial(exchange, third_step()))
+    assert counter.count > 100
+    done.step()
+    for at in range(1, counter.count + 1, 1 if IS_SOAK else 5):
+        optimizer = third_step()
+        with pytest.raises(Interrupt):
+            Tracer(at, str(source.__file__)).run(partial(exchange, optimizer))
+        optimizer.step()
+        assert contents(optimizer) == contents(done)
 
 
 @pytest.fixture

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 from operator import attrgetter, ne
 from typing import Any
@@ -73,17 +72,16 @@ class MasterVersions:
         """Take what is in the parameters now for this optimizer's own doing."""
         self._seen.update(zip(map(id, params), _versions(params), strict=True))
 
-    @contextmanager
-    def undisturbed(self, state: Mapping[Any, Any]) -> Iterator[None]:
-        """A context that leaves the parameters as it finds them, whatever their versions say."""
-        # Also those of groups that were removed.
+    def settled(self, state: Mapping[Any, Any]) -> list[Tensor]:
+        """Notice writes to all parameters with masters, those of removed groups too, and return these."""
         entries = ((param, held) for param, held in state.items() if isinstance(held, Mapping))
         params = [param for param, held in entries if not held.keys().isdisjoint(MASTER_PARTS)]
         self.notice(params, state)
-        try:
-            yield
-        finally:
-            self.note([param for param in params if id(param) in self._seen])
+        return params
+
+    def note_again(self, params: Sequence[Tensor]) -> None:
+        """Note those that were noted before."""
+        self.note([param for param in params if id(param) in self._seen])
 
 
 @torch.no_grad()
