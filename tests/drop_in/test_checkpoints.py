@@ -22,10 +22,9 @@ from dragon.vm.torch import optim as ours
 from .both import NAMES
 
 # PyTorch's own, of a checkpoint in one process.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
-    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
+)
 OPTIONS: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 0.1, "weight_decay": 0.01},
     "AdamW": {"lr": 0.1, "amsgrad": True},
