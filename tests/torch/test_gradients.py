@@ -268,9 +268,9 @@ def test_an_augmented_result_keeps_its_shape_and_dtype_or_is_refused_as_in_place
         try:
             y = IN_PLACE[sign](x * 1, real.full(shape, 0.1, dtype=dtype))
             outcomes.append((y.dtype, y.tolist()))
-        except RuntimeError as error:
+        except RuntimeError:
             # Where torch knows no such sum at all, it says so in other words (torch 2.15).
-            outcomes.append(type(error))
+            outcomes.append("refused")
     assert outcomes[0] == outcomes[1]
 
 
