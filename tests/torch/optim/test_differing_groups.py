@@ -1,0 +1,75 @@
+"""Groups that differ in a single option: each is updated as if the other one were not there."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dragon.vm.torch.optim import SGD, Adam
+
+from .support import BACKENDS, everything, home, numbers
+
+# What both groups have, and what the second one has besides.
+ADAM: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"lr": 0.2}),
+    ({}, {"betas": (0.8, 0.9)}),
+    ({"eps": 0.1}, {"eps": 0.2}),
+    ({"epsilon_hat": True, "eps": 0.1}, {"eps": 0.2}),
+    ({"eps": 0.1}, {"epsilon_hat": True}),
+    ({}, {"weight_decay": 0.1}),
+    ({"weight_decay": 0.1}, {"decoupled_weight_decay": True}),
+    ({}, {"amsgrad": True}),
+    ({}, {"ema_decay": 0.5}),
+    ({"ema_decay": 0.9}, {"ema_decay": 0.5}),
+    ({"amsgrad": True}, {"maximize": True}),
+]
+SGD_ALONE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"momentum": 0.9}),
+    ({"momentum": 0.9}, {"momentum": 0.5}),
+    ({"momentum": 0.9}, {"dampening": 0.5}),
+    ({"momentum": 0.9, "dampening": 0.5}, {"dampening": 0.25}),
+    ({"momentum": 0.9}, {"nesterov": True}),
+]
+COMMON: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"maximize": True}),
+    ({}, {"grad_scale": 2.0}),
+    ({"clip_value": 0.1}, {"grad_scale": 2.0}),
+    ({}, {"clip_value": 0.1}),
+    ({"clip_value": 0.2}, {"clip_value": 0.1}),
+    ({}, {"clip_norm": 0.1}),
+    # A limit that no gradient reaches switches the other bound off.
+    ({"clip_value": 0.1}, {"clip_norm": 1e9}),
+]
+CASES = [(Adam, *case) for case in ADAM + COMMON] + [(SGD, *case) for case in SGD_ALONE + COMMON]
+
+
+def stepped(kind: Any, groups: dict[int, dict[str, Any]], backend: str) -> list[Any]:
+    """Bits of parameters and states after some steps of groups with these options, by their number."""
+    params = {
+        n: [
+            torch.nn.Parameter(numbers(10 * n + i, numel, device=home(backend))) for i, numel in enumerate((5, 70))
+        ]
+        for n in groups
+    }
+    made = [{"params": params[n], "lr": 0.1, **options} for n, options in groups.items()]
+    optimizer = kind(made, backend=backend)
+    for step in range(3):
+        for n, own in params.items():
+            for i, param in enumerate(own):
+                # One parameter misses a step: its count is another.
+                is_there = (step, i) != (1, 0)
+                param.grad = numbers(100 * step + 10 * n + i, *param.shape).to(param) if is_there else None
+        optimizer.step()
+    return everything(optimizer)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "options", "others"), CASES, ids=str)
+def test_each_group_is_updated_by_its_own_options(
+    kind: Any, options: dict[str, Any], others: dict[str, Any], backend: str
+) -> None:
+    both = {0: options, 1: {**options, **others}}
+    alone = [found for n, own in both.items() for found in stepped(kind, {n: own}, backend)]
+    assert stepped(kind, both, backend) == alone
+    # A difference that changes nothing would let any test pass.
+    assert stepped(kind, {1: both[1]}, backend) != stepped(kind, {1: options}, backend)
