@@ -3,6 +3,7 @@
 import math
 import weakref
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._backends import context as context_module
 from dragon.vm.torch.optim._backends.context import DeviceContext
 from dragon.vm.torch.optim._plan import step
 
@@ -189,13 +191,30 @@ def test_memory_that_a_step_uses_on_another_stream_is_recorded_there(monkeypatch
     found = set(recorded)
     (device,) = optimizer._updater.plans.latest()[-1]._devices
     context, launches = device._context, device._launches
-    own = [context.status, context.spare_status, context.one, context.zero, context.partials(1)]
+    own = [context.status, context.spare_status, context.one, context.zero]
     # What only the optimizer knows, and nothing of the user's.
-    assert found == {(tensor.data_ptr(), 2) for tensor in (*own, launches.table.buffer, launches.scalars)}
+    assert found == {
+        (tensor.data_ptr(), 2) for tensor in (*own, context.partials(1), launches.table.buffer, launches.scalars)
+    }
     recorded.clear()
     stream = 1
     optimizer.step()
     assert recorded == []
+    # A plan that is made on the other stream has its own memory there.
+    stream = 2
+    optimizer.add_param_group({"params": parameters([(3,)])})
+    optimizer.param_groups[-1]["params"][0].grad = torch.ones(3)
+    optimizer.step()
+    assert set(recorded) == {(tensor.data_ptr(), 2) for tensor in own}
+
+
+def test_the_stream_is_that_of_the_device(monkeypatch):
+    streams = SimpleNamespace(active=SimpleNamespace(get_current_stream={0: 7, 1: 8}.get))
+    monkeypatch.setattr(context_module, "driver", streams)
+    context = DeviceContext(torch.device("cpu"))
+    assert context.stream() is None
+    context.device = torch.device("cuda", 1)
+    assert context.stream() == 8
 
 
 @pytest.mark.parametrize("has_found", [False, True])

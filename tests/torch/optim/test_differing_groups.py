@@ -1,5 +1,7 @@
-"""Groups that differ in a single option: each is updated as if the other one were not there."""
+"""Groups that differ in a single option, or in dtype: each is updated as if the other one were not there."""
 
+from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 from dragon.vm.torch.optim import SGD, Adam
 
 from .support import BACKENDS, everything, home, numbers
+
+FP32 = torch.float32
 
 # What both groups have, and what the second one has besides.
 ADAM: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -43,14 +47,18 @@ COMMON: list[tuple[dict[str, Any], dict[str, Any]]] = [
 CASES = [(Adam, *case) for case in ADAM + COMMON] + [(SGD, *case) for case in SGD_ALONE + COMMON]
 
 
-def stepped(kind: Any, groups: dict[int, dict[str, Any]], backend: str) -> list[Any]:
+def stepped(
+    kind: Any,
+    groups: dict[int, dict[str, Any]],
+    backend: str,
+    dtypes: Sequence[torch.dtype] = (FP32, FP32),
+) -> list[Any]:
     """Bits of parameters and states after some steps of groups with these options, by their number."""
-    params = {
-        n: [
-            torch.nn.Parameter(numbers(10 * n + i, numel, device=home(backend))) for i, numel in enumerate((5, 70))
-        ]
-        for n in groups
-    }
+    params: dict[int, list[torch.Tensor]] = {n: [] for n in groups}
+    for i, numel in enumerate((5, 70)):
+        for n, own in params.items():
+            value = numbers(10 * n + i, numel, dtype=dtypes[n], device=home(backend))
+            own.append(torch.nn.Parameter(value))
     made = [{"params": params[n], "lr": 0.1, **options} for n, options in groups.items()]
     optimizer = kind(made, backend=backend)
     for step in range(3):
@@ -61,6 +69,17 @@ def stepped(kind: Any, groups: dict[int, dict[str, Any]], backend: str) -> list[
                 param.grad = numbers(100 * step + 10 * n + i, *param.shape).to(param) if is_there else None
         optimizer.step()
     return everything(optimizer)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}, {"clip_value": 0.1}, {"grad_scale": 0.5}], ids=str)
+@pytest.mark.parametrize("kind", [Adam, SGD])
+@pytest.mark.parametrize("dtypes", list(permutations((FP32, torch.bfloat16, torch.float64), 2)), ids=str)
+def test_each_dtype_is_updated_as_if_alone(
+    dtypes: tuple[torch.dtype, ...], kind: Any, options: dict[str, Any], backend: str
+) -> None:
+    alone = [found for n in range(2) for found in stepped(kind, {n: options}, backend, dtypes)]
+    assert stepped(kind, {0: options, 1: options}, backend, dtypes) == alone
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
