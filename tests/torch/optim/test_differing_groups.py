@@ -1,5 +1,6 @@
 """Groups that differ in a single option, or in dtype: each is updated as if the other one were not there."""
 
+import copy
 from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
@@ -80,6 +81,24 @@ def test_each_dtype_is_updated_as_if_alone(
 ) -> None:
     alone = [found for n in range(2) for found in stepped(kind, {n: options}, backend, dtypes)]
     assert stepped(kind, {0: options, 1: options}, backend, dtypes) == alone
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"epsilon_hat": True, "eps": 0.1}, {"max_grad_norm": 0.1}], ids=str)
+@pytest.mark.usefixtures("at_once")
+def test_a_dtype_without_a_gradient_stays_as_it_is(options: dict[str, Any], backend: str) -> None:
+    params = [torch.nn.Parameter(numbers(1, 5, device=home(backend)).to(dtype)) for dtype in (FP32, torch.float64)]
+    optimizer = Adam(params, backend=backend, **options)
+    for step in range(4):
+        for i, param in enumerate(params):
+            param.grad = numbers(10 * step + i, 5).to(param) if step < 1 or i == step % 2 else None
+        before = everything(optimizer)
+        optimizer.step()
+        after = everything(optimizer)
+        are_there = [param.grad is not None for param in params]
+        assert [own != other for own, other in zip(after, before, strict=True)] == are_there
+        # Counters of a loaded state lie apart from each other.
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
