@@ -3,6 +3,7 @@
 import math
 import weakref
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._backends import context as context_module
 from dragon.vm.torch.optim._backends.context import DeviceContext
 from dragon.vm.torch.optim._plan import step
 
@@ -119,6 +121,47 @@ def test_an_interrupted_launch_leaves_the_current_device():
     assert context._module.current == 0
 
 
+def test_launches_that_a_graph_may_repeat_wait_for_the_last_one_wherever_that_was(monkeypatch):
+    done, is_capturing = [], False
+
+    class Event:
+        def __init__(self, device):
+            assert device == context.device
+            self.wait, self.record = (lambda: done.append("wait")), (lambda: done.append("record"))
+
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+    context = DeviceContext(torch.device("cpu"))
+    context.device, context._module = torch.device("cuda", 0), TwoGPUs()
+    expected = []
+    for in_order, is_capturing in ((True, False), (False, False), (True, True), (True, False), (True, False)):
+        context.launch(lambda: done.append("run"), in_order=in_order)
+        expected.append("run")
+        if in_order and not is_capturing:
+            expected[-1:] = ["wait"] * ("record" in expected) + ["run", "record"]
+        assert done == expected
+    # Events of other devices have other kinds of streams.
+    context.device = torch.device("xpu", 0)
+    context.launch(lambda: done.append("run"), in_order=True)
+    assert done == [*expected, "run"]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_steps_that_may_be_captured_are_in_order_and_so_is_what_changes_between_them(capturable, monkeypatch):
+    orders, launch = [], DeviceContext.launch
+
+    def noting(context, run, *, in_order):
+        orders.append(in_order)
+        launch(context, run, in_order=in_order)
+
+    monkeypatch.setattr(DeviceContext, "launch", noting)
+    optimizer, _ = make(capturable=capturable)
+    optimizer.step()
+    assert orders == [capturable]
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert orders == [capturable, *([True] * capturable)]
+
+
 @pytest.mark.parametrize("zero_grad", [False, True])
 def test_a_skipped_step_is_counted_once_and_zeroes_all_the_same(two_devices, zero_grad):
     optimizer, params = make()
@@ -148,13 +191,51 @@ def test_memory_that_a_step_uses_on_another_stream_is_recorded_there(monkeypatch
     found = set(recorded)
     (device,) = optimizer._updater.plans.latest()[-1]._devices
     context, launches = device._context, device._launches
-    own = [context.status, context.spare_status, context.one, context.zero, context.partials(1)]
+    own = [context.status, context.spare_status, context.one, context.zero]
     # What only the optimizer knows, and nothing of the user's.
-    assert found == {(tensor.data_ptr(), 2) for tensor in (*own, launches.table.buffer, launches.scalars)}
+    assert found == {
+        (tensor.data_ptr(), 2) for tensor in (*own, context.partials(1), launches.table.buffer, launches.scalars)
+    }
     recorded.clear()
     stream = 1
     optimizer.step()
     assert recorded == []
+    # A plan that is made on the other stream has its own memory there.
+    stream = 2
+    optimizer.add_param_group({"params": parameters([(3,)])})
+    optimizer.param_groups[-1]["params"][0].grad = torch.ones(3)
+    optimizer.step()
+    assert set(recorded) == {(tensor.data_ptr(), 2) for tensor in own}
+
+
+def test_the_stream_is_that_of_the_device(monkeypatch):
+    streams = SimpleNamespace(active=SimpleNamespace(get_current_stream={0: 7, 1: 8}.get))
+    monkeypatch.setattr(context_module, "driver", streams)
+    context = DeviceContext(torch.device("cpu"))
+    assert context.stream() is None
+    context.device = torch.device("cuda", 1)
+    assert context.stream() == 8
+
+
+@pytest.mark.parametrize("has_found", [False, True])
+@pytest.mark.parametrize("has_scale", [False, True])
+def test_what_a_scaler_has_elsewhere_is_read_on_the_device(has_scale, has_found, monkeypatch):
+    # A meta tensor stands for memory that kernels cannot read.
+    here = {1.0: torch.tensor(4.0), 2.0: torch.tensor(1.0)}
+    scale, found_inf = torch.empty(1, device="meta"), torch.empty(2, device="meta")
+    monkeypatch.setattr(
+        DeviceContext, "here", lambda _, tensor: None if tensor is None else here[float(tensor.numel())]
+    )
+    optimizer, params = make()
+    before = [param.detach().clone() for param in params]
+    optimizer.grad_scale = scale if has_scale else None
+    optimizer.found_inf = found_inf if has_found else None
+    optimizer.step()
+    assert optimizer.n_skipped_steps == has_found
+    assert all(map(torch.equal, params, before)) == has_found
+    # What stays behind is unscaled, unless the step is skipped.
+    left = 0.25 if has_scale and not has_found else 1.0
+    assert all((param.grad == left).all() for param in params)
 
 
 @given(st.lists(st.integers(0, 300), min_size=1))

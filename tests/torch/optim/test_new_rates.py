@@ -14,9 +14,10 @@ from .support import BACKENDS, bits, home, numbers
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", [Adam, SGD])
-def test_a_step_after_a_change_has_the_new_rate(kind: type, backend: str) -> None:
+@pytest.mark.parametrize("numel", [5, 9000])
+def test_a_step_after_a_change_has_the_new_rate(numel: int, kind: type, backend: str) -> None:
     where = home(backend)
-    params = [torch.nn.Parameter(numbers(i, 5, device=where)) for i in range(3)]
+    params = [torch.nn.Parameter(numbers(i, numel, device=where)) for i in range(3)]
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.5}]
     optimizer = kind(groups, lr=0.1, backend=backend)
     # Groups of one rate share calls: while it changes for both, and no longer once they part.
@@ -28,7 +29,7 @@ def test_a_step_after_a_change_has_the_new_rate(kind: type, backend: str) -> Non
             for group, rate in zip(other.param_groups, rates, strict=True):
                 group["lr"] = rate
             for i, param in enumerate(own):
-                param.grad = numbers(10 * step + i, 5, device=where)
+                param.grad = numbers(10 * step + i, numel, device=where)
             other.step()
         assert list(map(bits, params)) == list(map(bits, twins))
 

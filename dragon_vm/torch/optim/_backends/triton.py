@@ -173,10 +173,11 @@ class SumLaunch:
             device = TritonDevice(
                 [group], "accumulate", context, 1, len(totals), False, lambda group: {}, Settings(), counts=False
             )
-        # Whatever interrupts a first launch, its scalars do not pass for written.
+        # Whatever interrupts a launch, no device passes for one of other numels: the last write makes it valid.
         self._device = None
         device.accumulate(group, [grad.data_ptr() for grad in grads])
-        self._device, self._numels = device, numels
+        self._numels = numels
+        self._device = device
 
 
 def _addresses_of(grads: Sequence[Tensor | None]) -> list[int]:

@@ -100,6 +100,17 @@ def test_a_factor_without_an_inverse_in_fp32_is_multiplied_by(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("numel", [4, 9000])
+def test_a_scale_of_zero_makes_infinities_which_a_bound_cuts(backend, numel):
+    param = torch.nn.Parameter(torch.zeros(numel, device=home(backend)))
+    param.grad = torch.tensor([2.0, -1e-30], device=home(backend)).repeat(numel // 2)
+    optimizer = SGD([param], lr=1.0, clip_value=0.5, backend=backend)
+    optimizer.grad_scale = torch.zeros((), device=home(backend))
+    optimizer.step()
+    assert param.tolist() == [-0.5, 0.5] * (numel // 2)
+
+
+@each_backend
 @pytest.mark.parametrize("size", [10.0, 1e60])
 def test_a_norm_that_the_host_decides_clips_float64_as_exactly_as_others(backend, size):
     base = numbers(3, 6, 2, dtype=torch.float64, device=home(backend))

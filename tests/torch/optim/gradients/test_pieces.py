@@ -74,14 +74,30 @@ def test_pieces_change_no_bit(
 
 
 # As fp32 its inverse is another number.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("options", [{"grad_scale": 0.3}, {"grad_scale": 0.3, "clip_value": 0.05}], ids=str)
 @pytest.mark.parametrize("numel", [10, 10_000])
-def test_a_factor_of_fp64_gradients_is_fp64(numel: int, options: dict[str, Any]) -> None:
-    param, grad = (
-        torch.nn.Parameter(torch.zeros(numel, dtype=torch.float64)),
-        numbers(1, numel, dtype=torch.float64),
-    )
+def test_a_factor_of_fp64_gradients_is_fp64(numel: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    if dtype.is_complex and "clip_value" in options:
+        pytest.skip("there is no order of complex numbers")
+    param, grad = torch.nn.Parameter(torch.zeros(numel, dtype=dtype)), numbers(1, numel, dtype=dtype)
     param.grad = grad.clone()
     SGD([param], lr=1.0, backend="native", **options).step()
-    bound = options.get("clip_value", float("inf"))
-    torch.testing.assert_close(param.detach(), -(grad * 0.3).clamp(-bound, bound), rtol=1e-15, atol=0)
+    expected = -grad * 0.3
+    if bound := options.get("clip_value"):
+        expected = expected.clamp(-bound, bound)
+    torch.testing.assert_close(param.detach(), expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", [Adam, SGD])
+def test_a_wide_default_dtype_changes_no_bit(kind: Any, options: dict[str, Any]) -> None:
+    expected = stepped(kind, torch.float32, options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = stepped(kind, torch.float32, options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for tensor, other in zip(found, expected, strict=True):
+        # Step counters are wide, as PyTorch's.
+        assert bits(tensor.to(other.dtype)) == bits(other)

@@ -1,12 +1,15 @@
 """Steps in CUDA graphs."""
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._backends import triton as triton_backend
+from dragon.vm.torch.optim._table.table import DeviceTable
 
 from ..judging import judged_step, make_params, params_of, same_bits, set_grads, snapshots
 
@@ -71,6 +74,27 @@ def test_an_xpu_graph_is_refused(monkeypatch: pytest.MonkeyPatch, interpreted: A
             optimizer.step()
     assert same_bits(snapshots(optimizer), before)
     judged_step(optimizer)
+
+
+def test_addresses_that_replays_read_are_kept(monkeypatch: pytest.MonkeyPatch, interpreted: Any) -> None:
+    optimizer = Adam(make_params(), backend="triton", capturable=True)
+    set_grads(params_of(optimizer), 0)
+    judged_step(optimizer)
+    copies, plain = [], DeviceTable.captured_copy
+
+    def captured_copy(table: DeviceTable, name: str, words: Any) -> torch.Tensor:
+        made = plain(table, name, words)
+        copies.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(DeviceTable, "captured_copy", captured_copy)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_backend, "is_capturing", lambda: True)
+        for _ in range(2):
+            optimizer.step()
+    set_grads(params_of(optimizer), 1)
+    judged_step(optimizer)
+    assert [copy() is not None for copy in copies] == [True, True]
 
 
 def capture(optimizer: Adam, inputs: list[torch.Tensor]) -> torch.cuda.CUDAGraph:
