@@ -103,7 +103,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         """
         restored, self._restored = dict(self._restored), {}
         # PyTorch's takes some of them alone too.
-        own = {name: vars(self)[name] for name in ("state", "param_groups") if name in vars(self)}
+        own: dict[str, Any] = {name: vars(self)[name] for name in ("state", "param_groups") if name in vars(self)}
         state = {**own, **state}
         state["state"].update(restored.pop("state", {}))
         return {**state, **restored}
