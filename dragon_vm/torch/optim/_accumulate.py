@@ -78,8 +78,12 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         other processes of `process_group` find, and what was found in gradients that are gone.
         """
         is_shared = has_others(self._settings.process_group)
+        is_left = "found_inf" in vars(self)
         is_asked = bool(self._sums) or is_shared or self._release is not None
-        scaler = looking_scaler() if is_asked else None
+        scaler = looking_scaler() if is_asked or is_left else None
+        if scaler is not None and is_left:
+            # By a step that failed: the scaler would multiply its scale by the one that is left.
+            self._drop_scaling()
         if self._release is not None and scaler is not None:
             self._release.check_scaler(scaler)
         if self._sums:
@@ -135,9 +139,13 @@ class AccumulatingOptimizer(CheckpointedOptimizer):
         )
         # The sums are of no use any more. The scaler takes its findings away behind a step that returns.
         self._drop_handed_over()
-        for name in ("grad_scale", "found_inf"):
-            delattr(self, name)
+        self._drop_scaling()
         raise RuntimeError(f"GradScaler.unscale_() saw no {reasons[flags.index(True)]}")
+
+    def _drop_scaling(self) -> None:
+        """Take away what a scaler has handed over."""
+        for name in ("grad_scale", "found_inf"):
+            vars(self).pop(name, None)
 
     def _drop_stand_in(self) -> bool:
         """Take away a gradient that was there only for a scaler, and tell whether there was one."""

@@ -34,7 +34,7 @@ def exchanged(
 
     def restore() -> None:
         _restore(originals)
-        masters.note_again(with_masters)
+        masters.note_again(with_masters, state)
 
     try:
         try:

@@ -97,8 +97,14 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         return {**state_dict, "param_groups": groups, "state": rest}
 
     def _with_restored(self, state: dict[str, Any]) -> dict[str, Any]:
-        """With copies of what is loaded. All of it takes effect at once, whatever interrupts the loading."""
-        restored = dict(self._restored)
+        """With copies of what is loaded, and what it lacks. All of it takes effect at once, or nothing.
+
+        A later call in the same loading, by a hook of others, is not to bring the copies back.
+        """
+        restored, self._restored = dict(self._restored), {}
+        # PyTorch's takes some of them alone too.
+        own: dict[str, Any] = {name: vars(self)[name] for name in ("state", "param_groups") if name in vars(self)}
+        state = {**own, **state}
         state["state"].update(restored.pop("state", {}))
         return {**state, **restored}
 

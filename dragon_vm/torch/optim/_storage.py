@@ -99,7 +99,7 @@ class StoringOptimizer(AccumulatingOptimizer):
         if self._originals:
             raise RuntimeError("resync_master() was called inside swap_ema(): the averages would become masters")
         resync(self._all_params(), self.state)
-        self._updater.masters.note(self._params_with_masters())
+        self._updater.masters.note(self._params_with_masters(), self.state)
 
     def memory(self) -> dict[str, int]:
         """Bytes that the tensors of this process take, by kind; the tables of kernels are not among them.

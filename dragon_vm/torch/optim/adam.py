@@ -158,7 +158,7 @@ class AdamW(Adam, torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As `Adam`; whatever was saved, decay stays decoupled."""
-        for group in state["param_groups"]:
+        for group in state.get("param_groups", ()):
             group["decoupled_weight_decay"] = True
         super().__setstate__(state)
 

@@ -112,16 +112,17 @@ class Optimizer(TakingOptimizer):
         """
         # Before PyTorch fills in what the group does not say.
         check_keys(param_group, self._settings)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        n_groups = len(self.param_groups)
         try:
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
             self._settle_group(group)
             own_tensors(group, self.param_groups[:-1])
             if self._is_built:
                 self._check_params([group])
                 self._make_buffers([group])
         except BaseException:
-            self.param_groups.pop()
+            del self.param_groups[n_groups:]
             raise
         make_live(self.param_groups, self._publish)
         if self._is_built:
@@ -283,13 +284,14 @@ class Optimizer(TakingOptimizer):
             state = {**state, "_settings": self._settings, "defaults": self.defaults}
             self._reset()
             self._updater.n_skipped = state["_n_skipped"]
-        else:
-            self._updater.plans.forget()
-            self._updater.masters.forget()
         self._is_built = True
         state = self._with_restored(state)
         self._complete_groups(state["param_groups"], earlier, state["state"])
         torch.optim.Optimizer.__setstate__(self, state)
+        if not is_copy:
+            # Not before: an interrupt of the loading must leave the masters that are stale known as such.
+            self._updater.plans.forget()
+            self._updater.masters.forget()
         make_live(self.param_groups, self._publish)
         if is_copy:
             self._hook_own()

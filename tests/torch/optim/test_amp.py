@@ -203,3 +203,27 @@ def test_autocast_to_the_other_narrow_dtype_is_no_obstacle(
                 optimizer.step()
                 assert torch.is_autocast_enabled(place_of.type) == wants
     assert all(map(torch.equal, *map(params_of, runs)))
+
+
+@pytest.mark.parametrize("how", ["fused", "sums"])
+def test_a_step_that_fails_leaves_no_scale_to_the_next_one(how: str, backend: str, device: torch.device) -> None:
+    """PyTorch's scaler multiplies its scale by the one that it finds on an optimizer."""
+    optimizers = [make(backend, device, fused=how == "fused" or None) for _ in range(2)]
+    fails = [True]
+
+    def hook(*_: Any) -> None:
+        if fails and fails.pop():
+            raise OSError("no space left on device")
+
+    optimizers[0].register_step_pre_hook(hook)
+    for optimizer in optimizers:
+        scaler = torch.amp.GradScaler(params_of(optimizer)[0].device.type, init_scale=1024.0)
+        scaler.scale(sum(param.double().sin().sum() for param in params_of(optimizer))).backward()
+        if how == "sums":
+            optimizer.sum_grad()
+        if optimizer is optimizers[0]:
+            with pytest.raises(OSError, match="no space"):
+                scaler.step(optimizer)
+        scaler.step(optimizer)
+    assert not fails
+    assert same_bits(*map(snapshots, optimizers))

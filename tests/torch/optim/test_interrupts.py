@@ -300,6 +300,21 @@ def test_an_interrupt_of_swap_ema_leaves_parameters_and_masters(master_weights: 
         assert contents(optimizer) == contents(done)
 
 
+def test_an_interrupt_leaves_a_new_group_as_it_is_to_be_or_out() -> None:
+    def add(optimizer: Any) -> None:
+        optimizer.add_param_group({"params": parameters([(5,)]), "lr": 0.3})
+
+    counter, done = Tracer(None, OURS), later_step("native")
+    counter.run(partial(add, done))
+    whole = {key: value for key, value in done.param_groups[-1].items() if key != "params"}
+    for at in range(1, counter.count + 1, 1 if IS_SOAK else 3):
+        optimizer = later_step("native")
+        with pytest.raises(Interrupt):
+            Tracer(at, OURS).run(partial(add, optimizer))
+        assert all(group.items() >= whole.items() for group in optimizer.param_groups[2:]), at
+        assert all(group.keys() == {"params", *whole} for group in optimizer.param_groups), at
+
+
 @pytest.fixture
 def alarms() -> Iterator[None]:
     """A timer's signal raises."""

@@ -227,6 +227,65 @@ class SideBySide(RuleBasedStateMachine):
             self.theirs.load_state_dict(copy.deepcopy(self.ours.state_dict()))
 
     @rule()
+    def fail_to_load(self) -> None:
+        saved = copy.deepcopy(self.ours.state_dict())
+        shaped = [state for state in saved["state"].values() if "exp_avg" in state]
+        for state in shaped:
+            state["exp_avg"] = torch.zeros(9, 9)
+        for group in saved["param_groups"]:
+            group["lr"] = 9.0
+        if shaped:
+            with pytest.raises(ValueError, match="exp_avg of shape"):
+                self.ours.load_state_dict(saved)
+
+    @rule(behind=st.booleans(), lr=RATES)
+    def load_within_a_load(self, behind: bool, lr: float) -> None:
+        for optimizer in self.twins():
+            outer, inner = (copy.deepcopy(optimizer.state_dict()) for _ in range(2))
+            for group in inner["param_groups"]:
+                group["lr"] = lr
+            nested = [inner]
+
+            def hook(within: Any, *_: Any, nested: list[Any] = nested) -> None:
+                if nested:
+                    within.load_state_dict(nested.pop())
+
+            when = "post" if behind else "pre"
+            handle = getattr(optimizer, f"register_load_state_dict_{when}_hook")(hook)
+            optimizer.load_state_dict(outer)
+            handle.remove()
+
+    @rule(where=st.sampled_from(["closure", "hook"]))
+    def fail_before_a_step(self, where: str) -> None:
+        def fail(*_: Any) -> Any:
+            raise OSError
+
+        for optimizer in self.twins():
+            handle = optimizer.register_step_pre_hook(fail) if where == "hook" else None
+            with pytest.raises(OSError):  # noqa: PT011  # it has no text
+                optimizer.step(fail)
+            if handle is not None:
+                handle.remove()
+
+    @rule(index=st.integers(0, 7), keeps_state=st.booleans())
+    def replace_a_parameter(self, index: int, keeps_state: bool) -> None:
+        for optimizer, param in zip(self.twins(), self.each(index), strict=True):
+            new = self.new(param.detach()).requires_grad_(param.requires_grad)
+            state = optimizer.state.pop(param, None)
+            if keeps_state and state is not None:
+                optimizer.state[new] = state
+            for group in optimizer.param_groups:
+                group["params"] = [new if each is param else each for each in group["params"]]
+
+    @precondition(lambda self: len(self.ours.param_groups) > 1)
+    @rule(index=st.integers(0, 3))
+    def take_a_group_out(self, index: int) -> None:
+        for optimizer in self.twins():
+            group = optimizer.param_groups.pop(index % len(optimizer.param_groups))
+            for param in group["params"]:
+                optimizer.state.pop(param, None)
+
+    @rule()
     def take_over_from_torch(self) -> None:
         twin = copy.deepcopy(self.theirs)
         grads = [param.grad for param in params_of(self.theirs)]

@@ -44,7 +44,7 @@ class MasterVersions:
             # What was saved, and no step has converted yet, belongs to the weights that were written with it.
             stale = (param for param in written if parts_of(state.get(param, {})).isdisjoint((MASTER, FORMAT_KEY)))
             resync(stale, state)
-            self.note(written)
+            self.note(written, state)
         if self._doubted:
             doubted = [param for param in params if id(param) in self._doubted]
             reconcile(doubted, state)
@@ -68,9 +68,14 @@ class MasterVersions:
         seen = list(map(self._seen.get, map(id, params), versions))
         return [] if seen == versions else list(compress(params, map(ne, seen, versions)))
 
-    def note(self, params: Sequence[Tensor]) -> None:
+    def note(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
         """Take what is in the parameters now for this optimizer's own doing."""
+        n_seen = len(self._seen)
         self._seen.update(zip(map(id, params), _versions(params), strict=True))
+        if len(self._seen) > n_seen:
+            # Another parameter may get the id of one that is gone.
+            held = {*map(id, state), *map(id, params)}
+            self._seen = {key: version for key, version in self._seen.items() if key in held}
 
     def settled(self, state: Mapping[Any, Any]) -> list[Tensor]:
         """Notice writes to all parameters with masters, those of removed groups too, and return these."""
@@ -79,9 +84,9 @@ class MasterVersions:
         self.notice(params, state)
         return params
 
-    def note_again(self, params: Sequence[Tensor]) -> None:
+    def note_again(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
         """Note those that were noted before."""
-        self.note([param for param in params if id(param) in self._seen])
+        self.note([param for param in params if id(param) in self._seen], state)
 
 
 @torch.no_grad()

@@ -140,7 +140,7 @@ class Updater:
         finally:
             if with_masters:
                 # An interrupted step has written some of them, and their masters.
-                self.masters.note(with_masters)
+                self.masters.note(with_masters, recipe.state)
 
     def _settle_averages(self, members: Members, groups: Sequence[Group], state: Mapping[Any, Any]) -> bool:
         """Let averages begin anew that began too early, and tell whether a step is about to begin such."""
