@@ -108,9 +108,12 @@ def from_line(line: str) -> Record:
 def append(path: Path, records: Iterable[Record]) -> None:
     """Add lines to a file, and make its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [record.as_line() + "\n" for record in records]
+    # A killed process leaves a line without an end.
+    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        lines.insert(0, "\n")
     with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(record.as_line() + "\n")
+        file.writelines(lines)
 
 
 def read(folder: Path) -> list[Record]:

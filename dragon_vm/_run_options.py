@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import torch
 
 from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._counterparts import own_options
 from dragon.vm.torch.optim._hints import hint, option_of
-from dragon.vm.torch.optim._swap import own_options
 
 # Options whose values no command line can hold.
 _OBJECTS = {"process_group"}
@@ -108,8 +108,12 @@ def _value(text: str) -> Any:
     if text == "None":
         return None
     if "=" in text:
-        pairs = (pair.partition("=") for pair in text.split(","))
-        return {state: _value(value) for state, _, value in pairs}
+        found: dict[str, Any] = {}
+        for state, _, value in (pair.partition("=") for pair in text.split(",")):
+            if state in found:
+                raise argparse.ArgumentTypeError(f"{state} is named twice in {text!r}")
+            found[state] = _value(value)
+        return found
     dtype = getattr(torch, text.removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else text
 

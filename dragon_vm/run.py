@@ -11,9 +11,10 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib.machinery import ModuleSpec, SourcelessFileLoader
+from importlib.machinery import BuiltinImporter, ModuleSpec, SourceFileLoader, SourcelessFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
+from typing import Any, NamedTuple
 
 from dragon.vm._children import flush_stdout, include_children, print_findings, print_report, say
 from dragon.vm._run_options import UsageError, asks_for_help, options_help, parse
@@ -53,8 +54,13 @@ class CannotRunError(Exception):
         self.status = status
 
 
-# What runs as `__main__`: its code, the path of its file, and the spec of its module, None for a script.
-Program = tuple[CodeType, str, ModuleSpec | None]
+class Program(NamedTuple):
+    """What runs as `__main__`."""
+
+    code: CodeType
+    path: str
+    loader: Any
+    spec: ModuleSpec | None = None  # None for a script
 
 
 def main(arguments: Sequence[str], end: ExitStack | None = None) -> int:
@@ -133,20 +139,27 @@ def _prepared(argv: list[str], as_module: bool) -> CodeType:
         # The folder in which `python` would look for the script's own modules.
         folder = Path(name).resolve().parent if is_script else Path.cwd() if as_module else Path(name).absolute()
         sys.path[0] = "" if is_script and name == STDIN else str(folder)
-    found = _script(name) if is_script else _module(name) if as_module else _folder(os.path.abspath(name))
-    code, path, spec = found
+    found = _script(name) if is_script else _module(name) if as_module else _folder(_absolute(name))
     if as_module:
-        argv[0] = path
+        argv[0] = found.path
     module = ModuleType("__main__")
-    module.__file__ = path
-    module.__spec__ = spec
-    module.__package__ = spec.parent if spec else None
-    module.__loader__ = spec.loader if spec else None
+    module.__file__ = found.path
+    module.__loader__ = found.loader
+    module.__spec__ = found.spec
+    module.__package__ = found.spec.parent if found.spec else None
+    if "__cached__" in globals():
+        # Python before 3.15.
+        vars(module)["__cached__"] = found.spec.cached if found.spec else None
     # The module, whose attributes scripts read and set: `exec` would put its dictionary there.
     vars(module)["__builtins__"] = builtins
     # It stays: exit handlers and threads may outlast the script, and pickle its classes.
     sys.modules["__main__"] = module
-    return code
+    return found.code
+
+
+def _absolute(path: str) -> str:
+    """The path from the root on; ".." stays, since what is above a link's target is not above the link."""
+    return str(Path(path).absolute())
 
 
 def _script(path: str) -> Program:
@@ -154,12 +167,13 @@ def _script(path: str) -> Program:
         name = "<stdin>"
         # There is none if it was closed: to `python` that is an empty script.
         source = b"" if sys.stdin is None else sys.stdin.buffer.read()
-        return compile(source, name, "exec", dont_inherit=True), name, None
-    absolute = os.path.abspath(path)
+        return Program(compile(source, name, "exec", dont_inherit=True), name, BuiltinImporter)
+    absolute = _absolute(path)
     if path.endswith(".pyc"):
-        code = SourcelessFileLoader("__main__", absolute).get_code("__main__")
+        loader = SourcelessFileLoader("__main__", absolute)
+        code = loader.get_code("__main__")
         assert code is not None
-        return code, absolute, None
+        return Program(code, absolute, loader)
     try:
         with io.open_code(absolute) as file:
             source = file.read()
@@ -167,7 +181,8 @@ def _script(path: str) -> Program:
         raise CannotRunError(
             f"can't open file {absolute!r}: [Errno {error.errno}] {error.strerror}", status=2
         ) from None
-    return compile(source, absolute, "exec", dont_inherit=True), absolute, None
+    code = compile(source, absolute, "exec", dont_inherit=True)
+    return Program(code, absolute, SourceFileLoader("__main__", absolute))
 
 
 def _folder(path: str) -> Program:
@@ -202,7 +217,7 @@ def _of_spec(spec: ModuleSpec, name: str) -> Program:
     code = None if get_code is None else get_code(name)
     if code is None:
         raise CannotRunError(f"No code object available for {name}")
-    return code, spec.origin or code.co_filename, spec
+    return Program(code, spec.origin or code.co_filename, spec.loader, spec)
 
 
 def _print_error(error: BaseException) -> None:

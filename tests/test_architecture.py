@@ -22,6 +22,7 @@ KERNELS = "dragon.kernels"
 # A station imports from floors below its own.
 FLOORS = (
     {"_swap", "adamw"},
+    {"_counterparts"},
     {"adam", "sgd"},
     {"optimizer"},
     {"_takeover"},

@@ -35,7 +35,7 @@ def test_processes_of_multiprocessing_swap_too_and_the_first_reports(
     environment = {**os.environ, "PYTHON_EXEC": str(forking.executable(tmp_path / "python"))}
     code, _, err = forking.run(*arguments, cwd=tmp_path, env=environment)
     assert code == 0, err
-    report = "dragon.vm.run: 1 optimizer replaced\n  torch.optim.SGD: 2 parameters in 1 tensors, 0 steps\n"
+    report = "dragon.vm.run: 1 optimizer replaced\n  torch.optim.SGD: 2 parameters in 1 tensor, 0 steps\n"
     assert err == report + NOTHING
 
 
@@ -52,5 +52,5 @@ def test_a_child_of_a_bare_fork_reports_what_itself_has_built(
     )
     code, _, err = forking.run("-m", "dragon.vm.run", "forked.py", cwd=tmp_path)
     assert code == 0, err
-    report = "dragon.vm.run: 1 optimizer replaced\n  torch.optim.{}: 2 parameters in 1 tensors, 0 steps\n"
+    report = "dragon.vm.run: 1 optimizer replaced\n  torch.optim.{}: 2 parameters in 1 tensor, 0 steps\n"
     assert err == builds * report.format("SGD") + report.format("Adam")

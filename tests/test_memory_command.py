@@ -20,6 +20,7 @@ def make():
 def frozen():
     module = make()
     module.bias.requires_grad_(False)
+    module.phases = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64), requires_grad=False)
     return module
 
 def wide(width):

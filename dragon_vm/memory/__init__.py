@@ -79,7 +79,8 @@ def make_on_meta(path: str) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"--model: {path} must return a torch.nn.Module, got {type(model).__name__}")
     for is_refused, text in _REFUSED:
-        if names := [name for name, param in model.named_parameters() if is_refused(param)]:
+        trained = ((name, param) for name, param in model.named_parameters() if param.requires_grad)
+        if names := [name for name, param in trained if is_refused(param)]:
             raise ModelError(f"--model: {path} has {text}: {', '.join(names)}")
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -23,6 +24,9 @@ from dragon.vm.torch.optim._backends.configs import (
 
 # A file is written within milliseconds: an older part is left from a run that was killed.
 STALE_SECONDS = 60.0
+
+# Other programs have hidden parts too: only names of ours are removed.
+_PART = ".{}.part"
 
 Result = dict[str, Any]
 
@@ -61,7 +65,7 @@ def write_atomically(path: Path, data: Any) -> None:
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_parts(path.parent)
-    part = path.parent / f".{uuid.uuid4().hex}.part"
+    part = path.parent / _PART.format(uuid.uuid4().hex)
     try:
         with part.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -75,7 +79,7 @@ def write_atomically(path: Path, data: Any) -> None:
 
 def remove_stale_parts(folder: Path) -> None:
     """Remove what killed runs have left in a folder."""
-    for part in folder.glob(".*.part"):
+    for part in folder.glob(_PART.format("[0-9a-f]" * 32)):
         # Another run may remove it at the same time.
         with suppress(FileNotFoundError):
             if time.time() - part.stat().st_mtime > STALE_SECONDS:
@@ -97,12 +101,14 @@ def scan() -> Iterator[tuple[Path, Result | str]]:
 
 
 def export_results(path: Path, results: Iterable[Result]) -> None:
-    """Write results to one file, to be carried to another machine.
+    """Write results to one file, to be carried to another machine; of a link, to what it leads to.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written, and for a device, a pipe or a folder, which a file would replace.
     """
-    write_atomically(path, {"schema": SCHEMA, "results": list(results)})
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file")
+    write_atomically(path.resolve(), {"schema": SCHEMA, "results": list(results)})
 
 
 def import_results(path: Path) -> list[Path]:

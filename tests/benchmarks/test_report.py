@@ -123,6 +123,17 @@ def test_a_contenders_last_line_in_a_run_counts_and_a_cut_line_does_not(tmp_path
     assert [(r.contender, r.cold_ms.median) for r in found] == [("ours native", 2.0), ("other", 2.0)]
 
 
+@pytest.mark.parametrize("n_cut", [1, 5, 100, 1000])
+def test_lines_behind_a_cut_one_are_read(n_cut: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    records.append(path, [record(ms=1.0), record(contender="other", reason="x" * 1000)])
+    # A killed process had written only so much.
+    path.write_bytes(path.read_bytes()[:-n_cut])
+    records.append(path, [record("ViT-B"), record("ViT-L")])
+    n_whole = 1 if n_cut == 1 else 0
+    assert [found.case for found in records.read(path)] == ["1 x 20M", *["1 x 20M"] * n_whole, "ViT-B", "ViT-L"]
+
+
 def test_a_case_is_shown_as_last_measured_and_ours_never_mixed_from_commits() -> None:
     def run(number: str, commit: str = "b", torch: str = "2.11") -> dict[str, Any]:
         return {**ABOUT, "run": number, "commit": commit, "versions": {"torch": torch}}

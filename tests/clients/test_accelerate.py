@@ -85,4 +85,4 @@ def test_its_launcher_runs_an_unmodified_script_with_ours(forking: Forking, tmp_
     ended = forking.run(*launcher, "--module", "dragon.vm.run", "train.py", cwd=tmp_path, env=environment)
     assert ended.code == 0, ended.err
     assert ended.out == "dragon.vm.torch.optim.adam\n"
-    assert "torch.optim.AdamW: 2 parameters in 1 tensors, 1 steps" in ended.err
+    assert "torch.optim.AdamW: 2 parameters in 1 tensor, 1 step" in ended.err

@@ -146,3 +146,37 @@ def test_the_refinements_of_a_shape_are_all_others_with_it() -> None:
     assert len(found) == len(set(found)) > 10
     assert shape not in found
     assert {(config.chunk, config.n_warps) for config in found} == {(2048, 4)}
+
+
+def test_a_check_begins_only_where_its_share_of_the_time_holds_one_as_long() -> None:
+    bench = PlantedBench(bowl, check_seconds=4.0)
+    result = search(bench, limit=100.0)
+    # Of the shapes' 40 seconds, 4 are the default's check, and 0.8 of the others end before 32.8.
+    assert [result.outcomes[shape] for shape in shapes(32) if shape != DEFAULT].count("not reached") == (
+        len(shapes(32)) - 1 - 7
+    )
+
+
+def test_half_of_the_shapes_leave_after_each_round_which_is_twice_as_long() -> None:
+    n_shapes, seen = len(shapes(32)), search(PlantedBench(bowl)).repetitions
+    sizes = [len(times) - 1 for times in seen]
+    halves = [n_shapes - 1, math.ceil((n_shapes - 1) / 2)]
+    assert sizes[:9] == [halves[0]] * 3 + [halves[1]] * 6
+
+
+def test_shapes_that_were_never_timed_are_not_refined() -> None:
+    class SlowOnce(PlantedBench):
+        def check(self, config: LaunchConfig) -> str | None:
+            self.check_seconds = 50.0 if config == shapes(32)[0] else 0.0
+            return super().check(config)
+
+    bench = SlowOnce(bowl)
+    result = search(bench, limit=100.0)
+    assert {config.chunk for config in bench.timed} == {DEFAULT.chunk}
+    assert result.repetitions
+
+
+def test_the_times_of_a_finalist_are_those_of_the_final() -> None:
+    result = search(PlantedBench(bowl))
+    assert result.times(PLANTED) == [times[PLANTED] for times in result.finals]
+    assert len(result.repetitions) > len(result.finals) > 0

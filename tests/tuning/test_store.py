@@ -137,7 +137,7 @@ def test_a_kill_between_any_two_writes_leaves_a_readable_result_and_no_parts(
     assert parts
     for part in parts:
         os.utime(part, (0, time.time() - 2 * store.STALE_SECONDS))
-    fresh = parts[0].with_name(".fresh.part")
+    fresh = parts[0].with_name(f".{'0' * 32}.part")
     fresh.touch()
     store.save(result(NEW))
     assert config_of() == NEW
@@ -328,6 +328,27 @@ def test_results_move_between_machines(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv(configs.FOLDER_VARIABLE, str(tmp_path / "elsewhere"))
     assert len(store.import_results(exported)) == 2
     assert (config_of(), config_of(numel=2**27)) == (NEW, OLD)
+
+
+def test_an_export_leaves_old_files_of_others_alone(tmp_path: Path) -> None:
+    # As a program leaves that fetches a file.
+    (tmp_path / ".film.part").touch()
+    os.utime(tmp_path / ".film.part", (0, 0))
+    store.export_results(tmp_path / "results.json", [result()])
+    assert {path.name for path in tmp_path.glob("[.r]*")} == {".film.part", "results.json"}
+
+
+def test_an_export_replaces_what_a_link_leads_to_and_no_pipe_or_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "results.json")
+    store.export_results(tmp_path / "link", [result()])
+    assert (tmp_path / "link").is_symlink()
+    assert len(store.import_results(tmp_path / "results.json")) == 1
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(OSError, match="it is no regular file"):
+            store.export_results(path, [result()])
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize(

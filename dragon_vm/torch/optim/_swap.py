@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 import weakref
@@ -13,17 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch._compile import _disable_dynamo
 
+from dragon.vm.torch.optim._counterparts import OURS, options_for, own_options
 from dragon.vm.torch.optim._hints import hint
 from dragon.vm.torch.optim._introspection import hide_ours, show_ours, takes, with_parameters_of
-from dragon.vm.torch.optim.adam import Adam, AdamW
 from dragon.vm.torch.optim.optimizer import Optimizer
-from dragon.vm.torch.optim.sgd import SGD
-
-_OURS: dict[type[torch.optim.Optimizer], type[Optimizer]] = {
-    torch.optim.Adam: Adam,
-    torch.optim.AdamW: AdamW,
-    torch.optim.SGD: SGD,
-}
 
 
 class Replaced:
@@ -103,14 +95,12 @@ class Swap:
 
     def report(self) -> str:
         """Say which optimizers were replaced, and which were not and why."""
-        n_replaced = len(self.replaced)
-        count = f"{n_replaced} optimizer{'s' * (n_replaced != 1)} replaced"
-        lines = [count if n_replaced else "no optimizer was replaced in this process"]
+        count = f"{_counted(len(self.replaced), 'optimizer')} replaced"
+        lines = [count if self.replaced else "no optimizer was replaced in this process"]
         for entry in self.replaced:
             n_tensors, n_params = entry.counts()
-            lines.append(
-                f"  torch.optim.{entry.name}: {n_params} parameters in {n_tensors} tensors, {entry.n_steps} steps"
-            )
+            size = f"{_counted(n_params, 'parameter')} in {_counted(n_tensors, 'tensor')}"
+            lines.append(f"  torch.optim.{entry.name}: {size}, {_counted(entry.n_steps, 'step')}")
         for (name, reason), times in Counter(self.left_alone).items():
             lines.append(f"  not replaced: {name}{f' ({times} times)' * (times > 1)}: {reason}")
         return "\n".join(lines)
@@ -120,6 +110,10 @@ class Swap:
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 # Of this process, for all its threads. A thread that begins or ends one holds the lock.
@@ -138,6 +132,7 @@ def swap(**options: Any) -> Swap:
 
     Args:
         **options: options of `Adam` that PyTorch's lacks, such as ``state_dtype``; SGD gets those that it knows.
+            A dict of dtypes may name the states of both.
 
     Returns:
         The swap: a context manager, with a method `undo`.
@@ -149,11 +144,6 @@ def swap(**options: Any) -> Swap:
     return Swap(options)
 
 
-def own_options(original: type[torch.optim.Optimizer] = torch.optim.Adam) -> set[str]:
-    """The names of the options that ours has and PyTorch's lacks."""
-    return set(inspect.signature(_OURS[original]).parameters) - set(inspect.signature(original).parameters)
-
-
 def _check_options(options: dict[str, Any]) -> None:
     known = own_options()
     if unknown := sorted(set(options) - known):
@@ -162,7 +152,9 @@ def _check_options(options: dict[str, Any]) -> None:
     # The trial is on the CPU, where triton is impossible; the real parameters may be on a GPU.
     trial = {name: value for name, value in options.items() if (name, value) != ("backend", "triton")}
     dtype = torch.bfloat16 if options.get("master_weights") is not None else torch.float32
-    Adam([torch.nn.Parameter(torch.zeros(1, dtype=dtype, device="cpu"))], **trial)
+    for original in (torch.optim.Adam, torch.optim.SGD):
+        param = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device="cpu"))
+        OURS[original]([param], **options_for(original, trial))
 
 
 def _rank() -> int:
@@ -173,7 +165,7 @@ def _rank() -> int:
 
 
 def _install() -> None:
-    for original in _OURS:
+    for original in OURS:
         if original not in _installed:
             plain = original.__init__
             _installed[original] = (plain, _chooser(original, plain))
@@ -200,8 +192,7 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
         if not swaps:
             plain(self, *args, **kwargs)
             return
-        known, reason = own_options(original), None
-        options = {name: value for name, value in swaps[-1].options.items() if name in known}
+        options, reason = options_for(original, swaps[-1].options), None
         if isinstance(self, Optimizer):
             _begin_anew(self, original, args, {**options, **kwargs})
         # Ours knows options of PyTorch's other classes: its SGD has no `capturable`.
@@ -213,7 +204,7 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
         else:
             plain(self, *args, **kwargs)
             # AdamW's calls Adam's: the nearest of them speaks.
-            if type(self) in _OURS or next(kind for kind in type(self).__mro__ if kind in _OURS) is not original:
+            if type(self) in OURS or next(kind for kind in type(self).__mro__ if kind in OURS) is not original:
                 return
             reason = f"it is derived from torch.optim.{original.__name__}"
         _record(self, original.__name__, reason, swaps)
@@ -232,7 +223,7 @@ def _become_ours(
     If ours refuses, return the reason. The object is PyTorch's again then, and the groups are as they were.
     """
     before = [(group, dict(group)) for group in _groups(args, kwargs)]
-    optimizer.__class__ = _OURS[original]
+    optimizer.__class__ = OURS[original]
     try:
         optimizer.__init__(*args, **kwargs)  # type: ignore[misc]  # of another class since
     # Whatever it is, the script must go on as without the swap.
@@ -251,7 +242,7 @@ def _begin_anew(
 ) -> None:
     """Initialise ours again, as PyTorch's allows. It stays ours: what ours refuses is an error."""
     kind = type(optimizer)
-    if kind is not _OURS[original]:
+    if kind is not OURS[original]:
         name = f"torch.optim.{original.__name__}.__init__"
         raise TypeError(f"{name} cannot initialise a {kind.__module__}.{kind.__qualname__}: call its own __init__")
     optimizer.__init__(*args, **kwargs)  # type: ignore[misc]  # as a script does
@@ -260,7 +251,7 @@ def _begin_anew(
 def _record(optimizer: torch.optim.Optimizer, name: str, reason: str | None, swaps: tuple[Swap, ...]) -> None:
     """Tell the swaps of an optimizer: that it is ours, or the reason why it stayed PyTorch's."""
     kind = type(optimizer)
-    whole = f"torch.optim.{kind.__name__}" if kind in _OURS else f"{kind.__module__}.{kind.__qualname__}"
+    whole = f"torch.optim.{kind.__name__}" if kind in OURS else f"{kind.__module__}.{kind.__qualname__}"
     for entry in swaps:
         if reason is None:
             entry.replaced.append(Replaced(optimizer, name))

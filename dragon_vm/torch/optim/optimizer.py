@@ -144,7 +144,7 @@ class Optimizer(TakingOptimizer):
         """Check a group, or the options of those that do not give their own; return it with all options."""
         check_common(group, self._settings)
         self._algorithm.check(group)
-        self._algorithm.check_rounding(group)
+        self._algorithm.check_storage(group)
         for param in group.get("params", ()):
             if param.requires_grad:
                 check_param(param)

@@ -136,6 +136,18 @@ def test_options_of_ours_are_passed_on(theirs: Any) -> None:
     assert adam.param_groups[0].get("epsilon_hat", False) is True
 
 
+def test_one_dict_of_dtypes_is_for_the_states_of_all_optimizers(theirs: Any) -> None:
+    asked = {"exp_avg": torch.float64, "momentum_buffer": torch.bfloat16}
+    with swap(state_dtype=asked) as swapped:
+        adam, sgd = theirs.Adam(make_params()), theirs.SGD(make_params(), momentum=0.9)
+    assert len(swapped.replaced) == 2
+    assert swapped.options == {"state_dtype": asked}
+    for optimizer, name in ((adam, "exp_avg"), (sgd, "momentum_buffer")):
+        run(optimizer, range(1))
+        assert {state[name].dtype for state in optimizer.state.values()} == {asked[name]}
+        assert optimizer.param_groups[0]["state_dtype"] == {name: asked[name]}
+
+
 def test_a_wrapped_constructor_takes_what_it_took(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = theirs.SGD.__init__
     monkeypatch.setattr(theirs.SGD, "__init__", lambda *args, **kwargs: plain(*args, **kwargs))

@@ -21,9 +21,11 @@ from dragon.vm.torch.optim._algorithms.algorithm import (
 )
 from dragon.vm.torch.optim._formats.bound import SLACK, clamp_moment, moment_bound
 
+_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
 
 def _state_keys(group: Group) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+    return _STATES if group["amsgrad"] else _STATES[:2]
 
 
 def _check(group: Group) -> None:
@@ -127,6 +129,7 @@ def _fused_numbers(group: Group) -> dict[str, Any]:
 
 ADAM = Algorithm(
     name="adam",
+    states=_STATES,
     state_keys=_state_keys,
     counts_steps=lambda group: True,
     check=_check,

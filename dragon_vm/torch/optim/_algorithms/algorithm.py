@@ -35,7 +35,8 @@ class Algorithm:
 
     Attributes:
         name: as the kernels know it.
-        state_keys: names of a parameter's state tensors, in the order in which the update walks them.
+        states: names of all state tensors that a parameter may have, in the order in which the update walks them.
+        state_keys: those of them that a group's parameters have.
         counts_steps: whether the update needs a step counter.
         check: raises `ValueError` for hyperparameters out of range, with PyTorch's texts.
         columns: hyperparameters by the name of their column in the kernels' table.
@@ -54,6 +55,7 @@ class Algorithm:
     """
 
     name: str
+    states: tuple[str, ...]
     state_keys: Callable[[Group], tuple[str, ...]]
     counts_steps: Callable[[Group], bool]
     check: Callable[[Group], None]
@@ -73,12 +75,17 @@ class Algorithm:
         """Options of groups that PyTorch's counterpart lacks, with the value that means the same."""
         return {**OWN_GROUP_DEFAULTS, **self.own_group_defaults}
 
-    def check_rounding(self, group: Group) -> None:
-        """Check that a group asks for random words only where steps are counted, on which they depend.
+    def check_storage(self, group: Group) -> None:
+        """Check that a group asks for dtypes of the algorithm's own states, and for random words where it counts.
 
         Raises:
-            ValueError: if it does.
+            ValueError: if it does not.
         """
+        asked = group["state_dtype"]
+        for state in asked if isinstance(asked, Mapping) else ():
+            if state not in self.states:
+                raise ValueError(f"state_dtype: expected states among {', '.join(self.states)}, got {state!r}")
+        # Random words depend on the count of steps.
         value = group.get("stochastic_rounding", False)
         if self.own_defaults["stochastic_rounding"] is False and value is not False:
             raise ValueError(

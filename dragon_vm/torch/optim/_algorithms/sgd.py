@@ -18,9 +18,11 @@ from dragon.vm.torch.optim._algorithms.algorithm import (
     for_maths,
 )
 
+_STATES = ("momentum_buffer",)
+
 
 def _state_keys(group: Group) -> tuple[str, ...]:
-    return ("momentum_buffer",) if group["momentum"] else ()
+    return _STATES if group["momentum"] else ()
 
 
 def _counts_steps(group: Group) -> bool:
@@ -86,6 +88,7 @@ def _fused_numbers(group: Group) -> dict[str, Any]:
 
 SGD = Algorithm(
     name="sgd",
+    states=_STATES,
     state_keys=_state_keys,
     counts_steps=_counts_steps,
     check=_check,

@@ -16,10 +16,8 @@ from dragon.vm.torch.optim._formats.split import Master, Split8, Split16
 EIGHT_BIT = "8bit"
 StateDtype = torch.dtype | str | None
 _NARROW = (torch.bfloat16, torch.float16, EIGHT_BIT)
-# Of the last state, the maximum of the second moments, there is no 8-bit form.
-STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # Of all algorithms.
-MOMENTS = (*STATES, "momentum_buffer")
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 # Smaller tensors gain little, and are the sensitive ones: norms and biases.
 SMALLEST_Q8 = 4096
 # The largest beta2 with which second moments that are rounded to nearest decay. In bf16 the half step is 2^-8.
@@ -84,8 +82,6 @@ def check_options(options: StorageOptions) -> None:
     asked = options.state_dtype
     is_by_name = isinstance(asked, Mapping)
     for state, value in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
-        if is_by_name and state not in MOMENTS:
-            raise ValueError(f"state_dtype: expected states among {STATES}, got {state!r}")
         is_dtype = isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1
         if value is not None and value != EIGHT_BIT and not is_dtype:
             name = f"state_dtype[{state!r}]" if is_by_name else "state_dtype"

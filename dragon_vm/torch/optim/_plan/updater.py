@@ -201,7 +201,7 @@ def _checked_structure(algorithm: Algorithm, settings: Settings, group: Mapping[
     """The options of a group that decide which tensors and kernels take part; ours are as at construction."""
     check_own(group, settings)
     check_options(options_of(group))
-    algorithm.check_rounding(group)
+    algorithm.check_storage(group)
     if group["clip_norm"]:
         # It may have come after the construction.
         check_sharding([group], settings)

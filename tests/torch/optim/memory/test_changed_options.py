@@ -16,6 +16,44 @@ BF16, FP32 = torch.bfloat16, torch.float32
 BACKENDS = ["eager", "native"]
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "name", "known"),
+    [
+        (Adam, "momentum_buffer", "exp_avg, exp_avg_sq, max_exp_avg_sq"),
+        (Adam, "exp_avgs", "exp_avg, exp_avg_sq, max_exp_avg_sq"),
+        (Adam, "", "exp_avg, exp_avg_sq, max_exp_avg_sq"),
+        (Adam, None, "exp_avg, exp_avg_sq, max_exp_avg_sq"),
+        (SGD, "exp_avg", "momentum_buffer"),
+    ],
+)
+def test_a_dtype_for_a_state_that_the_algorithm_lacks_is_refused(algorithm: Any, name: Any, known: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    text = f"^state_dtype: expected states among {known}, got {name!r}$"
+    with pytest.raises(ValueError, match=text):
+        algorithm([param], state_dtype={name: BF16})
+    optimizer = algorithm([param])
+    with pytest.raises(ValueError, match=text):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "state_dtype": {name: None}})
+    optimizer.param_groups[0]["state_dtype"] = {name: BF16}
+    param.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=text):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name", "switch"),
+    [(Adam, "max_exp_avg_sq", {"amsgrad": True}), (SGD, "momentum_buffer", {"momentum": 0.9})],
+)
+def test_a_dtype_for_a_state_that_is_switched_on_later_is_kept(algorithm: Any, name: str, switch: Any) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = algorithm([param], state_dtype={name: BF16})
+    optimizer.param_groups[0].update(switch)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.state[param][name].dtype == BF16
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_states_follow_the_dtype_that_is_asked_for(backend: str) -> None:
     param = torch.nn.Parameter(torch.randn(64, 64))
