@@ -133,8 +133,9 @@ class TritonDevice:
             # Later steps write other addresses to the table: a graph has its own.
             if not device_table.is_uploaded:
                 raise RuntimeError(
-                    "a step cannot be captured whose hyperparameters changed unseen since the last one: change "
-                    "them through optimizer.param_groups with capturable=True set before, or take a step first"
+                    "a step cannot be captured whose hyperparameters changed unseen since the last one, or other "
+                    "gradients are there than then: change hyperparameters through optimizer.param_groups with "
+                    "capturable=True set before, or take such a step first"
                 )
             self._captured_grads.append(device_table.captured_copy("grads", array("q", addresses)))
             return self._captured_grads[-1]
