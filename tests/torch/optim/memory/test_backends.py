@@ -50,6 +50,14 @@ def test_pieces_of_a_shard_have_the_random_bits_of_the_whole(monkeypatch: pytest
     assert bits(*runs[0]) == bits(*runs[1])
 
 
+@pytest.mark.parametrize("mode", ["bf16 states", "split8, 8bit"])
+def test_small_tensors_are_each_clipped_by_their_own_norm(mode: str) -> None:
+    runs = [make(mode, ((64, 64),) * 3, backend, clip_norm=1e-7) for backend in ("native", "eager")]
+    for run in runs:
+        train(*run, 2)
+    assert bits(*runs[0]) == bits(*runs[1])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_small_tensors_are_updated_together_with_the_bits_of_each(
     mode: str, monkeypatch: pytest.MonkeyPatch
