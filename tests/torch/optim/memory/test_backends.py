@@ -51,10 +51,14 @@ def test_pieces_of_a_shard_have_the_random_bits_of_the_whole(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("mode", ["bf16 states", "split8, 8bit"])
-def test_small_tensors_are_each_clipped_by_their_own_norm(mode: str) -> None:
-    runs = [make(mode, ((64, 64),) * 3, backend, clip_norm=1e-7) for backend in ("native", "eager")]
-    for run in runs:
-        train(*run, 2)
+@pytest.mark.parametrize("own", [{}, {"clip_norm": 1e-7}, {"lr": 0.1}, {"weight_decay": 0.5}], ids=str)
+def test_small_tensors_that_differ_in_what_updates_them_are_updated_apart(own: dict[str, Any], mode: str) -> None:
+    runs = [make(mode, ((64, 64),) * 4, backend) for backend in ("native", "eager")]
+    for params, optimizer in runs:
+        others = torch.nn.Parameter(params[0].detach().clone()), torch.nn.Parameter(params[1].detach().clone())
+        optimizer.add_param_group({"params": list(others), **own})
+        params += others
+        train(params, optimizer, 2)
     assert bits(*runs[0]) == bits(*runs[1])
 
 
