@@ -1,5 +1,6 @@
 """The three backends agree bit for bit in every mode: in parameters and in all that is kept."""
 
+import copy
 import os
 from typing import Any
 
@@ -232,3 +233,18 @@ def test_a_parameter_with_gaps_is_updated_as_one_without(mode: str) -> None:
     for param in (whole, gaps):
         train([param], AdamW([param], **options), 2)
     assert torch.equal(whole, gaps)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native", "triton"])
+def test_a_parameter_that_goes_on_alone_keeps_its_random_bits(backend: str) -> None:
+    mode = "bf16 stochastic, bf16 states"
+    (together, optimizer), ((param,), other) = (make(mode, ((64, 64),) * n, backend) for n in (2, 1))
+    train(together, optimizer, 1)
+    param.data.copy_(together[1])
+    other.state[param] = copy.deepcopy(optimizer.state[together[1]])
+    for step in (1, 2):
+        give_gradients(together, step)
+        param.grad = together[1].grad.clone()
+        optimizer.step()
+        other.step()
+    assert bits([param], other) == bits(together[1:], optimizer)
