@@ -206,6 +206,15 @@ def test_a_span_is_right_around_the_ends_of_the_range_of_sums_in_float32(device,
         assert norm_of([place(value.to(device))], L2, "float32") == pytest.approx(exact, rel=3 * 2.0**-23, abs=0)
 
 
+@np.errstate(over="ignore")  # of a sum that is not used then
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("index", [0, 1500, 5000, 8199])
+def test_a_span_is_right_wherever_its_largest_element_is(device, index, offset):
+    value = torch.ones(8200)
+    value[index] = 2.0**70
+    assert norm_of([place(value.to(device), offset)], L2, "float32") == 2.0**70
+
+
 def test_squares_of_float64_and_largest_values_are_found_in_one_way_everywhere():
     assert launch.norm_constants("float64", L2, "float32") == launch.norm_constants("float64", L2)
     assert launch.norm_constants("float32", INF, "float32") == launch.norm_constants("float32", INF)
