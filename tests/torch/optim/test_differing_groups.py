@@ -86,9 +86,7 @@ def test_each_dtype_is_updated_as_if_alone(
 @pytest.mark.parametrize("options", [{}, {"epsilon_hat": True, "eps": 0.1}, {"max_grad_norm": 0.1}], ids=str)
 @pytest.mark.parametrize("are_apart", [False, True])
 @pytest.mark.usefixtures("at_once")
-def test_a_dtype_without_a_gradient_stays_as_it_is(
-    are_apart: bool, options: dict[str, Any], backend: str
-) -> None:
+def test_a_dtype_without_a_gradient_stays_as_it_is(are_apart: bool, options: dict[str, Any], backend: str) -> None:
     dtypes = (FP32, FP32, torch.float64, torch.float64)
     params = [torch.nn.Parameter(numbers(1, 5, device=home(backend)).to(dtype)) for dtype in dtypes]
     optimizer = Adam(params, backend=backend, **options)
