@@ -112,6 +112,15 @@ def test_more_partial_results_than_one_pass_takes_are_combined(device):
     assert tables.status[table.GRAD_NORM.value].item() == math.sqrt(sum(i * i for i in range(1100)))
 
 
+@pytest.mark.parametrize("order", [L2, INF])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_partial_result_that_is_no_number_shows_whatever_its_sign(device, sign, order):
+    tables = Tables([Row(grad=place(torch.ones(1, device=device))) for _ in range(3)], device=device)
+    tables.partials.copy_(torch.tensor([5.0, math.copysign(NAN, sign), 7.0], dtype=torch.float64))
+    tables.advance("sgd", norm=order)
+    assert math.isnan(tables.status[table.GRAD_NORM.value].item())
+
+
 def test_no_gradients_have_the_norm_zero(device):
     empty = torch.empty(0, device=device)
     assert norm_of([empty, empty], L2) == 0
