@@ -112,6 +112,15 @@ def test_more_partial_results_than_one_pass_takes_are_combined(device):
     assert tables.status[table.GRAD_NORM.value].item() == math.sqrt(sum(i * i for i in range(1100)))
 
 
+@pytest.mark.parametrize("order", [L2, INF])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_partial_result_that_is_no_number_shows_whatever_its_sign(device, sign, order):
+    tables = Tables([Row(grad=place(torch.ones(1, device=device))) for _ in range(3)], device=device)
+    tables.partials.copy_(torch.tensor([5.0, math.copysign(NAN, sign), 7.0], dtype=torch.float64))
+    tables.advance("sgd", norm=order)
+    assert math.isnan(tables.status[table.GRAD_NORM.value].item())
+
+
 def test_no_gradients_have_the_norm_zero(device):
     empty = torch.empty(0, device=device)
     assert norm_of([empty, empty], L2) == 0
@@ -204,6 +213,15 @@ def test_a_span_is_right_around_the_ends_of_the_range_of_sums_in_float32(device,
         value = (value * peak).nextafter(torch.tensor(math.inf))
         exact = math.sqrt(math.fsum(element * element for element in value.tolist()))
         assert norm_of([place(value.to(device))], L2, "float32") == pytest.approx(exact, rel=3 * 2.0**-23, abs=0)
+
+
+@np.errstate(over="ignore")  # of a sum that is not used then
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("index", [0, 1500, 5000, 8199])
+def test_a_span_is_right_wherever_its_largest_element_is(device, index, offset):
+    value = torch.ones(8200)
+    value[index] = 2.0**70
+    assert norm_of([place(value.to(device), offset)], L2, "float32") == 2.0**70
 
 
 def test_squares_of_float64_and_largest_values_are_found_in_one_way_everywhere():

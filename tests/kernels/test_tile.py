@@ -48,6 +48,21 @@ def test_one_misaligned_tensor_that_is_walked_makes_a_row_misaligned(device, war
 
 
 @pytest.mark.parametrize("warp_size", WARP_SIZES)
+@pytest.mark.parametrize(
+    ("column", "offset", "is_aligned"),
+    [("PARAM_REST", 8, False), ("PARAM_REST", 16, True), ("INDEX_BASE", 4, False), ("INDEX_BASE", 8, True)],
+)
+def test_a_second_part_and_the_first_random_word_count_too(device, warp_size, column, offset, is_aligned):
+    tensors = torch.zeros(1, table.TENSOR_COLUMNS.value, dtype=torch.int64, device=device)
+    grads = torch.zeros(1, dtype=torch.int64, device=device)
+    tensors[0, getattr(table, column).value] = offset
+    result = torch.full((1, 2), -1, dtype=torch.int64, device=device)
+    spec = Spec("adam", "split16", "bfloat16", ("bfloat16_stochastic",) * 2)
+    alignment_kernel[(1,)](tensors, grads, result, spec, warp_size)
+    assert result.tolist() == [[0, int(is_aligned)]]
+
+
+@pytest.mark.parametrize("warp_size", WARP_SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_scalar_is_found_in_its_column(device, warp_size, dtype):
     n_columns = table.SCALAR_COLUMNS.value

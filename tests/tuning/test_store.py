@@ -277,6 +277,13 @@ def test_a_configuration_is_within_what_triton_and_a_device_take(field: str, lea
     assert not configs.is_launchable(replace(base, n_warps=3), 32)
 
 
+@pytest.mark.parametrize(("n_lanes", "most"), [(32, 32), (64, 16)])
+def test_no_program_has_more_than_1024_threads(n_lanes: int, most: int) -> None:
+    for n_warps in (most, 2 * most):
+        config = LaunchConfig(chunk=2**16, n_warps=n_warps)
+        assert configs.is_launchable(config, n_lanes) == (n_warps == most)
+
+
 def test_each_thread_of_a_warp_of_64_has_an_element() -> None:
     config = LaunchConfig(chunk=128, n_warps=4)
     assert configs.check_result(result(config)) == config

@@ -332,6 +332,27 @@ def test_what_changed_is_noticed_in_a_part_of_a_plan(backend, amsgrad, change, c
     assert [bits(param) for param in params] == [bits(param) for param in alone]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_of_a_parameter_without_a_gradient_may_have_no_memory(backend):
+    params, alone = (parameters([(5,)] * 3, device=home(backend)) for _ in range(2))
+    options = {"backend": backend, "epsilon_hat": True, "eps": 0.1}
+    optimizer, others = Adam(params, **options), [Adam([param], **options) for param in alone]
+    for number, present in enumerate([(1, 1, 1), (1, 1, 0), (0, 1, 1), (1, 1, 0), (0, 1, 0)]):
+        for each in (params, alone):
+            give_some(each, present, number)
+        for each in (optimizer, *others):
+            each.step()
+        if number == 0:
+            # Counters that a user sets lie apart from each other.
+            for state in optimizer.state.values():
+                state["step"] = state["step"].clone()
+        elif number == 2:
+            # As those do who move states elsewhere that are not needed for a while.
+            for tensor in optimizer.state[params[2]].values():
+                tensor.untyped_storage().resize_(0)
+    assert [bits(param) for param in params] == [bits(param) for param in alone]
+
+
 def test_an_interrupt_between_two_sets_leaves_no_calls_of_the_other(monkeypatch):
     """Calls that were planned for one set of gradients, remembered as those of another."""
 

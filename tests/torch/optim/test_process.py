@@ -132,6 +132,16 @@ def process():
     }
 
 
+@pytest.fixture
+def two_threads():
+    """As many for operations of PyTorch: a single one need not be limited."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("algorithm", [Adam, SGD])
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=str)
@@ -146,6 +156,22 @@ def test_a_step_leaves_the_process_as_it_found_it(algorithm, options, backend):
         optimizer.step()
         optimizer.zero_grad()
     assert process() == before
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_small_tensors_are_updated_by_one_thread_and_large_ones_by_all(monkeypatch):
+    threads = {}
+    fused = torch._fused_adam_
+
+    def recorded(params, *args, **options):
+        threads[params[0].numel()] = torch.get_num_threads()
+        fused(params, *args, **options)
+
+    monkeypatch.setattr(torch, "_fused_adam_", recorded)
+    params = parameters([(3,), (10_000,)])
+    give_gradients(params, 0)
+    Adam(params, backend="native").step()
+    assert threads == {3: 1, 10_000: 2}
 
 
 THREADS = """

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dragon.kernels import launch
 from dragon.kernels.config import LaunchConfig
 from dragon.vm.torch.optim import SGD, Adam
 
@@ -124,6 +125,15 @@ def test_groups_of_equal_hyperparameters_may_be_split_or_merged(backend, run, da
 def test_a_tensor_more_or_less_beside_it_does_not_matter(backend, run, data):
     beside = data.draw(st.lists(st.integers(4, 7), min_size=1, max_size=2, unique=True))
     assert run.result(backend, beside=beside) == run.result(backend)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_tensors_beside_it_do_not_matter(backend, options):
+    """They take all rows of the program that advances the first ones."""
+    run = Run((17,), torch.float32, Adam, options)
+    n_rows = launch.advance_constants("adam", 0, bool(options))["ROWS"]
+    assert run.result(backend, beside=range(1, 1 + n_rows)) == run.result(backend)
 
 
 @fewer

@@ -38,6 +38,9 @@ EVICTIONS = ("", "evict_first", "evict_last")
 # Characters of a part of a path; file systems end at 255 bytes.
 LONGEST_NAME = 120
 
+# Threads of a program that every GPU takes.
+MOST_THREADS = 1024
+
 
 class TuningWarning(UserWarning):
     """A tuning file is ignored."""
@@ -167,7 +170,7 @@ def is_launchable(config: LaunchConfig, n_lanes: int) -> bool:
         return type(value) is int and low <= value <= high and not (power_of_two and value & (value - 1))
 
     return (
-        is_in(config.n_warps, 1, 32, power_of_two=True)
+        is_in(config.n_warps, 1, MOST_THREADS // n_lanes, power_of_two=True)
         # The misaligned path takes an element a thread: more threads than elements would reach the next chunk.
         and is_in(config.chunk, max(128, n_lanes * config.n_warps), 2**16, power_of_two=True)
         and is_in(config.n_stages, 1, 8)

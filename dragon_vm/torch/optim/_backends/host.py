@@ -132,7 +132,7 @@ class HostGroup:
         for start in range(0, max(numel, 1), self._piece):
             end = min(start + self._piece, numel)
             parts = [
-                [part[start // per : -(-end // per)] for part, per in zip(tensors, pers, strict=False)]
+                [part[start // per : end // per] for part, per in zip(tensors, pers, strict=False)]
                 for tensors, pers in zip(piece.parts, widths, strict=True)
             ]
             span = rounding._replace(first=rounding.first + start), end - start

@@ -55,6 +55,18 @@ def test_a_norm_near_zero_is_clipped_as_by_pytorch(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1e9}, {"clip_norm": 1e9}], ids=str)
+def test_fp64_gradients_are_divided_by_the_loss_scale_in_fp64(backend, options):
+    param = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64, device=home(backend)))
+    optimizer = SGD([param], lr=1.0, fused=True, backend=backend, **options)
+    param.grad = torch.ones_like(param)
+    optimizer.grad_scale = torch.full((1,), 3.0, device=home(backend))
+    optimizer.step()
+    assert -param.item() == pytest.approx(1 / 3, rel=1e-15, abs=0)
+    assert param.grad.item() == pytest.approx(1 / 3, rel=1e-15, abs=0)
+
+
+@each_backend
 def test_an_infinite_clip_value_leaves_an_infinite_gradient(backend):
     assert updates(backend, [math.inf], [{"clip_value": math.inf}])[0] == [math.inf]
 

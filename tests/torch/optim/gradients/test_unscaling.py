@@ -224,6 +224,18 @@ def test_a_clipped_step_leaves_gradients_without_the_scale_alone(backend: str) -
     assert [bits(param.grad) for param in params] == list(map(bits, grads))
 
 
+@each_backend
+def test_gradients_are_divided_by_each_scale_also_where_clipping_makes_up_for_it(backend: str) -> None:
+    """Whatever the scale, these gradients are multiplied by the same factor."""
+    (param,) = parameters([(1,)], device=home(backend))
+    optimizer = ours.SGD([param], lr=0.1, fused=True, backend=backend, max_grad_norm=1.0)
+    for scale in (2.0, 4.0, 2.0):
+        param.grad = torch.full_like(param, 2.0**60)
+        optimizer.grad_scale = torch.full((1,), scale, device=home(backend))
+        optimizer.step()
+        assert float(param.grad) == 2.0**60 / scale
+
+
 @pytest.mark.parametrize("divisor", [65536.0, 2.0**40, 2.0**-30, 3.0, 0.1, 1 / 3, 1e30, 1e-40])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_every_number_of_half_precision_is_divided_in_float32_and_rounded_once(

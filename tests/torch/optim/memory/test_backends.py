@@ -1,5 +1,6 @@
 """The three backends agree bit for bit in every mode: in parameters and in all that is kept."""
 
+import copy
 import os
 from typing import Any
 
@@ -47,6 +48,18 @@ def test_pieces_of_a_shard_have_the_random_bits_of_the_whole(monkeypatch: pytest
     runs = [make("bf16 stochastic, bf16 states", ((81, 64),), backend) for backend in ("native", "eager")]
     for run in runs:
         train(*run, 2)
+    assert bits(*runs[0]) == bits(*runs[1])
+
+
+@pytest.mark.parametrize("mode", ["bf16 states", "split8, 8bit"])
+@pytest.mark.parametrize("own", [{}, {"clip_norm": 1e-7}, {"lr": 0.1}, {"weight_decay": 0.5}], ids=str)
+def test_small_tensors_that_differ_in_what_updates_them_are_updated_apart(own: dict[str, Any], mode: str) -> None:
+    runs = [make(mode, ((64, 64),) * 4, backend) for backend in ("native", "eager")]
+    for params, optimizer in runs:
+        others = torch.nn.Parameter(params[0].detach().clone()), torch.nn.Parameter(params[1].detach().clone())
+        optimizer.add_param_group({"params": list(others), **own})
+        params += others
+        train(params, optimizer, 2)
     assert bits(*runs[0]) == bits(*runs[1])
 
 
@@ -220,3 +233,18 @@ def test_a_parameter_with_gaps_is_updated_as_one_without(mode: str) -> None:
     for param in (whole, gaps):
         train([param], AdamW([param], **options), 2)
     assert torch.equal(whole, gaps)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native", "triton"])
+def test_a_parameter_that_goes_on_alone_keeps_its_random_bits(backend: str) -> None:
+    mode = "bf16 stochastic, bf16 states"
+    (together, optimizer), ((param,), other) = (make(mode, ((64, 64),) * n, backend) for n in (2, 1))
+    train(together, optimizer, 1)
+    param.data.copy_(together[1])
+    other.state[param] = copy.deepcopy(optimizer.state[together[1]])
+    for step in (1, 2):
+        give_gradients(together, step)
+        param.grad = together[1].grad.clone()
+        optimizer.step()
+        other.step()
+    assert bits([param], other) == bits(together[1:], optimizer)

@@ -89,17 +89,18 @@ def test_shards_have_the_bits_of_the_whole(mode: str, n_ranks: int, as_rank: Any
 
 @pytest.mark.parametrize("mode", ["split8, 8bit", "bf16 stochastic, bf16 states"])
 @pytest.mark.parametrize("backend", ["eager", "native", "triton"])
+@pytest.mark.parametrize("width", [33, 12])
 def test_a_shard_may_begin_within_the_elements_that_share_random_words(
-    mode: str, backend: str, as_rank: Any
+    width: int, mode: str, backend: str, as_rank: Any
 ) -> None:
-    shape = (9, 33)
+    shape = (9, width)
     whole, whole_optimizer = stepped(lambda value: value, mode, shape=shape)
     for rank, mine in ((0, slice(0, 5)), (1, slice(5, 9))):
         mesh = as_rank(rank, 2)
 
         def cut(value: torch.Tensor, mine: slice = mine, mesh: Any = mesh) -> DTensor:
             shard = value[mine].clone()
-            return DTensor.from_local(shard, mesh, [Shard(0)], run_check=False, shape=shape, stride=(33, 1))
+            return DTensor.from_local(shard, mesh, [Shard(0)], run_check=False, shape=shape, stride=(width, 1))
 
         param, optimizer = stepped(cut, mode, backend, shape)
         assert torch.equal(param.to_local(), whole[mine])
