@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from dragon.vm._words import counted
 from dragon.vm.measuring import machine
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, why_not
@@ -92,7 +93,7 @@ def tuning_files() -> Iterator[Finding]:
     from dragon.vm.tuning.store import scan
 
     found = list(scan())
-    yield Finding("tuning", f"{len(found)} files of this user in {tuning_dir()}")
+    yield Finding("tuning", f"{counted(len(found), 'file')} of this user in {tuning_dir()}")
     for path, result in found:
         if isinstance(result, str):
             yield Finding("tuning", f"{path} is ignored: {result}", Verdict.WRONG)
@@ -134,7 +135,7 @@ def self_test(backend: str, device: torch.device) -> Finding:
     # Whatever stops a backend is what the user must know.
     except Exception as error:
         return Finding(topic, f"fails: {type(error).__name__}: {error}", Verdict.WRONG)
-    return Finding(topic, f"{n_steps} steps agree with the reference", Verdict.PASSED)
+    return Finding(topic, f"agrees with the reference in {counted(n_steps, 'step')}", Verdict.PASSED)
 
 
 def self_tests() -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dragon.vm._words import counted
 from dragon.vm.torch.optim._formats.resolve import StorageOptions
 from dragon.vm.torch.optim._groups.storage import storage_of
 
@@ -133,7 +134,7 @@ def main(path: str) -> int:
     sys.path.insert(0, "")
     params = [param for param in make_on_meta(path).parameters() if param.requires_grad]
     numel = sum(param.numel() for param in params)
-    print(f"{path}: {numel:,} trained parameters in {len(params)} {'tensor' if len(params) == 1 else 'tensors'}")
+    print(f"{path}: {numel:,} trained parameters in {counted(len(params), 'tensor')}")
     if not numel:
         return 1
     table = rows(params)

@@ -13,6 +13,7 @@ import torch
 
 from dragon.kernels.config import LaunchConfig, default_config
 from dragon.kernels.spec import Spec
+from dragon.vm._words import counted
 from dragon.vm.measuring.machine import INTERPRETER, Machine, versions
 from dragon.vm.measuring.timer import Spread, Timer
 from dragon.vm.torch.optim._backends.configs import SCHEMA, kernel_hash, spec_fields
@@ -143,7 +144,7 @@ def _run_job(
     decision.outcomes.update({config: reason for config, reason in pruned.items() if reason is not None})
     wrong = [text for text in decision.outcomes.values() if text.startswith("wrong")]
     if wrong:
-        say(f"{job.name}, {job.size}: {len(wrong)} configurations are wrong, the first: {wrong[0]}")
+        say(f"{job.name}, {job.size}: {counted(len(wrong), 'wrong configuration')}, the first: {wrong[0]}")
     if decision.config is None or not decision.repetitions:
         say(f"{job.name}, {job.size}: nothing is stored: {decision.reason}")
         return None

@@ -66,7 +66,7 @@ def lost_average(spec: Spec, config: LaunchConfig) -> tuple[Spec, LaunchConfig]:
         (zeroed_gradient, "adam fp32", "grad of tensor 0"),
         (shorter_chunk, "adam fp32", "out of budget"),
         (longer_chunk, "sgd fp32 momentum", "out of budget"),
-        (shorter_chunk, "accumulate fp32", "elements are wrong"),
+        (shorter_chunk, "accumulate fp32", "wrong elements"),
         (lost_average, "adam fp32 average", "ema of tensor 0"),
     ],
 )

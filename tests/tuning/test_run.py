@@ -59,7 +59,7 @@ def test_candidates_that_the_compiler_is_against_are_not_timed() -> None:
 
 def test_a_wrong_candidate_is_reported_and_never_stored_as_the_winner() -> None:
     (result,), lines = tune(lambda job: PlantedBench(bowl, 0.01, wrong=frozenset({PLANTED})))
-    assert "1 configurations are wrong, the first: wrong: planted" in lines[0]
+    assert "1 wrong configuration, the first: wrong: planted" in lines[0]
     assert LaunchConfig(**result["config"]) != PLANTED
 
 
