@@ -136,10 +136,12 @@ RuntimeError: boom
 def test_the_rank_that_reports_is_the_first(
     run_here: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for rank, report in (("1", ""), ("0", REPORT), ("not a number", REPORT)):
+    Path("nothing.py").touch()
+    for rank, is_told in (("1", False), ("0", True), ("not a number", True)):
         monkeypatch.setenv("RANK", rank)
-        assert run_here("train.py") == 0
-        assert capsys.readouterr().err == report
+        for script, report in (("train.py", REPORT), ("nothing.py", NOTHING)):
+            assert run_here(script) == 0
+            assert capsys.readouterr().err == (report if is_told else "")
 
 
 def test_a_module_runs_as_with_python_m(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,7 @@
 """A whole run: prune, check, search and store, with a clock and a timer of the test's own."""
 
-import importlib
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +11,11 @@ from dragon.kernels.config import LaunchConfig
 from dragon.kernels.inspect import UPDATES
 from dragon.vm.torch.optim._backends import configs
 from dragon.vm.tuning import candidates, scratch, store
-from dragon.vm.tuning.candidates import compile_all, shapes
+from dragon.vm.tuning.candidates import shapes
 from dragon.vm.tuning.jobs import CASES, REHEARSAL, Job, plan_jobs
 from dragon.vm.tuning.run import KernelBench, run
 
-from .support import DEFAULT, JOB, MACHINE, SPEC, Clock, PlantedBench, planted_tools
+from .support import DEFAULT, JOB, MACHINE, Clock, PlantedBench, planted_tools
 from .test_search import PLANTED, bowl
 
 JOBS = [job for name in ("adam fp32", "sgd fp32 momentum") for job in plan_jobs([name], [], rehearsal=True)]
@@ -126,38 +124,6 @@ def test_jobs_are_chosen_by_name() -> None:
         plan_jobs(["lion"], [])
     with pytest.raises(ValueError, match="is not tuned"):
         plan_jobs(["norm"], [])
-
-
-# Of a module that processes can import.
-PLANTED_COMPILER = """
-import os
-
-def verdict(spec, config, arch):
-    if config.chunk == 8192:
-        os._exit(1)
-    return "planted" if config.chunk == 512 else None
-"""
-
-
-def test_configurations_are_compiled_in_processes_that_may_crash(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "planted_compiler.py").write_text(PLANTED_COMPILER)
-    monkeypatch.syspath_prepend(tmp_path)
-    verdict = importlib.import_module("planted_compiler").verdict
-    monkeypatch.setattr(candidates, "compile_verdict", verdict)
-    wanted = [LaunchConfig(chunk=512), LaunchConfig(chunk=1024)]
-    assert compile_all(SPEC, wanted, "sm_90", 60.0) == {wanted[0]: "planted", wanted[1]: None}
-    crashing = LaunchConfig(chunk=8192)
-    assert compile_all(SPEC, [crashing], "sm_90", 60.0) == {crashing: "the compiler died"}
-    assert compile_all(SPEC, wanted, "sm_90", 0.0) == dict.fromkeys(wanted, "not compiled in time")
-
-
-def test_the_compiler_is_against_spills_and_for_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    found = compile_all(SPEC, [DEFAULT, LaunchConfig(chunk=2048, n_warps=1)], "sm_90", 120.0)
-    assert found[DEFAULT] is None
-    assert "spills" in str(found[LaunchConfig(chunk=2048, n_warps=1)])
 
 
 class PlantedTimer:
