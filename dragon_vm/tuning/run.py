@@ -117,7 +117,12 @@ def run(
         seconds = (end - start) / (len(jobs) - index)
         if job.spec not in pruned:
             pruned[job.spec] = tools.prune(job.spec, shapes(machine.warp_size), COMPILE_SHARE * seconds)
-        result = _run_job(job, pruned[job.spec], machine, tools, start + seconds, say)
+        try:
+            result = _run_job(job, pruned[job.spec], machine, tools, start + seconds, say)
+        # The scratch tensors, or those that a copy is timed with.
+        except torch.OutOfMemoryError:
+            say(f"{job.name}, {job.size}: its tensors do not fit the device")
+            continue
         if result is not None:
             save(result)
             results.append(result)
@@ -133,12 +138,12 @@ def _run_job(
     limit: float,
     say: Callable[[str], object],
 ) -> Result | None:
-    """The result of one job, whose tensors are then freed; None if there is nothing to store."""
-    try:
-        bench = tools.bench(job)
-    except torch.OutOfMemoryError:
-        say(f"{job.name}, {job.size}: its tensors do not fit the device")
-        return None
+    """The result of one job, whose tensors are then freed; None if there is nothing to store.
+
+    Raises:
+        torch.OutOfMemoryError: if the tensors do not fit the device.
+    """
+    bench = tools.bench(job)
     search = Search(bench, default_config(machine.arch, job.spec), tools.clock, limit)
     decision = search.run([config for config, reason in pruned.items() if reason is None])
     decision.outcomes.update({config: reason for config, reason in pruned.items() if reason is not None})

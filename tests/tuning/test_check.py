@@ -172,6 +172,8 @@ def test_scratch_tensors_are_aligned_and_apart(device: torch.device) -> None:
     assert all(tensor.data_ptr() % scratch.ALIGNMENT_NBYTES == 0 for tensor in tensors)
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    states = [state for row in rows for state in row.states if state.numel()]
+    assert min(float(state.min()) for state in states) >= 0.01 * (1 - 1e-6)
 
 
 @pytest.mark.parametrize("numels", [(1,), (5, 0, 4, 13), (0,), (4, 4)])

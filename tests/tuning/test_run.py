@@ -9,11 +9,14 @@ import torch
 
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.inspect import UPDATES
+from dragon.kernels.spec import Spec
+from dragon.vm.measuring.machine import INTERPRETER
 from dragon.vm.torch.optim._backends import configs
 from dragon.vm.tuning import candidates, scratch, store
+from dragon.vm.tuning import run as run_module
 from dragon.vm.tuning.candidates import shapes
 from dragon.vm.tuning.jobs import CASES, REHEARSAL, Job, plan_jobs
-from dragon.vm.tuning.run import KernelBench, run
+from dragon.vm.tuning.run import KernelBench, run, tools_of
 
 from .support import DEFAULT, JOB, MACHINE, Clock, PlantedBench, planted_tools
 from .test_search import PLANTED, bowl
@@ -98,6 +101,52 @@ def test_tensors_that_do_not_fit_are_skipped() -> None:
     assert lines[0].endswith("its tensors do not fit the device")
 
 
+def test_a_copy_that_does_not_fit_ends_no_run() -> None:
+    class Full(PlantedBench):
+        def copy_ms(self) -> float:
+            raise torch.OutOfMemoryError("planted")
+
+    results, lines = tune(lambda job: (Full if job == JOBS[0] else PlantedBench)(bowl), JOBS[:2])
+    assert [result["size"] for result in results] == [JOBS[1].size]
+    assert lines[0].endswith("its tensors do not fit the device")
+
+
+def test_without_time_nothing_is_stored() -> None:
+    clock = Clock()
+    results, lines = tune(lambda job: PlantedBench(bowl, clock=clock, check_seconds=1.0), clock=clock, budget=0.5)
+    assert results == stored() == []
+    assert lines == ["adam fp32, small: nothing is stored: nothing else was measured"]
+
+
+def test_each_kernel_is_compiled_once_in_a_share_of_the_time_of_its_first_job() -> None:
+    asked: list[tuple[object, float]] = []
+    tools = planted_tools(lambda job: PlantedBench(bowl))
+
+    def prune(spec: Spec, configs: Sequence[LaunchConfig], seconds: float) -> dict[LaunchConfig, str | None]:
+        asked.append((spec, seconds))
+        return tools.prune(spec, configs, seconds)
+
+    run(JOBS, 600.0, MACHINE, tools._replace(prune=prune), str)
+    assert [spec for spec, _ in asked] == [JOBS[0].spec, JOBS[3].spec]
+    # Of 600 seconds for six jobs, and, on a clock that stands, of 600 for the last three.
+    assert [seconds for _, seconds in asked] == pytest.approx([15.0, 30.0])
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_configuration_is_checked_once_for_the_jobs_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Spec] = []
+    monkeypatch.setattr(run_module, "check_candidate", lambda spec, config, machine: checked.append(spec))
+    tools = tools_of(INTERPRETER)
+    for job in (JOBS[0], JOBS[1], JOBS[3], JOBS[0]):
+        assert tools.bench(job).check(DEFAULT) is None
+    assert checked == [JOBS[0].spec, JOBS[3].spec]
+
+
+def test_nothing_is_compiled_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "compile_all", None)
+    assert tools_of(INTERPRETER).prune(JOB.spec, [DEFAULT], 1.0) == {DEFAULT: None}
+
+
 def test_the_tensors_of_a_job_are_freed_before_the_next_one_allocates() -> None:
     made: list[weakref.ref[PlantedBench]] = []
     alive: list[int] = []
@@ -120,6 +169,7 @@ def test_jobs_are_chosen_by_name() -> None:
     assert {job.numels for job in plan_jobs([], [], rehearsal=True)} == {REHEARSAL}
     for size, numels in CASES.items():
         assert configs.size_class(numels) == size
+    assert [job.size for job in plan_jobs(["adam fp32"], ["small"])] == ["small"]
     with pytest.raises(ValueError, match=r"'lion'.*adam fp32"):
         plan_jobs(["lion"], [])
     with pytest.raises(ValueError, match="is not tuned"):
