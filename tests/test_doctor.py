@@ -88,6 +88,18 @@ def test_a_backend_that_fails_is_a_finding_and_no_crash(monkeypatch: pytest.Monk
     assert finding == ("eager on cpu", "fails: RuntimeError: no kernel image is available", Verdict.WRONG)
 
 
+def test_a_device_that_fails_is_a_finding_in_a_line_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(doctor, "present_devices", lambda: [CPU])
+    monkeypatch.setattr(torch.Tensor, "to", fail)
+    monkeypatch.setattr(torch, "zeros", fail)
+    text = "fails: RuntimeError: CUDA error: out of memory"
+    assert doctor.chosen_backend(CPU) == ("cpu", text, Verdict.WRONG)
+    assert doctor.self_test("eager", CPU) == ("eager on cpu", text, Verdict.WRONG)
+
+
 def test_a_missing_parity_kit_is_said_and_makes_the_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,13 +72,23 @@ def _describe(device: torch.device) -> str:
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
+def _failure(error: Exception) -> str:
+    """What went wrong, in a line."""
+    return f"fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def chosen_backend(device: torch.device) -> Finding:
     """The backend of fp32 parameters on a device, and why none before it."""
-    param = torch.zeros(1, device=device)
+    try:
+        param = torch.zeros(1, device=device)
+        text = _describe(device)
+    # A driver may fail in many ways, and other devices are still of interest.
+    except Exception as error:
+        return Finding(str(device), _failure(error), Verdict.WRONG)
     chosen = choose_backend(None, param, torch.float32, {torch.float32}, differentiable=False)
     passed = [(name, why_not(name, device)) for name in BACKENDS[: BACKENDS.index(chosen)]]
     reasons = [f"not {name}: {reason or 'only on request on this device'}" for name, reason in passed]
-    text = f"{_describe(device)}; backend {chosen}" + "".join(f"; {reason}" for reason in reasons)
+    text += f"; backend {chosen}" + "".join(f"; {reason}" for reason in reasons)
     # A GPU that no kernel runs on is what nobody installs this library for.
     is_wrong = device.type != "cpu" and chosen != "triton"
     return Finding(str(device), text, Verdict.WRONG if is_wrong else Verdict.FINE)
@@ -112,12 +122,12 @@ def self_test(backend: str, device: torch.device) -> Finding:
         return Finding(topic, text, Verdict.UNTESTED)
     options = AdamOptions(lr=0.01, weight_decay=0.1, epsilon_hat=False)
     generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(numel, generator=generator).to(device)) for numel in NUMELS]
 
     def states() -> list[AdamState]:
         return [adam_snapshot(param, adam.state.get(param, {}), options, param.dtype) for param in params]
 
     try:
+        params = [torch.nn.Parameter(torch.randn(numel, generator=generator).to(device)) for numel in NUMELS]
         adam = Adam(params, options.lr, weight_decay=options.weight_decay, epsilon_hat=False, backend=backend)
         # The first optimizer takes seconds to import what it needs.
         end, n_steps = monotonic() + SELF_TEST_SECONDS, 0
@@ -134,7 +144,7 @@ def self_test(backend: str, device: torch.device) -> Finding:
         return Finding(topic, f"wrong: {error}", Verdict.WRONG)
     # Whatever stops a backend is what the user must know.
     except Exception as error:
-        return Finding(topic, f"fails: {type(error).__name__}: {error}", Verdict.WRONG)
+        return Finding(topic, _failure(error), Verdict.WRONG)
     return Finding(topic, f"agrees with the reference in {counted(n_steps, 'step')}", Verdict.PASSED)
 
 
