@@ -150,6 +150,8 @@ def test_an_error_inside_of_the_model_keeps_its_traceback() -> None:
     [
         (1, "float32              12.000     0.023          0.031"),
         (64, "float32              12.000    48.750         65.000"),
+        # A tenth of a MiB in the largest row alone.
+        (128, "float32              12.000   193.500        258.000"),
         (1024, "float32              12.000    12.012         16.016"),
         (2**14, "float32              12.000     3.000          4.000"),
     ],
@@ -157,10 +159,15 @@ def test_an_error_inside_of_the_model_keeps_its_traceback() -> None:
 def test_sizes_are_in_a_unit_that_fits_the_model(
     width: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unit = {1: "KiB", 64: "KiB", 1024: "MiB", 2**14: "GiB"}[width]
+    unit = {1: "KiB", 64: "KiB", 128: "KiB", 1024: "MiB", 2**14: "GiB"}[width]
     monkeypatch.setattr(memory, "make_on_meta", lambda path: torch.nn.Linear(width, width, device="meta"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert memory.main("a:model") == 0
     _, head, first, *_ = capsys.readouterr().out.splitlines()
     assert head.split()[4:8] == [unit, unit, "with", "grads"]
     assert first.rstrip() == line
+
+
+def test_a_unit_is_taken_from_a_tenth_of_it_on() -> None:
+    units = {0: "KiB", 104_857: "KiB", 104_858: "MiB", 107_374_182: "MiB", 107_374_183: "GiB", 2**40: "GiB"}
+    assert {nbytes: memory.unit_of(nbytes) for nbytes in units} == units

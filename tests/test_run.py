@@ -290,6 +290,7 @@ def write_files(folder: Path) -> None:
         (folder / name).write_text(text)
     zipapp.create_archive(folder / "folder", folder / "archive.pyz")
     py_compile.compile(str(folder / "names.py"), str(folder / "compiled.pyc"))
+    py_compile.compile(str(folder / "package" / "names.py"), str(folder / "package" / "moved.pyc"))
 
 
 @pytest.mark.parametrize(
@@ -311,6 +312,8 @@ def write_files(folder: Path) -> None:
         ["names.py"],
         ["compiled.pyc"],
         ["-m", "package.names"],
+        # Compiled from a file elsewhere.
+        ["-m", "package.moved"],
     ],
     ids=" ".join,
 )
