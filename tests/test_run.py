@@ -189,6 +189,7 @@ WRONG = {
     ("--flatten",): "there is nothing to run",
     ("--nonsense", "train.py"): "unknown option --nonsense",
     ("-x", "train.py"): "unknown option -x",
+    ("--flat", "train.py"): "unknown option --flat. Did you mean --flatten?",
     ("--lr", "1", "train.py"): "unknown option --lr",
     ("--process-group", "1", "train.py"): "unknown option --process-group",
     ("--state-dtyp", "8bit", "train.py"): "unknown option --state-dtyp. Did you mean --state-dtype?",

@@ -91,7 +91,7 @@ def _find(module: str, name: str) -> Callable[[], Any]:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         # One that this module imports is an error of its own, with a traceback.
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+        if not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ModelError(
             f"--model: there is no module {error.name!r} in this folder, PYTHONPATH or the installed packages"
