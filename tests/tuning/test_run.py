@@ -44,6 +44,7 @@ def test_a_result_is_stored_and_in_force() -> None:
     (result,), (line,) = tune(lambda job: PlantedBench(bowl, 0.01))
     assert LaunchConfig(**result["config"]) == PLANTED
     assert "4096/8 evict_first 4 persistent" in line
+    assert f"{0.5 / result['best_ms']['median']:.0%} of copy_" in line
     assert configs.config_for(JOB.spec, "sm_90", MACHINE.name, JOB.numels) == PLANTED
     assert result["best_ms"]["median"] < result["default_ms"]["median"]
     assert len(stored()) == 1
@@ -214,8 +215,10 @@ def test_the_whole_pipeline_runs_in_the_interpreter(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(candidates, "EVICTIONS", ("", "evict_first"))
     monkeypatch.setattr(candidates, "PROGRAMS_PER_PROCESSOR", (0, 4))
     monkeypatch.setattr("dragon.vm.tuning.search.FINAL_REPETITIONS", 9)
+    monkeypatch.setattr(run_module, "LARGEST_COPY", 28 * 133 // 4)
     (result,), _ = tune(lambda job: KernelBench(job, MACHINE, timer, known), (JOB,), clock, pruned=pruned)
     assert LaunchConfig(**result["config"]) == PLANTED
-    assert result["copy_ms"] == pytest.approx(0.5)
+    # Of half of the bytes that a launch moves.
+    assert result["copy_ms"] == pytest.approx(2 * 0.5)
     assert result["nbytes"] == 28 * 133
     assert configs.config_for(JOB.spec, "sm_90", MACHINE.name, (133, 0)) == PLANTED
