@@ -12,6 +12,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from dragon.vm._words import counted
+
 # Seconds: the common kernels on all cases take less than ten minutes.
 BUDGET = 540.0
 
@@ -138,7 +140,7 @@ def _tune(options: argparse.Namespace) -> int:
             stored = store.import_results(options.imported)
         except (OSError, ValueError) as error:
             raise ValueError(f"--import {options.imported}: {error}") from None
-        print(f"{len(stored)} results of {options.imported} are stored")
+        print(f"{counted(len(stored), 'result')} of {options.imported} stored")
         return 0
     if options.show or options.export is not None:
         return _show(options.export)
@@ -158,13 +160,13 @@ def _show(export: Path | None) -> int:
         else:
             results.append(result)
             print(f"{result['device']}: {summary(result)}")
-    print(f"{len(results)} results are in {tuning_dir()}")
+    print(f"{counted(len(results), 'result')} in {tuning_dir()}")
     if export is not None and results:
         try:
             store.export_results(export, results)
         except OSError as error:
             raise ValueError(f"--export {export}: {error}") from None
-        print(f"{len(results)} results are written to {export}")
+        print(f"{counted(len(results), 'result')} written to {export}")
     return 0 if results or export is None else 1
 
 
@@ -181,8 +183,10 @@ def _measure(options: argparse.Namespace) -> int:
     machine = INTERPRETER if INTERPRETED else present_gpu()
     if options.dry_run:
         for job in jobs:
-            print(f"{job.name}, {job.size}: {len(job.numels)} tensors, {sum(job.numels):,} elements")
-        print(f"{len(jobs)} searches on: {machine.name if machine else 'no GPU, so nothing would be timed'}")
+            tensors = counted(len(job.numels), "tensor")
+            print(f"{job.name}, {job.size}: {tensors}, {sum(job.numels):,} elements")
+        where = machine.name if machine else "no GPU, so nothing would be timed"
+        print(f"{counted(len(jobs), 'search', 'searches')} on: {where}")
         return 0
     if machine is None:
         print("There is no CUDA or ROCm GPU here to time kernels on.")
@@ -196,7 +200,7 @@ def _measure(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("Interrupted: the results of finished searches are stored.")
         return 1
-    print(f"{len(results)} results are in {tuning_dir()}")
+    print(f"{counted(len(results), 'result')} in {tuning_dir()}")
     return 0 if results else 1
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch starts its threads. The tests' tensors are small, and pytest-xdist already fills the cores.
@@ -106,6 +106,19 @@ def forking() -> Iterator[Forking]:
     """What runs Python in processes that need not import torch."""
     with Forking() as python:
         yield python
+
+
+@pytest.fixture
+def link() -> Callable[[Path, Path], None]:
+    """Make a symbolic link, or skip the test where the system lets this user make none."""
+
+    def make(path: Path, target: Path) -> None:
+        try:
+            path.symlink_to(target)
+        except (OSError, NotImplementedError) as error:
+            pytest.skip(f"no symbolic link can be made here: {error}")
+
+    return make
 
 
 @pytest.fixture

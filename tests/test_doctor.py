@@ -1,5 +1,6 @@
 """The doctor says what is wrong, what passed, and what was not tested and why."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -67,12 +68,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_every_backend_agrees_with_the_reference(backend: str) -> None:
     finding = doctor.self_test(backend, CPU)
     assert finding.verdict is Verdict.PASSED
-    assert finding.text == "3 steps agree with the reference"
+    assert finding.text == "agrees with the reference in 3 steps"
 
 
 def test_a_step_is_taken_however_slow_the_machine_is(clock: Clock) -> None:
     clock.step = 100.0
-    assert doctor.self_test("eager", CPU).text.startswith("1 steps")
+    assert doctor.self_test("eager", CPU).text == "agrees with the reference in 1 step"
 
 
 def test_a_wrong_step_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +87,18 @@ def test_a_backend_that_fails_is_a_finding_and_no_crash(monkeypatch: pytest.Monk
     monkeypatch.setattr(doctor, "Adam", Failing)
     finding = doctor.self_test("eager", CPU)
     assert finding == ("eager on cpu", "fails: RuntimeError: no kernel image is available", Verdict.WRONG)
+
+
+def test_a_device_that_fails_is_a_finding_in_a_line_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(doctor, "present_devices", lambda: [CPU])
+    monkeypatch.setattr(torch.Tensor, "to", fail)
+    monkeypatch.setattr(torch, "zeros", fail)
+    text = "fails: RuntimeError: CUDA error: out of memory"
+    assert doctor.chosen_backend(CPU) == ("cpu", text, Verdict.WRONG)
+    assert doctor.self_test("eager", CPU) == ("eager on cpu", text, Verdict.WRONG)
 
 
 def test_a_missing_parity_kit_is_said_and_makes_the_exit_code_2(
@@ -116,6 +129,20 @@ def test_the_chosen_backend_is_told_with_why_no_other_is() -> None:
     finding = doctor.chosen_backend(CPU)
     assert finding.verdict is Verdict.FINE
     assert "backend native; not triton: " in finding.text
+    assert "not native" not in finding.text
+
+
+def test_every_gpu_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, count in (("cuda", 2), ("xpu", 0)):
+        monkeypatch.setattr(torch.get_device_module(kind), "is_available", lambda count=count: count > 0)
+        monkeypatch.setattr(torch.get_device_module(kind), "device_count", lambda count=count: count or 1)
+    assert doctor.present_devices() == [CPU, torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+def test_without_triton_nothing_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (finding,) = doctor.tuning_files()
+    assert finding == ("tuning", "triton is not installed: nothing is tuned", Verdict.FINE)
 
 
 def test_an_ignored_tuning_file_is_wrong(tuning_folder: Path) -> None:
@@ -137,6 +164,12 @@ def test_versions_are_told_and_absent_packages_too(monkeypatch: pytest.MonkeyPat
     texts = {finding.topic: finding for finding in doctor.versions()}
     assert torch.__version__.startswith(texts["torch"].text)
     assert texts["no-such-package"] == ("no-such-package", "not installed", Verdict.FINE)
+
+
+def test_only_what_cannot_be_missing_is_wrong_if_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.machine, "versions", lambda names: {})
+    wrong = [finding.topic for finding in doctor.versions() if finding.verdict is Verdict.WRONG]
+    assert wrong == ["dragon-vm-torch", "torch"]
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     package.mkdir()
     (package / "model.py").write_text(MODEL, encoding="utf-8")
     (package / "broken.py").write_text("import not_installed\n", encoding="utf-8")
+    (package / "similar.py").write_text("import my_pack\n", encoding="utf-8")
+    (package / "nameless.py").write_text("raise ModuleNotFoundError('no backend')\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path
@@ -80,6 +82,8 @@ def test_it_is_a_module_too(folder: Path, forking: Forking) -> None:
     ("path", "message"),
     [
         ("my_package.model", "expected \"module:factory\", got 'my_package.model'"),
+        (":make", "expected \"module:factory\", got ':make'"),
+        ("my_package.model:", "expected \"module:factory\", got 'my_package.model:'"),
         ("absent.model:make", "there is no module 'absent' in this folder"),
         ("my_package.absent:make", "there is no module 'my_package.absent' in this folder"),
         ("my_package.model:absent", "my_package.model has no 'absent'"),
@@ -118,6 +122,18 @@ def test_a_frozen_parameter_is_not_counted(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.startswith("my_package.model:frozen: 4,096 trained parameters in 1 tensor\n")
 
 
+@pytest.mark.usefixtures("folder")
+def test_a_model_takes_no_memory() -> None:
+    model = memory.make_on_meta("my_package.model:make")
+    assert {param.device.type for param in model.parameters()} == {"meta"}
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_model_without_trained_parameters_has_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert memory.main("torch.nn:ReLU") == 1
+    assert capsys.readouterr().out == "torch.nn:ReLU: 0 trained parameters in 0 tensors\n"
+
+
 def test_every_row_is_what_an_optimizer_allocates_for_parameters_of_each_layout() -> None:
     shapes = ((64, 64), (3, 5), (64, 2, 8, 8), ())
     params = [torch.randn(shape) for shape in shapes]
@@ -136,8 +152,9 @@ def test_every_row_is_what_an_optimizer_allocates_for_parameters_of_each_layout(
 
 @pytest.mark.usefixtures("folder")
 def test_an_error_inside_of_the_model_keeps_its_traceback() -> None:
-    with pytest.raises(ModuleNotFoundError, match="not_installed"):
-        tune.console(["memory", "--model", "my_package.broken:make"])
+    for module, error in (("broken", "not_installed"), ("similar", "my_pack"), ("nameless", "no backend")):
+        with pytest.raises(ModuleNotFoundError, match=error):
+            tune.console(["memory", "--model", f"my_package.{module}:make"])
     with pytest.raises(ValueError, match="an error of the model's own"):
         tune.console(["memory", "--model", "my_package.model:wrong"])
     with pytest.raises(RuntimeError, match=r"my_package\.model:absent_file failed: .*absent\.json") as raised:
@@ -150,6 +167,8 @@ def test_an_error_inside_of_the_model_keeps_its_traceback() -> None:
     [
         (1, "float32              12.000     0.023          0.031"),
         (64, "float32              12.000    48.750         65.000"),
+        # A tenth of a MiB in the largest row alone.
+        (128, "float32              12.000   193.500        258.000"),
         (1024, "float32              12.000    12.012         16.016"),
         (2**14, "float32              12.000     3.000          4.000"),
     ],
@@ -157,10 +176,15 @@ def test_an_error_inside_of_the_model_keeps_its_traceback() -> None:
 def test_sizes_are_in_a_unit_that_fits_the_model(
     width: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unit = {1: "KiB", 64: "KiB", 1024: "MiB", 2**14: "GiB"}[width]
+    unit = {1: "KiB", 64: "KiB", 128: "KiB", 1024: "MiB", 2**14: "GiB"}[width]
     monkeypatch.setattr(memory, "make_on_meta", lambda path: torch.nn.Linear(width, width, device="meta"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert memory.main("a:model") == 0
     _, head, first, *_ = capsys.readouterr().out.splitlines()
     assert head.split()[4:8] == [unit, unit, "with", "grads"]
     assert first.rstrip() == line
+
+
+def test_a_unit_is_taken_from_a_tenth_of_it_on() -> None:
+    units = {0: "KiB", 104_857: "KiB", 104_858: "MiB", 107_374_182: "MiB", 107_374_183: "GiB", 2**40: "GiB"}
+    assert {nbytes: memory.unit_of(nbytes) for nbytes in units} == units

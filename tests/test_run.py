@@ -1,3 +1,5 @@
+import io
+import multiprocessing.spawn
 import os
 import py_compile
 import subprocess
@@ -107,12 +109,14 @@ def test_a_safe_path_has_no_folder_of_the_script(
 
 
 def test_the_report_says_what_was_replaced(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    of_children = multiprocessing.spawn.get_preparation_data
     assert run_here("train.py", "--lr", "3") == 0
     assert capsys.readouterr() == (
         f"dragon.vm.torch.optim.adam True ['--lr', '3'] {Path.cwd() / 'train.py'}\n",
         REPORT,
     )
     assert type(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])).__module__ == "torch.optim.adamw"
+    assert multiprocessing.spawn.get_preparation_data is of_children
 
 
 def test_the_exit_code_is_the_scripts(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,13 +137,36 @@ RuntimeError: boom
     assert capsys.readouterr().err == trace + REPORT
 
 
+def test_a_traceback_is_behind_what_the_script_has_printed(
+    run_here: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("printing.py").write_text("print('before')\nraise ValueError('wrong')\n")
+    both = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(both, write_through=name == "stderr"))
+    assert run_here("printing.py") == 1
+    assert both.getvalue().startswith(b"before\nTraceback")
+
+
+def test_an_error_of_a_package_is_shown_from_its_own_line_on(
+    run_here: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("package").mkdir()
+    Path("package/__init__.py").write_text("raise ValueError('wrong')\n")
+    assert run_here("-m", "package.inner") == 1
+    first = capsys.readouterr().err.splitlines()[1]
+    assert first == f'  File "{Path("package/__init__.py").absolute()}", line 1, in <module>'
+
+
 def test_the_rank_that_reports_is_the_first(
     run_here: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for rank, report in (("1", ""), ("0", REPORT), ("not a number", REPORT)):
+    Path("nothing.py").touch()
+    for rank, is_told in (("1", False), ("0", True), ("not a number", True)):
         monkeypatch.setenv("RANK", rank)
-        assert run_here("train.py") == 0
-        assert capsys.readouterr().err == report
+        for script, report in (("train.py", REPORT), ("nothing.py", NOTHING)):
+            assert run_here(script) == 0
+            assert capsys.readouterr().err == (report if is_told else "")
 
 
 def test_a_module_runs_as_with_python_m(run_here: Runner, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +189,7 @@ WRONG = {
     ("--flatten",): "there is nothing to run",
     ("--nonsense", "train.py"): "unknown option --nonsense",
     ("-x", "train.py"): "unknown option -x",
+    ("--flat", "train.py"): "unknown option --flat. Did you mean --flatten?",
     ("--lr", "1", "train.py"): "unknown option --lr",
     ("--process-group", "1", "train.py"): "unknown option --process-group",
     ("--state-dtyp", "8bit", "train.py"): "unknown option --state-dtyp. Did you mean --state-dtype?",
@@ -251,6 +279,7 @@ FILES = {
     "names.py": (
         "import sys\nprint(__name__, __spec__, __package__, __file__, sys.path[0], sys.argv)\n"
         "print(globals().get('__cached__', 'no'), getattr(__loader__, '__name__', type(__loader__).__name__))\n"
+        "def typed(x: int): pass\nprint(typed.__annotations__)\n"
     ),
     "package/names.py": "print(globals().get('__cached__', 'no'), __file__, type(__loader__).__name__)\n",
 }
@@ -262,12 +291,7 @@ def write_files(folder: Path) -> None:
         (folder / name).write_text(text)
     zipapp.create_archive(folder / "folder", folder / "archive.pyz")
     py_compile.compile(str(folder / "names.py"), str(folder / "compiled.pyc"))
-    away = folder / "away" / "inner"
-    (away.parent / "folder").mkdir(parents=True)
-    away.mkdir()
-    (away.parent / "names.py").write_text("print('away')\n")
-    (away.parent / "folder" / "__main__.py").write_text("import sys\nprint('away', sys.path[0])\n")
-    (folder / "link").symlink_to(away)
+    py_compile.compile(str(folder / "package" / "names.py"), str(folder / "package" / "moved.pyc"))
 
 
 @pytest.mark.parametrize(
@@ -289,9 +313,8 @@ def write_files(folder: Path) -> None:
         ["names.py"],
         ["compiled.pyc"],
         ["-m", "package.names"],
-        # Not the names.py of the present folder: the link leads elsewhere.
-        ["link/../names.py"],
-        ["link/../folder"],
+        # Compiled from a file elsewhere.
+        ["-m", "package.moved"],
     ],
     ids=" ".join,
 )
@@ -305,33 +328,26 @@ def test_it_runs_and_refuses_what_python_does(
     assert (status, out, err.replace(NOTHING, "")) == expected
 
 
-@pytest.mark.parametrize(
-    "script", ["interrupted.py", "at_exit.py", "failed.py", "beside.py", "closed.py", "silent.py"]
-)
-def test_a_process_ends_as_with_python(script: str, forking: Forking, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["link/../names.py", "link/../folder", "linked.py"])
+def test_the_folder_of_a_link_is_that_of_its_target(
+    path: str,
+    run_here: Runner,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    link: Callable[[Path, Path], None],
+) -> None:
     write_files(tmp_path)
-    code, out, err = forking.run("-m", "dragon.vm.run", script, cwd=tmp_path)
-    assert (code, out, err.replace(NOTHING, "")) == python(script, cwd=tmp_path)
-
-
-@pytest.mark.parametrize(
-    "start", ["threading.Thread(target=lambda: (threading.main_thread().join(), build())).start()",
-              "atexit.register(build)"],
-)  # fmt: skip
-def test_what_outlasts_the_script_builds_ours_too(start: str, forking: Forking, tmp_path: Path) -> None:
-    build = "torch.optim.AdamW([torch.nn.Parameter(torch.ones(4, 2))])"
-    (tmp_path / "outlasted.py").write_text(f"import atexit, threading, torch\ndef build(): {build}\n{start}\n")
-    _, _, err = forking.run("-m", "dragon.vm.run", "outlasted.py", cwd=tmp_path)
-    assert err == "dragon.vm.run: 1 optimizer replaced\n  torch.optim.AdamW: 8 parameters in 1 tensor, 0 steps\n"
-
-
-def test_a_script_comes_from_the_standard_input_as_with_python(forking: Forking, tmp_path: Path) -> None:
-    text = FILES["names.py"] + "raise ValueError('wrong')\n"
-    command = [sys.executable, "-", "a", "-b"]
-    expected = subprocess.run(command, cwd=tmp_path, input=text, capture_output=True, text=True)
-    code, out, err = forking.run("-m", "dragon.vm.run", *command[1:], cwd=tmp_path, given=text)
-    assert (code, out) == (expected.returncode, expected.stdout) == (1, out)
-    assert err == expected.stderr + NOTHING
+    away = tmp_path / "away" / "inner"
+    (away.parent / "folder").mkdir(parents=True)
+    away.mkdir()
+    (away.parent / "names.py").write_text("import sys\nprint('away', sys.path[0])\n")
+    (away.parent / "folder" / "__main__.py").write_text("import sys\nprint('away', sys.path[0])\n")
+    link(tmp_path / "link", away)
+    link(tmp_path / "linked.py", away.parent / "names.py")
+    expected = python(path, cwd=tmp_path)
+    assert expected.out.startswith("away")
+    assert run_here(path) == 0
+    assert capfd.readouterr() == (expected.out, NOTHING)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no shell that closes the standard input")
@@ -340,6 +356,8 @@ def test_a_closed_standard_input_is_an_empty_script_as_with_python(
 ) -> None:
     command = ["sh", "-c", '"$0" -c "import sys; print(sys.stdin)" <&-', sys.executable]
     assert subprocess.run(command, capture_output=True, text=True).stdout == "None\n"
+    # A folder of that name is none that is run.
+    Path("-").mkdir()
     monkeypatch.setattr(sys, "stdin", None)
     assert run_here("-") == 0
     assert capsys.readouterr() == ("", NOTHING)

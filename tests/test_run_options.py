@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dragon.vm._run_options import parse
+from dragon.vm._run_options import asks_for_help, parse
 from dragon.vm.run import HELP
 from dragon.vm.torch.optim._counterparts import own_options
 from dragon.vm.torch.optim._hints import option_of
@@ -61,3 +61,17 @@ def test_every_argument_reaches_the_program(options: str, program: str, argv: st
     found, *rest = parse(f"{options} {program}".split())
     assert rest == [argv.split(), as_module]
     assert found.get("norm_type") == (-1 if options else None)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_asked"),
+    [
+        ("--flatten -h", True),
+        ("--help train.py", True),
+        ("train.py --help", False),
+        ("-m train -h", False),
+        ("-- --help", False),
+    ],
+)
+def test_only_options_in_front_of_the_program_ask_for_help(words: str, is_asked: bool) -> None:
+    assert asks_for_help(words.split()) == is_asked

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from dragon.vm._words import counted
 from dragon.vm.measuring import machine
 from dragon.vm.torch.optim import Adam
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, why_not
@@ -71,13 +72,23 @@ def _describe(device: torch.device) -> str:
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
+def _failure(error: Exception) -> str:
+    """What went wrong, in a line."""
+    return f"fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def chosen_backend(device: torch.device) -> Finding:
     """The backend of fp32 parameters on a device, and why none before it."""
-    param = torch.zeros(1, device=device)
+    try:
+        param = torch.zeros(1, device=device)
+        text = _describe(device)
+    # A driver may fail in many ways, and other devices are still of interest.
+    except Exception as error:
+        return Finding(str(device), _failure(error), Verdict.WRONG)
     chosen = choose_backend(None, param, torch.float32, {torch.float32}, differentiable=False)
     passed = [(name, why_not(name, device)) for name in BACKENDS[: BACKENDS.index(chosen)]]
     reasons = [f"not {name}: {reason or 'only on request on this device'}" for name, reason in passed]
-    text = f"{_describe(device)}; backend {chosen}" + "".join(f"; {reason}" for reason in reasons)
+    text += f"; backend {chosen}" + "".join(f"; {reason}" for reason in reasons)
     # A GPU that no kernel runs on is what nobody installs this library for.
     is_wrong = device.type != "cpu" and chosen != "triton"
     return Finding(str(device), text, Verdict.WRONG if is_wrong else Verdict.FINE)
@@ -92,7 +103,7 @@ def tuning_files() -> Iterator[Finding]:
     from dragon.vm.tuning.store import scan
 
     found = list(scan())
-    yield Finding("tuning", f"{len(found)} files of this user in {tuning_dir()}")
+    yield Finding("tuning", f"{counted(len(found), 'file')} of this user in {tuning_dir()}")
     for path, result in found:
         if isinstance(result, str):
             yield Finding("tuning", f"{path} is ignored: {result}", Verdict.WRONG)
@@ -111,12 +122,12 @@ def self_test(backend: str, device: torch.device) -> Finding:
         return Finding(topic, text, Verdict.UNTESTED)
     options = AdamOptions(lr=0.01, weight_decay=0.1, epsilon_hat=False)
     generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(numel, generator=generator).to(device)) for numel in NUMELS]
 
     def states() -> list[AdamState]:
         return [adam_snapshot(param, adam.state.get(param, {}), options, param.dtype) for param in params]
 
     try:
+        params = [torch.nn.Parameter(torch.randn(numel, generator=generator).to(device)) for numel in NUMELS]
         adam = Adam(params, options.lr, weight_decay=options.weight_decay, epsilon_hat=False, backend=backend)
         # The first optimizer takes seconds to import what it needs.
         end, n_steps = monotonic() + SELF_TEST_SECONDS, 0
@@ -133,8 +144,8 @@ def self_test(backend: str, device: torch.device) -> Finding:
         return Finding(topic, f"wrong: {error}", Verdict.WRONG)
     # Whatever stops a backend is what the user must know.
     except Exception as error:
-        return Finding(topic, f"fails: {type(error).__name__}: {error}", Verdict.WRONG)
-    return Finding(topic, f"{n_steps} steps agree with the reference", Verdict.PASSED)
+        return Finding(topic, _failure(error), Verdict.WRONG)
+    return Finding(topic, f"agrees with the reference in {counted(n_steps, 'step')}", Verdict.PASSED)
 
 
 def self_tests() -> Iterator[Finding]:

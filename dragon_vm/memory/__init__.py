@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dragon.vm._words import counted
 from dragon.vm.torch.optim._formats.resolve import StorageOptions
 from dragon.vm.torch.optim._groups.storage import storage_of
 
@@ -90,7 +91,7 @@ def _find(module: str, name: str) -> Callable[[], Any]:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         # One that this module imports is an error of its own, with a traceback.
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+        if not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ModelError(
             f"--model: there is no module {error.name!r} in this folder, PYTHONPATH or the installed packages"
@@ -133,7 +134,7 @@ def main(path: str) -> int:
     sys.path.insert(0, "")
     params = [param for param in make_on_meta(path).parameters() if param.requires_grad]
     numel = sum(param.numel() for param in params)
-    print(f"{path}: {numel:,} trained parameters in {len(params)} {'tensor' if len(params) == 1 else 'tensors'}")
+    print(f"{path}: {numel:,} trained parameters in {counted(len(params), 'tensor')}")
     if not numel:
         return 1
     table = rows(params)

@@ -85,5 +85,6 @@ def compile_all(
     except BrokenProcessPool:
         found.update({c: "the compiler died" for c, reason in found.items() if reason == LATE})
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # `map` has cancelled what it does not wait for any more.
+        pool.shutdown(wait=False)
     return found

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.spec import Spec
+from dragon.vm._words import counted
 from dragon.vm.measuring.machine import Machine
 from dragon.vm.testing import AdamState, Fenced, SGDState, assert_adam_step, assert_within_budget, sgd_errors
 from dragon.vm.tuning.scratch import ADAM, EMA_DECAY, SGD, STEPS_TAKEN, Row, Tables, dtype_of
@@ -32,7 +33,7 @@ def check_candidate(spec: Spec, config: LaunchConfig, machine: Machine) -> str |
         Tables(rows, spec, machine).launch(config)()
         ends = [_copy(row) for row in rows]
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            where = f"tensor {index} of {start.param.numel()} elements"
+            where = f"tensor {index} of {counted(start.param.numel(), 'element')}"
             _judge(spec, start, end, where)
             for fence in placed[index][1]:
                 fence.check(where)
@@ -95,4 +96,4 @@ def _judge(spec: Spec, start: Row, end: Row, where: str) -> None:
 
 def _expect(is_right: Tensor, where: str) -> None:
     if not is_right.all():
-        raise AssertionError(f"{where}: {int((~is_right).sum())} elements are wrong")
+        raise AssertionError(f"{where}: {counted(int((~is_right).sum()), 'wrong element')}")

@@ -13,6 +13,7 @@ import torch
 
 from dragon.kernels.config import LaunchConfig, default_config
 from dragon.kernels.spec import Spec
+from dragon.vm._words import counted
 from dragon.vm.measuring.machine import INTERPRETER, Machine, versions
 from dragon.vm.measuring.timer import Spread, Timer
 from dragon.vm.torch.optim._backends.configs import SCHEMA, kernel_hash, spec_fields
@@ -116,7 +117,12 @@ def run(
         seconds = (end - start) / (len(jobs) - index)
         if job.spec not in pruned:
             pruned[job.spec] = tools.prune(job.spec, shapes(machine.warp_size), COMPILE_SHARE * seconds)
-        result = _run_job(job, pruned[job.spec], machine, tools, start + seconds, say)
+        try:
+            result = _run_job(job, pruned[job.spec], machine, tools, start + seconds, say)
+        # The scratch tensors, or those that a copy is timed with.
+        except torch.OutOfMemoryError:
+            say(f"{job.name}, {job.size}: its tensors do not fit the device")
+            continue
         if result is not None:
             save(result)
             results.append(result)
@@ -132,18 +138,18 @@ def _run_job(
     limit: float,
     say: Callable[[str], object],
 ) -> Result | None:
-    """The result of one job, whose tensors are then freed; None if there is nothing to store."""
-    try:
-        bench = tools.bench(job)
-    except torch.OutOfMemoryError:
-        say(f"{job.name}, {job.size}: its tensors do not fit the device")
-        return None
+    """The result of one job, whose tensors are then freed; None if there is nothing to store.
+
+    Raises:
+        torch.OutOfMemoryError: if the tensors do not fit the device.
+    """
+    bench = tools.bench(job)
     search = Search(bench, default_config(machine.arch, job.spec), tools.clock, limit)
     decision = search.run([config for config, reason in pruned.items() if reason is None])
     decision.outcomes.update({config: reason for config, reason in pruned.items() if reason is not None})
     wrong = [text for text in decision.outcomes.values() if text.startswith("wrong")]
     if wrong:
-        say(f"{job.name}, {job.size}: {len(wrong)} configurations are wrong, the first: {wrong[0]}")
+        say(f"{job.name}, {job.size}: {counted(len(wrong), 'wrong configuration')}, the first: {wrong[0]}")
     if decision.config is None or not decision.repetitions:
         say(f"{job.name}, {job.size}: nothing is stored: {decision.reason}")
         return None

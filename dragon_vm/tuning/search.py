@@ -14,6 +14,7 @@ from statistics import median, quantiles
 from typing import NamedTuple, Protocol
 
 from dragon.kernels.config import LaunchConfig
+from dragon.vm._words import counted
 from dragon.vm.tuning.candidates import refinements
 
 # Repetitions of the first round of halving; each round of half the candidates has twice as many.
@@ -209,7 +210,8 @@ class Search:
         decision, finals = self._decision, self._decision.finals
         if len(finals) < FEWEST_PAIRS:
             if decision.repetitions:
-                decision.reason = f"the default stays: {len(finals)} repetitions of the final decide nothing"
+                found = counted(len(finals), "repetition")
+                decision.reason = f"the default stays: {found} of the final decided nothing"
             return
         gains = {rival: compare([(times[self._default], times[rival]) for times in finals]) for rival in rivals}
         best = max(rivals, key=lambda rival: gains[rival].gain)

@@ -1,6 +1,7 @@
 """A configuration is timed only if one step of it agrees with the reference; planted defects do not pass."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,9 +13,9 @@ from dragon.kernels.config import LaunchConfig
 from dragon.kernels.inspect import UPDATES
 from dragon.kernels.spec import Spec
 from dragon.vm.measuring.machine import INTERPRETER, Machine
-from dragon.vm.tuning import scratch
+from dragon.vm.tuning import check, scratch
 from dragon.vm.tuning.check import check_candidate
-from dragon.vm.tuning.scratch import allocate, chunk_pairs, nbytes_per_element
+from dragon.vm.tuning.scratch import Row, Tables, allocate, chunk_pairs, nbytes_per_element
 
 SMALL = LaunchConfig(chunk=128)
 
@@ -66,7 +67,7 @@ def lost_average(spec: Spec, config: LaunchConfig) -> tuple[Spec, LaunchConfig]:
         (zeroed_gradient, "adam fp32", "grad of tensor 0"),
         (shorter_chunk, "adam fp32", "out of budget"),
         (longer_chunk, "sgd fp32 momentum", "out of budget"),
-        (shorter_chunk, "accumulate fp32", "elements are wrong"),
+        (shorter_chunk, "accumulate fp32", "tensor 0 of 145 elements: "),
         (lost_average, "adam fp32 average", "ema of tensor 0"),
     ],
 )
@@ -80,6 +81,62 @@ def test_a_planted_defect_is_reported(
     reason = check_candidate(UPDATES[name], SMALL, machine)
     assert reason is not None
     assert said in reason
+
+
+def misaligned_one(rows: Sequence[Row]) -> None:
+    """What is misaligned is updated with a wrong learning rate."""
+    for row in rows:
+        if row.param.data_ptr() % scratch.ALIGNMENT_NBYTES:
+            row.param.add_(1e-3)
+
+
+def last_of_one_element(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if row.param.numel() == 1:
+            row.param.add_(1e-3)
+
+
+def one_too_many(rows: Sequence[Row]) -> None:
+    """The element behind the last one is written to."""
+    torch.as_strided(rows[0].states[0], (rows[0].param.numel() + 1,), (1,))[-1] = 0.5
+
+
+def fails_on_empty(rows: Sequence[Row]) -> None:
+    if not all(row.param.numel() for row in rows):
+        raise RuntimeError("an empty tensor")
+
+
+def imprecise_average(rows: Sequence[Row]) -> None:
+    """Wrong by some twenty roundings."""
+    for row in rows:
+        if row.ema is not None:
+            row.ema.mul_(1 + 20 * torch.finfo(row.ema.dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("defect", "name", "said"),
+    [
+        (misaligned_one, "adam fp32", "tensor 5 of 131 elements"),
+        (last_of_one_element, "adam fp32", "tensor 2 of 1 element:"),
+        (one_too_many, "adam fp32", "tensor 0 of 145 elements .* past its last"),
+        (fails_on_empty, "adam fp32", "RuntimeError: an empty tensor"),
+        (imprecise_average, "adam fp32 average", "ema of tensor 0"),
+    ],
+)
+def test_a_defect_of_some_tensors_or_beside_them_is_reported(
+    defect: Callable[[Sequence[Row]], None],
+    name: str,
+    said: str,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Defective(Tables):
+        def launch(self, config: LaunchConfig) -> Callable[[], None]:
+            launch = super().launch(config)
+            return lambda: (launch(), defect(self._rows))[0]
+
+    monkeypatch.setattr(check, "Tables", Defective)
+    assert re.search(said, str(check_candidate(UPDATES[name], SMALL, machine)))
 
 
 def test_a_launch_that_fails_is_reported(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +172,8 @@ def test_scratch_tensors_are_aligned_and_apart(device: torch.device) -> None:
     assert all(tensor.data_ptr() % scratch.ALIGNMENT_NBYTES == 0 for tensor in tensors)
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    states = [state for row in rows for state in row.states if state.numel()]
+    assert min(float(state.min()) for state in states) >= 0.01 * (1 - 1e-6)
 
 
 @pytest.mark.parametrize("numels", [(1,), (5, 0, 4, 13), (0,), (4, 4)])

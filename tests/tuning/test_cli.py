@@ -86,7 +86,7 @@ def test_in_the_interpreter_a_run_is_a_rehearsal(capsys: pytest.CaptureFixture[s
     assert call("--dry-run", "--kernel", "adam fp32", "--case", "large") == 0
     printed = capsys.readouterr().out
     assert "adam fp32, large: 2 tensors, 1,033 elements" in printed
-    assert "on: interpreter" in printed
+    assert "\n1 search on: interpreter\n" in printed
 
 
 def test_show_prints_what_is_stored_and_what_is_ignored(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,9 +108,10 @@ def test_results_move_between_machines(
     assert not exported.exists()
     store.save(result(PLANTED))
     assert call("--export", str(exported)) == 0
+    assert capsys.readouterr().out.endswith(f"\n1 result written to {exported}\n")
     monkeypatch.setenv(configs.FOLDER_VARIABLE, str(tmp_path / "elsewhere"))
     assert call("--import", str(exported)) == 0
-    assert "1 results" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"1 result of {exported} stored\n")
     assert [found for _, found in store.scan()] == [result(PLANTED)]
 
 
@@ -244,4 +245,4 @@ def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None
     folder = {configs.FOLDER_VARIABLE: str(tmp_path / "t\u00fcning"), "PYTHONIOENCODING": "ascii"}
     with (tmp_path / "shown").open("w+") as file:
         assert show(file, **folder) == (0, "")
-    assert (tmp_path / "shown").read_text() == f"0 results are in {tmp_path}/t\\xfcning\n"
+    assert (tmp_path / "shown").read_text() == f"0 results in {tmp_path}/t\\xfcning\n"

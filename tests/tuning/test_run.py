@@ -1,9 +1,7 @@
 """A whole run: prune, check, search and store, with a clock and a timer of the test's own."""
 
-import importlib
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +9,16 @@ import torch
 
 from dragon.kernels.config import LaunchConfig
 from dragon.kernels.inspect import UPDATES
+from dragon.kernels.spec import Spec
+from dragon.vm.measuring.machine import INTERPRETER
 from dragon.vm.torch.optim._backends import configs
 from dragon.vm.tuning import candidates, scratch, store
-from dragon.vm.tuning.candidates import compile_all, shapes
+from dragon.vm.tuning import run as run_module
+from dragon.vm.tuning.candidates import shapes
 from dragon.vm.tuning.jobs import CASES, REHEARSAL, Job, plan_jobs
-from dragon.vm.tuning.run import KernelBench, run
+from dragon.vm.tuning.run import KernelBench, run, tools_of
 
-from .support import DEFAULT, JOB, MACHINE, SPEC, Clock, PlantedBench, planted_tools
+from .support import DEFAULT, JOB, MACHINE, Clock, PlantedBench, planted_tools
 from .test_search import PLANTED, bowl
 
 JOBS = [job for name in ("adam fp32", "sgd fp32 momentum") for job in plan_jobs([name], [], rehearsal=True)]
@@ -43,6 +44,7 @@ def test_a_result_is_stored_and_in_force() -> None:
     (result,), (line,) = tune(lambda job: PlantedBench(bowl, 0.01))
     assert LaunchConfig(**result["config"]) == PLANTED
     assert "4096/8 evict_first 4 persistent" in line
+    assert f"{0.5 / result['best_ms']['median']:.0%} of copy_" in line
     assert configs.config_for(JOB.spec, "sm_90", MACHINE.name, JOB.numels) == PLANTED
     assert result["best_ms"]["median"] < result["default_ms"]["median"]
     assert len(stored()) == 1
@@ -59,7 +61,7 @@ def test_candidates_that_the_compiler_is_against_are_not_timed() -> None:
 
 def test_a_wrong_candidate_is_reported_and_never_stored_as_the_winner() -> None:
     (result,), lines = tune(lambda job: PlantedBench(bowl, 0.01, wrong=frozenset({PLANTED})))
-    assert "1 configurations are wrong, the first: wrong: planted" in lines[0]
+    assert "1 wrong configuration, the first: wrong: planted" in lines[0]
     assert LaunchConfig(**result["config"]) != PLANTED
 
 
@@ -100,6 +102,52 @@ def test_tensors_that_do_not_fit_are_skipped() -> None:
     assert lines[0].endswith("its tensors do not fit the device")
 
 
+def test_a_copy_that_does_not_fit_ends_no_run() -> None:
+    class Full(PlantedBench):
+        def copy_ms(self) -> float:
+            raise torch.OutOfMemoryError("planted")
+
+    results, lines = tune(lambda job: (Full if job == JOBS[0] else PlantedBench)(bowl), JOBS[:2])
+    assert [result["size"] for result in results] == [JOBS[1].size]
+    assert lines[0].endswith("its tensors do not fit the device")
+
+
+def test_without_time_nothing_is_stored() -> None:
+    clock = Clock()
+    results, lines = tune(lambda job: PlantedBench(bowl, clock=clock, check_seconds=1.0), clock=clock, budget=0.5)
+    assert results == stored() == []
+    assert lines == ["adam fp32, small: nothing is stored: nothing else was measured"]
+
+
+def test_each_kernel_is_compiled_once_in_a_share_of_the_time_of_its_first_job() -> None:
+    asked: list[tuple[object, float]] = []
+    tools = planted_tools(lambda job: PlantedBench(bowl))
+
+    def prune(spec: Spec, configs: Sequence[LaunchConfig], seconds: float) -> dict[LaunchConfig, str | None]:
+        asked.append((spec, seconds))
+        return tools.prune(spec, configs, seconds)
+
+    run(JOBS, 600.0, MACHINE, tools._replace(prune=prune), str)
+    assert [spec for spec, _ in asked] == [JOBS[0].spec, JOBS[3].spec]
+    # Of 600 seconds for six jobs, and, on a clock that stands, of 600 for the last three.
+    assert [seconds for _, seconds in asked] == pytest.approx([15.0, 30.0])
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_configuration_is_checked_once_for_the_jobs_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Spec] = []
+    monkeypatch.setattr(run_module, "check_candidate", lambda spec, config, machine: checked.append(spec))
+    tools = tools_of(INTERPRETER)
+    for job in (JOBS[0], JOBS[1], JOBS[3], JOBS[0]):
+        assert tools.bench(job).check(DEFAULT) is None
+    assert checked == [JOBS[0].spec, JOBS[3].spec]
+
+
+def test_nothing_is_compiled_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "compile_all", None)
+    assert tools_of(INTERPRETER).prune(JOB.spec, [DEFAULT], 1.0) == {DEFAULT: None}
+
+
 def test_the_tensors_of_a_job_are_freed_before_the_next_one_allocates() -> None:
     made: list[weakref.ref[PlantedBench]] = []
     alive: list[int] = []
@@ -122,42 +170,11 @@ def test_jobs_are_chosen_by_name() -> None:
     assert {job.numels for job in plan_jobs([], [], rehearsal=True)} == {REHEARSAL}
     for size, numels in CASES.items():
         assert configs.size_class(numels) == size
+    assert [job.size for job in plan_jobs(["adam fp32"], ["small"])] == ["small"]
     with pytest.raises(ValueError, match=r"'lion'.*adam fp32"):
         plan_jobs(["lion"], [])
     with pytest.raises(ValueError, match="is not tuned"):
         plan_jobs(["norm"], [])
-
-
-# Of a module that processes can import.
-PLANTED_COMPILER = """
-import os
-
-def verdict(spec, config, arch):
-    if config.chunk == 8192:
-        os._exit(1)
-    return "planted" if config.chunk == 512 else None
-"""
-
-
-def test_configurations_are_compiled_in_processes_that_may_crash(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "planted_compiler.py").write_text(PLANTED_COMPILER)
-    monkeypatch.syspath_prepend(tmp_path)
-    verdict = importlib.import_module("planted_compiler").verdict
-    monkeypatch.setattr(candidates, "compile_verdict", verdict)
-    wanted = [LaunchConfig(chunk=512), LaunchConfig(chunk=1024)]
-    assert compile_all(SPEC, wanted, "sm_90", 60.0) == {wanted[0]: "planted", wanted[1]: None}
-    crashing = LaunchConfig(chunk=8192)
-    assert compile_all(SPEC, [crashing], "sm_90", 60.0) == {crashing: "the compiler died"}
-    assert compile_all(SPEC, wanted, "sm_90", 0.0) == dict.fromkeys(wanted, "not compiled in time")
-
-
-def test_the_compiler_is_against_spills_and_for_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    found = compile_all(SPEC, [DEFAULT, LaunchConfig(chunk=2048, n_warps=1)], "sm_90", 120.0)
-    assert found[DEFAULT] is None
-    assert "spills" in str(found[LaunchConfig(chunk=2048, n_warps=1)])
 
 
 class PlantedTimer:
@@ -198,8 +215,10 @@ def test_the_whole_pipeline_runs_in_the_interpreter(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(candidates, "EVICTIONS", ("", "evict_first"))
     monkeypatch.setattr(candidates, "PROGRAMS_PER_PROCESSOR", (0, 4))
     monkeypatch.setattr("dragon.vm.tuning.search.FINAL_REPETITIONS", 9)
+    monkeypatch.setattr(run_module, "LARGEST_COPY", 28 * 133 // 4)
     (result,), _ = tune(lambda job: KernelBench(job, MACHINE, timer, known), (JOB,), clock, pruned=pruned)
     assert LaunchConfig(**result["config"]) == PLANTED
-    assert result["copy_ms"] == pytest.approx(0.5)
+    # Of half of the bytes that a launch moves.
+    assert result["copy_ms"] == pytest.approx(2 * 0.5)
     assert result["nbytes"] == 28 * 133
     assert configs.config_for(JOB.spec, "sm_90", MACHINE.name, (133, 0)) == PLANTED

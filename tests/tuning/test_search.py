@@ -91,7 +91,7 @@ def test_with_little_time_the_default_stays_and_the_reason_says_so() -> None:
     bench = PlantedBench(bowl, clock=Clock(), launch_seconds=1.0)
     result = search(bench, limit=40.0)
     assert result.config == DEFAULT
-    assert "decide nothing" in result.reason
+    assert "decided nothing" in result.reason
 
 
 @pytest.mark.parametrize("limit", [0.0, 40.0, 60.0, 80.0, 200.0])

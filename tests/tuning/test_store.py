@@ -4,10 +4,8 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
-import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import product
@@ -24,63 +22,9 @@ from dragon.vm.torch.optim._backends import configs
 from dragon.vm.tuning import store
 from dragon.vm.tuning.run import summary
 
-from ..forking import Forking
 from .support import DEFAULT, SPEC, result
 
 OLD, NEW = LaunchConfig(chunk=2048), LaunchConfig(chunk=4096)
-
-# For each number that it reads, a forked process that stores a result and is killed before that one of the calls
-# by which a file is written. Its answer is the number of such calls, or that of the signal, below 0.
-KILLED_WRITERS = """
-import json, os, signal, sys
-from pathlib import Path
-from dragon.vm.tuning import store
-
-n_calls = point = 0
-def counted(function):
-    def call(*arguments, **options):
-        global n_calls
-        n_calls += 1
-        if n_calls == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return call
-
-result = json.loads(sys.stdin.readline())
-os.fsync, os.replace = counted(os.fsync), counted(os.replace)
-Path.mkdir, Path.open = counted(Path.mkdir), counted(Path.open)
-for point in map(int, sys.stdin):
-    child = os.fork()
-    if child == 0:
-        store.save(result)
-        os._exit(n_calls)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-SAVES = """
-import json, sys
-from dragon.vm.tuning import store
-
-result = json.load(sys.stdin)
-for number in range(6):
-    store.save(dict(result, device=f"{name}-{{number}}"))
-    store.save(dict(result, device="shared"))
-"""
-
-
-def start(python: Path, code: str, data: dict[str, Any]) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [python, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(data))
-    process.stdin.close()
-    process.stdin = None
-    return process
 
 
 def config_of(device: str = "Planted GPU", arch: str = "sm_90", numel: int = 100) -> LaunchConfig:
@@ -111,63 +55,6 @@ def test_files_are_read_once_for_each_question(monkeypatch: pytest.MonkeyPatch) 
     for _ in range(3):
         configs.config_for(SPEC, "sm_90", "Planted GPU", [100])
     assert len(reads) == 1
-
-
-def test_a_kill_between_any_two_writes_leaves_a_readable_result_and_no_parts(
-    tuning_folder: Path, forking: Forking, tmp_path: Path
-) -> None:
-    store.save(result(OLD))
-    command, pipe = [forking.executable(tmp_path / "python"), "-c", KILLED_WRITERS], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-
-        def ask(value: object) -> int:
-            print(value, file=process.stdin, flush=True)
-            return int(process.stdout.readline())
-
-        print(json.dumps(result(NEW)), file=process.stdin)
-        for point in range(1, 5):
-            assert ask(point) == -signal.SIGKILL, "a result is written in fewer steps than this test believes"
-            assert config_of() == OLD
-        while ask(point := point + 1) == -signal.SIGKILL:
-            assert config_of() == OLD
-        assert config_of() == NEW
-        process.stdin.close()
-    store.save(result(OLD))
-    parts = list(tuning_folder.rglob("*.part"))
-    assert parts
-    for part in parts:
-        os.utime(part, (0, time.time() - 2 * store.STALE_SECONDS))
-    fresh = parts[0].with_name(f".{'0' * 32}.part")
-    fresh.touch()
-    store.save(result(NEW))
-    assert config_of() == NEW
-    assert list(tuning_folder.rglob("*.part")) == [fresh]
-
-
-def test_processes_at_once_lose_no_result(forking: Forking, tmp_path: Path) -> None:
-    python = forking.executable(tmp_path / "python")
-    processes = [start(python, SAVES.format(name=name), result(NEW)) for name in ("left", "right")]
-    for process in processes:
-        assert process.communicate()[1] == ""
-        assert process.returncode == 0
-    devices = {found["device"] for _, found in store.scan() if isinstance(found, dict)}
-    assert devices == {f"{name}-{number}" for name in ("left", "right") for number in range(6)} | {"shared"}
-
-
-def test_an_unwritable_folder_is_an_error_and_leaves_nothing_behind(
-    tuning_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store.save(result(OLD))
-
-    def refuse(*arguments: object) -> None:
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", refuse)
-        with pytest.raises(OSError, match="no space"):
-            store.save(result(NEW))
-    assert config_of() == OLD
-    assert [path.suffix for path in tuning_folder.rglob("*") if path.is_file()] == [".json"]
 
 
 def edited(path: Path, **changes: object) -> None:
@@ -345,16 +232,24 @@ def test_an_export_leaves_old_files_of_others_alone(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("[.r]*")} == {".film.part", "results.json"}
 
 
-def test_an_export_replaces_what_a_link_leads_to_and_no_pipe_or_folder(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(tmp_path / "results.json")
+def test_an_export_replaces_what_a_link_leads_to(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    link(tmp_path / "link", tmp_path / "results.json")
     store.export_results(tmp_path / "link", [result()])
     assert (tmp_path / "link").is_symlink()
     assert len(store.import_results(tmp_path / "results.json")) == 1
+
+
+def test_an_export_replaces_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="it is no regular file"):
+        store.export_results(tmp_path, [result()])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes that are files")
+def test_an_export_replaces_no_pipe(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    for path in (pipe, tmp_path):
-        with pytest.raises(OSError, match="it is no regular file"):
-            store.export_results(path, [result()])
+    with pytest.raises(OSError, match="it is no regular file"):
+        store.export_results(pipe, [result()])
     assert pipe.is_fifo()
 
 

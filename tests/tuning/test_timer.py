@@ -66,6 +66,7 @@ def test_a_gpu_is_flushed_by_reading_and_has_its_work_queued(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep" if cycles > 0 else "no sleep"))
     timer = Timer(torch.device("cuda"))
+    assert timer._lines.nbytes == 4096, "an eighth of what is free"
     launch = ["read", "record", "launch", "record"]
     assert timer.device_ms([lambda: log.append("launch")] * 2) == [0.25, 0.25]
     assert log == ["sleep", *launch, *launch, "wait"]

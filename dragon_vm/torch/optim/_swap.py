@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._compile import _disable_dynamo
 
+from dragon.vm._words import counted
 from dragon.vm.torch.optim._counterparts import OURS, options_for, own_options
 from dragon.vm.torch.optim._hints import hint
 from dragon.vm.torch.optim._introspection import hide_ours, show_ours, takes, with_parameters_of
@@ -95,12 +96,12 @@ class Swap:
 
     def report(self) -> str:
         """Say which optimizers were replaced, and which were not and why."""
-        count = f"{_counted(len(self.replaced), 'optimizer')} replaced"
+        count = f"{counted(len(self.replaced), 'optimizer')} replaced"
         lines = [count if self.replaced else "no optimizer was replaced in this process"]
         for entry in self.replaced:
             n_tensors, n_params = entry.counts()
-            size = f"{_counted(n_params, 'parameter')} in {_counted(n_tensors, 'tensor')}"
-            lines.append(f"  torch.optim.{entry.name}: {size}, {_counted(entry.n_steps, 'step')}")
+            size = f"{counted(n_params, 'parameter')} in {counted(n_tensors, 'tensor')}"
+            lines.append(f"  torch.optim.{entry.name}: {size}, {counted(entry.n_steps, 'step')}")
         for (name, reason), times in Counter(self.left_alone).items():
             lines.append(f"  not replaced: {name}{f' ({times} times)' * (times > 1)}: {reason}")
         return "\n".join(lines)
@@ -110,10 +111,6 @@ class Swap:
 
     def __exit__(self, *_: object) -> None:
         self.undo()
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 # Of this process, for all its threads. A thread that begins or ends one holds the lock.
@@ -204,7 +201,7 @@ def _chooser(original: type[torch.optim.Optimizer], plain: Callable[..., None]) 
         else:
             plain(self, *args, **kwargs)
             # AdamW's calls Adam's: the nearest of them speaks.
-            if type(self) in OURS or next(kind for kind in type(self).__mro__ if kind in OURS) is not original:
+            if next(kind for kind in type(self).__mro__ if kind in OURS) is not original:
                 return
             reason = f"it is derived from torch.optim.{original.__name__}"
         _record(self, original.__name__, reason, swaps)

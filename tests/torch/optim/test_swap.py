@@ -179,6 +179,8 @@ def test_an_option_that_pytorchs_class_lacks_is_pytorchs_error(theirs: Any) -> N
         ({"lr": 0.1}, TypeError, r"swap\(\) got unexpected keyword arguments: 'lr'"),
         ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm .* -1"),
         ({"backend": "nonsense"}, ValueError, "backend .*'nonsense'"),
+        ({"state_dtype": {"exp_avgg": torch.bfloat16}}, ValueError, "expected states among .* 'exp_avgg'"),
+        ({"state_dtype": {"momentum_buffer": torch.int8}}, ValueError, "momentum_buffer.* torch.int8"),
     ],
 )
 def test_bad_options_are_refused_and_nothing_is_swapped(
