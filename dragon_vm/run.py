@@ -232,7 +232,8 @@ def _inside(trace: TracebackType | None) -> TracebackType | None:
     """The part of a traceback that is below this file and the import system; None if nothing is."""
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if name != __file__ and not name.startswith("<frozen importlib"):
+        # Frozen, or a file in Python 3.10.
+        if name not in (__file__, importlib.util.__file__) and not name.startswith("<frozen importlib"):
             break
         trace = trace.tb_next
     return trace
