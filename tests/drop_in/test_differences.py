@@ -23,22 +23,6 @@ def test_sgd_refuses_the_sparse_gradients_that_pytorchs_takes() -> None:
     assert not torch.equal(embedding.weight, before)
 
 
-def test_flat_gradients_are_views_of_a_buffer_that_stays() -> None:
-    params = [nn.Parameter(torch.ones(100)) for _ in range(3)]
-    optimizer = ours.Adam(params, lr=0.1, flatten=True)
-    places = []
-    for _ in range(2):
-        sum((param * param).sum() for param in params).backward()
-        assert [param.grad.untyped_storage().nbytes() for param in params] == [400] * 3
-        optimizer.step()
-        assert len({param.grad.untyped_storage().data_ptr() for param in params}) == 1
-        assert params[0].grad.untyped_storage().nbytes() >= 1200
-        places.append([param.grad.data_ptr() for param in params])
-        optimizer.zero_grad()
-        assert [param.grad for param in params] == [None] * 3
-    assert places[0] == places[1]
-
-
 def test_the_memory_of_flat_states_stays_for_the_next_ones() -> None:
     params = [nn.Parameter(torch.ones(100)) for _ in range(3)]
     optimizer = ours.Adam(params, flatten=True)
@@ -121,15 +105,6 @@ def test_a_model_whose_dtype_changes_goes_on_with_its_states() -> None:
         state = optimizer.state[model.weight]
         assert (model.weight.dtype, state["exp_avg"].dtype) == (torch.bfloat16, torch.float64)
         assert state["step"] == 3
-
-
-def test_parameters_of_a_flat_buffer_share_one_step_count() -> None:
-    params = [nn.Parameter(torch.ones(100)) for _ in range(2)]
-    optimizer = ours.Adam(params, flatten=True)
-    sum(param.sum() for param in params).backward()
-    optimizer.step()
-    optimizer.state[params[0]]["step"].fill_(50)
-    assert optimizer.state[params[1]]["step"] == 50
 
 
 @pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}], ids=str)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from copy import copy
 from itertools import chain
 from typing import Any
 
@@ -65,7 +64,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 found = without_torch_function(convert, (), (self._own_value(param), entries, key), {})
                 found = found if self._algorithm.saves_steps else _uncounted(found)
                 states[key] = _to_fill(found) if is_to_fill else found
-        return {**packed, "state": with_own_steps(states)}
+        return {**packed, "state": states}
 
     def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What is left to PyTorch of a dict: all of one for other groups, which it refuses with its own words."""
@@ -169,22 +168,6 @@ class _BehindConversion(OrderedDict[int, Callable[..., Any]]):
     def values(self) -> Any:
         """What PyTorch calls, in order."""
         return [lambda optimizer, packed: optimizer._as_saved(packed), *super().values()]
-
-
-def with_own_steps(states: Any) -> Any:
-    """The states, each with a step counter of its own: PyTorch's optimizers would count for all that share one.
-
-    It is the very mapping if none is shared.
-    """
-    seen: set[int] = set()
-    own = states
-    for key, entries in states.items():
-        step = entries.get("step") if isinstance(entries, dict) else None
-        if isinstance(step, Tensor) and id(step) in seen:
-            own = copy(states) if own is states else own
-            own[key] = {**entries, "step": step.detach().clone()}
-        seen.add(id(step))
-    return own
 
 
 def _drop_storage(packed: Group, is_flat: bool) -> None:

@@ -13,7 +13,6 @@ from torch._compile import _disable_dynamo
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._averages import exchanged
-from dragon.vm.torch.optim._checkpoint import with_own_steps
 from dragon.vm.torch.optim._distributed.handles import borrowed, returned
 from dragon.vm.torch.optim._distributed.hidden import is_state_asked_for
 from dragon.vm.torch.optim._distributed.lanes import check_process_group
@@ -96,7 +95,8 @@ class Optimizer(TakingOptimizer):
         self._release.watch(self.param_groups)
 
     def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
-        if self._settings.flatten:
+        # Kernels update all tensors in one launch, and other operations a tensor at a time.
+        if self._settings.flatten and self._settings.backend in (None, "native"):
             self._updater.buffers += with_plain_tensors(lambda: make_buffers(groups))
 
     @_disable_dynamo
@@ -267,7 +267,6 @@ class Optimizer(TakingOptimizer):
         state = super().__getstate__()
         return {
             **state,
-            "state": with_own_steps(state["state"]),
             "defaults": borrowed(state["defaults"]),
             "param_groups": list(map(dict, self.param_groups)),
             "_settings": borrowed(self._settings._asdict()),

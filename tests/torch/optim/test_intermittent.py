@@ -235,7 +235,7 @@ def test_a_norm_has_the_bits_of_its_set_whatever_other_sets_came_before(backend,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_norm_has_the_bits_of_its_set_after_a_buffer_has_parted(backend):
+def test_a_norm_has_the_bits_of_its_set_beside_flat_buffers(backend):
     runs = [parameters([(700,), (4000,), (333,)], device=home(backend)) for _ in range(2)]
     optimizers = [SGD(params, lr=0.1, backend=backend, flatten=True, max_grad_norm=0.5) for params in runs]
     for number, pattern in enumerate((0b111, 0b101, 0b111)):

@@ -15,12 +15,9 @@ from dragon.vm.torch.optim._backends.pieces import Piece, Scratch
 from dragon.vm.torch.optim._backends.selection import Picker, picker
 from dragon.vm.torch.optim._gradients.scaling import Factors, clip_value
 from dragon.vm.torch.optim._gradients.unscaling import unscale_all
-from dragon.vm.torch.optim._groups.flattening import FlattenedGroup
+from dragon.vm.torch.optim._groups.buffers import SMALL_NUMEL
+from dragon.vm.torch.optim._groups.flattening import Entry, Signature
 from dragon.vm.torch.optim._options import Group, by_value
-
-# A fused operation forks its threads once a tensor. Below this many elements a tensor, one thread is faster:
-# 1000 tensors of 1000 elements took 0.87 ms on one thread, 2.05 ms on two (torch 2.13, 2 cores).
-SINGLE_THREAD_NUMEL = 8192
 
 # Hyperparameters, beside those of the algorithm and the learning rate, that tensors of one call must share.
 _COMMON_NAMES = ("maximize", "clip_norm", "clip_value")
@@ -69,14 +66,15 @@ class FusedCall(NamedTuple):
             torch._foreach_clamp_min_(copies, -bound)
         return copies
 
-    def divide(self, grads: list[Tensor]) -> None:
-        """Divide gradients that stay behind by the divisor."""
-        divisor = _number(self.divisor, grads[0].dtype)
-        if any(map(Tensor.is_inference, grads)):
-            unscale_all(grads, divisor)
-        else:
-            # In a third of the time. No gradient here is conjugated, negated or expanded.
-            torch._foreach_div_(grads, divisor)
+
+def divide(grads: list[Tensor], divisor: float) -> None:
+    """Divide gradients that stay behind, which are laid out like their parameters."""
+    number = _number(divisor, grads[0].dtype)
+    if any(map(Tensor.is_inference, grads)):
+        unscale_all(grads, number)
+    else:
+        # In a third of the time. No gradient here is conjugated, negated or expanded.
+        torch._foreach_div_(grads, number)
 
 
 def _number(value: float, dtype: torch.dtype) -> Tensor:
@@ -85,17 +83,17 @@ def _number(value: float, dtype: torch.dtype) -> Tensor:
 
 
 class FusedPlanner:
-    """Plans the fused calls of one flattened group."""
+    """Plans the fused calls of one flattened group, with flat buffers behind its entries."""
 
-    def __init__(self, group: FlattenedGroup, algorithm: Algorithm) -> None:
-        self._algorithm, self._param_dtype = algorithm, group.signature.param_dtype
-        self._reads_copies = group.signature.grad_dtype != group.signature.param_dtype
-        self._positions = [entry.position for entry in group.entries]
+    def __init__(self, signature: Signature, entries: Sequence[Entry], algorithm: Algorithm) -> None:
+        self._algorithm, self._param_dtype = algorithm, signature.param_dtype
+        self._reads_copies = signature.grad_dtype != signature.param_dtype
+        self._positions = [entry.position for entry in entries]
         self._read_key = itemgetter(*algorithm.fused_names, *_COMMON_NAMES)
         self._keys: list[Any] = []
-        params = [entry.param for entry in group.entries]
-        are_small = [param.numel() < SINGLE_THREAD_NUMEL for param in params]
-        self._group_index = [entry.group_index for entry in group.entries]
+        params = [entry.param for entry in entries]
+        are_small = [param.numel() < SMALL_NUMEL for param in params]
+        self._group_index = [entry.group_index for entry in entries]
         self._classes = list(zip(self._group_index, are_small, strict=True))
         # Rows that take part, and these rows by parameter group and size class.
         self._parts: tuple[Sequence[int], dict[tuple[int, bool], list[int]]] = [], {}
@@ -112,8 +110,8 @@ class FusedPlanner:
     ) -> list[FusedCall]:
         """Collect what may go into one call; parameter groups of equal hyperparameters share one.
 
-        `rows` are the tensors of this group that take part. `steps` are the counts of all its tensors, one if they
-        agree, or none if none are needed.
+        `rows` are the tensors that take part. `steps` are the counts of all tensors, one if they agree, or none if
+        none are needed.
         """
         if rows != self._parts[0]:
             parts: dict[tuple[int, bool], list[int]] = {}
@@ -161,8 +159,7 @@ class FusedPlanner:
             "grad_scale": None,
         }
         # The operation divides in fp32, where a gradient of half precision would underflow. It divides by an fp32
-        # number: too coarse for fp64, infinite for tiny factors. Nor may it write a NaN into the gaps of a flat
-        # buffer.
+        # number: too coarse for fp64, infinite for tiny factors.
         is_wide = self._param_dtype in (torch.float64, torch.complex128)
         is_scaled = factor != 1 and not is_wide and 1e-38 < factor < math.inf
         if is_scaled:

@@ -144,7 +144,7 @@ def tensor_rows(flattened: Sequence[FlattenedGroup], seed: int = 0) -> array[int
     for column, values in columns.items():
         words[int(column) :: width] = array("q", values)
     start = 0
-    for signature, members in flattened:
+    for signature, members, _ in flattened:
         names = _part_columns(signature)
         for entry in members:
             for name, column in names.items():

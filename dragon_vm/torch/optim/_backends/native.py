@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
-from dragon.vm.torch.optim._backends.fused_calls import FusedCall, FusedPlanner
+from dragon.vm.torch.optim._backends.flats import Flats, with_flats
+from dragon.vm.torch.optim._backends.fused_calls import FusedCall, FusedPlanner, divide
 from dragon.vm.torch.optim._backends.selection import Gathered, picked, picker
 from dragon.vm.torch.optim._backends.threads import on_one_thread
 from dragon.vm.torch.optim._gradients.norms import as_real
@@ -27,9 +28,10 @@ class NativeGroup:
     def __init__(self, group: FlattenedGroup, algorithm: Algorithm, n_gathered: int) -> None:
         self._algorithm, self._signature = algorithm, group.signature
         self._pick = picker([entry.position for entry in group.entries], n_gathered)
-        self._group_index = [entry.group_index for entry in group.entries]
+        self._flats, entries = Flats(group), with_flats(group)
+        self._group_index = [entry.group_index for entry in entries]
         self._counters = _Counters(group) if group.signature.counts_steps else None
-        self._planner = FusedPlanner(group, algorithm)
+        self._planner = FusedPlanner(group.signature, entries, algorithm)
         self._needs_steps = False
         # Calls that are faster on one thread, and the others; and what they were planned for.
         self._calls: tuple[list[FusedCall], list[FusedCall]] = [], []
@@ -38,21 +40,41 @@ class NativeGroup:
 
     def update(self, tensors: Gathered, groups: Sequence[Group], version: Version, factors: Factors) -> None:
         """Advance the counters and update the tensors that have a gradient."""
-        signature = self._signature
+        signature, flats = self._signature, self._flats
         grads = own_grads = self._pick(tensors.grads)
         if signature.grad_dtype != signature.param_dtype:
             grads = [None if grad is None else grad.to(signature.param_dtype) for grad in grads]
         if version != self._version:
             self._read(groups, version)
-        keys = (*signature.state_keys, "step") if self._counters else signature.state_keys
+        keys = signature.all_keys
         params, *states = picked(self._pick, [tensors.shards, *[tensors.states[key] for key in keys]])
-        counters = states.pop() if self._counters else ()
+        columns = {"param": params, "grad": grads, "own grad": own_grads, **dict(zip(keys, states, strict=True))}
         rows: Sequence[int] = range(len(params))
         if not tensors.are_all:
             rows = [row for row, grad in enumerate(grads) if grad is not None]
             if not rows:
                 return
-        steps = self._counters.advance(counters, rows, self._needs_steps) if self._counters else []
+        # A buffer is updated at once only where its parameters have one count.
+        needs_steps = self._needs_steps or bool(flats)
+        steps = self._counters.advance(columns["step"], rows, needs_steps) if self._counters else []
+        chosen = flats.chosen(rows, steps, factors) if flats else []
+        if flats:
+            flats.copy_grads(grads, chosen)
+            rows, columns, steps = flats.in_place_of(rows, chosen), flats.behind(columns), flats.behind_each(steps)
+        self._update(rows, columns, steps, groups, factors)
+        if chosen and factors.kept_scale not in (None, 1.0):
+            # Copies were divided so far.
+            divide(flats.picked(own_grads, chosen), factors.kept_scale)
+
+    def _update(
+        self,
+        rows: Sequence[int],
+        columns: Mapping[str, Tensors],
+        steps: list[float],
+        groups: Sequence[Group],
+        factors: Factors,
+    ) -> None:
+        """Update the tensors in some rows, with flat buffers behind those of the entries."""
         # Counts advance together: their differences stay, and with them what may share a call.
         differences = [step - steps[0] for step in steps]
         planned_for = (differences, factors.common, factors.each, factors.kept_scale, rows)
@@ -63,14 +85,12 @@ class NativeGroup:
             self._calls = [call for call in calls if call.is_small], [call for call in calls if not call.is_small]
             self._planned_for = planned_for
         small, large = self._calls
-        columns = [params, grads, own_grads, *states]
         if small:
-            on_one_thread(lambda: self._run(small, columns, counters, steps))
-        self._run(large, columns, counters, steps)
-        if signature.ema_dtype is not None:
-            emas = self._pick(tensors.states["ema"])
+            on_one_thread(lambda: self._run(small, columns, steps))
+        self._run(large, columns, steps)
+        if self._signature.ema_dtype is not None:
             for row in rows:
-                param, ema, index = params[row], emas[row], self._group_index[row]
+                param, ema, index = columns["param"][row], columns["ema"][row], self._group_index[row]
                 as_real(ema).lerp_(as_real(param), 1 - float(groups[index]["ema_decay"]))
 
     def _read(self, groups: Sequence[Group], version: Version) -> None:
@@ -83,11 +103,12 @@ class NativeGroup:
             self._planned_for = None
         self._version = version
 
-    def _run(self, calls: list[FusedCall], columns: list[Tensors], counters: Tensors, steps: list[float]) -> None:
-        """Update by fused operations; `columns` are parameters, gradients, those that stay behind, and states."""
+    def _run(self, calls: list[FusedCall], columns: Mapping[str, Tensors], steps: list[float]) -> None:
+        """Update by fused operations."""
         is_complex, common_step = self._signature.param_dtype.is_complex, next(iter(steps), 0.0)
+        names, counters = ("param", "grad", "own grad", *self._signature.state_keys), columns.get("step", ())
         for call in calls:
-            chosen = list(map(list, picked(call.pick, columns)))
+            chosen = list(map(list, picked(call.pick, [columns[name] for name in names])))
             if is_complex:
                 chosen = [list(map(as_real, column)) for column in chosen]
             step = call.pick(steps)[0] if len(steps) > 1 else common_step
@@ -103,7 +124,7 @@ class NativeGroup:
                 )
                 if call.divisor != 1:
                     # In the layout of a parameter nothing is expanded.
-                    call.divide(own_grads)
+                    divide(own_grads, call.divisor)
 
 
 class _Counters:
@@ -122,9 +143,7 @@ class _Counters:
         """Count the step of some rows; return all counts if they are needed: one if all agree, or none."""
         buffer = self._buffer
         if buffer is None:
-            # Joined parameters share a counter.
-            distinct = {id(counter): counter for counter in map(counters.__getitem__, rows)}
-            torch._foreach_add_(list(distinct.values()), self._one)
+            torch._foreach_add_(list(map(counters.__getitem__, rows)), self._one)
         elif len(rows) == len(counters):
             buffer.add_(self._one)
         else:

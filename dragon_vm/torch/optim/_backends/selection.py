@@ -21,7 +21,7 @@ class Gathered(NamedTuple):
 
     Attributes:
         params: parameters.
-        shards: for each the tensor that this process updates, then flat buffers.
+        shards: for each the tensor that this process updates.
         grads: their gradients, in the layouts of the parameters; None for a parameter that takes no part.
         states: state tensors by name; None for a parameter without that state.
         take: selects what belongs to the parameters that take part.

@@ -72,16 +72,15 @@ def zero_or_remove(params: Iterable[Tensor], set_to_none: bool | None) -> None:
     zero_all(zeroed)
 
 
-def apart(grads: Sequence[Any], positions: Sequence[int], taken: frozenset[int] = frozenset()) -> Sequence[Any]:
+def apart(grads: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
     """Gradients of which no two at these positions start at the same memory; the very sequence if that holds.
 
-    Nor does one start at an address that is `taken` by others. So one may be written after it was read. Empty ones
-    and those without memory of their own have address 0.
+    So one may be written after it was read. Empty ones and those without memory of their own have address 0.
     """
     addresses = list(map(Tensor.data_ptr, map(grads.__getitem__, positions)))
-    if len(set(addresses)) == len(addresses) and taken.isdisjoint(addresses):
+    if len(set(addresses)) == len(addresses):
         return grads
-    seen = set(taken)
+    seen: set[int] = set()
     grads = list(grads)
     # The longest one stays: what is written to it reaches the others.
     for position, address in sorted(zip(positions, addresses, strict=True), key=lambda at: -grads[at[0]].nbytes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._formats.bound import can_exceed_bound
 from dragon.vm.torch.optim._formats.format import Format
 from dragon.vm.torch.optim._formats.rounding import Plain
+from dragon.vm.torch.optim._groups.buffers import Joined
 from dragon.vm.torch.optim._groups.states import State
 
 
@@ -17,7 +19,7 @@ class Entry(NamedTuple):
     """A tensor of a flattened group.
 
     Attributes:
-        param: a parameter, this process's shard of one, or a flat buffer of several.
+        param: a parameter, or this process's shard of one.
         state: its state tensors by name.
         group_index: index of its parameter group.
         position: its place in the lists of tensors that a step gathers.
@@ -71,11 +73,6 @@ class Signature(NamedTuple):
         return all(isinstance(form, Plain) for form in self.formats)
 
     @property
-    def hands_on(self) -> bool:
-        """Whether a plan hands its states on, wherever they lie: kernels know addresses, masters their place."""
-        return self.backend != "triton" and self.is_plain
-
-    @property
     def is_uniform(self) -> bool:
         """Whether all tensors but the gradient have the parameter's dtype."""
         own = Plain(self.param_dtype)
@@ -121,7 +118,17 @@ class Signature(NamedTuple):
 
 
 class FlattenedGroup(NamedTuple):
-    """Tensors that share a launch, in walking order."""
+    """Tensors that share a launch, in walking order.
+
+    Attributes:
+        joined: flat buffers in which some of them lie, with their places among the entries.
+    """
 
     signature: Signature
     entries: list[Entry]
+    joined: Sequence[Joined] = ()
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether a plan hands its states on, wherever they lie: kernels know addresses, masters their place."""
+        return self.signature.backend != "triton" and self.signature.is_plain and not self.joined

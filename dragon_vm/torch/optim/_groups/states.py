@@ -112,6 +112,17 @@ def add_counters(states: Iterable[tuple[State, float, CounterPlace]]) -> None:
             state["step"] = counter
 
 
+def part_counters(states: Iterable[State]) -> None:
+    """Give states that share a step counter one each."""
+    seen: set[int] = set()
+    for state in states:
+        counter = state.get("step")
+        if isinstance(counter, Tensor):
+            if id(counter) in seen:
+                state["step"] = counter.clone()
+            seen.add(id(counter))
+
+
 def settled_entries(param: Tensor, state: State, keys: tuple[str, ...], place: CounterPlace | None) -> State:
     """State entries that must be replaced to be on the parameter's device, in its layout. Nothing is changed."""
     replaced: State = {}

@@ -92,13 +92,12 @@ class PlanCache:
         positions = sorted({*compress(range(len(present)), present), *more})
         lists: tuple[list[Any], ...] = members.params, members.shards, members.grads, members.group_index()
         chosen = Chosen(positions, *map(list, map(picker(positions, len(present)), lists)))
-        prepared = prepare(recipe, chosen, are_captured=bool(self._captured))
+        prepared = prepare(recipe, chosen)
         if len(recipe.buffers) < n_buffers:
-            # Joined parameters count as one: those that have parted count each for itself in all plans.
-            self._latest.clear()
+            # Earlier plans would keep the memory of buffers that are gone.
+            self.forget()
         plan = StepPlan(recipe, prepared, takes_parts=bool(more))
-        if not (more or recipe.buffers):
-            # A buffer is updated as a whole.
+        if not more:
             self._widening.missed.append((key, plan.gatherer))
         tensors = plan.gatherer.read(recipe, present)
         assert tensors is not None

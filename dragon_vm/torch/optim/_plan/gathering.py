@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain, compress, repeat
+from itertools import chain, compress
 from operator import is_, itemgetter
 from typing import Any, TypeVar
 
@@ -20,8 +20,6 @@ T = TypeVar("T")
 # What reading a tensor raises where there is none.
 _MISSING = (KeyError, TypeError, AttributeError, IndexError)
 
-_step_of = itemgetter("step")
-
 
 class StateReader:
     """Reads the state tensors of a plan's parameters from `Optimizer.state`, column by column.
@@ -35,24 +33,15 @@ class StateReader:
         params, self._n_params = prepared.chosen.params, len(prepared.keys)
         # Positions of the parameters that have a state, and where their states stand among all states.
         holders = [i for i, keys in enumerate(prepared.keys) if keys]
-        # Joined parameters share a counter: it is compared by identity, once for each of them.
-        index_of = {position: index for index, position in enumerate(holders)}
-        self._shared = [
-            (picker([index_of[i] for i in joined.positions], len(holders)), joined.buffer)
-            for joined in prepared.joined
-            if "step" in joined.buffer.state
-        ]
         self._pick_params = picker(holders, self._n_params)
         # Never all that there are: others may come, and go.
         self._pick_states = picker([order[id(params[i])] for i in holders], len(recipe.state) + 1)
         self._positions: dict[str, list[int]] = {}
         self._columns: list[tuple[str, Any, Any]] = []
         for key in dict.fromkeys(chain.from_iterable(prepared.keys)):
-            inside = prepared.inside if key == "step" else ()
-            within = [n for n, i in enumerate(holders) if key in prepared.keys[i] and i not in inside]
-            if within:
-                self._positions[key] = [holders[n] for n in within]
-                self._columns.append((key, itemgetter(key), picker(within, len(holders))))
+            within = [n for n, i in enumerate(holders) if key in prepared.keys[i]]
+            self._positions[key] = [holders[n] for n in within]
+            self._columns.append((key, itemgetter(key), picker(within, len(holders))))
         self.are_complete = all(len(positions) == self._n_params for positions in self._positions.values())
 
     def read(self, recipe: Recipe, params: Sequence[Tensor]) -> dict[str, list[Any]] | None:
@@ -67,9 +56,6 @@ class StateReader:
         if len(owners) != len(expected) or not all(map(is_, owners, expected)):
             return None
         entries = self._pick_states(list(recipe.state.values()))
-        for pick, buffer in self._shared:
-            if not all(map(is_, map(_step_of, pick(entries)), repeat(buffer.state["step"]))):
-                return None
         columns = {key: list(map(read, pick(entries))) for key, read, pick in self._columns}
         if recipe.members.are_distributed:
             columns = {key: locals_of(column) for key, column in columns.items()}
@@ -103,7 +89,7 @@ class Gatherer:
             _, params, shards, grads, _ = prepared.chosen
             states = self.states.read(recipe, params)
             assert states is not None
-            hands_on = not prepared.joined and all(group.signature.hands_on for group in prepared.flattened)
+            hands_on = all(group.hands_on for group in prepared.flattened)
             # Counters are advanced as pieces of one tensor.
             placed = [key for key in states if key == "step" or not hands_on]
             self._guard = Guard(grads, shards, states, placed, takes_parts=takes_parts)

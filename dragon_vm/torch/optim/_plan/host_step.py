@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import chain
 
 import torch
 
@@ -29,23 +28,19 @@ class HostStep:
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, n_gathered: int) -> None:
-        chosen, joined = prepared.chosen, prepared.joined
         hosts = [group for group in prepared.flattened if group.signature.backend != "triton"]
         self.groups = [_on_host(recipe, group, n_gathered) for group in hosts]
-        # Groups of the entries of all flattened groups by position: a buffer is one gradient, not its parameters.
         # In the order of the parameters: a norm's last bits depend on it, and on nothing else of the plan.
-        entries = chain.from_iterable(group.entries for group in prepared.flattened)
-        self._group_index = dict(sorted((entry.position, entry.group_index) for entry in entries))
+        self._positions, _, _, _, self._group_index = prepared.chosen
         # What sums the squares of the gradients that the last step had, and their positions.
         self._square_sum: tuple[list[int], SquareSum] = [], SquareSum([])
         self._clips_each = any(group["clip_norm"] for group in recipe.groups)
         # Whether some group scales its gradients, and the version of which that was asked.
         self._scales, self._read_for = False, 0
-        self._first_of = [*chosen.positions, *(chosen.positions[each.positions[0]] for each in joined)]
         self._shared: tuple[Reductions, list[int], SharedNorm] | None = None
 
     def run(self, recipe: Recipe, tensors: Gathered, kept_scale: float | None) -> tuple[Outcome, Scaling]:
-        """Decide, and update the host groups. Flat buffers stand behind the shards.
+        """Decide, and update the host groups.
 
         Returns:
             The outcome, and the decision as the scaling of kernels.
@@ -76,13 +71,13 @@ class HostStep:
             return None
         positions = self._present(tensors)
         if self._shared is None or self._shared[0] is not reductions or self._shared[1] != positions:
-            chosen = [self._first_of[position] for position in positions]
+            chosen = [self._positions[position] for position in positions]
             self._shared = reductions, positions, SharedNorm(reductions, chosen, len(recipe.members.params))
         return self._shared[2]
 
     def _present(self, tensors: Gathered) -> list[int]:
         """Positions of the gradients that are there, in the order of the parameters."""
-        return [position for position in self._group_index if tensors.grads[position] is not None]
+        return [position for position, grad in enumerate(tensors.grads) if grad is not None]
 
     def _factors(self, recipe: Recipe, tensors: Gathered, kept_scale: float | None) -> Factors:
         """Decide.
@@ -110,7 +105,7 @@ class HostStep:
         each = factors.each
         if each:
             own = dict(zip(positions, each, strict=True))
-            each = [own.get(position, 1.0) for position in range(len(self._first_of))]
+            each = [own.get(position, 1.0) for position in range(len(self._positions))]
         return factors._replace(each=each, kept_scale=kept_scale)
 
 

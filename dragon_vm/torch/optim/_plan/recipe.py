@@ -29,7 +29,7 @@ class Recipe(NamedTuple):
         state: states by parameter.
         members: all parameters and their gradients.
         scaling: of the gradients.
-        buffers: flat buffers; a plan takes out those whose parameters part for good.
+        buffers: flat buffers; a plan takes out those that their parameters have left.
         devices: by device, what kernels share from plan to plan.
         reductions: sums over the processes that share the model; None if there are no others or nobody asks.
         zero_grad: whether the step sets the gradients to zero.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,6 @@ from dragon.vm.torch.optim._groups.layout import in_layout_of
 from dragon.vm.torch.optim._options import Settings, needs_norm
 from dragon.vm.torch.optim._plan.gathering import Gatherer
 from dragon.vm.torch.optim._plan.host_step import HostStep
-from dragon.vm.torch.optim._plan.joining import in_buffers, with_buffers
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Outcome, Recipe
 
@@ -35,9 +33,7 @@ class StepPlan:
     """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, *, takes_parts: bool) -> None:
-        self._joined, self._strays = prepared.joined, prepared.strays
-        self._outside = [i for i in range(len(prepared.keys)) if i not in prepared.inside]
-        n_gathered = len(prepared.keys) + len(prepared.joined)
+        self._strays, n_gathered = prepared.strays, len(prepared.keys)
         self._host = HostStep(recipe, prepared, n_gathered)
         # The kernel zeroes the gradients it reads: not those that it reads copies of.
         self._kernel_zeroes = recipe.zero_grad and not self._strays and not self._host.groups
@@ -57,15 +53,13 @@ class StepPlan:
 
     def run(self, recipe: Recipe, tensors: Gathered) -> Outcome:
         """Update the parameters from their gradients."""
-        scaling, are_own = recipe.scaling, recipe.are_own
+        scaling = recipe.scaling
         are_left = not (recipe.zero_grad or recipe.are_last)
-        kept_scale = scaling.grad_scale if are_own and are_left else None
-        if self._joined and are_own:
-            tensors = in_buffers(self._joined, self._outside, tensors)
+        kept_scale = scaling.grad_scale if recipe.are_own and are_left else None
         grads = tensors.take(tensors.grads)
-        # Host groups see to it themselves, but do not look into flat buffers.
-        writes = bool(self._joined) or (bool(self._devices) and (kept_scale is not None or self._kernel_zeroes))
-        ready = self._ready(tensors, are_own, writes=writes)
+        # Host groups see to it themselves.
+        writes = bool(self._devices) and (kept_scale is not None or self._kernel_zeroes)
+        ready = self._ready(tensors, writes=writes)
         outcome, shared, devices = Outcome(), None, self._devices
         if self._decides_on_host:
             kept = (1.0 if kept_scale is None else float(kept_scale)) if are_left else None
@@ -96,13 +90,9 @@ class StepPlan:
             zero_all(grads)
         return outcome
 
-    def _ready(self, tensors: Gathered, are_own: bool, *, writes: bool) -> Gathered:
-        """The tensors with gradients in their parameters' layouts, and with flat buffers behind the parameters.
-
-        With `writes`, no two gradients are the same memory.
-        """
-        is_plain = not (writes or self._strays or self._joined)
-        if is_plain and (not self._host.groups or self.gatherer.states.are_complete):
+    def _ready(self, tensors: Gathered, *, writes: bool) -> Gathered:
+        """The tensors with gradients in their parameters' layouts; with `writes` no two are the same memory."""
+        if not (writes or self._strays) and (not self._host.groups or self.gatherer.states.are_complete):
             return tensors
         grads, states = tensors.grads, tensors.states
         if self._host.groups:
@@ -113,12 +103,8 @@ class StepPlan:
                 if grads[position] is not None:
                     grads[position] = in_layout_of(tensors.shards[position], grads[position])
         if writes:
-            # A gradient in a flat buffer stays there, whoever else has it.
-            inside = chain.from_iterable(each.buffer.grad_addresses for each in self._joined)
-            outside = [position for position in self._outside if grads[position] is not None]
-            grads = apart(grads, outside, frozenset(inside)) if outside else grads
-        ready = tensors._replace(grads=grads, states=states)
-        return with_buffers(self._joined, ready, are_own) if self._joined else ready
+            grads = apart(grads, [position for position, grad in enumerate(grads) if grad is not None])
+        return tensors._replace(grads=grads, states=states)
 
     def publish(self, live: Any, group: dict[str, Any]) -> None:
         """Bring a group's hyperparameters up to date where kernels read them, between steps."""

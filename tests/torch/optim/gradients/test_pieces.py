@@ -63,14 +63,14 @@ def test_pieces_change_no_bit(
     assert max(map(len, cuts)) > 1 or "clip_norm" in options
     assert max(map(sum, cuts)) <= 2310 * numel_of_pair
     cuts.clear()
-    monkeypatch.setattr(fused_calls, "SINGLE_THREAD_NUMEL", 1)
+    monkeypatch.setattr(fused_calls, "SMALL_NUMEL", 1)
     monkeypatch.setattr(pieces, "LARGE_PIECE", 64)
     assert list(map(bits, stepped(kind, dtype, options))) == list(map(bits, whole))
     assert [64] in cuts
     # What does not lie in a row is copied as a whole.
     assert max(cuts) == [1200 * numel_of_pair]
     # Some are small, and some are not.
-    monkeypatch.setattr(fused_calls, "SINGLE_THREAD_NUMEL", 100)
+    monkeypatch.setattr(fused_calls, "SMALL_NUMEL", 100)
     assert list(map(bits, stepped(kind, dtype, options))) == list(map(bits, whole))
 
 

@@ -45,7 +45,7 @@ class Graphs(RuleBasedStateMachine):
         two=st.booleans(),
     )
     def build(self, kind: Any, options: dict[str, Any], flatten: bool, two: bool) -> None:
-        self.optimizers, self.is_flat = [], flatten
+        self.optimizers = []
         options = {"backend": "triton", "flatten": flatten, "momentum": 0.9, **options}
         if kind is AdamW:
             del options["momentum"]
@@ -60,9 +60,6 @@ class Graphs(RuleBasedStateMachine):
 
     @rule(present=st.lists(st.booleans(), min_size=6, max_size=6), seed=st.integers(0, 99), anew=st.booleans())
     def step(self, present: list[bool], seed: int, anew: bool) -> None:
-        if self.is_flat and self.graphs:
-            # A step that splits a buffer is refused once a graph counts for all of it.
-            present = [True] * 6
         for optimizer in self.optimizers:
             for i, (param, has_grad) in enumerate(zip(params_of(optimizer), present, strict=False)):
                 if not has_grad:

@@ -52,9 +52,18 @@ def same(left, right, backend="triton"):
     return all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(left, right, strict=True))
 
 
-def n_joined(optimizer):
-    """Entries that the latest step updates, joined ones counted once."""
-    return len(optimizer._updater.plans.latest()[-1]._host._group_index)
+@pytest.fixture
+def calls(monkeypatch):
+    """How many tensors each of torch's fused Adam operations gets."""
+    found = []
+    fused = torch._fused_adam_
+
+    def counted(params, *args, **kwargs):
+        found.append(len(params))
+        fused(params, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "_fused_adam_", counted)
+    return found
 
 
 HISTORIES = st.lists(
@@ -88,33 +97,42 @@ def test_flat_buffers_change_no_result(backend, history, amsgrad, epsilon_hat):
             assert same(states[0].values(), states[1].values(), backend)
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
-def test_a_buffer_is_one_entry_until_a_step_of_some_splits_it_for_good(backend):
-    params = [torch.nn.Parameter(torch.randn(10, device=home(backend))) for _ in range(20)]
-    optimizer = Adam(params, backend=backend, flatten=True)
-    for _ in range(2):
-        give_grads(params, 0, [True] * 20, in_place=False)
+def test_a_buffer_is_one_tensor_where_all_its_parameters_step_with_one_count(calls):
+    params = [torch.nn.Parameter(torch.randn(10)) for _ in range(20)]
+    optimizer = Adam(params, backend="native", flatten=True)
+    for present in (19, 20, 20):
+        give_grads(params, 0, [number < present for number in range(20)], in_place=False)
         optimizer.step()
-        assert n_joined(optimizer) == 1
-    params[7].grad = None
+    # The last one began later.
+    optimizer.state[params[19]]["step"].fill_(3)
+    for present in (20, 20, 10):
+        give_grads(params, 0, [number < present for number in range(20)], in_place=False)
+        optimizer.step()
+    assert calls == [19, 20, 20, 1, 1, 10]
+    assert [float(optimizer.state[param]["step"]) for param in params] == [6.0] * 10 + [5.0] * 10
+
+
+def test_a_large_parameter_and_one_of_other_options_are_in_no_buffer(calls):
+    params = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 8192, 5, 4, 2)]
+    groups = [{"params": params[:4]}, {"params": params[4:]}]
+    optimizer = Adam(groups, backend="native", flatten=True)
+    (buffer,) = optimizer._updater.buffers
+    assert buffer.addresses == [params[index].data_ptr() for index in (0, 2, 3)]
+    give_grads(params, 0, [True] * 5, in_place=False)
     optimizer.step()
-    assert n_joined(optimizer) == 19
-    for _ in range(2):
-        params[7].grad = torch.randn_like(params[7])
-        optimizer.step()
-        assert n_joined(optimizer) == 20
-    assert [float(optimizer.state[p]["step"]) for p in params] == [5.0] * 7 + [4.0] + [5.0] * 12
+    # The buffer and the only parameter of the other group share a call.
+    assert sorted(calls) == [1, 2]
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
-def test_a_first_step_of_some_splits_a_buffer_too(backend):
-    params = [torch.nn.Parameter(torch.randn(10, device=home(backend))) for _ in range(3)]
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_other_backends_move_nothing(backend):
+    params = parameters(backend)
+    before = [param.data_ptr() for param in params]
     optimizer = Adam(params, backend=backend, flatten=True)
-    for present in ([True, False, True], [False, True, False], [True] * 3):
-        give_grads(params, 0, present, in_place=False)
-        optimizer.step()
-        assert n_joined(optimizer) == sum(present)
-    assert [float(optimizer.state[p]["step"]) for p in params] == [2.0] * 3
+    give_grads(params, 0, [True] * len(params), in_place=False)
+    optimizer.step()
+    assert [param.data_ptr() for param in params] == before
+    assert optimizer._updater.buffers == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -152,24 +170,6 @@ def test_a_swapped_parameter_is_the_one_that_is_updated(backend):
         optimizer.step()
         flat.step()
         assert same(params, flat_params, backend)
-
-
-@pytest.mark.parametrize("backend", ["native", "triton"])
-@pytest.mark.parametrize("in_place", [False, True])
-def test_parameters_of_a_buffer_share_a_count_until_one_gets_its_own(backend, in_place):
-    params = [torch.nn.Parameter(torch.randn(10, device=home(backend))) for _ in range(4)]
-    optimizer = Adam(params, backend=backend, flatten=True)
-    for step in range(3):
-        for param in params:
-            param.grad = torch.ones_like(param)
-        if step == 2 and in_place:
-            optimizer.state[params[1]]["step"].fill_(7)
-        elif step == 2:
-            optimizer.state[params[1]]["step"] = torch.tensor(7.0, device=home(backend))
-        optimizer.step()
-    counts = [float(optimizer.state[param]["step"]) for param in params]
-    assert counts == ([8.0] * 4 if in_place else [3.0, 8.0, 3.0, 3.0])
-    assert n_joined(optimizer) == (1 if in_place else 4)
 
 
 def test_saving_one_parameter_does_not_drag_the_buffer_along():

@@ -319,11 +319,7 @@ def test_a_change_has_the_effect_that_it_has_on_a_fresh_optimizer(algorithm, cha
     check_change(algorithm, change, backend)
 
 
-# Parameters of a buffer share a counter.
-FLAT = [case for case in CASES if case[1] not in (swap_step_memory, fill_step)]
-
-
-@pytest.mark.parametrize(("algorithm", "change"), FLAT, ids=lambda value: value.__name__)
+@pytest.mark.parametrize(("algorithm", "change"), CASES, ids=lambda value: value.__name__)
 def test_a_change_has_the_effect_beside_flat_buffers_that_it_has_without(algorithm, change):
     # Whole vectors of the processor: the last bits of others depend on where they lie.
     runs = [

@@ -1,0 +1,81 @@
+"""Flat buffers in a native group: each is a row behind those of the entries, and is updated in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TypeVar
+
+from torch import Tensor
+
+from dragon.vm.torch.optim._backends.selection import picker
+from dragon.vm.torch.optim._gradients.scaling import Factors
+from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup
+
+T = TypeVar("T")
+
+
+def with_flats(group: FlattenedGroup) -> list[Entry]:
+    """The entries of a group, and behind them one for each buffer, at the position of its first parameter."""
+    flats = [group.entries[rows[0]]._replace(param=buffer.values) for buffer, rows in group.joined]
+    return [*group.entries, *flats]
+
+
+class Flats:
+    """The flat buffers of one group; false if there are none."""
+
+    def __init__(self, group: FlattenedGroup) -> None:
+        self._n_rows = len(group.entries)
+        self._joined = [(buffer, rows, picker(rows, self._n_rows)) for buffer, rows in group.joined]
+        # The rows of the last step, the buffers chosen then, and the rows of both.
+        self._arranged: tuple[Sequence[int], list[int], list[int]] = (), [], []
+
+    def __bool__(self) -> bool:
+        return bool(self._joined)
+
+    def chosen(self, rows: Sequence[int], steps: Sequence[float], factors: Factors) -> list[int]:
+        """The indices of buffers whose parameters all take part, with one step count and one factor.
+
+        `steps` are the counts of all entries, one if they agree, or none if nothing counts.
+        """
+        if factors.each:
+            return []
+        if len(rows) == self._n_rows and len(steps) <= 1:
+            return list(range(len(self._joined)))
+        present = set(rows)
+        return [
+            index
+            for index, (_, own, pick) in enumerate(self._joined)
+            if present.issuperset(own) and (len(steps) <= 1 or len(set(pick(steps))) == 1)
+        ]
+
+    def in_place_of(self, rows: Sequence[int], chosen: list[int]) -> list[int]:
+        """The rows that take part, with chosen buffers in the place of their parameters."""
+        if self._arranged[:2] != (rows, chosen):
+            inside = set(self.picked(range(self._n_rows), chosen))
+            outside = [row for row in rows if row not in inside]
+            self._arranged = rows, chosen, [*outside, *(self._n_rows + index for index in chosen)]
+        return self._arranged[2]
+
+    def behind(self, columns: Mapping[str, Sequence[Tensor]]) -> dict[str, Sequence[Tensor]]:
+        """Parameters, gradients and states, with those of the buffers behind them."""
+        extended = {key: list(column) for key, column in columns.items()}
+        for buffer, rows, _ in self._joined:
+            flat = dict(buffer.flat_tensors())
+            flat["own grad"] = flat["grad"]
+            for key, column in extended.items():
+                column.append(column[rows[0]] if key == "step" else flat[key])
+        return dict(extended)
+
+    def behind_each(self, steps: list[float]) -> list[float]:
+        """Step counts, as for `chosen`, with those of the buffers behind them."""
+        return steps if len(steps) <= 1 else [*steps, *(steps[rows[0]] for _, rows, _ in self._joined)]
+
+    def copy_grads(self, grads: Sequence[Tensor], chosen: Sequence[int]) -> None:
+        """Copy the gradients of chosen buffers' parameters into them."""
+        for buffer, _, pick in map(self._joined.__getitem__, chosen):
+            buffer.copy_grads(pick(grads))
+
+    def picked(self, values: Sequence[T], chosen: Sequence[int]) -> list[T]:
+        """What chosen buffers' parameters have."""
+        return list(chain.from_iterable(self._joined[index][2](values) for index in chosen))
