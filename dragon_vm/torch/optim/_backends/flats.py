@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import TypeVar
 
@@ -57,19 +57,13 @@ class Flats:
             self._arranged = rows, chosen, [*outside, *(self._n_rows + index for index in chosen)]
         return self._arranged[2]
 
-    def behind(self, columns: Mapping[str, Sequence[Tensor]]) -> dict[str, Sequence[Tensor]]:
-        """Parameters, gradients and states, with those of the buffers behind them."""
-        extended = {key: list(column) for key, column in columns.items()}
-        for buffer, rows, _ in self._joined:
-            flat = dict(buffer.flat_tensors())
-            flat["own grad"] = flat["grad"]
-            for key, column in extended.items():
-                column.append(column[rows[0]] if key == "step" else flat[key])
-        return dict(extended)
+    def behind(self, column: Sequence[Tensor], name: str) -> Sequence[Tensor]:
+        """Parameters, gradients or a state of the entries, with the buffers' flat tensors behind them."""
+        return [*column, *(dict(buffer.flat_tensors())[name] for buffer, _, _ in self._joined)] if column else ()
 
-    def behind_each(self, steps: list[float]) -> list[float]:
-        """Step counts, as for `chosen`, with those of the buffers behind them."""
-        return steps if len(steps) <= 1 else [*steps, *(steps[rows[0]] for _, rows, _ in self._joined)]
+    def with_counts(self, counts: Sequence[T]) -> list[T]:
+        """Step counts of the entries, with those of the buffers behind them; one that is all stays so."""
+        return list(counts if len(counts) <= 1 else [*counts, *(counts[rows[0]] for _, rows, _ in self._joined)])
 
     def copy_grads(self, grads: Sequence[Tensor], chosen: Sequence[int]) -> None:
         """Copy the gradients of chosen buffers' parameters into them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -46,35 +46,40 @@ class NativeGroup:
             grads = [None if grad is None else grad.to(signature.param_dtype) for grad in grads]
         if version != self._version:
             self._read(groups, version)
-        keys = signature.all_keys
+        keys = (*signature.state_keys, "step") if self._counters else signature.state_keys
         params, *states = picked(self._pick, [tensors.shards, *[tensors.states[key] for key in keys]])
-        columns = {"param": params, "grad": grads, "own grad": own_grads, **dict(zip(keys, states, strict=True))}
+        counters = states.pop() if self._counters else ()
+        columns = [params, grads, own_grads, *states]
         rows: Sequence[int] = range(len(params))
         if not tensors.are_all:
             rows = [row for row, grad in enumerate(grads) if grad is not None]
             if not rows:
                 return
+        emas = self._pick(tensors.states["ema"]) if signature.ema_dtype is not None else ()
         # A buffer is updated at once only where its parameters have one count.
         needs_steps = self._needs_steps or bool(flats)
-        steps = self._counters.advance(columns["step"], rows, needs_steps) if self._counters else []
+        steps = self._counters.advance(counters, rows, needs_steps) if self._counters else []
         chosen = flats.chosen(rows, steps, factors) if flats else []
         if flats:
             flats.copy_grads(grads, chosen)
-            rows, columns, steps = flats.in_place_of(rows, chosen), flats.behind(columns), flats.behind_each(steps)
-        self._update(rows, columns, steps, groups, factors)
+            names = ("param", "grad", "grad", *signature.state_keys)
+            columns = [flats.behind(column, name) for column, name in zip(columns, names, strict=True)]
+            counters, steps = flats.with_counts(counters), flats.with_counts(steps)
+            emas, rows = flats.behind(emas, "ema"), flats.in_place_of(rows, chosen)
+        self._plan(rows, steps, groups, factors)
+        small, large = self._calls
+        if small:
+            on_one_thread(lambda: self._run(small, columns, counters, steps))
+        self._run(large, columns, counters, steps)
+        for row in rows if emas else ():
+            param, ema, index = columns[0][row], emas[row], self._group_index[row]
+            as_real(ema).lerp_(as_real(param), 1 - float(groups[index]["ema_decay"]))
         if chosen and factors.kept_scale not in (None, 1.0):
             # Copies were divided so far.
-            divide(flats.picked(own_grads, chosen), factors.kept_scale)
+            divide(list(map(as_real, flats.picked(own_grads, chosen))), factors.kept_scale)
 
-    def _update(
-        self,
-        rows: Sequence[int],
-        columns: Mapping[str, Tensors],
-        steps: list[float],
-        groups: Sequence[Group],
-        factors: Factors,
-    ) -> None:
-        """Update the tensors in some rows, with flat buffers behind those of the entries."""
+    def _plan(self, rows: Sequence[int], steps: list[float], groups: Sequence[Group], factors: Factors) -> None:
+        """Plan the calls for some rows, with flat buffers behind those of the entries, unless they are planned."""
         # Counts advance together: their differences stay, and with them what may share a call.
         differences = [step - steps[0] for step in steps]
         planned_for = (differences, factors.common, factors.each, factors.kept_scale, rows)
@@ -84,14 +89,6 @@ class NativeGroup:
             calls = self._planner.plan(groups, rows, steps, factors)
             self._calls = [call for call in calls if call.is_small], [call for call in calls if not call.is_small]
             self._planned_for = planned_for
-        small, large = self._calls
-        if small:
-            on_one_thread(lambda: self._run(small, columns, steps))
-        self._run(large, columns, steps)
-        if self._signature.ema_dtype is not None:
-            for row in rows:
-                param, ema, index = columns["param"][row], columns["ema"][row], self._group_index[row]
-                as_real(ema).lerp_(as_real(param), 1 - float(groups[index]["ema_decay"]))
 
     def _read(self, groups: Sequence[Group], version: Version) -> None:
         """Take changed hyperparameters. Calls read learning rates where they are, and stay as long as they fit."""
@@ -103,12 +100,11 @@ class NativeGroup:
             self._planned_for = None
         self._version = version
 
-    def _run(self, calls: list[FusedCall], columns: Mapping[str, Tensors], steps: list[float]) -> None:
-        """Update by fused operations."""
+    def _run(self, calls: list[FusedCall], columns: list[Tensors], counters: Tensors, steps: list[float]) -> None:
+        """Update by fused operations; `columns` are parameters, gradients, those that stay behind, and states."""
         is_complex, common_step = self._signature.param_dtype.is_complex, next(iter(steps), 0.0)
-        names, counters = ("param", "grad", "own grad", *self._signature.state_keys), columns.get("step", ())
         for call in calls:
-            chosen = list(map(list, picked(call.pick, [columns[name] for name in names])))
+            chosen = list(map(list, picked(call.pick, columns)))
             if is_complex:
                 chosen = [list(map(as_real, column)) for column in chosen]
             step = call.pick(steps)[0] if len(steps) > 1 else common_step

@@ -137,6 +137,19 @@ def test_a_step_leaves_gradients_where_they_are(zero_grad):
         assert all(map(torch.equal, grads, expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_gradients_beside_a_buffer_are_unscaled_as_others_are(dtype):
+    found = []
+    for flatten in (False, True):
+        params = parameters([(3,), (16, 40), (5,)], dtype=dtype)
+        optimizer = Adam(params, backend="native", flatten=flatten, fused=True)
+        give_gradients(params, 0)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor([3.0]), torch.tensor([0.0])
+        optimizer.step()
+        found.append([bits(param.grad) for param in params])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_stays_in_its_parameter(value):
     params = parameters([(3, 5), (17,), (), (1100,), (4, 4), (16,)])
