@@ -115,7 +115,7 @@ if [ $dry = yes ]; then device=cpu rounds=2 turns=0.05 flag=(--dry); fi
 stage_a() {
   local large=("1 x 1B" "10000 x 1000") quick=("300 x 1000, changing" "GPT-2 124M" "chain, GPT-2 124M" "1000 x 1000" "465 groups" "1000 x 16" "1 x 20M")
   local fast=(--contender "torch fused" --contender "torch foreach" --contender "ours triton") files
-  local rivals=("${fast[@]}" --contender "ours flatten" --contender optimi --contender "flashoptim unquantized")
+  local rivals=("${fast[@]}" --contender optimi --contender "flashoptim unquantized")
   if [ $dry = yes ]; then large=("10 x 16") quick=("10 x 16"); fi
   mapfile -d '' -t large < <(cases "${large[@]}")
   mapfile -d '' -t quick < <(cases "${quick[@]}")

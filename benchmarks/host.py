@@ -39,7 +39,6 @@ CONTENDERS: dict[str, Callable[[Workload], Step]] = {
     "ours native-host": ours(backend="native"),
     "ours native flatten-host": ours(backend="native", flatten=True),
     "ours triton-host": ours(backend="triton"),
-    "ours triton flatten-host": ours(backend="triton", flatten=True),
 }
 
 

@@ -110,7 +110,7 @@ class StoringOptimizer(AccumulatingOptimizer):
         nbytes = dict.fromkeys(kinds, 0)
         flats = [pair for buffer in self._updater.buffers for pair in buffer.flat_tensors()]
         spans = [(flat.data_ptr(), flat.data_ptr() + flat.nbytes) for _, flat in flats]
-        # What lies in a flat buffer is counted with it, and a shared counter once.
+        # What lies in a flat buffer is counted with it, and a tensor that stands twice once.
         others = {id(local(tensor)): (key, local(tensor)) for key, tensor in self._kept_tensors()}
         apart = (
             (key, tensor)

@@ -60,7 +60,8 @@ class Adam(Optimizer, torch.optim.Adam):
         rounding_seed: decides the random bits, from 0 to 2**63 - 1.
         native_state_dict: let `state_dict` return what is stored instead of fp32. PyTorch reads no 8-bit codes.
         backend: "triton", "native", "eager", or None to choose.
-        flatten: move parameters, gradients and states into flat buffers.
+        flatten: on the CPU, move small parameters and their states into flat buffers, which are updated as one
+            tensor each.
         process_group: processes that hold other parts of the model than meshes say, over which norms and decisions
             to skip are summed; for FSDP1, ZeroRedundancyOptimizer, pipeline stages and tensor parallelism by hand.
             A `GradScaler` leaves unscaling to the step then: call its `step` on all, and leave `unscale_` out.

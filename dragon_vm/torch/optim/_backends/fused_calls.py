@@ -83,7 +83,11 @@ def _number(value: float, dtype: torch.dtype) -> Tensor:
 
 
 class FusedPlanner:
-    """Plans the fused calls of one flattened group, with flat buffers behind its entries."""
+    """Plans the fused calls of one flattened group, with flat buffers behind its entries.
+
+    Attributes:
+        group_index: for each of these, the index of its parameter group.
+    """
 
     def __init__(self, signature: Signature, entries: Sequence[Entry], algorithm: Algorithm) -> None:
         self._algorithm, self._param_dtype = algorithm, signature.param_dtype
@@ -93,8 +97,8 @@ class FusedPlanner:
         self._keys: list[Any] = []
         params = [entry.param for entry in entries]
         are_small = [param.numel() < SMALL_NUMEL for param in params]
-        self._group_index = [entry.group_index for entry in entries]
-        self._classes = list(zip(self._group_index, are_small, strict=True))
+        self.group_index = [entry.group_index for entry in entries]
+        self._classes = list(zip(self.group_index, are_small, strict=True))
         # Rows that take part, and these rows by parameter group and size class.
         self._parts: tuple[Sequence[int], dict[tuple[int, bool], list[int]]] = [], {}
         self._scratch = Scratch(params, are_small)
@@ -148,7 +152,7 @@ class FusedPlanner:
         self, rows: list[int], groups: Sequence[Group], factor: float, kept_scale: float | None, is_small: bool
     ) -> FusedCall:
         pick = picker(sorted(rows), len(self._positions))
-        group_index = list(set(pick(self._group_index)))
+        group_index = list(set(pick(self.group_index)))
         group = groups[group_index[0]]
         bound = clip_value(group)
         numbers: dict[str, Any] = {

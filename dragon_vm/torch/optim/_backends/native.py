@@ -29,7 +29,6 @@ class NativeGroup:
         self._algorithm, self._signature = algorithm, group.signature
         self._pick = picker([entry.position for entry in group.entries], n_gathered)
         self._flats, entries = Flats(group), with_flats(group)
-        self._group_index = [entry.group_index for entry in entries]
         self._counters = _Counters(group) if group.signature.counts_steps else None
         self._planner = FusedPlanner(group.signature, entries, algorithm)
         self._needs_steps = False
@@ -72,7 +71,7 @@ class NativeGroup:
             on_one_thread(lambda: self._run(small, columns, counters, steps))
         self._run(large, columns, counters, steps)
         for row in rows if emas else ():
-            param, ema, index = columns[0][row], emas[row], self._group_index[row]
+            param, ema, index = columns[0][row], emas[row], self._planner.group_index[row]
             as_real(ema).lerp_(as_real(param), 1 - float(groups[index]["ema_decay"]))
         if chosen and factors.kept_scale not in (None, 1.0):
             # Copies were divided so far.
