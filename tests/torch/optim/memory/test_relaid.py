@@ -234,7 +234,7 @@ def test_flat_buffers_are_counted_as_they_are_allocated() -> None:
     optimizer.step()
     optimizer.zero_grad()
     # Each starts at a multiple of 16 elements.
-    expected = {"parameters": 640, "gradients": 640, "states": 1280, "counters": 4}
+    expected = {"parameters": 640, "gradients": 640, "states": 1280, "counters": 40}
     assert {kind: n for kind, n in optimizer.memory().items() if n} == expected
 
 
