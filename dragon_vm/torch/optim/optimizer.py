@@ -22,7 +22,7 @@ from dragon.vm.torch.optim._distributed.placement import lying_otherwise
 from dragon.vm.torch.optim._gradients.unscaling import unscale_left
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon, zero_or_remove
 from dragon.vm.torch.optim._graphs.capture import check_capture, is_capturing
-from dragon.vm.torch.optim._graphs.live import make_live
+from dragon.vm.torch.optim._graphs.live import make_live, unwatched
 from dragon.vm.torch.optim._groups.bounds import widen_bounds
 from dragon.vm.torch.optim._groups.buffers import make_buffers
 from dragon.vm.torch.optim._groups.checks import check_differentiable, check_param, check_trained
@@ -269,7 +269,7 @@ class Optimizer(TakingOptimizer):
             **state,
             "state": with_own_steps(state["state"]),
             "defaults": borrowed(state["defaults"]),
-            "param_groups": list(map(dict, self.param_groups)),
+            "param_groups": unwatched(self.param_groups),
             "_settings": borrowed(self._settings._asdict()),
             "_sums": self._sums,
             "_n_skipped": self.n_skipped_steps,
