@@ -183,6 +183,20 @@ def test_first_moments_that_fit_their_second_ones_are_loaded_as_they_are(dtype: 
     assert torch.equal(optimizer.state[param]["exp_avg"], saved["state"][0]["exp_avg"].float())
 
 
+def test_an_entry_of_a_saved_state_is_no_entry_of_the_optimizer() -> None:
+    """As of programs that convert or move what they are about to save."""
+    for module in (torch.optim, ours):
+        param = nn.Parameter(torch.ones(3))
+        optimizer = module.Adam([param])
+        param.grad = torch.ones(3)
+        optimizer.step()
+        saved = optimizer.state_dict()["state"][0]
+        saved["exp_avg_sq"].fill_(4)
+        saved["exp_avg"] = torch.zeros(3)
+        assert (optimizer.state[param]["exp_avg_sq"] == 4).all()
+        assert (optimizer.state[param]["exp_avg"] is saved["exp_avg"]) == (module is torch.optim)
+
+
 def subclasses(cls: type) -> set[type]:
     return {found for kind in cls.__subclasses__() for found in (kind, *subclasses(kind))}
 
