@@ -122,6 +122,56 @@ def test_states_that_a_program_makes_in_bf16_are_widened_unless_that_is_asked_fo
     assert {optimizer.state[param][name].dtype for name in ("exp_avg", "exp_avg_sq")} == {expected}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_first_moments_are_bounded_where_the_second_ones_were_saved_in_fp16(param_dtype: Any, dtype: Any) -> None:
+    """As Ultralytics saved them: squares of small gradients are 0 in fp16, and an update divides by epsilon."""
+    largest = []
+    for module in (torch.optim, ours):
+        param = nn.Parameter(torch.zeros(64, dtype=param_dtype))
+        optimizer = module.AdamW([param], lr=1e-3)
+        for _ in range(5):
+            param.grad = torch.linspace(1e-5, 1, 64).to(param_dtype) ** 3
+            optimizer.step()
+        saved = optimizer.state_dict()
+        for name in ("exp_avg", "exp_avg_sq"):
+            saved["state"][0][name] = saved["state"][0][name].to(dtype)
+        optimizer.load_state_dict(saved)
+        before, param.grad = param.detach().clone(), torch.zeros_like(param)
+        optimizer.step()
+        largest.append(float((param.detach() - before).abs().max()))
+    assert largest[0] > 0.1
+    assert largest[1] < 7.28e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_first_moments_that_fit_their_second_ones_are_loaded_as_they_are(dtype: torch.dtype) -> None:
+    param = nn.Parameter(torch.zeros(64))
+    optimizer = ours.Adam([param], lr=1e-3)
+    for _ in range(5):
+        param.grad = torch.linspace(-1, 1, 64)
+        optimizer.step()
+    saved = optimizer.state_dict()
+    for name in ("exp_avg", "exp_avg_sq"):
+        saved["state"][0][name] = saved["state"][0][name].to(dtype)
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[param]["exp_avg"], saved["state"][0]["exp_avg"].float())
+
+
+def test_an_entry_of_a_saved_state_is_no_entry_of_the_optimizer() -> None:
+    """As of programs that convert or move what they are about to save."""
+    for module in (torch.optim, ours):
+        param = nn.Parameter(torch.ones(3))
+        optimizer = module.Adam([param])
+        param.grad = torch.ones(3)
+        optimizer.step()
+        saved = optimizer.state_dict()["state"][0]
+        saved["exp_avg_sq"].fill_(4)
+        saved["exp_avg"] = torch.zeros(3)
+        assert (optimizer.state[param]["exp_avg_sq"] == 4).all()
+        assert (optimizer.state[param]["exp_avg"] is saved["exp_avg"]) == (module is torch.optim)
+
+
 def subclasses(cls: type) -> set[type]:
     return {found for kind in cls.__subclasses__() for found in (kind, *subclasses(kind))}
 

@@ -347,3 +347,44 @@ def test_the_step_count_follows_the_default_dtype(module: ModuleType) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert optimizer.state[param]["step"].dtype == torch.float64
+
+
+@each_name
+@each_module
+def test_names_in_subclasses_are_free(module: ModuleType, name: str) -> None:
+    """As the Annotated Transformer's schedule in a subclass, which counts in `_step`."""
+
+    class Scheduled(getattr(module, name)):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=0.0)
+            self._step = self._update = self._reset = self._zero_grad = self._rate = self._count = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self._step += 1
+            for group in self.param_groups:
+                group["lr"] = 0.1 * self._step
+            return super().step(closure)
+
+    param, twin = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer, plain = Scheduled([param]), getattr(torch.optim, name)([twin])
+    for step in (1, 2, 3):
+        plain.param_groups[0]["lr"] = 0.1 * step
+        param.grad, twin.grad = torch.full((3,), 0.5), torch.full((3,), 0.5)
+        optimizer.step()
+        plain.step()
+        optimizer.zero_grad()
+        assert param.grad is None
+    torch.testing.assert_close(param, twin)
+    assert copy.copy(optimizer).param_groups == optimizer.param_groups
+
+
+@pytest.mark.parametrize("cls", [ours.Adam, ours.SGD])
+def test_a_subclass_that_passes_a_constructor_over_is_told(cls: Any) -> None:
+    """PyTorch's base takes any defaults, for a class that has a step of its own."""
+
+    class Own(cls):
+        def __init__(self, params: Any) -> None:
+            super(cls, self).__init__(params, {"lr": 0.1, "gravity": 1.0})
+
+    with pytest.raises(TypeError, match=r"derive the class from torch\.optim\.Optimizer"):
+        Own([nn.Parameter(torch.ones(3))])

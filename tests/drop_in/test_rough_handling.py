@@ -1,6 +1,7 @@
 """What scripts, signals and other libraries do to an optimizer between its steps."""
 
 import contextlib
+import copy
 import signal
 from collections.abc import Iterator
 from types import ModuleType
@@ -172,3 +173,24 @@ def test_groups_and_states_survive_being_replaced(way: Any) -> None:
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.step()
     torch.testing.assert_close(second.detach(), torch.full((4,), 0.9))
+
+
+@each_way
+@each_name
+def test_a_shallow_copy_shares_groups_and_states(name: str, way: Any) -> None:
+    """As YOLOv5 plots a schedule: the scheduler of the original sets the learning rate of the copy too."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = build(way, name, [param], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    other = copy.copy(optimizer)
+    assert other.param_groups is optimizer.param_groups
+    assert other.state is optimizer.state
+    scheduler.step()
+    before = param.detach().clone()
+    other.step()
+    optimizer.step()
+    assert torch.equal(param, before)
+    for step in other.state_dict()["state"].values():
+        assert float(step.get("step", 3)) == 3

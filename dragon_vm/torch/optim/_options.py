@@ -74,6 +74,11 @@ def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_settings(options: Mapping[str, Any]) -> Settings:
     """Check the options of the optimizer as a whole, and take them out of all options."""
+    if "grad_scale" not in options:
+        raise TypeError(
+            "a subclass has called the base's constructor with defaults of its own, which no step here could use: "
+            "call the constructor of Adam, AdamW or SGD, or derive the class from torch.optim.Optimizer"
+        )
     settings = Settings(**{name: options[name] for name in Settings._fields if name in options})
     if settings.backend not in (None, "triton", "native", "eager"):
         raise ValueError(f"backend must be None, 'triton', 'native' or 'eager', but got {settings.backend!r}")

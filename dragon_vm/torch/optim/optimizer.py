@@ -21,7 +21,7 @@ from dragon.vm.torch.optim._distributed.placement import lying_otherwise
 from dragon.vm.torch.optim._gradients.unscaling import unscale_left
 from dragon.vm.torch.optim._gradients.zeroing import are_dragon, zero_or_remove
 from dragon.vm.torch.optim._graphs.capture import check_capture, is_capturing
-from dragon.vm.torch.optim._graphs.live import make_live
+from dragon.vm.torch.optim._graphs.live import make_live, unwatched
 from dragon.vm.torch.optim._groups.bounds import widen_bounds
 from dragon.vm.torch.optim._groups.buffers import make_buffers
 from dragon.vm.torch.optim._groups.checks import check_differentiable, check_param, check_trained
@@ -59,7 +59,7 @@ class Optimizer(TakingOptimizer):
         if "betas" in options:
             # As PyTorch's: a group that gives its own keeps the list that it gave.
             options["betas"] = tuple(options["betas"])
-        self._reset()
+        self._forget_derived()
         # By name: between this class and PyTorch's there is another of PyTorch's, for `isinstance`.
         torch.optim.Optimizer.__init__(self, params, options)
         self._handles_scaling = bool(options["fused"])
@@ -69,7 +69,7 @@ class Optimizer(TakingOptimizer):
         self._make_buffers(self.param_groups)
         self._watch(self.param_groups)
 
-    def _reset(self) -> None:
+    def _forget_derived(self) -> None:
         """Forget everything that is derived: plans, buffers and sums."""
         self._updater = Updater(type(self).__name__, self._algorithm, self._settings)
         self._sums = GradientSums()
@@ -175,16 +175,16 @@ class Optimizer(TakingOptimizer):
                 raise RuntimeError("release_gradients updates in each backward pass: step() takes no closure then")
             with torch.enable_grad():
                 loss = closure()
-        step = self._step_undisturbed if torch.compiler.is_dynamo_compiling() else self._step
+        step = self._take_step_undisturbed if torch.compiler.is_dynamo_compiling() else self._take_step
         step(zero_grad)
         return loss
 
-    def _step(self, zero_grad: bool) -> None:
-        undisturbed(self._update, zero_grad, with_grad=bool(self.defaults["differentiable"]))
+    def _take_step(self, zero_grad: bool) -> None:
+        undisturbed(self._update_all, zero_grad, with_grad=bool(self.defaults["differentiable"]))
 
-    _step_undisturbed = _disable_dynamo(_step)
+    _take_step_undisturbed = _disable_dynamo(_take_step)
 
-    def _update(self, zero_grad: bool) -> None:
+    def _update_all(self, zero_grad: bool) -> None:
         groups, backend = self._read_groups(), self._settings.backend
         scaling = self._scaling()
         has_released = self._release is not None and self._release.begin(scaling.grad_scale)
@@ -231,9 +231,9 @@ class Optimizer(TakingOptimizer):
                 are zeroed, those of all others removed, as with PyTorch.
         """
         with recorded(self._zero_grad_profile_name):
-            without_torch_function(self._zero_grad, (), (set_to_none,), {})
+            without_torch_function(self._zero_all, (), (set_to_none,), {})
 
-    def _zero_grad(self, set_to_none: bool | None) -> None:
+    def _zero_all(self, set_to_none: bool | None) -> None:
         if self._release is not None:
             self._release.begin()
         self._take_back()
@@ -268,7 +268,7 @@ class Optimizer(TakingOptimizer):
         return {
             **state,
             "defaults": borrowed(state["defaults"]),
-            "param_groups": list(map(dict, self.param_groups)),
+            "param_groups": unwatched(self.param_groups),
             "_settings": borrowed(self._settings._asdict()),
             "_sums": self._sums,
             "_n_skipped": self.n_skipped_steps,
@@ -281,7 +281,7 @@ class Optimizer(TakingOptimizer):
         if is_copy := "_settings" in state:
             self._settings, self.defaults = Settings(**returned(state["_settings"])), returned(state["defaults"])
             state = {**state, "_settings": self._settings, "defaults": self.defaults}
-            self._reset()
+            self._forget_derived()
             self._updater.n_skipped = state["_n_skipped"]
         self._is_built = True
         state = self._with_restored(state)

@@ -67,3 +67,8 @@ def make_live(groups: list[Group], changed: Callable[[Group], None]) -> None:
             live = LiveGroup(group)
             live.changed = WeakMethod(changed)
             groups[index] = live
+
+
+def unwatched(groups: list[Group]) -> list[Group]:
+    """The very groups, which an optimizer and its copy by `copy.copy` share; copies if one calls back."""
+    return list(map(dict, groups)) if any(isinstance(group, LiveGroup) for group in groups) else groups

@@ -1,4 +1,4 @@
-"""The bound of narrow first moments, kept in a group whose betas change."""
+"""The bound of narrow first moments, kept in a group whose betas change, and of those that are restored."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dragon.vm.torch.optim._algorithms.algorithm import host_number
-from dragon.vm.torch.optim._formats.bound import moment_bound
+from dragon.vm.torch.optim._distributed.shards import local
+from dragon.vm.torch.optim._formats.bound import clamp_moment, moment_bound
 
 # The betas of the last step, and behind them what they and all before allow, once they have changed.
 _KEY = "bound_betas"
@@ -50,6 +52,30 @@ def widen_bounds(
 def keep_bounds(groups: Iterable[dict[str, Any]], state: Mapping[Any, Any]) -> None:
     """Let groups keep the bound of the betas which their moments were made with, whatever is set now."""
     widen_bounds([group for group in groups if any(map(state.get, group["params"]))], state)
+
+
+def bound_restored(restored: Mapping[str, Any], saved: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    """Bound a restored first moment whose second one was saved in a dtype of few exponents, as fp16.
+
+    There it may have become 0, and an update would divide by epsilon alone.
+    """
+    second, betas = saved.get("exp_avg_sq"), _readable(group.get("betas"))
+    if betas is None or not isinstance(second, Tensor) or not second.is_floating_point():
+        return
+    # Moments in 8 bits are bounded at each step.
+    if not {"exp_avg", "exp_avg_sq"} <= restored.keys():
+        return
+    exp_avg, exp_avg_sq = local(restored["exp_avg"]), local(restored["exp_avg_sq"])
+    if _least(second.dtype) <= _least(exp_avg_sq.dtype):
+        return
+    wide = torch.promote_types(exp_avg.dtype, torch.float32)
+    bounded = clamp_moment(exp_avg.to(wide), exp_avg_sq.to(wide).sqrt(), moment_bound(*betas, math.inf))
+    exp_avg.copy_(bounded)
+
+
+def _least(dtype: torch.dtype) -> float:
+    """The least normal number, which is that of fp32 in bf16."""
+    return torch.finfo(dtype).smallest_normal
 
 
 def may_be_narrow(group: Mapping[str, Any]) -> bool:

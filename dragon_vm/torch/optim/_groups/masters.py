@@ -40,11 +40,13 @@ class MasterVersions:
 
     def notice(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
         """Make parameters that were written to since `note` their own masters, and elements of doubted ones."""
-        if written := self._written(params):
+        if changed := self._changed(params):
             # What was saved, and no step has converted yet, belongs to the weights that were written with it.
-            stale = (param for param in written if parts_of(state.get(param, {})).isdisjoint((MASTER, FORMAT_KEY)))
-            resync(stale, state)
-            self.note(written, state)
+            stale = [param for param in changed if parts_of(state.get(param, {})).isdisjoint((MASTER, FORMAT_KEY))]
+            written = list(filter(self._has_grown, stale))
+            resync(written, state)
+            self._doubted.update({*map(id, stale)}.difference(map(id, written)))
+            self.note(changed, state)
         if self._doubted:
             doubted = [param for param in params if id(param) in self._doubted]
             reconcile(doubted, state)
@@ -56,17 +58,21 @@ class MasterVersions:
         Raises:
             RuntimeError: if one was. A graph would take its old master at each replay.
         """
-        if self._written(params):
+        if self._changed(params):
             raise RuntimeError(
                 "a parameter with a master was written to since the last step, which a captured step cannot take "
                 "over: call resync_master() before the capture"
             )
 
-    def _written(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters that were written to since `note`; one that it has not seen is not among them."""
+    def _changed(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters with another version than at `note`; one that it has not seen is not among them."""
         versions = _versions(params)
         seen = list(map(self._seen.get, map(id, params), versions))
         return [] if seen == versions else list(compress(params, map(ne, seen, versions)))
+
+    def _has_grown(self, param: Tensor) -> bool:
+        """Whether a parameter was written to. Another one with the id of one that is gone has a lower version."""
+        return _versions([param])[0] > self._seen[id(param)]
 
     def note(self, params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
         """Take what is in the parameters now for this optimizer's own doing."""

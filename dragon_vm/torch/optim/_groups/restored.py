@@ -14,6 +14,7 @@ from dragon.vm.torch.optim._distributed.placement import placed_like
 from dragon.vm.torch.optim._distributed.shards import distributed_like, local
 from dragon.vm.torch.optim._formats.resolve import MOMENTS, Storage
 from dragon.vm.torch.optim._formats.rounding import Plain
+from dragon.vm.torch.optim._groups.bounds import bound_restored
 from dragon.vm.torch.optim._groups.checks import labels
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, counter_place
 from dragon.vm.torch.optim._groups.entries import named_parts, wider
@@ -117,6 +118,7 @@ def _copied(algorithm: Algorithm, settings: Settings, owners: Sequence[_Owner]) 
     counted: list[tuple[State, float, CounterPlace]] = []
     for param, group, storage, state in owners:
         copy = restored_entries(param, storage, state)
+        bound_restored(copy, state, group)
         if "ema" in algorithm.all_state_keys(group) and "ema" in state:
             average = storage.average
             dtype = average if group["state_dtype"] else wider(state["ema"].dtype, average)

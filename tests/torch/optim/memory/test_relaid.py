@@ -356,31 +356,3 @@ def test_a_master_halfway_between_weights_stays_there(after: str) -> None:
     param.grad = torch.zeros_like(param)
     optimizer.step()
     assert_close(masters(optimizer), torch.full_like(masters(optimizer), halfway), LOSS[after])
-
-
-@pytest.mark.parametrize("master", ["split16", "split8", FP32])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_master_stays_with_its_state_where_the_parameter_is_replaced(backend: str, master: Any) -> None:
-    """Python gives the id of a parameter that is gone to a later one: it has not been written to."""
-    made = []
-    for replaces in (False, True):
-        start = torch.nn.Parameter(torch.ones(8, dtype=BF16))
-        optimizer = Adam([start], lr=1e-4, backend=backend, master_weights=master)
-        del start
-        (group,) = optimizer.param_groups
-        ids = set()
-        for _ in range(20):
-            old = group["params"][0]
-            ids.add(id(old))
-            old.grad = torch.ones_like(old)
-            optimizer.step()
-            if replaces:
-                new = torch.nn.Parameter(old.detach().clone())
-                optimizer.state[new] = optimizer.state.pop(old)
-                group["params"] = [new]
-                del new
-            del old
-        assert len(ids) < 20
-        made += [value for _, value in optimizer.master_weights()]
-    assert torch.equal(*made)
-    assert float(made[0][0]) == pytest.approx(1 - 20e-4, abs=1e-4)
