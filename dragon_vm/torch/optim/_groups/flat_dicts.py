@@ -12,8 +12,8 @@ from dragon.vm.torch.optim._options import Group, complete
 
 
 def with_left_out(
-    algorithm: Algorithm, groups: list[Group], saved_groups: list[Group], states: Mapping[Any, Any]
-) -> Mapping[Any, Any]:
+    algorithm: Algorithm, groups: list[Group], saved_groups: list[Group], states: dict[Any, Any]
+) -> dict[Any, Any]:
     """The states, with those of a flat dict that PyTorch left out.
 
     It asks for no step to create states where a parameter has a gradient, or where another one has a state.
