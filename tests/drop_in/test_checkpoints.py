@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from dragon.vm.torch import optim as ours
 
-from .both import NAMES
+from .both import MODULES, NAMES
 
 # PyTorch's own, of a checkpoint in one process.
 pytestmark = pytest.mark.filterwarnings(
@@ -248,3 +248,25 @@ def test_a_flat_dict_without_a_parameters_state_is_refused_as_a_nested_one(name:
     missing = fresh.model[2].bias
     assert not fresh.optimizer.state.get(missing)
     assert len([param for param, entries in fresh.optimizer.state.items() if entries]) == 3
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_states_are_made_beside_gradients(module: ModuleType, name: str) -> None:
+    fresh = Training(module, name, 1, 0)
+    fresh.model(torch.ones(3)).sum().backward()
+    assert not get_optimizer_state_dict(fresh.model, fresh.optimizer)["state"]
+    fresh.optimizer.zero_grad()
+    assert len(get_optimizer_state_dict(fresh.model, fresh.optimizer)["state"]) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}, {"state_dtype": "8bit"}], ids=str)
+def test_states_are_given_away_themselves_and_those_of_8_bits_as_copies(options: dict[str, Any]) -> None:
+    model = nn.Linear(64, 64)
+    optimizer = ours.AdamW(model.parameters(), **options)
+    model(torch.ones(64)).sum().backward()
+    optimizer.step()
+    given = get_optimizer_state_dict(model, optimizer)["state"]["weight"]["exp_avg"]
+    given.fill_(0.5)
+    held = optimizer.state_dict()["state"][0]["exp_avg"]
+    assert bool((held == 0.5).all()) == (options.get("state_dtype") != "8bit")
