@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.fsdp import ShardingStrategy
+from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -179,3 +179,24 @@ def clipped_by_host_and_kernels(strided: bool) -> str:
     text = outcome(optimizer.step)
     assert text == "accepted" or not (whole(sharded).any() or plain.any())
     return text
+
+
+def made_of_gathered_parameters(name: str, are_all: bool, is_resharded: bool) -> tuple[str, bool]:
+    """What a step says to an optimizer that is made behind a forward pass, and whether it updates the model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    if not are_all:
+        # These are freed behind the forward pass, those of the root are not.
+        fully_shard(model[0], mesh=world_mesh())
+    fully_shard(model, mesh=world_mesh())
+    model(torch.ones(2, 6))
+    if is_resharded:
+        model.reshard()
+    optimizer = make(name, model.parameters())
+    model(torch.ones(2, 6)).sum().backward()
+    before = [whole(param).clone() for param in model.parameters()]
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error), not all(map(torch.equal, before, map(whole, model.parameters())))
+    return "accepted", not any(map(torch.equal, before, map(whole, model.parameters())))

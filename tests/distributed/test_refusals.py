@@ -89,3 +89,17 @@ def test_clipping_parts_that_is_asked_for_later_is_refused_by_the_step(cluster: 
         assert all("clip_norm=1.0 needs whole gradients" in text for text in refused)
         assert is_same
         assert without == "accepted"
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+@pytest.mark.parametrize("are_all", [True, False])
+def test_an_optimizer_of_gathered_parameters_is_refused_by_its_first_step(
+    cluster: Cluster, n_processes: int, are_all: bool
+) -> None:
+    """Without an error PyTorch's leaves the model as it is."""
+    scenario = "refusals:made_of_gathered_parameters"
+    for text, has_changed in cluster.run(n_processes, scenario, name=OPT, are_all=are_all, is_resharded=False):
+        assert "behind model.reshard()" in text
+        assert not has_changed
+    for outcome in cluster.run(n_processes, scenario, name=OPT, are_all=are_all, is_resharded=True):
+        assert outcome == ("accepted", True)

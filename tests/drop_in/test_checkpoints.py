@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from dragon.vm.torch import optim as ours
 
-from .both import NAMES
+from .both import MODULES, NAMES
 
 # PyTorch's own, of a checkpoint in one process.
 pytestmark = pytest.mark.filterwarnings(
@@ -205,3 +205,68 @@ def test_states_of_one_byte_become_the_parameters_as_in_pytorch(dtype):
         found.append([optimizer.state[param][name] for name in moments])
     for theirs, own in zip(*found, strict=True):
         torch.testing.assert_close(own, theirs, rtol=0, atol=0)
+
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n_steps", [0, 1])
+def test_a_flat_dict_is_loaded_beside_gradients(name: str, n_steps: int) -> None:
+    """PyTorch creates states to find their names; where gradients keep it from that, it loads none."""
+    saved, fresh = Training(ours, name, 0, 3), Training(ours, name, 1, 0)
+    state = copy.deepcopy(get_optimizer_state_dict(saved.model, saved.optimizer, options=FLAT))
+    first, *_, last = fresh.model.parameters()
+    first.grad = torch.ones_like(first)
+    if n_steps:
+        # Other parameters stay without a state.
+        fresh.optimizer.step()
+        last.grad = torch.ones_like(last)
+    set_optimizer_state_dict(fresh.model, fresh.optimizer, state, options=FLAT)
+    fresh.go_on_as(saved)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_a_flat_dict_without_a_parameters_state_is_refused_as_a_nested_one(name: str, has_gradients: bool) -> None:
+    saved, texts = Training(ours, name, 0, 3), []
+    for options in (StateDictOptions(), FLAT):
+        state = get_optimizer_state_dict(saved.model, saved.optimizer, options=options)
+        if options is FLAT:
+            state = {key: value for key, value in state.items() if not key.startswith("state.2.bias")}
+        else:
+            del state["state"]["2.bias"]
+        fresh = Training(ours, name, 1, 0)
+        if has_gradients:
+            fresh.model(torch.ones(3)).sum().backward()
+        with pytest.raises(RuntimeError, match=r"Missing optimizer state for parameter '2\.bias'") as caught:
+            set_optimizer_state_dict(fresh.model, fresh.optimizer, state, options=options)
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+    lenient = StateDictOptions(flatten_optimizer_state_dict=True, strict=False)
+    set_optimizer_state_dict(fresh.model, fresh.optimizer, state, options=lenient)
+    missing = fresh.model[2].bias
+    assert not fresh.optimizer.state.get(missing)
+    assert len([param for param, entries in fresh.optimizer.state.items() if entries]) == 3
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_states_are_made_beside_gradients(module: ModuleType, name: str) -> None:
+    fresh = Training(module, name, 1, 0)
+    fresh.model(torch.ones(3)).sum().backward()
+    assert not get_optimizer_state_dict(fresh.model, fresh.optimizer)["state"]
+    fresh.optimizer.zero_grad()
+    assert len(get_optimizer_state_dict(fresh.model, fresh.optimizer)["state"]) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}, {"state_dtype": "8bit"}], ids=str)
+def test_states_are_given_away_themselves_and_those_of_8_bits_as_copies(options: dict[str, Any]) -> None:
+    model = nn.Linear(64, 64)
+    optimizer = ours.AdamW(model.parameters(), **options)
+    model(torch.ones(64)).sum().backward()
+    optimizer.step()
+    given = get_optimizer_state_dict(model, optimizer)["state"]["weight"]["exp_avg"]
+    given.fill_(0.5)
+    held = optimizer.state_dict()["state"][0]["exp_avg"]
+    assert bool((held == 0.5).all()) == (options.get("state_dtype") != "8bit")

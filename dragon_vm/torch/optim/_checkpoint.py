@@ -18,6 +18,7 @@ from dragon.vm.torch.optim._gradients.zeroing import are_dragon
 from dragon.vm.torch.optim._groups.bounds import add_place, drop_place, keep_bounds
 from dragon.vm.torch.optim._groups.entries import stored_entries
 from dragon.vm.torch.optim._groups.exchange import pytorch_state, tagged_state
+from dragon.vm.torch.optim._groups.flat_dicts import with_left_out
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS
 from dragon.vm.torch.optim._groups.restored import restored_states
 from dragon.vm.torch.optim._groups.states import State
@@ -77,6 +78,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: as `restored_states`, and as `check_bound`.
+            RuntimeError: as `with_left_out`.
         """
         own, saved = self._algorithm.own_defaults, _rejoined(state_dict["state"])
         # Nothing was written over the places that are None.
@@ -87,6 +89,7 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         for group in saved_groups:
             check_bound(group)
         # What a later step is to write must not be of inference mode.
+        saved = with_left_out(self._algorithm, self.param_groups, saved_groups, saved)
         loading = self._algorithm, self._settings, self.param_groups, saved_groups, saved
         states = with_plain_tensors(lambda: restored_states(*loading))
         self._restored = {**self._restored, "state": states}

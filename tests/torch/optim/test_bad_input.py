@@ -350,3 +350,25 @@ def test_a_step_count_that_is_no_number_is_refused_by_loading_and_by_a_step(bad)
     optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] = bad
     with pytest.raises(ValueError, match=re.escape(f"must be one number, but got {bad!r}")):
         optimizer.step()
+
+
+@each_backend
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}], ids=str)
+def test_a_parameter_whose_memory_was_freed_is_refused_before_anything_changes(backend, is_first, options):
+    """PyTorch's default ends the process with a fault of memory, its fused operation raises."""
+    first, second = param(3), param(3)
+    optimizer = Adam([first, second], backend=backend, **options)
+    for each in (first, second):
+        each.grad = torch.ones(3)
+    if not is_first:
+        optimizer.step()
+    before = first.tolist(), [float(state["step"]) for state in optimizer.state.values()]
+    second.untyped_storage().resize_(0)
+    try:
+        text = error_of(optimizer.step)
+    finally:
+        # Whoever shows it in a report reads memory again.
+        second.untyped_storage().resize_(64)
+    assert text == (ValueError, "a parameter of shape (3,) has no memory: its storage was freed")
+    assert before == (first.tolist(), [float(state["step"]) for state in optimizer.state.values()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -80,6 +80,27 @@ def is_state_asked_for() -> bool:
 def is_loading() -> bool:
     """Whether PyTorch's checkpoint functions load a dict on this thread, maybe of the optimizer's own tensors."""
     return _caller(_CHECKPOINTS, "_load_optim_state_dict") is not None
+
+
+class FlatDict(NamedTuple):
+    """A flat dict that PyTorch's checkpoint functions load.
+
+    Attributes:
+        entries: its values, by names such as "state.0.weight.exp_avg".
+        is_strict: whether each trained parameter must have a state.
+    """
+
+    entries: Mapping[str, Any]
+    is_strict: bool
+
+
+def loaded_flat_dict() -> FlatDict | None:
+    """The flat dict that they load on this thread, but for models of FSDP1, whose states they convert."""
+    frame = _caller(_CHECKPOINTS, "_load_optim_state_dict")
+    entries, info = (frame.f_locals[name] for name in ("state_dict", "info")) if frame else ({}, None)
+    if not entries or "state" in entries or info.fsdp_modules:
+        return None
+    return FlatDict(entries, info.strict)
 
 
 class DictRequest(NamedTuple):

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
+
+_FSDP2_GROUP = "torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup"
 
 
 def instances(module: str, name: str) -> Iterator[Any]:
@@ -31,7 +34,7 @@ def reshard(params: Sequence[Tensor]) -> None:
     FSDP2 keeps the parameters of a root module whole after a forward pass. It would not see changed shards.
     """
     wanted = set(map(id, params))
-    for group in instances("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup"):
+    for group in instances(*_FSDP2_GROUP):
         if any(id(each.sharded_param) in wanted for each in group.fsdp_params):
             group.reshard()
 
@@ -43,7 +46,7 @@ def check_accumulated(params: Sequence[Tensor]) -> None:
         RuntimeError: if it does: a step would ignore them.
     """
     wanted = set(map(id, params))
-    for group in instances("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup"):
+    for group in instances(*_FSDP2_GROUP):
         # Sums over the shards of one replica.
         partial = getattr(group, "_partial_reduce_output", None)
         for each in group.fsdp_params:
@@ -55,6 +58,22 @@ def check_accumulated(params: Sequence[Tensor]) -> None:
                     "before the last one of a step call set_requires_gradient_sync(True), and "
                     "set_requires_all_reduce(True) if replicas were left out"
                 )
+
+
+def check_gathered(params: Sequence[Tensor]) -> None:
+    """Check that no trained parameter without a gradient is one that FSDP2 gathered for a pass and has freed.
+
+    Raises:
+        RuntimeError: if one is. The model has another one in its place, which no step would update.
+    """
+    left = (param for param in params if type(param) is Parameter and param.requires_grad and param.grad is None)
+    freed = {id(param) for param in left if param.numel() and not param.untyped_storage().size()}
+    groups = instances(*_FSDP2_GROUP) if freed else ()
+    if any(id(getattr(each, "_unsharded_param", None)) in freed for group in groups for each in group.fsdp_params):
+        raise RuntimeError(
+            "the optimizer was made of parameters that FSDP2 had gathered, as after a forward pass, and its steps "
+            "would not reach the model: make it before, or behind model.reshard()"
+        )
 
 
 class Replicas:

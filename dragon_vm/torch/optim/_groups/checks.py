@@ -60,7 +60,8 @@ def check_grads(params: Sequence[Tensor], grads: Sequence[Tensor], owner: str) -
 
     Raises:
         RuntimeError: for a sparse gradient, as PyTorch.
-        ValueError: for a gradient of another device, shape or kind of number than its parameter.
+        ValueError: for a gradient of another device, shape or kind of number than its parameter, and for a
+            parameter without its memory.
     """
     for param, grad in zip(params, grads, strict=True):
         check_param(param)
@@ -72,6 +73,8 @@ def check_grads(params: Sequence[Tensor], grads: Sequence[Tensor], owner: str) -
             raise ValueError(f"a parameter has shape {tuple(param.shape)}, but its gradient {tuple(grad.shape)}")
         if not are_of_one_kind(param, grad):
             raise ValueError(f"a parameter is of {param.dtype}, but its gradient is of {grad.dtype}")
+        if is_freed(param):
+            raise ValueError(f"a parameter of shape {tuple(param.shape)} has no memory: its storage was freed")
 
 
 def are_of_one_kind(param: Tensor, value: Tensor) -> bool:
@@ -164,6 +167,11 @@ def has_memory(param: Tensor) -> bool:
         and not torch.nn.parameter.is_lazy(param)
         and param.layout == torch.strided
     )
+
+
+def is_freed(param: Tensor) -> bool:
+    """Whether a parameter has elements, but a program has taken its memory away, as to offload it."""
+    return has_memory(param) and param.numel() > 0 and param.untyped_storage().size() == 0
 
 
 @cache

@@ -8,6 +8,7 @@ from operator import is_not
 from typing import Any
 
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
+from dragon.vm.torch.optim._distributed.owners import check_gathered
 from dragon.vm.torch.optim._graphs.capture import check_live, is_capturing
 from dragon.vm.torch.optim._modes import with_plain_tensors
 from dragon.vm.torch.optim._plan.preparation import prepare
@@ -54,6 +55,7 @@ class PlanCache:
         """
         present = bytes(map(is_not, recipe.members.grads, repeat(None)))
         if not any(present):
+            check_gathered(recipe.members.params)
             return None
         # One for exactly these parameters, or one for more.
         for wanted in ((key, present), (key, None)):
@@ -88,6 +90,7 @@ class PlanCache:
     def _prepare(self, recipe: Recipe, key: tuple[Hashable, ...], present: bytes) -> Found:
         """Prepare a plan for the parameters with a gradient, and some more if that is worth it."""
         members, n_buffers = recipe.members, len(recipe.buffers)
+        check_gathered(members.params)
         more = self._widening.worth_adding(recipe, key, present, self._latest.get((key, None)))
         positions = sorted({*compress(range(len(present)), present), *more})
         lists: tuple[list[Any], ...] = members.params, members.shards, members.grads, members.group_index()
