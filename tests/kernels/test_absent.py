@@ -23,10 +23,10 @@ def rows_of(device, offset, dtype=torch.float32):
 
 
 def tables_of(rows, absent, device):
-    """Tables in which some gradients are absent: whoever looks for them reads memory that is nobody's."""
+    """Tables in which some gradients are absent: whoever looks for them or their counters reads nobody's memory."""
     tables = Tables(rows, [ADAM], device=device)
     for i in absent:
-        tables.grads[i] = table.ABSENT.value
+        tables.grads[i] = tables.tensors[i, table.STEP.value] = table.ABSENT.value
     return tables
 
 
