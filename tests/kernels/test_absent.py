@@ -23,7 +23,7 @@ def rows_of(device, offset, dtype=torch.float32):
 
 
 def tables_of(rows, absent, device):
-    """Tables in which some gradients are absent: whoever looks for them or their counters reads nobody's memory."""
+    """Tables in which some gradients are absent: who reads them or their counters reads nobody's memory."""
     tables = Tables(rows, [ADAM], device=device)
     for i in absent:
         tables.grads[i] = tables.tensors[i, table.STEP.value] = table.ABSENT.value
