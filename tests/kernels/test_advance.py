@@ -130,19 +130,22 @@ def test_a_tensor_without_a_counter_is_at_its_first_step(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_hyperparameters_are_read_from_device_tensors_when_there_are_any(device, dtype):
-    lr, beta1, beta2 = (torch.tensor(value, dtype=dtype, device=device) for value in (0.25, 0.5, 0.75))
+@pytest.mark.parametrize("rate", [0.3, 0.125, 0.0])
+def test_hyperparameters_are_read_from_device_tensors_when_there_are_any(device, dtype, rate):
+    lr, beta1, beta2 = (torch.tensor(value, dtype=dtype, device=device) for value in (0.25, 0.5, 0.7))
     sources = {(1, table.LR_SOURCE): lr, (1, table.BETA1_SOURCE): beta1, (1, table.BETA2_SOURCE): beta2}
     rows = counters(device, 0) + counters(device, 0, group=1)
-    tables = Tables(rows, [ADAM, ADAM], sources, device=device)
+    group = {**ADAM, table.LR: 3.0}
+    tables = Tables(rows, [group, group], sources, device=device)
     tables.advance()
-    assert tables.scalar(1, table.STEP_SIZE) == pytest.approx(0.25 * 0.25**0.5 / 0.5, rel=1e-15, abs=0)
-    assert tables.scalar(1, table.BETA2_FACTOR) == 0.75
+    root = (1 - beta2.item()) ** 0.5
+    assert tables.scalar(1, table.STEP_SIZE) == pytest.approx(0.25 * root / 0.5, rel=1e-15, abs=0)
+    assert tables.scalar(1, table.BETA2_FACTOR) == beta2.item()
     assert tables.scalar(0, table.BETA2_FACTOR) == 0.999
-    lr.fill_(0.125)
+    lr.fill_(rate)
     tables.tensors[:, table.STEP.value] = 0
     tables.advance()
-    assert tables.scalar(1, table.STEP_SIZE) == pytest.approx(0.125 * 0.25**0.5 / 0.5, rel=1e-15, abs=0)
+    assert tables.scalar(1, table.STEP_SIZE) == pytest.approx(lr.item() * root / 0.5, rel=1e-15, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
