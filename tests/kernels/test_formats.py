@@ -153,6 +153,8 @@ def random_patterns(seed: int) -> Tensor:
         0x7F7FFFFF,
         0x7F7F8000,
         0x7F7FFF80,
+        0x7F7EFFFF,
+        0x7F7FFEFF,
         0x7FFFFFFF,
         -1,
         0x7F800001,
