@@ -1,5 +1,7 @@
 """The formats on tiles against the formats of the host, bit for bit."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -210,9 +212,9 @@ def moments(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def check_moments(
-    device: torch.device, exp_avg: Tensor, exp_avg_sq: Tensor, words: Tensor, stochastic: bool
+    device: torch.device, exp_avg: Tensor, exp_avg_sq: Tensor, words: Tensor, stochastic: bool, bound: float
 ) -> Tensor:
-    """Compare codes, scales and decoded moments with the host's; the first moment clamped to half the root."""
+    """Compare codes, scales and decoded moments with the host's; the first moment clamped by the bound."""
     forms = (SignedQ8(), SquareQ8(stochastic))
     parts = [
         [torch.empty(N // part.elements, dtype=part.dtype, device=device) for part in form.parts] for form in forms
@@ -220,7 +222,7 @@ def check_moments(
     decoded = torch.empty(3, N, device=device)
     blockwise_kernel[(1,)](
         exp_avg.to(device), exp_avg_sq.to(device), words.to(device), *parts[0], *parts[1], decoded, N, stochastic,
-        rounded_bound(0.5), enable_fp_fusion=False,
+        rounded_bound(bound), enable_fp_fusion=False,
     )  # fmt: skip
     for row, (form, value) in enumerate(zip(forms, (exp_avg, exp_avg_sq), strict=True)):
         expected = form.encode(value, words)
@@ -235,9 +237,11 @@ def test_moments_in_8_bits_are_those_of_the_host(device: torch.device, stochasti
     for seed in range(64):
         exp_avg, exp_avg_sq = moments(seed)
         words = torch.randint(0, 65536, (N,), dtype=torch.int32)
-        bounded = check_moments(device, exp_avg, exp_avg_sq, words, stochastic)
-        clamped = clamp_moment(exp_avg, square_root(exp_avg_sq), 0.5)
-        assert not torch.equal(bits(clamped), bits(exp_avg))
+        # No bound leaves all moments, those beside a second moment of 0 too.
+        bound = 0.5 if seed % 2 else math.inf
+        bounded = check_moments(device, exp_avg, exp_avg_sq, words, stochastic, bound)
+        clamped = clamp_moment(exp_avg, square_root(exp_avg_sq), bound)
+        assert torch.equal(bits(clamped), bits(exp_avg)) == math.isinf(bound)
         assert torch.equal(bits(bounded), bits(clamped))
 
 
@@ -251,7 +255,7 @@ def test_the_extreme_words_round_as_on_the_host(device: torch.device, word: int)
     words = torch.full((N,), word, dtype=torch.int32)
     for direction in (0.0, torch.inf):
         near = torch.nextafter(exact, torch.tensor(direction))
-        check_moments(device, torch.zeros(N), near, words, True)
+        check_moments(device, torch.zeros(N), near, words, True, 0.5)
 
 
 @pytest.mark.parametrize("first", [0, 8 * 12345, 2**36 - 512])
