@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dragon.kernels import blockwise, rounding
-from dragon.vm.torch.optim._formats.bits import square_root
+from dragon.vm.torch.optim._formats.bits import bits_of, square_root, upper_half
 from dragon.vm.torch.optim._formats.blockwise import SignedQ8, SquareQ8
 from dragon.vm.torch.optim._formats.bound import clamp_moment, moment_bound, rounded_bound
 from dragon.vm.torch.optim._formats.philox import Rounding, random_words
@@ -31,7 +31,7 @@ def rounding_kernel(
     remainder_16_ptr,  # int16 [N]
     half_8_ptr,
     remainder_8_ptr,  # int8 [N]
-    master_ptr,  # fp32 [3 N]: of 16 bits, of 8 bits, and a widened bf16
+    master_ptr,  # fp32 [5 N]: of 16 bits, of 8 bits, a widened bf16, and of any two parts
     N: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
@@ -52,6 +52,9 @@ def rounding_kernel(
     tl.store(remainder_8_ptr + i, remainder)
     tl.store(master_ptr + N + i, rounding.join_8(half, remainder))
     tl.store(master_ptr + 2 * N + i, rounding.wide_bfloat16(nearest))
+    half = rounding.upper_half(rounding.bits_of(value))
+    tl.store(master_ptr + 3 * N + i, rounding.join_16(half, words.to(tl.int16)))
+    tl.store(master_ptr + 4 * N + i, rounding.join_8(half, words.to(tl.int8)))
 
 
 @triton.jit
@@ -176,7 +179,7 @@ def test_rounding_of_any_bits_is_that_of_the_host(device: torch.device, stochast
         words = torch.randint(0, 65536, (N,), dtype=torch.int32)
         halves = [torch.empty(N, dtype=torch.bfloat16, device=device) for _ in range(5)]
         remainders = [torch.empty(N, dtype=dtype, device=device) for dtype in (torch.int16, torch.int8)]
-        masters = torch.empty(3, N, device=device)
+        masters = torch.empty(5, N, device=device)
         stochastically, upward, nearest, half_16, half_8 = halves
         with np.errstate(invalid="ignore"):  # of the interpreter, for a NaN
             rounding_kernel[(1,)](
@@ -195,6 +198,10 @@ def test_rounding_of_any_bits_is_that_of_the_host(device: torch.device, stochast
         assert torch.equal(bits(masters[0]), bits(Split16().decode(of_16)))
         assert torch.equal(bits(masters[1]), bits(split8.decode(of_8)))
         assert torch.equal(bits(masters[2]), bits(value.bfloat16().float()))
+        # Somebody may write to a weight while its remainder stays: below 0 there is no master.
+        half = upper_half(bits_of(value))
+        assert torch.equal(bits(masters[3]), bits(Split16().decode((half, words.to(torch.int16)))))
+        assert torch.equal(bits(masters[4]), bits(split8.decode((half, words.to(torch.int8)))))
 
 
 def moments(seed: int) -> tuple[Tensor, Tensor]:
