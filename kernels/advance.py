@@ -109,7 +109,7 @@ def advance_kernel(
     # What belongs to a tensor without a gradient may be gone.
     present = tl.load(grads_ptr + rows, mask=mask, other=table.ABSENT) != table.ABSENT
     step_ptr = tl.load(tensor_ptr + table.STEP, mask=present, other=0).to(tl.pointer_type(tl.float32))
-    has_step = present & (step_ptr.to(tl.int64) != 0)
+    has_step = step_ptr.to(tl.int64) != 0
     step = tl.load(step_ptr, mask=has_step, other=0.0) + 1
     active = tl.where(skip, False, present)
     tl.store(step_ptr, step, mask=has_step & active)

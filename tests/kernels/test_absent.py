@@ -12,9 +12,9 @@ ADAM = {table.LR: 0.1, table.BETA1: 0.5, table.BETA2: 0.9, table.EPS: 1e-8}
 NUMELS = (40, 0, 300, 7)
 
 
-def rows_of(device, offset):
+def rows_of(device, offset, dtype=torch.float32):
     def values(i, numel):
-        return place(torch.full((numel,), 1.0 + i, device=device), offset)
+        return place(torch.full((numel,), 1.0 + i, dtype=dtype, device=device), offset)
 
     return [
         Row(values(i, n), values(i, n), (values(0, n), values(1, n)), step=torch.full((), float(i), device=device))
@@ -23,18 +23,19 @@ def rows_of(device, offset):
 
 
 def tables_of(rows, absent, device):
-    """Tables in which some gradients are absent: whoever looks for them reads memory that is nobody's."""
+    """Tables in which some gradients are absent: who reads them or their counters reads nobody's memory."""
     tables = Tables(rows, [ADAM], device=device)
     for i in absent:
-        tables.grads[i] = table.ABSENT.value
+        tables.grads[i] = tables.tensors[i, table.STEP.value] = table.ABSENT.value
     return tables
 
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("zero_grad", [False, True])
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
-def test_only_tensors_with_a_gradient_take_part(device, offset, zero_grad, found_inf):
-    rows, before, alone = (rows_of(device, offset) for _ in range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_tensors_with_a_gradient_take_part(device, offset, zero_grad, found_inf, dtype):
+    rows, before, alone = (rows_of(device, offset, dtype) for _ in range(3))
     absent, present = (0, 2), (1, 3)
     tables = tables_of(rows, absent, device)
     tables.found_inf.fill_(found_inf)

@@ -130,19 +130,22 @@ def test_a_tensor_without_a_counter_is_at_its_first_step(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_hyperparameters_are_read_from_device_tensors_when_there_are_any(device, dtype):
-    lr, beta1, beta2 = (torch.tensor(value, dtype=dtype, device=device) for value in (0.25, 0.5, 0.75))
+@pytest.mark.parametrize("rate", [0.3, 0.125, 0.0])
+def test_hyperparameters_are_read_from_device_tensors_when_there_are_any(device, dtype, rate):
+    lr, beta1, beta2 = (torch.tensor(value, dtype=dtype, device=device) for value in (0.25, 0.5, 0.7))
     sources = {(1, table.LR_SOURCE): lr, (1, table.BETA1_SOURCE): beta1, (1, table.BETA2_SOURCE): beta2}
     rows = counters(device, 0) + counters(device, 0, group=1)
-    tables = Tables(rows, [ADAM, ADAM], sources, device=device)
+    group = {**ADAM, table.LR: 3.0}
+    tables = Tables(rows, [group, group], sources, device=device)
     tables.advance()
-    assert tables.scalar(1, table.STEP_SIZE) == pytest.approx(0.25 * 0.25**0.5 / 0.5, rel=1e-15, abs=0)
-    assert tables.scalar(1, table.BETA2_FACTOR) == 0.75
+    root = (1 - beta2.item()) ** 0.5
+    assert tables.scalar(1, table.STEP_SIZE) == pytest.approx(0.25 * root / 0.5, rel=1e-15, abs=0)
+    assert tables.scalar(1, table.BETA2_FACTOR) == beta2.item()
     assert tables.scalar(0, table.BETA2_FACTOR) == 0.999
-    lr.fill_(0.125)
+    lr.fill_(rate)
     tables.tensors[:, table.STEP.value] = 0
     tables.advance()
-    assert tables.scalar(1, table.STEP_SIZE) == pytest.approx(0.125 * 0.25**0.5 / 0.5, rel=1e-15, abs=0)
+    assert tables.scalar(1, table.STEP_SIZE) == pytest.approx(lr.item() * root / 0.5, rel=1e-15, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -181,11 +184,13 @@ def test_sgd_damps_all_gradients_but_the_first(device, steps_before):
 
 @pytest.mark.parametrize("algorithm", ["adam", "sgd"])
 @pytest.mark.parametrize("found_inf", [1.0, 2.0])
-def test_a_found_infinity_skips_the_step_and_is_counted_once(device, algorithm, found_inf):
+@pytest.mark.parametrize("norm", [NO_NORM.value, L2])
+def test_a_found_infinity_skips_the_step_and_is_counted_once(device, algorithm, found_inf, norm):
     rows = counters(device, *range(260))
     tables = Tables(rows, [ADAM], device=device)
+    tables.partials.fill_(1.0)
     tables.found_inf.fill_(found_inf)
-    tables.advance(algorithm)
+    tables.advance(algorithm, norm)
     assert [row.step.item() for row in rows] == list(range(260))
     assert not any(tables.column(table.ACTIVE))
     assert tables.status[table.N_SKIPPED.value] == 1
@@ -225,11 +230,15 @@ def test_the_norm_of_all_gradients_is_clipped_as_torch_clips_it(device, order, n
 
 
 @pytest.mark.parametrize("order", [NO_NORM.value, L2])
-def test_each_tensor_is_clipped_by_its_own_norm(device, order):
-    tables = clipping_tables(device, [[3.0, 4.0], [], [0.5], [0.0, 0.0], [8.0]], {table.CLIP_NORM: 2.0})
+@pytest.mark.parametrize(("factor", "scale"), [(1.0, 1.0), (-6.0, 3.0)])
+def test_each_tensor_is_clipped_by_its_own_norm(device, order, factor, scale):
+    group = {table.CLIP_NORM: 2.0 * abs(factor) / scale, table.GRAD_FACTOR: factor}
+    tables = clipping_tables(device, [[3.0, 4.0], [], [0.5], [0.0, 0.0], [8.0]], group)
+    tables.grad_scale.fill_(scale)
     tables.reduce(L2)
     tables.advance(norm=order, clip_each=True)
-    assert tables.column(table.GRAD_SCALE) == pytest.approx([0.4, 1, 1, 1, 0.25], rel=1e-15, abs=0)
+    expected = [share * factor / scale for share in (0.4, 1, 1, 1, 0.25)]
+    assert tables.column(table.GRAD_SCALE) == pytest.approx(expected, rel=1e-15, abs=0)
 
 
 def test_a_tensor_of_many_partial_norms_is_clipped_by_all_of_them(device):
@@ -243,6 +252,14 @@ def test_a_tensor_of_many_partial_norms_is_clipped_by_all_of_them(device):
     assert factors[:5] + factors[6:] == [1.0] * 19
 
 
+def test_the_norm_of_all_gradients_is_that_of_all_their_partial_norms(device):
+    tables = clipping_tables(device, [[1.0]] * 20, {table.MAX_GRAD_NORM: 1.0})
+    tables.partials = torch.ones(2500, dtype=torch.float64, device=device)
+    tables.counts[table.N_PARTIALS.value] = 2500
+    tables.advance(norm=L2)
+    assert tables.status[table.GRAD_NORM.value] == 50
+
+
 @pytest.mark.parametrize("bad", [INFINITY, NAN])
 @pytest.mark.parametrize("order", [L2, INF])
 def test_a_group_may_skip_steps_whose_norm_is_not_finite(device, bad, order):
@@ -250,6 +267,7 @@ def test_a_group_may_skip_steps_whose_norm_is_not_finite(device, bad, order):
     tables.reduce(order)
     tables.advance(norm=order)
     assert tables.status[table.N_SKIPPED.value] == 1
+    assert tables.status[table.GRAD_NORM.value] == pytest.approx(bad, nan_ok=True)
     assert not any(tables.column(table.ACTIVE))
     assert [row.step.item() for row in tables.rows] == [0, 0]
 

@@ -1,5 +1,7 @@
 """The formats on tiles against the formats of the host, bit for bit."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dragon.kernels import blockwise, rounding
-from dragon.vm.torch.optim._formats.bits import square_root
+from dragon.vm.torch.optim._formats.bits import bits_of, square_root, upper_half
 from dragon.vm.torch.optim._formats.blockwise import SignedQ8, SquareQ8
 from dragon.vm.torch.optim._formats.bound import clamp_moment, moment_bound, rounded_bound
 from dragon.vm.torch.optim._formats.philox import Rounding, random_words
@@ -29,7 +31,7 @@ def rounding_kernel(
     remainder_16_ptr,  # int16 [N]
     half_8_ptr,
     remainder_8_ptr,  # int8 [N]
-    master_ptr,  # fp32 [3 N]: of 16 bits, of 8 bits, and a widened bf16
+    master_ptr,  # fp32 [5 N]: of 16 bits, of 8 bits, a widened bf16, and of any two parts
     N: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
@@ -50,6 +52,9 @@ def rounding_kernel(
     tl.store(remainder_8_ptr + i, remainder)
     tl.store(master_ptr + N + i, rounding.join_8(half, remainder))
     tl.store(master_ptr + 2 * N + i, rounding.wide_bfloat16(nearest))
+    half = rounding.upper_half(rounding.bits_of(value))
+    tl.store(master_ptr + 3 * N + i, rounding.join_16(half, words.to(tl.int16)))
+    tl.store(master_ptr + 4 * N + i, rounding.join_8(half, words.to(tl.int8)))
 
 
 @triton.jit
@@ -153,6 +158,8 @@ def random_patterns(seed: int) -> Tensor:
         0x7F7FFFFF,
         0x7F7F8000,
         0x7F7FFF80,
+        0x7F7EFFFF,
+        0x7F7FFEFF,
         0x7FFFFFFF,
         -1,
         0x7F800001,
@@ -172,7 +179,7 @@ def test_rounding_of_any_bits_is_that_of_the_host(device: torch.device, stochast
         words = torch.randint(0, 65536, (N,), dtype=torch.int32)
         halves = [torch.empty(N, dtype=torch.bfloat16, device=device) for _ in range(5)]
         remainders = [torch.empty(N, dtype=dtype, device=device) for dtype in (torch.int16, torch.int8)]
-        masters = torch.empty(3, N, device=device)
+        masters = torch.empty(5, N, device=device)
         stochastically, upward, nearest, half_16, half_8 = halves
         with np.errstate(invalid="ignore"):  # of the interpreter, for a NaN
             rounding_kernel[(1,)](
@@ -191,6 +198,10 @@ def test_rounding_of_any_bits_is_that_of_the_host(device: torch.device, stochast
         assert torch.equal(bits(masters[0]), bits(Split16().decode(of_16)))
         assert torch.equal(bits(masters[1]), bits(split8.decode(of_8)))
         assert torch.equal(bits(masters[2]), bits(value.bfloat16().float()))
+        # Somebody may write to a weight while its remainder stays: below 0 there is no master.
+        half = upper_half(bits_of(value))
+        assert torch.equal(bits(masters[3]), bits(Split16().decode((half, words.to(torch.int16)))))
+        assert torch.equal(bits(masters[4]), bits(split8.decode((half, words.to(torch.int8)))))
 
 
 def moments(seed: int) -> tuple[Tensor, Tensor]:
@@ -208,9 +219,9 @@ def moments(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def check_moments(
-    device: torch.device, exp_avg: Tensor, exp_avg_sq: Tensor, words: Tensor, stochastic: bool
+    device: torch.device, exp_avg: Tensor, exp_avg_sq: Tensor, words: Tensor, stochastic: bool, bound: float
 ) -> Tensor:
-    """Compare codes, scales and decoded moments with the host's; the first moment clamped to half the root."""
+    """Compare codes, scales and decoded moments with the host's; the first moment clamped by the bound."""
     forms = (SignedQ8(), SquareQ8(stochastic))
     parts = [
         [torch.empty(N // part.elements, dtype=part.dtype, device=device) for part in form.parts] for form in forms
@@ -218,7 +229,7 @@ def check_moments(
     decoded = torch.empty(3, N, device=device)
     blockwise_kernel[(1,)](
         exp_avg.to(device), exp_avg_sq.to(device), words.to(device), *parts[0], *parts[1], decoded, N, stochastic,
-        rounded_bound(0.5), enable_fp_fusion=False,
+        rounded_bound(bound), enable_fp_fusion=False,
     )  # fmt: skip
     for row, (form, value) in enumerate(zip(forms, (exp_avg, exp_avg_sq), strict=True)):
         expected = form.encode(value, words)
@@ -233,9 +244,11 @@ def test_moments_in_8_bits_are_those_of_the_host(device: torch.device, stochasti
     for seed in range(64):
         exp_avg, exp_avg_sq = moments(seed)
         words = torch.randint(0, 65536, (N,), dtype=torch.int32)
-        bounded = check_moments(device, exp_avg, exp_avg_sq, words, stochastic)
-        clamped = clamp_moment(exp_avg, square_root(exp_avg_sq), 0.5)
-        assert not torch.equal(bits(clamped), bits(exp_avg))
+        # No bound leaves all moments, those beside a second moment of 0 too.
+        bound = 0.5 if seed % 2 else math.inf
+        bounded = check_moments(device, exp_avg, exp_avg_sq, words, stochastic, bound)
+        clamped = clamp_moment(exp_avg, square_root(exp_avg_sq), bound)
+        assert torch.equal(bits(clamped), bits(exp_avg)) == math.isinf(bound)
         assert torch.equal(bits(bounded), bits(clamped))
 
 
@@ -249,7 +262,7 @@ def test_the_extreme_words_round_as_on_the_host(device: torch.device, word: int)
     words = torch.full((N,), word, dtype=torch.int32)
     for direction in (0.0, torch.inf):
         near = torch.nextafter(exact, torch.tensor(direction))
-        check_moments(device, torch.zeros(N), near, words, True)
+        check_moments(device, torch.zeros(N), near, words, True, 0.5)
 
 
 @pytest.mark.parametrize("first", [0, 8 * 12345, 2**36 - 512])

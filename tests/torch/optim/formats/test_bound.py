@@ -3,8 +3,12 @@ import math
 import pytest
 import torch
 
+from dragon.kernels.spec import Spec, has_bound
 from dragon.vm.torch.optim._formats.bits import square_root
-from dragon.vm.torch.optim._formats.bound import clamp_moment, moment_bound, rounded_bound
+from dragon.vm.torch.optim._formats.blockwise import SignedQ8, SquareQ8
+from dragon.vm.torch.optim._formats.bound import can_exceed_bound, clamp_moment, moment_bound, rounded_bound
+from dragon.vm.torch.optim._formats.format import Format
+from dragon.vm.torch.optim._formats.rounding import Plain, StochasticBfloat16, UpwardBfloat16
 
 BETAS = [(0.9, 0.999), (0.9, 0.95), (0.0, 0.999), (0.95, 0.9025), (0.9, 0.5), (0.99, 0.9), (0.5, 0.0), (0.9, 0.81)]
 
@@ -75,6 +79,35 @@ def test_what_exceeds_the_bound_is_cut_and_nan_stays() -> None:
     assert clamped[4].isnan()
     assert clamped[5:].tolist() == [0.0, -limit, 0.0]
     assert clamp_moment(exp_avg, root, math.inf) is exp_avg
+
+
+FP32, FP16, BF16 = map(Plain, (torch.float32, torch.float16, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        ((FP32, FP32), False),
+        ((BF16, FP32), False),
+        ((FP16, FP16), False),
+        ((FP32, FP16), False),
+        ((FP16, FP32), True),
+        ((FP16, BF16, FP32), True),
+        ((BF16, StochasticBfloat16()), True),
+        ((FP32, FP32, UpwardBfloat16()), True),
+        ((SignedQ8(), SquareQ8(False)), True),
+        ((SignedQ8(), FP32), True),
+    ],
+)
+def test_host_and_kernels_bound_a_first_moment_beside_the_same_states(
+    states: tuple[Format, ...], expected: bool
+) -> None:
+    assert can_exceed_bound(states) == expected
+    assert has_bound(Spec("adam", "float32", "float32", tuple(form.name for form in states))) == expected
+
+
+def test_a_momentum_has_no_second_moment_that_bounds_it() -> None:
+    assert not can_exceed_bound([FP16])
 
 
 def test_a_bound_is_an_fp32_number_under_any_default_dtype() -> None:

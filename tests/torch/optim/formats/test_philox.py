@@ -28,10 +28,14 @@ def test_known_answers(n_rounds: int, counter: tuple, key: tuple[int, int], expe
     assert N_ROUNDS == 7
 
 
-def test_each_element_takes_the_half_and_the_rotated_half_of_its_call_that_the_contract_names() -> None:
-    first, second = random_words([(rounding(first=8 * 2**33 - 16), 32)])
+@pytest.mark.parametrize("n_calls", [2**32, 2**33])
+def test_each_element_takes_the_half_and_the_rotated_half_of_its_call_that_the_contract_names(
+    n_calls: int,
+) -> None:
+    start = 8 * n_calls - 16
+    first, second = random_words([(rounding(first=start), 32)])
     for element in range(32):
-        call, place = divmod(8 * 2**33 - 16 + element, 8)
+        call, place = divmod(start + element, 8)
         counter = tuple(torch.tensor([word]) for word in (call & ONES, call >> 32, 5, 3))
         word = int(philox_4x32(counter, (SEED & ONES, SEED >> 32))[place // 2])
         rotated = (word << 8 | word >> 24) & ONES

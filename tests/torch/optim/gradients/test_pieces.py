@@ -31,7 +31,8 @@ def stepped(kind: Any, dtype: torch.dtype, options: dict[str, Any]) -> list[torc
         # The first one misses a step: its count is another.
         present = list(zip(params, grads, strict=True))[step == 1 :]
         for param, grad in present:
-            param.grad = grad.clone()
+            # In the layout of the parameter: another one would be copied before the step.
+            param.grad = torch.empty_like(param).copy_(grad)
         optimizer.step()
         assert all(torch.equal(param.grad, grad) for param, grad in present)
         optimizer.zero_grad(set_to_none=True)

@@ -40,9 +40,11 @@ def test_the_largest_magnitude_counts_times_the_factor_of_its_group(backend):
 
 
 @each_backend
-def test_each_group_has_a_clip_norm_of_its_own_or_none(backend):
-    taken, _ = updates(backend, [3.0, 4.0, 8.0], [{"clip_norm": 1.0}, {}, {"clip_norm": 2.0}])
-    assert taken == [1.0, 4.0, 2.0]
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])
+def test_each_group_has_a_clip_norm_of_its_own_or_none(backend, order):
+    cases = [(3.0, {"clip_norm": 1.0}, 1.0), (4.0, {}, 4.0), (8.0, {"clip_norm": 2.0}, 2.0)]
+    grads, groups, expected = zip(*(cases[i] for i in order), strict=True)
+    assert updates(backend, list(grads), list(groups))[0] == list(expected)
 
 
 @each_backend

@@ -30,6 +30,18 @@ def test_the_order_of_parameters_and_groups_changes_nothing_once_states_are_made
     assert bits(params, optimizer) == bits(theirs[:3], others)
 
 
+@pytest.mark.parametrize("mode", ["bf16 states", *STOCHASTIC])
+def test_small_tensors_of_differing_counts_are_updated_as_each_alone(mode: str) -> None:
+    runs = [make(mode, backend=backend) for backend in ("native", "eager")]
+    for params, optimizer in runs:
+        for step, missing in enumerate((None, 0, None, 2, None)):
+            give_gradients(params, step)
+            if missing is not None:
+                params[missing].grad = None
+            optimizer.step()
+    assert bits(*runs[0]) == bits(*runs[1])
+
+
 def test_tensors_have_words_of_their_own() -> None:
     params, optimizer = make("bf16 stochastic, bf16 states", ((64, 64), (64, 64)))
     with torch.no_grad():
