@@ -15,8 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-_FSDP2_GROUP = "torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup"
-
 
 def instances(module: str, name: str) -> Iterator[Any]:
     """All objects of exactly one class, if its module is imported and there is a process group.
@@ -28,13 +26,17 @@ def instances(module: str, name: str) -> Iterator[Any]:
         yield from [each for each in gc.get_objects() if type(each) is found]
 
 
+def _fsdp2_groups() -> Iterator[Any]:
+    return instances("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup")
+
+
 def reshard(params: Sequence[Tensor]) -> None:
     """Make FSDP2 gather certain parameters anew before it uses them the next time.
 
     FSDP2 keeps the parameters of a root module whole after a forward pass. It would not see changed shards.
     """
     wanted = set(map(id, params))
-    for group in instances(*_FSDP2_GROUP):
+    for group in _fsdp2_groups():
         if any(id(each.sharded_param) in wanted for each in group.fsdp_params):
             group.reshard()
 
@@ -46,7 +48,7 @@ def check_accumulated(params: Sequence[Tensor]) -> None:
         RuntimeError: if it does: a step would ignore them.
     """
     wanted = set(map(id, params))
-    for group in instances(*_FSDP2_GROUP):
+    for group in _fsdp2_groups():
         # Sums over the shards of one replica.
         partial = getattr(group, "_partial_reduce_output", None)
         for each in group.fsdp_params:
@@ -68,7 +70,7 @@ def check_gathered(params: Sequence[Tensor]) -> None:
     """
     left = (param for param in params if type(param) is Parameter and param.requires_grad and param.grad is None)
     freed = {id(param) for param in left if param.numel() and not param.untyped_storage().size()}
-    groups = instances(*_FSDP2_GROUP) if freed else ()
+    groups = _fsdp2_groups() if freed else ()
     if any(id(getattr(each, "_unsharded_param", None)) in freed for group in groups for each in group.fsdp_params):
         raise RuntimeError(
             "the optimizer was made of parameters that FSDP2 had gathered, as after a forward pass, and its steps "
