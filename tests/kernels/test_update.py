@@ -186,7 +186,7 @@ def test_gradients_stay_behind_divided_by_the_scale_alone(
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_gradients_that_are_set_to_zero_are_not_divided(device: torch.device, offset: int) -> None:
+def test_gradients_are_set_to_zero_where_others_are_divided(device: torch.device, offset: int) -> None:
     grad = place(torch.full((40,), float("nan"), device=device), offset)
     row = Row(place(torch.zeros(40, device=device), offset), grad)
     Tables([row], device=device).set_scalars().update(spec_of("accumulate", row, zero_grad=True), unscales=True)

@@ -51,7 +51,7 @@ def test_known_bounds() -> None:
     assert moment_bound(0.5, 0.0, 2) == math.inf
     assert moment_bound(0.0, 0.0, 2) == 1.0
     assert moment_bound(0.99, 0.5, 10**6) == math.inf
-    # r = 1 - 1e-9: the plain quotient would have lost half of its digits.
+    # r = 1 - 1e-9, where a quotient of differences is 0 by 0 in fp32.
     beta2 = 0.81 * (1 + 1e-9)
     assert moment_bound(0.9, beta2, 100) == pytest.approx(0.1 * math.sqrt(100 / (1 - beta2)), rel=1e-6)
 
