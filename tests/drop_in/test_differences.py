@@ -41,6 +41,18 @@ def test_the_memory_of_flat_states_is_freed_by_the_next_step() -> None:
     assert flats[0]() is None
 
 
+def test_a_state_that_is_taken_out_moves_those_of_its_buffer() -> None:
+    params = [nn.Parameter(torch.ones(100)) for _ in range(3)]
+    optimizer = ours.Adam(params, flatten=True)
+    for _ in range(2):
+        sum(param.sum() for param in params).backward()
+        optimizer.step()
+        kept = {param: state["exp_avg"] for param, state in optimizer.state.items()}
+    del optimizer.state[params[0]]
+    optimizer.step()
+    assert all(optimizer.state[param]["exp_avg"] is not kept[param] for param in params)
+
+
 def test_a_compiled_function_cannot_read_groups_that_a_graph_follows() -> None:
     optimizer = ours.Adam([nn.Parameter(torch.ones(3))], capturable=True)
 

@@ -112,14 +112,15 @@ class Joined(NamedTuple):
     flats: Mapping[str, Tensor]
 
 
-def make_buffers(groups: Iterable[Mapping[str, Any]]) -> list[FlatBuffer]:
+def make_buffers(groups: Iterable[Mapping[str, Any]], *, leaves_shared: bool = False) -> list[FlatBuffer]:
     """Move the small trained parameters on the CPU of each group into flat buffers, one for each dtype.
 
     Those that are not dense, or that have no memory of their own, stay where they are. A group with `clip_norm`
-    has no buffers: each of its gradients is clipped on its own.
+    has no buffers: each of its gradients is clipped on its own. With `leaves_shared` those in shared memory
+    stay there.
 
     Raises:
-        ValueError: for a parameter in shared memory, which a move would take out of it. Nothing has moved then.
+        ValueError: else for one in shared memory, which a move would take out of it. Nothing has moved then.
     """
     members: dict[tuple[int, torch.dtype], list[Tensor]] = {}
     for index, group in enumerate(groups):
@@ -129,6 +130,8 @@ def make_buffers(groups: Iterable[Mapping[str, Any]]) -> list[FlatBuffer]:
             if param.device.type != "cpu" or not 0 < param.numel() < SMALL_NUMEL:
                 continue
             if param.is_shared():
+                if leaves_shared:
+                    continue
                 raise ValueError(
                     "flatten=True moves parameters into buffers of this process, but one of shape "
                     f"{tuple(param.shape)} is in shared memory: leave flatten=False, or share the memory "

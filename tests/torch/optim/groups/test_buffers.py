@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -157,6 +158,25 @@ def test_shared_memory_is_refused_with_the_reason(sizes):
         Adam([{"params": [next(rest) for _ in range(size)]} for size in sizes], flatten=True)
     assert [param.data_ptr() for param in params] == before
     assert params[3].is_shared()
+
+
+def test_copies_leave_shared_memory_where_it_is():
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(4)]
+    optimizer = Adam(params, lr=0.25, flatten=True)
+    for param in params[:2]:
+        param.share_memory_()
+    twin = copy.copy(optimizer)
+    give_grads(params, 0, [True] * 4, in_place=False)
+    before = [param.data_ptr() for param in params]
+    twin.step()
+    assert [param.data_ptr() for param in params] == before
+    assert [param.is_shared() for param in params] == [True, True, False, False]
+    assert not any(bool((param == 1).any()) for param in params)
+    # What a process that is spawned with it does.
+    sent = pickle.loads(ForkingPickler.dumps(optimizer)).param_groups[0]["params"]
+    sent[0].data.fill_(7)
+    sent[3].data.fill_(8)
+    assert [param[0].item() for param in (params[0], params[3])] == [7, 8]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
