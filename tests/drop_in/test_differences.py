@@ -1,6 +1,7 @@
 """What ours does otherwise than PyTorch's on purpose; docs/compatibility.md names these tests."""
 
 import json
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,33 @@ def test_sgd_refuses_the_sparse_gradients_that_pytorchs_takes() -> None:
     assert not torch.equal(embedding.weight, before)
 
 
-def test_the_memory_of_flat_states_stays_for_the_next_ones() -> None:
+def test_the_memory_of_flat_states_is_freed_by_the_next_step() -> None:
     params = [nn.Parameter(torch.ones(100)) for _ in range(3)]
     optimizer = ours.Adam(params, flatten=True)
-    places = []
+    flats = []
+    for _ in range(2):
+        # Two plans.
+        for chosen in (params, params[:2]):
+            optimizer.zero_grad()
+            sum(param.sum() for param in chosen).backward()
+            optimizer.step()
+        flats.append(weakref.ref(optimizer._updater.buffers[0].state["exp_avg"]))
+        assert flats[-1]() is not None
+        optimizer.state.clear()
+        assert flats[-1]() is not None
+    assert flats[0]() is None
+
+
+def test_a_state_that_is_taken_out_moves_those_of_its_buffer() -> None:
+    params = [nn.Parameter(torch.ones(100)) for _ in range(3)]
+    optimizer = ours.Adam(params, flatten=True)
     for _ in range(2):
         sum(param.sum() for param in params).backward()
         optimizer.step()
-        places.append([optimizer.state[param]["exp_avg"].data_ptr() for param in params])
-        optimizer.state.clear()
-        between = torch.empty(400)
-        assert between.data_ptr() not in places[0]
-    assert places[0] == places[1]
+        kept = {param: state["exp_avg"] for param, state in optimizer.state.items()}
+    del optimizer.state[params[0]]
+    optimizer.step()
+    assert all(optimizer.state[param]["exp_avg"] is not kept[param] for param in params)
 
 
 def test_a_compiled_function_cannot_read_groups_that_a_graph_follows() -> None:

@@ -94,10 +94,10 @@ class Optimizer(TakingOptimizer):
             self._release = GradientRelease(self)
         self._release.watch(self.param_groups)
 
-    def _make_buffers(self, groups: Iterable[dict[str, Any]]) -> None:
+    def _make_buffers(self, groups: Iterable[dict[str, Any]], *, leaves_shared: bool = False) -> None:
         # Kernels update all tensors in one launch, and other operations a tensor at a time.
         if self._settings.flatten and self._settings.backend in (None, "native"):
-            self._updater.buffers += with_plain_tensors(lambda: make_buffers(groups))
+            self._updater.buffers += with_plain_tensors(lambda: make_buffers(groups, leaves_shared=leaves_shared))
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -294,5 +294,6 @@ class Optimizer(TakingOptimizer):
         make_live(self.param_groups, self._publish)
         if is_copy:
             self._hook_own()
-            self._make_buffers(self.param_groups)
+            # Their memory may have been shared after the construction.
+            self._make_buffers(self.param_groups, leaves_shared=True)
             self._watch(self.param_groups)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 def with_flats(group: FlattenedGroup) -> list[Entry]:
     """The entries of a group, and behind them one for each buffer, at the position of its first parameter."""
-    flats = [group.entries[rows[0]]._replace(param=buffer.values) for buffer, rows in group.joined]
+    flats = [group.entries[rows[0]]._replace(param=flats["param"]) for _, rows, flats in group.joined]
     return [*group.entries, *flats]
 
 
@@ -26,7 +26,7 @@ class Flats:
 
     def __init__(self, group: FlattenedGroup) -> None:
         self._n_rows = len(group.entries)
-        self._joined = [(buffer, rows, picker(rows, self._n_rows)) for buffer, rows in group.joined]
+        self._joined = [(each, picker(each.positions, self._n_rows)) for each in group.joined]
         # The rows of the last step, the buffers chosen then, and the rows of both.
         self._arranged: tuple[Sequence[int], list[int], list[int]] = (), [], []
 
@@ -45,8 +45,8 @@ class Flats:
         present = set(rows)
         return [
             index
-            for index, (_, own, pick) in enumerate(self._joined)
-            if present.issuperset(own) and (len(steps) <= 1 or len(set(pick(steps))) == 1)
+            for index, (each, pick) in enumerate(self._joined)
+            if present.issuperset(each.positions) and (len(steps) <= 1 or len(set(pick(steps))) == 1)
         ]
 
     def in_place_of(self, rows: Sequence[int], chosen: list[int]) -> list[int]:
@@ -59,17 +59,18 @@ class Flats:
 
     def behind(self, column: Sequence[Tensor], name: str) -> Sequence[Tensor]:
         """Parameters, gradients or a state of the entries, with the buffers' flat tensors behind them."""
-        return [*column, *(dict(buffer.flat_tensors())[name] for buffer, _, _ in self._joined)] if column else ()
+        return [*column, *(each.flats[name] for each, _ in self._joined)] if column else ()
 
     def with_counts(self, counts: Sequence[T]) -> list[T]:
         """Step counts of the entries, with those of the buffers behind them; one that is all stays so."""
-        return list(counts if len(counts) <= 1 else [*counts, *(counts[rows[0]] for _, rows, _ in self._joined)])
+        firsts = self._joined if len(counts) > 1 else ()
+        return [*counts, *(counts[each.positions[0]] for each, _ in firsts)]
 
     def copy_grads(self, grads: Sequence[Tensor], chosen: Sequence[int]) -> None:
         """Copy the gradients of chosen buffers' parameters into them."""
-        for buffer, _, pick in map(self._joined.__getitem__, chosen):
-            buffer.copy_grads(pick(grads))
+        for each, pick in map(self._joined.__getitem__, chosen):
+            each.buffer.copy_grads(pick(grads))
 
     def picked(self, values: Sequence[T], chosen: Sequence[int]) -> list[T]:
         """What chosen buffers' parameters have."""
-        return list(chain.from_iterable(self._joined[index][2](values) for index in chosen))
+        return list(chain.from_iterable(self._joined[index][1](values) for index in chosen))

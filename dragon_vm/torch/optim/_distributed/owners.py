@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
@@ -69,7 +70,9 @@ def check_gathered(params: Sequence[Tensor]) -> None:
         RuntimeError: if one is. The model has another one in its place, which no step would update.
     """
     left = (param for param in params if type(param) is Parameter and param.requires_grad and param.grad is None)
-    freed = {id(param) for param in left if param.numel() and not param.untyped_storage().size()}
+    # Others have no storage.
+    strided = (param for param in left if param.layout == torch.strided)
+    freed = {id(param) for param in strided if param.numel() and not param.untyped_storage().size()}
     groups = _fsdp2_groups() if freed else ()
     if any(id(getattr(each, "_unsharded_param", None)) in freed for group in groups for each in group.fsdp_params):
         raise RuntimeError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -52,18 +51,39 @@ class FlatBuffer:
             param.data = in_own_storage(view)
 
     def positions(self, shards: Sequence[Tensor]) -> list[int] | None:
-        """Where this buffer's parameters stand among tensors; None unless all are there, in their layouts."""
+        """Where this buffer's parameters stand among tensors; None unless all are there as they were."""
         index_of = {shard.data_ptr(): index for index, shard in enumerate(shards)}
         found = [index_of.get(address, -1) for address in self.addresses]
         for index, (shape, stride, _) in zip(found, self._places, strict=True):
             if index < 0 or (shards[index].shape, shards[index].stride()) != (shape, stride):
                 return None
+            if shards[index].dtype != self.values.dtype:
+                return None
         return found
 
-    def flat_state(self, key: str, dtype: torch.dtype) -> Tensor:
-        """The flat tensor of a state: that which there is, or a new one."""
-        held = self.state.get(key)
-        return held if held is not None and held.dtype == dtype else torch.zeros_like(self.values, dtype=dtype)
+    def take_states(self, states: Sequence[State], keys: Iterable[str]) -> list[State]:
+        """Make states views of flat tensors, of the values that they have.
+
+        Where one is to move, all move to new memory: somebody may keep the old states, to go back to them.
+
+        Args:
+            states: of all parameters, in order, complete. They fit and are not changed.
+            keys: the names of their tensors, which have the dtype of the parameters.
+
+        Returns:
+            For each parameter the entries to replace.
+        """
+        flats: State = {}
+        replaced: list[State] = [{} for _ in states]
+        for key in keys:
+            values, held = [state[key] for state in states], self.state.get(key)
+            if held is None or [*map(Tensor.data_ptr, values)] != [*map(Tensor.data_ptr, self.views(held))]:
+                held = torch.zeros_like(self.values)
+                for entries, view, value in zip(replaced, self.views(held), values, strict=True):
+                    entries[key] = in_own_storage(view.copy_(value))
+            flats[key] = held
+        self.state = flats
+        return replaced
 
     def flat_tensors(self) -> list[tuple[str, Tensor]]:
         """All flat tensors, with the names that their pieces have in states."""
@@ -79,78 +99,28 @@ class FlatBuffer:
 
 
 class Joined(NamedTuple):
-    """A flat buffer, and where its parameters stand among others, in its order."""
+    """A flat buffer of a step.
+
+    Attributes:
+        buffer: its parameters step together.
+        positions: where they stand among others, in its order.
+        flats: the buffer's flat tensors of this step, by the names that their pieces have in states.
+    """
 
     buffer: FlatBuffer
     positions: list[int]
+    flats: Mapping[str, Tensor]
 
 
-def take_states(
-    members: Sequence[tuple[FlatBuffer, Sequence[State]]], keys: Sequence[Sequence[str]], others: Iterable[State]
-) -> list[list[State]]:
-    """Make the states of buffers' parameters views of flat tensors, of the values that they have.
-
-    Args:
-        members: each buffer with complete states of its parameters, which fit and are not changed.
-        keys: for each buffer the names of the states' tensors.
-        others: states of parameters outside of them. What is in the way of another gets memory of its own.
-
-    Returns:
-        For each buffer and each of its parameters the entries to replace.
-    """
-    moves: list[tuple[State, str, Tensor, Tensor]] = []
-    replaced: list[list[State]] = []
-    for (buffer, states), names in zip(members, keys, strict=True):
-        buffer.state = {key: buffer.flat_state(key, states[0][key].dtype) for key in names}
-        entries: list[State] = [{} for _ in states]
-        for key, flat in buffer.state.items():
-            places = zip(entries, buffer.views(flat), states, strict=True)
-            moves += [(own, key, view, state[key]) for own, view, state in places]
-        replaced.append(entries)
-    moves = [move for move in moves if move[2].data_ptr() != move[3].data_ptr()]
-    written = _Memory(flat for buffer, _ in members for flat in buffer.state.values())
-    sources = written.apart([source for *_, source in moves])
-    for state in others if moves else ():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and has_memory(value):
-                (state[key],) = written.apart([value])
-    for (own, key, view, _), source in zip(moves, sources, strict=True):
-        view.copy_(source)
-        own[key] = in_own_storage(view)
-    return replaced
-
-
-class _Memory:
-    """The memory of some flat tensors."""
-
-    def __init__(self, flats: Iterable[Tensor]) -> None:
-        spans = sorted((flat.data_ptr(), flat.data_ptr() + flat.nbytes) for flat in flats)
-        self._starts, self._ends = [start for start, _ in spans], [end for _, end in spans]
-
-    def apart(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The tensors, with copies of those that lie here, and might be overwritten before they are read."""
-        addresses = list(map(Tensor.data_ptr, tensors))
-        # The speed of C, where none is close.
-        if not (self._starts and any(map(range(self._starts[0], self._ends[-1]).__contains__, addresses))):
-            return tensors
-        return [
-            tensor.clone() if self._holds(address) else tensor
-            for tensor, address in zip(tensors, addresses, strict=True)
-        ]
-
-    def _holds(self, address: int) -> bool:
-        index = bisect_right(self._starts, address) - 1
-        return index >= 0 and address < self._ends[index]
-
-
-def make_buffers(groups: Iterable[Mapping[str, Any]]) -> list[FlatBuffer]:
+def make_buffers(groups: Iterable[Mapping[str, Any]], *, leaves_shared: bool = False) -> list[FlatBuffer]:
     """Move the small trained parameters on the CPU of each group into flat buffers, one for each dtype.
 
     Those that are not dense, or that have no memory of their own, stay where they are. A group with `clip_norm`
-    has no buffers: each of its gradients is clipped on its own.
+    has no buffers: each of its gradients is clipped on its own. With `leaves_shared` those in shared memory
+    stay there.
 
     Raises:
-        ValueError: for a parameter in shared memory, which a move would take out of it. Nothing has moved then.
+        ValueError: else for one in shared memory, which a move would take out of it. Nothing has moved then.
     """
     members: dict[tuple[int, torch.dtype], list[Tensor]] = {}
     for index, group in enumerate(groups):
@@ -160,6 +130,8 @@ def make_buffers(groups: Iterable[Mapping[str, Any]]) -> list[FlatBuffer]:
             if param.device.type != "cpu" or not 0 < param.numel() < SMALL_NUMEL:
                 continue
             if param.is_shared():
+                if leaves_shared:
+                    continue
                 raise ValueError(
                     "flatten=True moves parameters into buffers of this process, but one of shape "
                     f"{tuple(param.shape)} is in shared memory: leave flatten=False, or share the memory "

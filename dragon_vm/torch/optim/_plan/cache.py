@@ -89,15 +89,15 @@ class PlanCache:
 
     def _prepare(self, recipe: Recipe, key: tuple[Hashable, ...], present: bytes) -> Found:
         """Prepare a plan for the parameters with a gradient, and some more if that is worth it."""
-        members, n_buffers = recipe.members, len(recipe.buffers)
+        members, flats = recipe.members, _flats_of(recipe)
         check_gathered(members.params)
         more = self._widening.worth_adding(recipe, key, present, self._latest.get((key, None)))
         positions = sorted({*compress(range(len(present)), present), *more})
         lists: tuple[list[Any], ...] = members.params, members.shards, members.grads, members.group_index()
         chosen = Chosen(positions, *map(list, map(picker(positions, len(present)), lists)))
         prepared = prepare(recipe, chosen)
-        if len(recipe.buffers) < n_buffers:
-            # Earlier plans would keep the memory of buffers that are gone.
+        if flats.keys() - _flats_of(recipe).keys():
+            # Earlier plans would keep the memory of those that are gone.
             self.forget()
         plan = StepPlan(recipe, prepared, takes_parts=bool(more))
         if not more:
@@ -125,3 +125,8 @@ class PlanCache:
             check_live(group)
         for plan in plans.values():
             plan.publish(live, group)
+
+
+def _flats_of(recipe: Recipe) -> dict[int, Any]:
+    """The flat tensors of all buffers by their ids."""
+    return {id(flat): flat for buffer in recipe.buffers for _, flat in buffer.flat_tensors()}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
-from dragon.vm.torch.optim._groups.buffers import Joined, take_states
+from dragon.vm.torch.optim._groups.buffers import Joined
 from dragon.vm.torch.optim._groups.flattening import Signature
 from dragon.vm.torch.optim._groups.states import State
 from dragon.vm.torch.optim._plan.recipe import Chosen, Recipe
@@ -21,17 +20,13 @@ def join(
     joined: dict[Signature, list[Joined]] = {}
     for buffer in recipe.buffers:
         positions = buffer.positions(chosen.shards)
-        if positions is not None and _step_together(recipe, chosen, positions, signatures):
-            joined.setdefault(signatures[positions[0]], []).append(Joined(buffer, positions))
-    # All at once: a state may be the place of a parameter of another buffer.
-    every = list(chain.from_iterable(joined.values()))
-    inside = set(chain.from_iterable(positions for _, positions in every))
-    others = [state for i, state in enumerate(states) if i not in inside] if every else []
-    members = [(buffer, [states[i] for i in positions]) for buffer, positions in every]
-    keys = [signatures[positions[0]].tensor_keys for _, positions in every]
-    for (_, positions), replaced in zip(every, take_states(members, keys, others), strict=True):
+        if positions is None or not _step_together(recipe, chosen, positions, signatures):
+            continue
+        signature = signatures[positions[0]]
+        replaced = buffer.take_states([states[i] for i in positions], signature.tensor_keys)
         for position, entries in zip(positions, replaced, strict=True):
             states[position].update(entries)
+        joined.setdefault(signature, []).append(Joined(buffer, positions, dict(buffer.flat_tensors())))
     return joined
 
 

@@ -87,7 +87,7 @@ def prepare(recipe: Recipe, chosen: Chosen) -> Prepared:
 def _among(entries: list[Entry], joined: Sequence[Joined]) -> list[Joined]:
     """Flat buffers with the places of their parameters among entries."""
     row_of = {entry.position: row for row, entry in enumerate(entries)} if joined else {}
-    return [Joined(buffer, [row_of[position] for position in positions]) for buffer, positions in joined]
+    return [each._replace(positions=[row_of[position] for position in each.positions]) for each in joined]
 
 
 def _commit(recipe: Recipe, params: list[Tensor], states: list[State]) -> None:

@@ -148,3 +148,21 @@ def test_what_needs_norms_is_refused_where_numbers_cannot_be_read(
     with pytest.raises(ValueError, match=f"need numbers that can be read, but a gradient is of {where}"):
         optimizer.step()
     assert all(float(state.get("step", 0)) == 0 for state in optimizer.state.values())
+
+
+@each_algorithm
+@pytest.mark.parametrize("changed", [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn])
+def test_a_parameter_without_a_storage_is_left_alone_while_it_has_no_gradient(
+    algorithm: Any, changed: Any
+) -> None:
+    """As PyTorch leaves it. It was frozen when the optimizer was made."""
+    param = torch.nn.Parameter(torch.ones(3))
+    other = torch.nn.Parameter(changed(torch.ones(3, 3)), requires_grad=False)
+    optimizer = make(algorithm, [param, other])
+    other.requires_grad_(True)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert param.tolist() == pytest.approx([0.9] * 3)
+    assert list(optimizer.state) == [param]
