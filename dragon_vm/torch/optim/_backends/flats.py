@@ -9,7 +9,6 @@ from typing import TypeVar
 from torch import Tensor
 
 from dragon.vm.torch.optim._backends.selection import picker
-from dragon.vm.torch.optim._gradients.scaling import Factors
 from dragon.vm.torch.optim._groups.flattening import Entry, FlattenedGroup
 
 T = TypeVar("T")
@@ -33,13 +32,11 @@ class Flats:
     def __bool__(self) -> bool:
         return bool(self._joined)
 
-    def chosen(self, rows: Sequence[int], steps: Sequence[float], factors: Factors) -> list[int]:
-        """The indices of buffers whose parameters all take part, with one step count and one factor.
+    def chosen(self, rows: Sequence[int], steps: Sequence[float]) -> list[int]:
+        """The indices of buffers whose parameters all take part, with one step count.
 
         `steps` are the counts of all entries, one if they agree, or none if nothing counts.
         """
-        if factors.each:
-            return []
         if len(rows) == self._n_rows and len(steps) <= 1:
             return list(range(len(self._joined)))
         present = set(rows)

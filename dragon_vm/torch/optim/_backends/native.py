@@ -58,7 +58,7 @@ class NativeGroup:
         # A buffer is updated at once only where its parameters have one count.
         needs_steps = self._needs_steps or bool(flats)
         steps = self._counters.advance(counters, rows, needs_steps) if self._counters else []
-        chosen = flats.chosen(rows, steps, factors) if flats else []
+        chosen = flats.chosen(rows, steps) if flats else []
         if flats:
             flats.copy_grads(grads, chosen)
             names = ("param", "grad", "grad", *signature.state_keys)
