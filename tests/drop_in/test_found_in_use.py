@@ -378,13 +378,15 @@ def test_names_in_subclasses_are_free(module: ModuleType, name: str) -> None:
     assert copy.copy(optimizer).param_groups == optimizer.param_groups
 
 
+@pytest.mark.parametrize("is_named", [False, True])
 @pytest.mark.parametrize("cls", [ours.Adam, ours.SGD])
-def test_a_subclass_that_passes_a_constructor_over_is_told(cls: Any) -> None:
+def test_a_subclass_that_passes_a_constructor_over_is_told(cls: Any, is_named: bool) -> None:
     """PyTorch's base takes any defaults, for a class that has a step of its own."""
 
     class Own(cls):
         def __init__(self, params: Any) -> None:
-            super(cls, self).__init__(params, {"lr": 0.1, "gravity": 1.0})
+            base = torch.optim.Optimizer if is_named else super(cls, self)
+            base.__init__(*(self,) * is_named, params, {"lr": 0.1, "gravity": 1.0})
 
     with pytest.raises(TypeError, match=r"derive the class from torch\.optim\.Optimizer"):
         Own([nn.Parameter(torch.ones(3))])

@@ -67,6 +67,13 @@ class Settings(NamedTuple):
     native_state_dict: bool = False
 
 
+# To a subclass that calls the constructor of its base's base.
+_PASSED_OVER = (
+    "a subclass has called the base's constructor with defaults of its own, which no step here could use: "
+    "call the constructor of Adam, AdamW or SGD, or derive the class from torch.optim.Optimizer"
+)
+
+
 def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The options among the local variables of a constructor at its beginning."""
     return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
@@ -75,10 +82,7 @@ def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def read_settings(options: Mapping[str, Any]) -> Settings:
     """Check the options of the optimizer as a whole, and take them out of all options."""
     if "grad_scale" not in options:
-        raise TypeError(
-            "a subclass has called the base's constructor with defaults of its own, which no step here could use: "
-            "call the constructor of Adam, AdamW or SGD, or derive the class from torch.optim.Optimizer"
-        )
+        raise TypeError(_PASSED_OVER)
     settings = Settings(**{name: options[name] for name in Settings._fields if name in options})
     if settings.backend not in (None, "triton", "native", "eager"):
         raise ValueError(f"backend must be None, 'triton', 'native' or 'eager', but got {settings.backend!r}")
@@ -150,8 +154,13 @@ def check_flags(group: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be true or false, but got {group[name]!r}") from None
 
 
-def check_keys(group: Any, settings: Settings) -> None:
-    """Refuse a dict with an option of the optimizer as a whole that says something else than the settings."""
+def check_keys(group: Any, settings: Settings | None) -> None:
+    """Refuse a dict with an option of the optimizer as a whole that says something else than the settings.
+
+    An optimizer whose own constructor was passed over has no settings.
+    """
+    if settings is None:
+        raise TypeError(_PASSED_OVER)
     for name, own in settings._asdict().items() if isinstance(group, dict) else ():
         value = group.get(name, own)
         if value is not own and value != own:
