@@ -154,14 +154,14 @@ def check_flags(group: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be true or false, but got {group[name]!r}") from None
 
 
-def check_keys(group: Any, settings: Settings | None) -> None:
+def check_keys(group: Any, attributes: Mapping[str, Any]) -> None:
     """Refuse a dict with an option of the optimizer as a whole that says something else than the settings.
 
-    An optimizer whose own constructor was passed over has no settings.
+    `attributes` are the optimizer's. One whose own constructor was passed over has no settings among them.
     """
-    if settings is None:
+    if "_settings" not in attributes:
         raise TypeError(_PASSED_OVER)
-    for name, own in settings._asdict().items() if isinstance(group, dict) else ():
+    for name, own in attributes["_settings"]._asdict().items() if isinstance(group, dict) else ():
         value = group.get(name, own)
         if value is not own and value != own:
             raise ValueError(

@@ -111,7 +111,7 @@ class Optimizer(TakingOptimizer):
                 whole, and trained parameters that cannot be updated. Nothing has been added then.
         """
         # Before PyTorch fills in what the group does not say.
-        check_keys(param_group, vars(self).get("_settings"))
+        check_keys(param_group, vars(self))
         n_groups = len(self.param_groups)
         try:
             super().add_param_group(param_group)
