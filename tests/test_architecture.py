@@ -35,7 +35,7 @@ FLOORS = (
     {"_algorithms"},
     {"_formats", "_gradients"},
     {"_distributed", "_graphs", "_options", "_hints", "_hooks", "_modes", KERNELS},
-    {"_introspection"},
+    {"_introspection", "_devices"},
 )
 FOLDERS_OF_OPTIM = {
     "_plan", "_backends", "_groups", "_table", "_algorithms", "_formats", "_gradients", "_distributed", "_graphs",

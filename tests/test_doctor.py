@@ -133,10 +133,19 @@ def test_the_chosen_backend_is_told_with_why_no_other_is() -> None:
 
 
 def test_every_gpu_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind, count in (("cuda", 2), ("xpu", 0)):
+    for kind, count in (("cuda", 2), ("xpu", 0), ("mps", 1)):
         monkeypatch.setattr(torch.get_device_module(kind), "is_available", lambda count=count: count > 0)
         monkeypatch.setattr(torch.get_device_module(kind), "device_count", lambda count=count: count or 1)
-    assert doctor.present_devices() == [CPU, torch.device("cuda", 0), torch.device("cuda", 1)]
+    gpus = [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("mps", 0)]
+    assert doctor.present_devices() == [CPU, *gpus]
+
+
+def test_the_eager_backend_is_right_for_a_gpu_of_apples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.empty(1, device="meta"))
+    finding = doctor.chosen_backend(torch.device("mps", 0))
+    assert finding.verdict is Verdict.FINE
+    assert finding.text.startswith("Apple's GPU, 16 GiB; backend eager; not triton: ")
 
 
 def test_without_triton_nothing_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def versions() -> Iterator[Finding]:
 def present_devices() -> list[torch.device]:
     """The CPU, and every GPU that torch sees."""
     devices = [torch.device("cpu")]
-    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu), ("mps", torch.mps)):
         if module.is_available():
             devices += [torch.device(kind, index) for index in range(module.device_count())]
     return devices
@@ -68,6 +68,8 @@ def present_devices() -> list[torch.device]:
 def _describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "mps":
+        return f"Apple's GPU, {torch.mps.recommended_max_memory() / 2**30:.0f} GiB"
     properties = torch.get_device_module(device).get_device_properties(device)
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
@@ -89,8 +91,8 @@ def chosen_backend(device: torch.device) -> Finding:
     passed = [(name, why_not(name, device)) for name in BACKENDS[: BACKENDS.index(chosen)]]
     reasons = [f"not {name}: {reason or 'only on request on this device'}" for name, reason in passed]
     text += f"; backend {chosen}" + "".join(f"; {reason}" for reason in reasons)
-    # A GPU that no kernel runs on is what nobody installs this library for.
-    is_wrong = device.type != "cpu" and chosen != "triton"
+    # A GPU that kernels do not run on, though they could, is what nobody installs this library for.
+    is_wrong = device.type in ("cuda", "xpu") and chosen != "triton"
     return Finding(str(device), text, Verdict.WRONG if is_wrong else Verdict.FINE)
 
 

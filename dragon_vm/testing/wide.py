@@ -19,7 +19,7 @@ WideArray: TypeAlias = npt.NDArray[np.longdouble]
 
 def wide(value: Tensor) -> WideArray:
     """Convert a real tensor of any floating dtype and device, without rounding."""
-    return value.detach().to("cpu", torch.float64).numpy().astype(np.longdouble)
+    return value.detach().cpu().double().numpy().astype(np.longdouble)
 
 
 def eps(dtype: torch.dtype) -> float:

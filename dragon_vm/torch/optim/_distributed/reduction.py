@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dragon.vm.torch.optim._devices import has_float64
 from dragon.vm.torch.optim._distributed.lanes import Lane
 from dragon.vm.torch.optim._distributed.shards import local
 
@@ -138,7 +139,7 @@ class TensorReduction:
 
 
 def meeting_device(tensors: Iterable[Tensor], process_group: Any = None) -> torch.device:
-    """Where this process reduces numbers with others: a group may have one backend for each type of device.
+    """Where this process reduces fp64 numbers with others: a group may have one backend for each type of device.
 
     Args:
         tensors: parameters or gradients. One on an accelerator decides, wherever the others are.
@@ -147,7 +148,8 @@ def meeting_device(tensors: Iterable[Tensor], process_group: Any = None) -> torc
     devices = {local(tensor).device: None for tensor in tensors}
     if not devices and process_group is not None and "nccl" in dist.get_backend_config(process_group):
         return torch.device("cuda", torch.cuda.current_device())
-    return next((device for device in devices if device.type not in ("cpu", "meta")), torch.device("cpu"))
+    usable = (device for device in devices if device.type not in ("cpu", "meta") and has_float64(device))
+    return next(usable, torch.device("cpu"))
 
 
 def all_reduce_flags(flags: Tensor, process_group: Any) -> None:

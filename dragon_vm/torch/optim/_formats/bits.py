@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._devices import has_float64
+
 INFINITY = 0x7F800000
 _LARGEST = 0x7F7FFFFF
 _MAGNITUDE = 0x7FFFFFFF
@@ -42,11 +44,12 @@ def square_root(value: Tensor) -> Tensor:
 
     PyTorch's own is MKL's on most processors, which is wrong in the last bit for a sixth of all numbers. NumPy's
     is the processor's. The root in fp64 is off by less than the distance of any exact root from the middle of two
-    fp32 numbers, and takes five times as long. Tensors without memory of their own take it.
+    fp32 numbers, and takes five times as long. Tensors without memory of their own take it. A device without fp64
+    has its own root.
     """
     numpy = numpy_of(value.device)
     if numpy is None or type(value) is not Tensor:
-        return value.double().sqrt().float()
+        return value.double().sqrt().float() if has_float64(value.device) else value.sqrt()
     with numpy.errstate(invalid="ignore"):
         return torch.from_numpy(numpy.sqrt(value.numpy()))
 

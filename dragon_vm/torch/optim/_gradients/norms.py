@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._devices import has_float64
 from dragon.vm.torch.optim._modes import uncast
 
 # Elements whose norm is taken in float32 at a time; norms of such rows are added in float64.
@@ -34,8 +35,19 @@ def norms_of(grads: Sequence[Tensor], norm_type: float) -> Tensor:
     """Norm of each gradient of type 2 or infinity, float64 [n] on the CPU; 0 for an empty one."""
     is_l2 = norm_type == 2
     filled = [as_real(grad) if is_l2 or grad.numel() else torch.zeros(1, device="cpu") for grad in grads]
-    norms = torch._foreach_norm(filled, norm_type, dtype=torch.float64 if is_l2 else None)
-    return torch.stack([norm.to("cpu", torch.float64) for norm in norms])
+    norms, members = filled[:], dict[torch.dtype | None, list[int]]()
+    for index, grad in enumerate(filled):
+        members.setdefault(_sum_dtype(grad.device) if is_l2 else None, []).append(index)
+    for dtype, indices in members.items():
+        found = torch._foreach_norm([filled[i] for i in indices], norm_type, dtype=dtype)
+        for index, norm in zip(indices, found, strict=True):
+            norms[index] = norm
+    # Not at once: not every device makes fp64 for the CPU.
+    return torch.stack([norm.cpu().double() for norm in norms])
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float64 if has_float64(device) else torch.float32
 
 
 class SquareSum:

@@ -158,7 +158,7 @@ def take_part(
     sums, flag = SharedNorm(reductions, positions, len(params)).reduce(
         none, scaling.found_inf, largest=largest, skip_nonfinite=settings.skip_nonfinite
     )
-    scale = 1.0 if scaling.grad_scale is None else scaling.grad_scale.double().to(device).reshape(())
+    scale = 1.0 if scaling.grad_scale is None else scaling.grad_scale.to(device).double().reshape(())
     norm = (sums.sum() if largest else sums.sum().sqrt()) / scale
     skipped = (flag > 0).reshape(()) | (torch.isfinite(norm).logical_not() & settings.skip_nonfinite)
     return norm if needs_norm(settings) else None, skipped.long()

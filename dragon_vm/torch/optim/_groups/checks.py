@@ -160,13 +160,22 @@ def is_trained(param: Tensor) -> bool:
 
 
 def has_memory(param: Tensor) -> bool:
-    """Whether a parameter is a strided tensor that has memory of its own by now."""
+    """Whether a parameter is a strided tensor that has memory of its own by now, or had until it was freed."""
     return (
         has_own_memory(type(param))
         and param.device.type != "meta"
         and not torch.nn.parameter.is_lazy(param)
         and param.layout == torch.strided
+        and _has_address(param)
     )
+
+
+def _has_address(param: Tensor) -> bool:
+    """Whether a tensor has an address, or needs none. Those of XLA have no storage, or one without an address."""
+    try:
+        return bool(param.data_ptr() or not param.numel() or not param.untyped_storage().size())
+    except RuntimeError:
+        return False
 
 
 def is_freed(param: Tensor) -> bool:

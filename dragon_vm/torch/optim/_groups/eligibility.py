@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._devices import has_float64
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import is_dense
@@ -26,7 +27,7 @@ def why_not(backend: str, device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type in _TRITON_DEVICES:
-        return None
+        return None if has_float64(device) else f"its kernels decide in fp64, in which {device} does not compute"
     if device.type == "cpu":
         from dragon.kernels import launch
 

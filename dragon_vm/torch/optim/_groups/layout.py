@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._devices import has_addresses
+
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory, each once, in some order of the dimensions."""
@@ -46,11 +48,14 @@ def in_layout_of(param: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(param, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First byte and end of the memory that the elements span."""
+def _span(tensor: Tensor) -> tuple[str, int, int]:
+    """The address space in which the elements lie, and there their first byte and their end."""
+    space = str(tensor.device)
+    if not has_addresses(tensor.device):
+        space += f" {tensor.untyped_storage().data_ptr()}"
     first = tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, first + (last + 1) * tensor.element_size()
+    return space, first, first + (last + 1) * tensor.element_size()
 
 
 def _piece_offsets(tensor: Tensor, base: int, nbytes: int) -> Tensor:
@@ -73,11 +78,11 @@ def overlapping_pair(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
         if tensor.numel():
             if not is_dense(tensor) and _overlaps(tensor):
                 return index, index
-            spans.append((str(tensor.device), *_extent(tensor), index))
+            spans.append((*_span(tensor), index))
     active: list[tuple[str, int, int, int]] = []
     for span in sorted(spans):
-        device, first, _, index = span
-        active = [other for other in active if other[0] == device and first < other[2]]
+        space, first, _, index = span
+        active = [other for other in active if other[0] == space and first < other[2]]
         for other in active:
             if _overlaps(tensors[other[3]], tensors[index]):
                 return other[3], index

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]  # documented there
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dragon.vm.torch.optim._devices import has_addresses
 from dragon.vm.torch.optim._distributed.shards import distributed_like, is_distributed, local
 from dragon.vm.torch.optim._groups.checks import has_memory
 from dragon.vm.torch.optim._groups.layout import in_layout_of, is_dense
@@ -77,7 +78,7 @@ def step_counters(values: Sequence[float], place: CounterPlace) -> list[Tensor]:
     """
     device, dtype = place.device, place.dtype
     buffer = torch.tensor(values, dtype=dtype, device=device)
-    if not has_memory(buffer):
+    if not (has_memory(buffer) and has_addresses(device)):
         return [torch.tensor(value, dtype=dtype, device=device) for value in values]
     counters = list(map(in_own_storage, buffer.unbind()))
     for counter in counters:
