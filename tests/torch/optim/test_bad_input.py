@@ -273,6 +273,13 @@ def test_what_is_no_process_group_is_refused_at_once():
         Adam([param()], process_group=3)
 
 
+def test_a_process_group_is_refused_where_pytorch_was_built_without_any(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^process_group must be None for a PyTorch without torch\.distributed"):
+        Adam([param()], process_group=3)
+    Adam([param()])
+
+
 @pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}, {"capturable": True}], ids=str)
 @pytest.mark.parametrize("bad", [0.9, None], ids=repr)
 def test_betas_that_are_one_number_are_named(options, bad):

@@ -105,6 +105,8 @@ def check_process_group(group: Any) -> None:
     """
     if group is None:
         return
+    if not dist.is_available():
+        raise ValueError(f"process_group must be None for a PyTorch without torch.distributed, but got {group!r}")
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group must contain this process, but it got a group of others")
     if not isinstance(group, dist.ProcessGroup):
