@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -20,6 +20,7 @@ from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats.resolve import cannot_forget
 from dragon.vm.torch.optim._groups.bounds import is_on_device
 from dragon.vm.torch.optim._groups.checks import is_trained, names_of
+from dragon.vm.torch.optim._groups.eligibility import why_slow
 from dragon.vm.torch.optim._groups.entries import decode_master, kept_format, unflat
 from dragon.vm.torch.optim._groups.masters import resync
 from dragon.vm.torch.optim._groups.native import MASTER, MASTER_PARTS
@@ -33,7 +34,8 @@ class StoringOptimizer(AccumulatingOptimizer):
     """An optimizer that tells what it stores, and keeps masters in step with their parameters."""
 
     _updater: Updater
-    _has_warned = False
+    # What it has warned of.
+    _warned: Collection[str] = ()
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -151,24 +153,37 @@ class StoringOptimizer(AccumulatingOptimizer):
         groups = [group for group in self.param_groups if group.get("master_weights") is not None]
         return list(chain.from_iterable(group["params"] for group in groups))
 
-    def _warn_of_rounding(self, group: Mapping[str, Any]) -> None:
-        """Warn once of second moments that were asked to be rounded such that they cannot decay."""
-        if self._has_warned or options_of(group).state_dtype is None or "betas" not in group:
-            return
-        beta2, names = group["betas"][1], self._algorithm.state_keys(group)
-        if is_on_device(beta2):
-            return
-        beta2, trained = host_number(beta2), filter(is_trained, group["params"])
-        if any(cannot_forget(storage_of(param, group, names), beta2) for param in trained):
-            self._has_warned = True
-            warnings.warn(
-                f"exp_avg_sq is rounded to nearest in so few bits that with beta2={beta2} it cannot decay: "
-                "learning rates stay too small for thousands of steps, and losses are worse. Use "
-                'state_dtype={"exp_avg_sq": torch.float32}. For all but float64 parameters, '
-                "stochastic_rounding=None does as well",
-                UserWarning,
-                stacklevel=_levels_to_user(),
-            )
+    def _warn_of_options(self, group: Mapping[str, Any]) -> None:
+        """Warn of each once: a GPU that does without kernels, and second moments that cannot decay."""
+        for find in (self._slowness_of, self._rounding_of):
+            if find.__name__ not in self._warned and (text := find(group)):
+                self._warned = {*self._warned, find.__name__}
+                warnings.warn(text, UserWarning, stacklevel=_levels_to_user())
+
+    def _slowness_of(self, group: Mapping[str, Any]) -> str | None:
+        devices = {param.device for param in filter(is_trained, group["params"])}
+        for device in devices if not group["differentiable"] else ():
+            if reason := why_slow(self._settings.backend, device):
+                return (
+                    f"parameters on {device} are updated by plain torch operations, a tensor at a time, which is "
+                    f"far slower than kernels, and than PyTorch's fused=True: {reason}. Give backend='eager' to "
+                    "leave it so"
+                )
+        return None
+
+    def _rounding_of(self, group: Mapping[str, Any]) -> str | None:
+        """Second moments that were asked to be rounded such that they cannot decay."""
+        if options_of(group).state_dtype is None or "betas" not in group or is_on_device(group["betas"][1]):
+            return None
+        beta2, names = host_number(group["betas"][1]), self._algorithm.state_keys(group)
+        if not any(cannot_forget(storage_of(p, group, names), beta2) for p in filter(is_trained, group["params"])):
+            return None
+        return (
+            f"exp_avg_sq is rounded to nearest in so few bits that with beta2={beta2} it cannot decay: learning "
+            "rates stay too small for thousands of steps, and losses are worse. Use "
+            'state_dtype={"exp_avg_sq": torch.float32}. For all but float64 parameters, '
+            "stochastic_rounding=None does as well"
+        )
 
 
 def _levels_to_user() -> int:

@@ -137,7 +137,7 @@ class Optimizer(TakingOptimizer):
             group["epsilon_hat"] = are_dragon(group["params"])
         full = self._checked(group)
         check_differentiable(group, self._settings.max_grad_norm)
-        self._warn_of_rounding(full)
+        self._warn_of_options(full)
         self._drop_defaults(group)
 
     def _checked(self, group: dict[str, Any]) -> dict[str, Any]:

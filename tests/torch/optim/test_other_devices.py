@@ -4,9 +4,11 @@ PyTorch's lazy tensors on the CPU are such a device on any machine.
 """
 
 import copy
+import importlib.util
 import math
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -222,3 +224,24 @@ def test_kernels_need_a_device_with_float64(has_fp64, monkeypatch):
         devices.has_float64.cache_clear()
     assert (reason is None) == has_fp64 or "triton is not installed" in reason
     assert has_fp64 or "fp64" in reason
+
+
+@pytest.fixture
+def gpu_without_triton(monkeypatch):
+    """The CPU as a GPU for which triton is not installed."""
+    monkeypatch.setattr(eligibility, "_TRITON_DEVICES", ("cpu",))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+@pytest.mark.usefixtures("gpu_without_triton")
+def test_a_gpu_without_kernels_is_told_of_once_where_they_were_expected():
+    def param():
+        return torch.nn.Parameter(torch.zeros(3))
+
+    with pytest.warns(UserWarning, match="parameters on cpu .* far slower .*: triton is not installed") as caught:
+        optimizer = Adam([{"params": [param()]}, {"params": [param()]}])
+    assert [Path(each.filename).name for each in caught] == [Path(__file__).name]
+    optimizer.add_param_group({"params": [param()]})
+    Adam([param()], backend="eager")
+    Adam([param()], differentiable=True)
+    Adam([param().requires_grad_(False)])

@@ -39,6 +39,11 @@ def why_not(backend: str, device: torch.device) -> str | None:
     )
 
 
+def why_slow(backend: str | None, device: torch.device) -> str | None:
+    """Why parameters on a GPU that kernels are made for go the eager way; None for others, and if it is wanted."""
+    return why_not("triton", device) if backend is None and device.type in _TRITON_DEVICES else None
+
+
 def check_backend(backend: str | None, device: torch.device) -> None:
     """Check an explicit choice.
 
