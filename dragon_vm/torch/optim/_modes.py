@@ -76,6 +76,19 @@ def uncast(run: Callable[[], T]) -> T:
     return restoring(partial(torch.set_autocast_enabled, "cpu", True), run_without)
 
 
+def if_possible(read: Callable[..., T], *arguments: object, errors: tuple[type[Exception], ...]) -> T | None:
+    """What a function returns; None if it raises one of these errors."""
+    try:
+        return read(*arguments)
+    except errors:
+        # Once more: a signal handler may have raised it.
+        try:
+            read(*arguments)
+        except errors:
+            return None
+        raise
+
+
 def restoring(restore: Callable[[], object], run: Callable[[], T]) -> T:
     """Call `run`, and whatever happens then `restore`."""
     try:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._groups.layout import overlapping_pair
+from dragon.vm.torch.optim._modes import if_possible
 
 Group = Mapping[str, Any]
 
@@ -166,16 +167,14 @@ def has_memory(param: Tensor) -> bool:
         and param.device.type != "meta"
         and not torch.nn.parameter.is_lazy(param)
         and param.layout == torch.strided
-        and _has_address(param)
+        # Tensors of XLA have no storage, or one without an address.
+        and bool(if_possible(_has_address, param, errors=(RuntimeError,)))
     )
 
 
 def _has_address(param: Tensor) -> bool:
-    """Whether a tensor has an address, or needs none. Those of XLA have no storage, or one without an address."""
-    try:
-        return bool(param.data_ptr() or not param.numel() or not param.untyped_storage().size())
-    except RuntimeError:
-        return False
+    """Whether a tensor has an address, or needs none."""
+    return bool(param.data_ptr() or not param.numel() or not param.untyped_storage().size())
 
 
 def is_freed(param: Tensor) -> bool:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain, compress
 from operator import is_, itemgetter
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from dragon.vm.torch.optim._backends.selection import Gathered, picker
 from dragon.vm.torch.optim._distributed.shards import locals_of
+from dragon.vm.torch.optim._modes import if_possible
 from dragon.vm.torch.optim._plan.guards import Guard
 from dragon.vm.torch.optim._plan.preparation import Prepared
 from dragon.vm.torch.optim._plan.recipe import Recipe
-
-T = TypeVar("T")
 
 # What reading a tensor raises where there is none.
 _MISSING = (KeyError, TypeError, AttributeError, IndexError)
@@ -101,7 +100,7 @@ class Gatherer:
         """
         if self._guard is None or any(self._pick_others(present)):
             return None
-        return _if_there(self.read, recipe, present, self._guard)
+        return if_possible(self.read, recipe, present, self._guard, errors=_MISSING)
 
     def read(self, recipe: Recipe, present: bytes, guard: Guard | None = None) -> Gathered | None:
         """`gather` as far as a guard tells; without one the tensors are those that the plan was just made for."""
@@ -119,21 +118,8 @@ class Gatherer:
 
     def holds(self, recipe: Recipe) -> bool:
         """Whether parameters and states are what they were, with a gradient or not."""
-        return self._guard is not None and bool(_if_there(self._holds, self._guard, recipe))
+        return self._guard is not None and bool(if_possible(self._holds, self._guard, recipe, errors=_MISSING))
 
     def _holds(self, guard: Guard, recipe: Recipe) -> bool:
         states = self.states.read(recipe, self._pick(recipe.members.params))
         return states is not None and guard.holds(self._pick(recipe.members.shards), states)
-
-
-def _if_there(read: Callable[..., T], *arguments: object) -> T | None:
-    """What a function reads; None if some of it is no tensor any more, or is not there."""
-    try:
-        return read(*arguments)
-    except _MISSING:
-        # Once more: a signal handler may have raised it.
-        try:
-            read(*arguments)
-        except _MISSING:
-            return None
-        raise
