@@ -275,7 +275,13 @@ def test_the_way_of_one_step_is_read_in_an_evening() -> None:
     ]
     assert len(re.findall(r"^\d+\. `", chapter, re.MULTILINE)) == 10
     assert len(paths) == len(files) == 13
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths) <= MAX_WAY_LINES
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    assert sum(map(len, map(str.splitlines, texts))) <= MAX_WAY_LINES
+    # Where the page names a method, it is there.
+    named = re.findall(r"`([\w/]+\.py)`: `\w+\.(\w+)`", chapter)
+    assert len(named) == 3
+    for name, method in named:
+        assert f"def {method}(" in texts[files.index(name)]
 
 
 def test_no_import_goes_in_a_circle() -> None:
