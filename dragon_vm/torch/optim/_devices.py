@@ -18,7 +18,7 @@ def has_addresses(device: torch.device) -> bool:
 
 @cache
 def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in fp64. Apple's GPUs and some of Intel's do not."""
+    """Whether a device is known to compute in fp64. Apple's GPUs, some of Intel's and some accelerators do not."""
     if device.type == "xpu":
         return bool(torch.xpu.get_device_properties(device).has_fp64)
-    return device.type != "mps"
+    return device.type in ("cpu", "cuda")

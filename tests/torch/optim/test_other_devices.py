@@ -19,9 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from dragon.vm.torch.optim import SGD, Adam, AdamW
 from dragon.vm.torch.optim import _devices as devices
-from dragon.vm.torch.optim._distributed import reduction
 from dragon.vm.torch.optim._formats import bits
-from dragon.vm.torch.optim._gradients import norms
 from dragon.vm.torch.optim._groups import checks, eligibility, layout, states
 
 CPU = torch.device("cpu")
@@ -160,18 +158,11 @@ def test_a_tensor_without_an_address_shares_no_memory(device):
     assert all(param.cpu().eq(0.5).all() for param in params)
 
 
-@pytest.fixture
-def without_float64(device, monkeypatch):
-    """A mode in which the device is one without fp64."""
-    for module in (devices, norms, bits, reduction, eligibility):
-        monkeypatch.setattr(module, "has_float64", lambda asked: asked.type != device.type)
-    return partial(WithoutFloat64, device)
-
-
 @pytest.mark.parametrize(
     "options", [{"max_grad_norm": 0.1}, {"max_grad_norm": 0.1, "norm_type": math.inf}, {"clip_norm": 0.1}], ids=str
 )
-def test_no_step_asks_a_device_for_float64_that_has_none(options, device, without_float64):
+def test_no_step_asks_a_device_for_float64_that_has_none(options, device):
+    without_float64 = partial(WithoutFloat64, device)
     model, optimizer = trained(lambda params: Adam(params, lr=0.01, **options), device, without_float64)
     assert_close(model, trained(lambda params: Adam(params, lr=0.01, **options), CPU)[0])
     # A first step without gradients, and a root.
