@@ -1,5 +1,6 @@
 """Classes that programs derive from an optimizer, and objects that they put around one."""
 
+import copy
 from types import ModuleType
 from typing import Any
 
@@ -34,3 +35,43 @@ def test_a_base_class_behind_the_optimizer_is_initialised_and_restored(module: M
     assert optimizer.calls == [[0.5]]
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.calls == [[0.5], ["param_groups", "state"]]
+
+
+@each_module
+@each_name
+def test_a_wrapper_that_takes_over_all_attributes_saves_and_loads(module: ModuleType, name: str) -> None:
+    """As the optimizer of Lightning Lite 1.5, and as a class derived from PyTorch's does under a swap."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.__dict__ = optimizer.__dict__
+            self.inner = optimizer
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+    def build(param: nn.Parameter) -> Any:
+        return getattr(module, name)([param], lr=0.1, **{"momentum": 0.9} if name == "SGD" else {})
+
+    def train(param: nn.Parameter, optimizer: Any) -> None:
+        for value in (1.0, 2.0):
+            param.grad = torch.full((3,), value)
+            optimizer.step()
+
+    param, twin, resumed = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    wrapper, plain = Wrapper(build(param)), build(twin)
+    train(param, wrapper)
+    saved, value = copy.deepcopy(wrapper.state_dict()), param.detach().clone()
+    train(param, wrapper)
+    with torch.no_grad():
+        param.copy_(value)
+        resumed.copy_(value)
+    wrapper.load_state_dict(saved)
+    reader = build(resumed)
+    reader.load_state_dict(copy.deepcopy(saved))
+    train(param, wrapper)
+    train(resumed, reader)
+    train(twin, plain)
+    train(twin, plain)
+    assert torch.equal(param, twin)
+    assert torch.equal(resumed, twin)
