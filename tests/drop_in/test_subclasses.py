@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dragon.vm.torch import optim as ours
 from tests.drop_in.both import MODULES, NAMES
 
 each_module = pytest.mark.parametrize("module", MODULES)
@@ -75,3 +76,28 @@ def test_a_wrapper_that_takes_over_all_attributes_saves_and_loads(module: Module
     train(twin, plain)
     assert torch.equal(param, twin)
     assert torch.equal(resumed, twin)
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_saved_states_of_a_step_of_ones_own_are_loaded_by_a_class_derived_from_pytorchs_alone(name: str) -> None:
+    def derived(base: Any) -> Any:
+        class Own(base):
+            def step(self, closure: Any = None) -> None:
+                for param in self.param_groups[0]["params"]:
+                    state = self.state[param]
+                    state["step"] = state.get("step", 0) + 1
+                    state["row"] = param.grad.mean()
+
+        return Own
+
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = derived(getattr(ours, name))([param])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    with pytest.raises(ValueError, match="no exp_avg for parameter 0: it has step, row"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state[param]["row"] == 1.0
+    reader = derived(getattr(torch.optim, name))([param])
+    reader.load_state_dict(saved)
+    assert reader.state[param] == {"step": 1, "row": 1.0}

@@ -173,7 +173,7 @@ class _BehindConversion(OrderedDict[int, Callable[..., Any]]):
         return [_as_saved, *super().values()]
 
 
-# Of an optimizer of others that has taken over the attributes of one of ours, PyTorch saves and loads what is there.
+# An optimizer of others may have taken over the attributes of one of ours. PyTorch saves and loads what they are.
 def _before_loading(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
     return optimizer._before_loading(state_dict) if isinstance(optimizer, CheckpointedOptimizer) else None
 

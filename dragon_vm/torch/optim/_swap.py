@@ -125,7 +125,8 @@ def swap(**options: Any) -> Swap:
     """Make `torch.optim.Adam`, `AdamW` and `SGD` build ours.
 
     The classes stay the same objects, so it does not matter who imported them when. PyTorch's own is built where
-    ours refuses, and where a class derived from PyTorch's is asked for; `Swap.report` says so.
+    ours refuses, where a class derived from PyTorch's is asked for, and where the script has replaced `step` or
+    `zero_grad` of PyTorch's; `Swap.report` says so.
 
     Args:
         **options: options of `Adam` that PyTorch's lacks, such as ``state_dtype``; SGD gets those that it knows.
@@ -219,6 +220,10 @@ def _become_ours(
 
     If ours refuses, return the reason. The object is PyTorch's again then, and the groups are as they were.
     """
+    for name in ("step", "zero_grad"):
+        # Ours has its own. PyTorch wraps them too, and all that tells who has made a wrapper is its globals.
+        if not getattr(getattr(original, name), "__globals__", {}).get("__name__", "").startswith("torch."):
+            return f"the script has replaced its {name}()"
     before = [(group, dict(group)) for group in _groups(args, kwargs)]
     optimizer.__class__ = OURS[original]
     try:
