@@ -53,6 +53,12 @@ class Replaced:
             self._counts = (len(params), sum(param.numel() for param in shaped))
         return self._counts
 
+    def findings(self) -> str:
+        """Say how much it updates, and how often it did."""
+        n_tensors, n_params = self.counts()
+        size = f"{counted(n_params, 'parameter')} in {counted(n_tensors, 'tensor')}"
+        return f"{size}, {counted(self.n_steps, 'step')}"
+
 
 class LeftAlone(NamedTuple):
     """One optimizer that stayed PyTorch's.
@@ -98,12 +104,10 @@ class Swap:
         """Say which optimizers were replaced, and which were not and why."""
         count = f"{counted(len(self.replaced), 'optimizer')} replaced"
         lines = [count if self.replaced else "no optimizer was replaced in this process"]
-        for entry in self.replaced:
-            n_tensors, n_params = entry.counts()
-            size = f"{counted(n_params, 'parameter')} in {counted(n_tensors, 'tensor')}"
-            lines.append(f"  torch.optim.{entry.name}: {size}, {counted(entry.n_steps, 'step')}")
-        for (name, reason), times in Counter(self.left_alone).items():
-            lines.append(f"  not replaced: {name}{f' ({times} times)' * (times > 1)}: {reason}")
+        found = [(f"torch.optim.{entry.name}", entry.findings()) for entry in self.replaced]
+        found += [(f"not replaced: {name}", reason) for name, reason in self.left_alone]
+        for (name, text), times in Counter(found).items():
+            lines.append(f"  {name}{f' ({times} times)' * (times > 1)}: {text}")
         return "\n".join(lines)
 
     def __enter__(self) -> Swap:
