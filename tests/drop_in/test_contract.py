@@ -1,11 +1,13 @@
 """Plain torch parameters follow PyTorch, Dragon's own follow Dragon's page."""
 
+import collections
 import inspect
 import math
 import warnings
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -204,6 +206,40 @@ def test_the_groups_own_list_of_betas_stays_a_list_that_may_be_written_to(module
     optimizer.param_groups[0]["betas"][0] = 0.0
     param.grad = torch.ones(2)
     optimizer.step()
+    assert torch.equal(optimizer.state[param]["exp_avg"], torch.ones(2))
+
+
+class Settings:
+    """A sequence as those of libraries for settings: no list, and without a hash."""
+
+    __hash__ = None
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> float:
+        return self.values[index]
+
+    def __setitem__(self, index: int, value: float) -> None:
+        self.values[index] = value
+
+
+@each_way
+@pytest.mark.parametrize("sequence", [list, np.array, collections.UserList, collections.deque, Settings])
+def test_betas_of_a_group_may_be_any_sequence_that_is_written_to(
+    way: Any, sequence: Any, interpreted: None
+) -> None:
+    """As OmegaConf's `ListConfig`, of which Hydra makes the groups."""
+    param, betas = plain(), sequence([0.5, 0.9])
+    optimizer = build(way, "Adam", [{"params": [param], "betas": betas}])
+    for beta in (0.5, 0.0):
+        betas[0] = beta
+        param.grad = torch.ones(2)
+        optimizer.step()
+    assert optimizer.param_groups[0]["betas"] is betas
     assert torch.equal(optimizer.state[param]["exp_avg"], torch.ones(2))
 
 

@@ -162,7 +162,7 @@ class _BeforeLoading(OrderedDict[int, Callable[..., Any]]):
 
     def values(self) -> Any:
         """What PyTorch calls, in order."""
-        return [*super().values(), lambda optimizer, state_dict: optimizer._before_loading(state_dict)]
+        return [*super().values(), _before_loading]
 
 
 class _BehindConversion(OrderedDict[int, Callable[..., Any]]):
@@ -170,7 +170,16 @@ class _BehindConversion(OrderedDict[int, Callable[..., Any]]):
 
     def values(self) -> Any:
         """What PyTorch calls, in order."""
-        return [lambda optimizer, packed: optimizer._as_saved(packed), *super().values()]
+        return [_as_saved, *super().values()]
+
+
+# An optimizer of others may have taken over the attributes of one of ours. PyTorch saves and loads what they are.
+def _before_loading(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    return optimizer._before_loading(state_dict) if isinstance(optimizer, CheckpointedOptimizer) else None
+
+
+def _as_saved(optimizer: torch.optim.Optimizer, packed: dict[str, Any]) -> dict[str, Any] | None:
+    return optimizer._as_saved(packed) if isinstance(optimizer, CheckpointedOptimizer) else None
 
 
 def _drop_storage(packed: Group, is_flat: bool) -> None:

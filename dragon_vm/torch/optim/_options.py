@@ -252,4 +252,7 @@ def by_value(value: Any) -> Any:
     # An array may change in place.
     if getattr(value, "ndim", 0):
         return by_value(value.tolist())
-    return float(value) if hasattr(value, "__float__") else value
+    if hasattr(value, "__float__"):
+        return float(value)
+    # So may a sequence of any other type, which need not have a hash.
+    return tuple(map(by_value, value)) if hasattr(value, "__len__") else value

@@ -53,6 +53,12 @@ class Replaced:
             self._counts = (len(params), sum(param.numel() for param in shaped))
         return self._counts
 
+    def findings(self) -> str:
+        """Say how much it updates, and how often it did."""
+        n_tensors, n_params = self.counts()
+        size = f"{counted(n_params, 'parameter')} in {counted(n_tensors, 'tensor')}"
+        return f"{size}, {counted(self.n_steps, 'step')}"
+
 
 class LeftAlone(NamedTuple):
     """One optimizer that stayed PyTorch's.
@@ -98,12 +104,10 @@ class Swap:
         """Say which optimizers were replaced, and which were not and why."""
         count = f"{counted(len(self.replaced), 'optimizer')} replaced"
         lines = [count if self.replaced else "no optimizer was replaced in this process"]
-        for entry in self.replaced:
-            n_tensors, n_params = entry.counts()
-            size = f"{counted(n_params, 'parameter')} in {counted(n_tensors, 'tensor')}"
-            lines.append(f"  torch.optim.{entry.name}: {size}, {counted(entry.n_steps, 'step')}")
-        for (name, reason), times in Counter(self.left_alone).items():
-            lines.append(f"  not replaced: {name}{f' ({times} times)' * (times > 1)}: {reason}")
+        found = [(f"torch.optim.{entry.name}", entry.findings()) for entry in self.replaced]
+        found += [(f"not replaced: {name}", reason) for name, reason in self.left_alone]
+        for (name, text), times in Counter(found).items():
+            lines.append(f"  {name}{f' ({times} times)' * (times > 1)}: {text}")
         return "\n".join(lines)
 
     def __enter__(self) -> Swap:
@@ -125,7 +129,8 @@ def swap(**options: Any) -> Swap:
     """Make `torch.optim.Adam`, `AdamW` and `SGD` build ours.
 
     The classes stay the same objects, so it does not matter who imported them when. PyTorch's own is built where
-    ours refuses, and where a class derived from PyTorch's is asked for; `Swap.report` says so.
+    ours refuses, where a class derived from PyTorch's is asked for, and where the script has replaced `step` or
+    `zero_grad` of PyTorch's; `Swap.report` says so.
 
     Args:
         **options: options of `Adam` that PyTorch's lacks, such as ``state_dtype``; SGD gets those that it knows.
@@ -219,6 +224,10 @@ def _become_ours(
 
     If ours refuses, return the reason. The object is PyTorch's again then, and the groups are as they were.
     """
+    for name in ("step", "zero_grad"):
+        # Ours has its own. PyTorch wraps them too, and all that tells who has made a wrapper is its globals.
+        if not getattr(getattr(original, name), "__globals__", {}).get("__name__", "").startswith("torch."):
+            return f"the script has replaced its {name}()"
     before = [(group, dict(group)) for group in _groups(args, kwargs)]
     optimizer.__class__ = OURS[original]
     try:

@@ -68,6 +68,10 @@ class TakingOptimizer(StoringOptimizer):
         made._take_states(optimizer, keep_betas="betas" in options)
         return made
 
+    def _behind_counterpart(self) -> Any:
+        """What PyTorch's class finds by its ``super()``: its base, or a class that a program derives from that."""
+        return super(self._counterpart, self)
+
     def _take_states(self, original: torch.optim.Optimizer, *, keep_betas: bool) -> None:
         """Copy all states; with `keep_betas` groups note those that narrow moments were made with."""
         loaded = self._algorithm, self._settings, self.param_groups

@@ -60,8 +60,8 @@ class Optimizer(TakingOptimizer):
             # As PyTorch's: a group that gives its own keeps the list that it gave.
             options["betas"] = tuple(options["betas"])
         self._forget_derived()
-        # By name: between this class and PyTorch's there is another of PyTorch's, for `isinstance`.
-        torch.optim.Optimizer.__init__(self, params, options)
+        # PyTorch's class of the same algorithm is there for `isinstance`.
+        self._behind_counterpart().__init__(params, options)
         self._handles_scaling = bool(options["fused"])
         self._check_params(self.param_groups)
         self._hook_own()
@@ -286,7 +286,7 @@ class Optimizer(TakingOptimizer):
         self._is_built = True
         state = self._with_restored(state)
         self._complete_groups(state["param_groups"], earlier, state["state"])
-        torch.optim.Optimizer.__setstate__(self, state)
+        self._behind_counterpart().__setstate__(state)
         if not is_copy:
             # Not before: an interrupt of the loading must leave the masters that are stale known as such.
             self._updater.plans.forget()

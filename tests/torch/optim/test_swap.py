@@ -233,6 +233,27 @@ def test_where_ours_refuses_pytorchs_own_is_built_and_the_report_says_why(theirs
         optimizer.step()
 
 
+@pytest.mark.parametrize("name", ["step", "zero_grad"])
+def test_pytorchs_own_is_built_where_the_script_has_replaced_a_method_of_it(
+    theirs: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    original, calls = getattr(theirs.SGD, name), []
+
+    @functools.wraps(original)
+    def spy(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(theirs.SGD, name, spy)
+    param = torch.nn.Parameter(torch.ones(3))
+    with swap() as swapped:
+        optimizer = theirs.SGD([param])
+        getattr(optimizer, name)()
+        assert isinstance(theirs.Adam([param]), Adam)
+    assert calls == [optimizer]
+    assert swapped.left_alone == [("torch.optim.SGD", f"the script has replaced its {name}()")]
+
+
 def test_pytorchs_own_is_built_whatever_goes_wrong_in_ours(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     @functools.wraps(Adam.__init__)
     def fail(*args: Any, **kwargs: Any) -> None:

@@ -59,6 +59,19 @@ def test_derived_classes_are_left_alone_and_named(theirs: Any) -> None:
     ]
 
 
+def test_optimizers_of_which_a_report_says_the_same_share_a_line(theirs: Any) -> None:
+    with swap() as swapped:
+        run(theirs.Adam(make_params()), range(2))
+        for _ in range(1000):
+            theirs.SGD(make_params())
+        run(theirs.Adam(make_params()), range(2))
+    assert swapped.report().splitlines() == [
+        "1002 optimizers replaced",
+        "  torch.optim.Adam (2 times): 47 parameters in 4 tensors, 2 steps",
+        "  torch.optim.SGD (1000 times): 47 parameters in 4 tensors, 0 steps",
+    ]
+
+
 def test_a_report_keeps_no_optimizer_alive_and_counts_what_it_had(theirs: Any) -> None:
     with swap() as swapped:
         optimizer = theirs.Adam(make_params())
