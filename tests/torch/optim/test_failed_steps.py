@@ -134,6 +134,27 @@ def test_a_complex_parameter_takes_no_real_state(warm, backend):
 
 
 @each_backend
+@pytest.mark.parametrize("names", [["exp_avg"], ["exp_avg_sq"], ["exp_avg", "exp_avg_sq"]], ids="+".join)
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}, {"amsgrad": True}], ids=str)
+def test_no_moment_begins_beside_what_has_begun(options, names, backend):
+    optimizer, params = spoilt(backend, True, torch.float32, **options)
+    state = optimizer.state[params[-1]]
+    for name in names:
+        del state[name]
+    before = everything(optimizer)
+    with pytest.raises(
+        ValueError, match=rf"^the state of a parameter of shape \(4,\) has no {names[0]}: it has step"
+    ):
+        optimizer.step()
+    assert everything(optimizer) == before
+    # PyTorch raises a KeyError then too. A count of 0 has begun nothing.
+    state.clear()
+    state["step"] = 0
+    optimizer.step()
+    assert float(state["step"]) == 1
+
+
+@each_backend
 def test_after_an_error_that_is_mended_the_step_is_as_ever(backend):
     optimizer, params = spoilt(backend, False, torch.float32)
     expected = twin(optimizer)

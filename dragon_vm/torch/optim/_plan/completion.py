@@ -36,6 +36,7 @@ def completed_states(recipe: Recipe, chosen: Chosen) -> tuple[list[State], list[
         optional = algorithm.optional_keys(group)
         held = {key: value for key, value in held.items() if value is not None or key not in optional}
         check_state(param, held, algorithm.all_state_keys(group), algorithm.counts_steps(group))
+        _check_whole(param, held, set(algorithm.state_keys(group)) - optional)
         if parts_of(held):
             held = with_saved_remainder(held, group)
             if found := misfit(param, held, algorithm.state_keys(group)):
@@ -64,6 +65,20 @@ def completed_states(recipe: Recipe, chosen: Chosen) -> tuple[list[State], list[
         state.update(settled_entries(param, state, keys_of[signature], counter))
     _give_streams(recipe, chosen.params, states, signatures)
     return states, signatures
+
+
+def _check_whole(param: Tensor, state: State, moments: set[str]) -> None:
+    """Check that a state which has begun has its moments, but for a maximum that was switched on since.
+
+    Raises:
+        ValueError: if one is missing. Beside the others it would be far too small if it began now.
+    """
+    missing = {name for name in moments - {"max_exp_avg_sq"} if held_format(state, name) is None}
+    if missing and (missing != moments - {"max_exp_avg_sq"} or float(state.get("step") or 0) > 0):
+        raise ValueError(
+            f"the state of a parameter of shape {tuple(param.shape)} has no {min(missing)}: it has "
+            f"{', '.join(map(str, state))}"
+        )
 
 
 def _signature(
