@@ -33,6 +33,13 @@ def test_a_tensor_has_the_elements_dtype_and_values_of_its_case(case):
     fenced.check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_numbers_of_a_case_are_the_same_in_every_dtype_but_for_one_rounding(dtype):
+    """Subnormal numbers of float16 among them, which products would round once more."""
+    wide, narrow = (TensorCase(0, -14, 1000, dtype=each).build().tensor for each in (torch.float64, dtype))
+    assert torch.equal(narrow, wide.to(dtype))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_what_its_name_says(layout):
     tensor = TensorCase(seed=0, binade=0, numel=3 * 5 * 7, layout=layout).build().tensor
