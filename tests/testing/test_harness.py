@@ -1,5 +1,6 @@
 import ast
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -241,3 +242,17 @@ def test_the_kit_imports_torch_numpy_and_hypothesis_only():
                 assert node.level < 2, f"{source.name} imports from outside of the kit"
                 names = [node.module] if node.level == 0 else []
             assert {name.split(".")[0] for name in names} <= allowed, source.name
+
+
+class FlatWhenLoaded(torch.optim.Adam):
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["exp_avg"] = state["exp_avg"].flatten()
+
+
+def test_a_state_that_a_load_gives_another_shape_is_caught():
+    case = one_step({}, layout="transposed")
+    case = replace(case, steps=(*case.steps, StepCase((None,), {}, reload=True)))
+    with pytest.raises(ParityError, match="exp_avg changed by a save and load"):
+        check_adam(FlatWhenLoaded, case)
