@@ -197,6 +197,12 @@ def test_an_optimizer_that_moves_parameters_or_gradients_must_say_so(make, name)
     check_adam(make, one_step({}), may_move=True)
 
 
+def test_moved_gradients_of_no_elements_share_no_memory_with_states():
+    group = GroupCase((TensorCase(seed=1, binade=0, numel=0),), {})
+    case = OptimizerCase({}, (group,), (StepCase((GradientCase(seed=2, binade=0),), {}),))
+    check_adam(MovesGradients, case, may_move=True)
+
+
 @few
 @given(adam_cases(options=ALL_OPTIONS))
 def test_an_adam_with_flat_buffers_passes_where_it_may_move(case):
