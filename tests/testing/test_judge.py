@@ -133,6 +133,19 @@ def test_zeros_over_zeros_are_nan_in_every_precision():
         assert_adam_step(start, grad, after._replace(param=start.param), options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_is_judged_also_where_torch_has_none(dtype):
+    start, grad = start_of(1.0, 3e38, 0.0, dtype=dtype), torch.tensor([-3e38], dtype=dtype)
+    after = fused_adam_step(start, grad, AdamOptions(), torch.float32)
+    # By infinities over infinities: differences and squares do not fit.
+    assert after.param.isnan().all()
+    assert_adam_step(start, grad, after, AdamOptions())
+    right = torch.tensor(adam_reference(start, grad, AdamOptions()).param.astype(float)).to(dtype)
+    assert_adam_step(start, grad, after._replace(param=right), AdamOptions())
+    with pytest.raises(ParityError, match=r"param.* is 5\.0, expected"):
+        assert_adam_step(start, grad, after._replace(param=torch.full_like(right, 5.0)), AdamOptions())
+
+
 def test_a_gradient_of_nan_must_reach_everything():
     start, grad = start_of(1.0, 1.0, 1.0), torch.tensor([nan])
     after = fused_adam_step(start, grad, AdamOptions(), torch.float32)
