@@ -121,12 +121,21 @@ def test_a_new_lr_counts_from_its_step_on():
     check_adam(adam(), one_step({"lr": 0.1}, lr={0: 0.2}))
 
 
+class KeepsNoCount(torch.optim.Adam):
+    def step(self):
+        super().step()
+        for state in self.state.values():
+            del state["step"]
+
+
 def test_an_optimizer_that_keeps_other_states_is_told_which_are_missing():
     def make(groups, **options):
         return torch.optim.Adagrad(groups)
 
     with pytest.raises(ParityError, match="no exp_avg, exp_avg_sq in the state, which has step, sum"):
         check_adam(make, one_step({}))
+    with pytest.raises(ParityError, match="no step in the state, which has exp_avg, exp_avg_sq"):
+        check_adam(KeepsNoCount, one_step({}))
 
 
 def test_a_parameter_in_other_memory_is_refused():
