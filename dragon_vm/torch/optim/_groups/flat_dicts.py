@@ -59,5 +59,5 @@ def _nested(entries: Mapping[str, Any]) -> dict[str, State]:
 
 
 def _is_there(value: Any) -> bool:
-    """Whether PyTorch has found an entry. It gives an empty dict for one that it misses."""
-    return not (isinstance(value, dict) and not value)
+    """Whether PyTorch has found an entry. It gives a dict for one that it misses, and flat dicts hold none."""
+    return not isinstance(value, dict)
