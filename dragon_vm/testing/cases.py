@@ -121,8 +121,7 @@ class GradientCase:
         if self.layout == "expanded":
             value = random_values(self.seed, self.binade, (), dtype) * (not self.zeros)
             fenced = Fenced(shape, strides=(0,) * len(shape), dtype=dtype, device=device)
-            if param.numel():
-                fenced.tensor[(slice(0, 1),) * len(shape)] = value
+            fenced.tensor[(slice(0, 1),) * len(shape)] = value
             return fenced
         values = random_values(self.seed, self.binade, shape, dtype) * (not self.zeros)
         strides = param.stride()

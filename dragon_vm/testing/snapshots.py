@@ -14,11 +14,11 @@ from .wide import real_view
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return real_view(tensor.detach().clone(memory_format=torch.contiguous_format).cpu())
+    return real_view(tensor.detach().clone().cpu())
 
 
 def adam_snapshot(param: Tensor, state: Mapping[str, Any], options: AdamOptions, dtype: torch.dtype) -> AdamState:
-    """Copy a parameter and its state to contiguous CPU tensors; missing states are zeros of `dtype`.
+    """Copy a parameter and its state to CPU tensors; missing states are zeros of `dtype`.
 
     Raises:
         ParityError: The state is there, but not whole.

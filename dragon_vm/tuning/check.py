@@ -83,8 +83,7 @@ def _judge(spec: Spec, start: Row, end: Row, where: str) -> None:
         old, new = (SGDState(row.param, *(row.states or [None])) for row in (start, end))
         assert_within_budget(sgd_errors(old, start.grad, new, options_sgd), where=where)
     else:
-        wide = torch.float64 if start.param.dtype == torch.float64 else torch.float32
-        _expect((start.param.to(wide) + start.grad.to(wide)).to(start.param.dtype) == end.param, where)
+        _expect((start.param + start.grad).to(start.param.dtype) == end.param, where)
     _expect(end.grad == (torch.zeros_like(start.grad) if spec.zero_grad else start.grad), f"grad of {where}")
     if start.ema is not None and end.ema is not None:
         # start + (1 - decay) (param - start), of the parameter as it is stored.

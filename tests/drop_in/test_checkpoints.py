@@ -3,6 +3,7 @@
 import copy
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -248,6 +249,37 @@ def test_a_flat_dict_without_a_parameters_state_is_refused_as_a_nested_one(name:
     missing = fresh.model[2].bias
     assert not fresh.optimizer.state.get(missing)
     assert len([param for param, entries in fresh.optimizer.state.items() if entries]) == 3
+
+
+def freeze(training: Training) -> None:
+    training.model[0].bias.requires_grad_(False)
+
+
+def leave_momentum_out(training: Training) -> None:
+    training.optimizer.param_groups[1]["momentum"] = 0.0
+
+
+@pytest.mark.parametrize("change", [freeze, leave_momentum_out])
+def test_a_flat_dict_needs_no_state_of_a_parameter_that_has_none(change: Callable[[Training], None]) -> None:
+    saved, fresh = Training(ours, "SGD", 0, 0), Training(ours, "SGD", 1, 0)
+    for training in (saved, fresh):
+        change(training)
+    saved.step(0)
+    state = copy.deepcopy(get_optimizer_state_dict(saved.model, saved.optimizer, options=FLAT))
+    fresh.model(torch.ones(3)).sum().backward()
+    set_optimizer_state_dict(fresh.model, fresh.optimizer, state, options=FLAT)
+    fresh.go_on_as(saved)
+
+
+def test_a_flat_dict_of_an_optimizer_before_its_first_step_is_loaded() -> None:
+    saved, fresh = Training(ours, "Adam", 0, 0), Training(ours, "Adam", 1, 0)
+    for training in (saved, fresh):
+        # So that PyTorch has no states made.
+        training.model(torch.ones(3)).sum().backward()
+    state = get_optimizer_state_dict(saved.model, saved.optimizer, options=FLAT)
+    assert not any(key.startswith("state.") for key in state)
+    set_optimizer_state_dict(fresh.model, fresh.optimizer, state, options=FLAT)
+    fresh.go_on_as(saved)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -21,7 +21,7 @@ from dragon.vm.testing import (
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 # What is asked is whether it is drawn, not its smallest example.
-first = settings(derandomize=True, database=None, max_examples=2000, phases=[Phase.generate])
+first = settings(derandomize=True, database=None, max_examples=1000, phases=[Phase.generate])
 
 
 @given(tensor_cases(dtypes=DTYPES))
@@ -31,6 +31,13 @@ def test_a_tensor_has_the_elements_dtype_and_values_of_its_case(case):
     assert torch.equal(fenced.tensor, case.build().tensor)
     assert torch.isfinite(fenced.tensor).all()
     fenced.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_numbers_of_a_case_are_the_same_in_every_dtype_but_for_one_rounding(dtype):
+    """Subnormal numbers of float16 among them, which products would round once more."""
+    wide, narrow = (TensorCase(0, -14, 1000, dtype=each).build().tensor for each in (torch.float64, dtype))
+    assert torch.equal(narrow, wide.to(dtype))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -146,6 +153,25 @@ def test_layouts_that_are_not_known_are_refused_wherever_they_are_named():
     for strategy in (tensor_cases(layouts=["same"]), gradient_cases(param, layouts=["scalar"])):
         with pytest.raises(ValueError, match=r"^layouts: no layout"):
             find(strategy, lambda case: True, settings=first)
+
+
+@settings(first, max_examples=1000)
+@given(sgd_cases(options=("momentum", "nesterov"), group_options=("momentum",), max_tensors=1, max_steps=1))
+def test_nesterov_has_momentum_in_every_group(case):
+    for group in case.groups:
+        merged = case.options | group.options
+        assert merged.get("momentum") or not merged.get("nesterov")
+
+
+@given(
+    gradient_cases(TensorCase(0, 0, 50, dtype=torch.float16)),
+    gradient_cases(TensorCase(0, 0, 50), dtypes=[torch.float16]),
+)
+def test_squares_of_float16_gradients_fit(own, given):
+    for case, dtype in ((own, torch.float16), (given, torch.float32)):
+        grad = case.build(torch.zeros(50, dtype=dtype)).tensor
+        assert grad.dtype == torch.float16
+        assert grad.square().isfinite().all()
 
 
 def test_unknown_hyperparameters_are_refused_by_name():

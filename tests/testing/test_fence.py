@@ -65,10 +65,10 @@ def test_alignment_is_as_asked():
     assert Fenced((5,), misalign=1).tensor.data_ptr() % 16 == 4
 
 
-@pytest.mark.parametrize("strides", [(-1,), (1, 1)])
-def test_impossible_strides_are_refused(strides):
+@pytest.mark.parametrize("options", [{"strides": (-1,)}, {"strides": (1, 1)}, {"misalign": -1}], ids=str)
+def test_impossible_strides_and_starts_are_refused(options):
     with pytest.raises(ValueError, match="one stride a dimension"):
-        Fenced((3,), strides=strides)
+        Fenced((3,), **options)
 
 
 @linux

@@ -1,5 +1,6 @@
 import ast
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,12 +121,21 @@ def test_a_new_lr_counts_from_its_step_on():
     check_adam(adam(), one_step({"lr": 0.1}, lr={0: 0.2}))
 
 
+class KeepsNoCount(torch.optim.Adam):
+    def step(self):
+        super().step()
+        for state in self.state.values():
+            del state["step"]
+
+
 def test_an_optimizer_that_keeps_other_states_is_told_which_are_missing():
     def make(groups, **options):
         return torch.optim.Adagrad(groups)
 
     with pytest.raises(ParityError, match="no exp_avg, exp_avg_sq in the state, which has step, sum"):
         check_adam(make, one_step({}))
+    with pytest.raises(ParityError, match="no step in the state, which has exp_avg, exp_avg_sq"):
+        check_adam(KeepsNoCount, one_step({}))
 
 
 def test_a_parameter_in_other_memory_is_refused():
@@ -196,6 +206,12 @@ def test_an_optimizer_that_moves_parameters_or_gradients_must_say_so(make, name)
     check_adam(make, one_step({}), may_move=True)
 
 
+def test_moved_gradients_of_no_elements_share_no_memory_with_states():
+    group = GroupCase((TensorCase(seed=1, binade=0, numel=0),), {})
+    case = OptimizerCase({}, (group,), (StepCase((GradientCase(seed=2, binade=0),), {}),))
+    check_adam(MovesGradients, case, may_move=True)
+
+
 @few
 @given(adam_cases(options=ALL_OPTIONS))
 def test_an_adam_with_flat_buffers_passes_where_it_may_move(case):
@@ -241,3 +257,17 @@ def test_the_kit_imports_torch_numpy_and_hypothesis_only():
                 assert node.level < 2, f"{source.name} imports from outside of the kit"
                 names = [node.module] if node.level == 0 else []
             assert {name.split(".")[0] for name in names} <= allowed, source.name
+
+
+class FlatWhenLoaded(torch.optim.Adam):
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["exp_avg"] = state["exp_avg"].flatten()
+
+
+def test_a_state_that_a_load_gives_another_shape_is_caught():
+    case = one_step({}, layout="transposed")
+    case = replace(case, steps=(*case.steps, StepCase((None,), {}, reload=True)))
+    with pytest.raises(ParityError, match="exp_avg changed by a save and load"):
+        check_adam(FlatWhenLoaded, case)

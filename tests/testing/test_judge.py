@@ -122,6 +122,20 @@ def test_zeros_are_judged_by_the_smallest_subnormal():
 
 def test_an_underflowed_second_moment_without_eps_allows_any_parameter():
     assert float(units(start_of(1.0, 0.0, 0.0), grad=1e-30, eps=0.0).param[0]) == inf
+    # Divided by 0 also here, and by other numbers one unit away.
+    assert float(units(start_of(1.0, 1.0, 0.0), grad=0.0, eps=0.0).param[0]) == inf
+
+
+def test_a_product_of_lr_that_is_subnormal_may_be_divided_by_a_small_root():
+    found = units(start_of(0.0, 1e-12, 1e-24), grad=0.0, lr=1e-30, eps=0.0)
+    assert float(found.param[0]) == pytest.approx(2.0**-149 / 1e-12, rel=1e-3, abs=0)
+
+
+def test_a_bias_correction_has_the_error_of_what_it_is_the_difference_of():
+    start = start_of(0.0, 1.0, 1.0, step=0.0, dtype=torch.float64)
+    found = units(start, grad=1.0, lr=1.0, betas=(0.0, 1 - 2.0**-20))
+    # By the correction's root: 2^20 units of it are 2^-32 of a change of 2^-10.
+    assert float(found.param[0]) == pytest.approx(2.0**-42, rel=1e-3, abs=0)
 
 
 def test_zeros_over_zeros_are_nan_in_every_precision():
@@ -131,6 +145,19 @@ def test_zeros_over_zeros_are_nan_in_every_precision():
     assert_adam_step(start, grad, after, options)
     with pytest.raises(ParityError, match="expected nan"):
         assert_adam_step(start, grad, after._replace(param=start.param), options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_is_judged_also_where_torch_has_none(dtype):
+    start, grad = start_of(1.0, 3e38, 0.0, dtype=dtype), torch.tensor([-3e38], dtype=dtype)
+    after = fused_adam_step(start, grad, AdamOptions(), torch.float32)
+    # By infinities over infinities: differences and squares do not fit.
+    assert after.param.isnan().all()
+    assert_adam_step(start, grad, after, AdamOptions())
+    right = torch.tensor(adam_reference(start, grad, AdamOptions()).param.astype(float)).to(dtype)
+    assert_adam_step(start, grad, after._replace(param=right), AdamOptions())
+    with pytest.raises(ParityError, match=r"param.* is 5\.0, expected"):
+        assert_adam_step(start, grad, after._replace(param=torch.full_like(right, 5.0)), AdamOptions())
 
 
 def test_a_gradient_of_nan_must_reach_everything():

@@ -1,5 +1,6 @@
 import math
 from decimal import Decimal, localcontext
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -152,3 +153,11 @@ def test_nesterov_looks_ahead():
     options = SGDOptions(lr=1.0, momentum=0.5, nesterov=True, maximize=True)
     step = sgd_reference(SGDState(scalar(0.0), scalar(2.0)), scalar(3.0), options)
     assert (step.momentum_buffer, step.param) == (-2, 4)
+
+
+@pytest.mark.skipif(not EXTENDED, reason="longdouble is no wider than float64 on this platform")
+def test_what_dampening_leaves_is_not_rounded_to_float64():
+    start = SGDState(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    grad, options = torch.ones(1, dtype=torch.float64), SGDOptions(momentum=0.9, dampening=0.1)
+    found = sgd_reference(start, grad, options).momentum_buffer
+    assert Fraction(*found[0].as_integer_ratio()) == 1 - Fraction(0.1) != Fraction(1 - 0.1)

@@ -2,12 +2,13 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
 
 from dragon.kernels.config import LaunchConfig
 from dragon.vm.tuning.candidates import refinements, shapes
-from dragon.vm.tuning.search import FEWEST_PAIRS, SMALLEST_GAIN, Decision, Search, compare
+from dragon.vm.tuning.search import FEWEST_PAIRS, FINAL_REPETITIONS, SMALLEST_GAIN, Decision, Search, compare
 
 from .support import DEFAULT, Clock, PlantedBench
 
@@ -108,6 +109,25 @@ def test_every_repetition_times_the_default_and_each_rival_once() -> None:
     result = search(PlantedBench(bowl, 0.05))
     assert all(DEFAULT in times for times in result.repetitions)
     assert set(result.outcomes) >= {config for times in result.repetitions for config in times}
+
+
+def test_the_default_has_no_place_of_its_own_in_the_order() -> None:
+    places: set[int] = set()
+
+    class Ordered(PlantedBench):
+        def time_ms(self, configs: Sequence[LaunchConfig]) -> list[float]:
+            places.add(configs.index(DEFAULT))
+            return super().time_ms(configs)
+
+    search(Ordered(bowl))
+    assert len(places) > 3
+
+
+def test_the_final_goes_on_while_there_is_time_for_one_more_repetition() -> None:
+    bench = PlantedBench(bowl, clock=Clock(), launch_seconds=1.0)
+    result = search(bench, limit=200.0)
+    assert 0 < len(result.finals) < FINAL_REPETITIONS
+    assert 200.0 - len(result.finals[0]) < bench.clock.now <= 200.0
 
 
 def noisy_pairs(gain: float, noise: float, seed: int, n_pairs: int = 41) -> list[tuple[float, float]]:

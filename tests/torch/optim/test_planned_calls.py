@@ -13,7 +13,7 @@ from .support import bits, numbers
 
 def step(params: list[torch.nn.Parameter], optimizer: Adam, number: int, how: dict[str, Any]) -> None:
     """A step with the loss scale, the size of gradients and the steps of one parameter that are asked for."""
-    optimizer.state[params[1]]["step"] += how.get("counts", 0)
+    optimizer.state[params[how.get("whose", 1)]]["step"] += how.get("counts", 0)
     vars(optimizer).update(grad_scale=torch.tensor(how.get("scale", 1.0)), found_inf=torch.tensor(0.0))
     for i, param in enumerate(params):
         param.grad = numbers(10 * number + i, 5) * how.get("size", 1.0)
@@ -24,6 +24,8 @@ def step(params: list[torch.nn.Parameter], optimizer: Adam, number: int, how: di
     ("options", "first", "second"),
     [
         ({"epsilon_hat": True}, {}, {"counts": 5}),
+        # Two of three have one count, first the first and the last one.
+        ({"epsilon_hat": True}, {"counts": 5}, {"counts": 5, "whose": 0}),
         ({"clip_norm": 1.0}, {}, {"size": 100.0}),
         ({}, {"scale": 4.0, "zero_grad": True}, {"scale": 8.0, "zero_grad": True}),
     ],
@@ -31,7 +33,7 @@ def step(params: list[torch.nn.Parameter], optimizer: Adam, number: int, how: di
 def test_a_step_that_differs_from_the_last_one_has_calls_of_its_own(
     options: dict[str, Any], first: dict[str, Any], second: dict[str, Any]
 ) -> None:
-    params = [torch.nn.Parameter(numbers(i, 5)) for i in range(2)]
+    params = [torch.nn.Parameter(numbers(i, 5)) for i in range(3)]
     optimizer = Adam(params, lr=0.1, backend="native", **options)
     for param in params:
         param.grad = torch.zeros_like(param)

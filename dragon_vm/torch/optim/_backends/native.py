@@ -32,10 +32,10 @@ class NativeGroup:
         self._counters = _Counters(group) if group.signature.counts_steps else None
         self._planner = FusedPlanner(group.signature, entries, algorithm)
         self._needs_steps = False
-        # Calls that are faster on one thread, and the others; and what they were planned for.
-        self._calls: tuple[list[FusedCall], list[FusedCall]] = [], []
+        # What calls were planned for; those that are faster on one thread, and the others. One assignment writes
+        # them: whatever interrupts a step, no calls pass for those of another one.
+        self._planned: tuple[object, list[FusedCall], list[FusedCall]] = None, [], []
         self._version: Version | None = None
-        self._planned_for: object = None
 
     def update(self, tensors: Gathered, groups: Sequence[Group], version: Version, factors: Factors) -> None:
         """Advance the counters and update the tensors that have a gradient."""
@@ -65,8 +65,7 @@ class NativeGroup:
             columns = [flats.behind(column, name) for column, name in zip(columns, names, strict=True)]
             counters, steps = flats.with_counts(counters), flats.with_counts(steps)
             emas, rows = flats.behind(emas, "ema"), flats.in_place_of(rows, chosen)
-        self._plan(rows, steps, groups, factors)
-        small, large = self._calls
+        small, large = self._plan(rows, steps, groups, factors)
         if small:
             on_one_thread(lambda: self._run(small, columns, counters, steps))
         self._run(large, columns, counters, steps)
@@ -77,26 +76,27 @@ class NativeGroup:
             # Copies were divided so far.
             divide(list(map(as_real, flats.picked(own_grads, chosen))), factors.kept_scale)
 
-    def _plan(self, rows: Sequence[int], steps: list[float], groups: Sequence[Group], factors: Factors) -> None:
+    def _plan(
+        self, rows: Sequence[int], steps: list[float], groups: Sequence[Group], factors: Factors
+    ) -> tuple[list[FusedCall], list[FusedCall]]:
         """Plan the calls for some rows, with flat buffers behind those of the entries, unless they are planned."""
         # Counts advance together: their differences stay, and with them what may share a call.
         differences = [step - steps[0] for step in steps]
         planned_for = (differences, factors.common, factors.each, factors.kept_scale, rows)
-        if planned_for != self._planned_for:
-            # Whatever interrupts this, no calls pass for those of another step.
-            self._planned_for = None
+        if planned_for != self._planned[0]:
             calls = self._planner.plan(groups, rows, steps, factors)
-            self._calls = [call for call in calls if call.is_small], [call for call in calls if not call.is_small]
-            self._planned_for = planned_for
+            small = [call for call in calls if call.is_small]
+            self._planned = planned_for, small, [call for call in calls if not call.is_small]
+        return self._planned[1:]
 
     def _read(self, groups: Sequence[Group], version: Version) -> None:
         """Take changed hyperparameters. Calls read learning rates where they are, and stay as long as they fit."""
         if self._version is None or version[0] != self._version[0]:
             self._needs_steps = self._planner.read(groups)
-            self._planned_for = None
+            self._planned = None, [], []
         # A list: an interrupt is lost in a generator that ends early.
-        elif [call for call in chain(*self._calls) if not call.has_one_rate(groups)]:
-            self._planned_for = None
+        elif [call for call in chain(*self._planned[1:]) if not call.has_one_rate(groups)]:
+            self._planned = None, [], []
         self._version = version
 
     def _run(self, calls: list[FusedCall], columns: list[Tensors], counters: Tensors, steps: list[float]) -> None:

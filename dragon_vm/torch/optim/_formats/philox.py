@@ -61,8 +61,8 @@ def philox_4x32(counter: Words, key: tuple[int, int], n_rounds: int = N_ROUNDS) 
         c0 = ((product_1 >> 32) ^ c1 ^ k0) & _MASK
         c2 = ((product_0 >> 32) ^ c3 ^ k1) & _MASK
         c1, c3 = product_1, product_0
-        k0 = (k0 + _KEY_STEPS[0]) & _MASK
-        k1 = (k1 + _KEY_STEPS[1]) & _MASK
+        k0 += _KEY_STEPS[0]
+        k1 += _KEY_STEPS[1]
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 

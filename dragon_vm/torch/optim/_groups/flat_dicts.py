@@ -8,7 +8,7 @@ from typing import Any
 from dragon.vm.torch.optim._algorithms.algorithm import Algorithm
 from dragon.vm.torch.optim._distributed.hidden import loaded_flat_dict
 from dragon.vm.torch.optim._groups.states import State
-from dragon.vm.torch.optim._options import Group, complete
+from dragon.vm.torch.optim._options import Group
 
 
 def with_left_out(
@@ -34,7 +34,7 @@ def with_left_out(
         return states
     completed = dict(states)
     for group, saved_group in zip(groups, saved_groups, strict=True):
-        has_states = bool(algorithm.state_keys(complete(group, algorithm.own_defaults)))
+        has_states = bool(algorithm.state_keys(group))
         for param, name in zip(group["params"], saved_group["params"], strict=True):
             if not (has_states and param.requires_grad) or any(map(_is_there, completed.get(name, {}).values())):
                 continue
@@ -59,5 +59,5 @@ def _nested(entries: Mapping[str, Any]) -> dict[str, State]:
 
 
 def _is_there(value: Any) -> bool:
-    """Whether PyTorch has found an entry. It gives an empty dict for one that it misses."""
-    return not (isinstance(value, dict) and not value)
+    """Whether PyTorch has found an entry. It gives a dict for one that it misses, and flat dicts hold none."""
+    return not isinstance(value, dict)

@@ -103,3 +103,17 @@ def test_a_wide_default_dtype_changes_no_bit(kind: Any, options: dict[str, Any])
     for tensor, other in zip(found, expected, strict=True):
         # Step counters are wide, as PyTorch's.
         assert bits(tensor.to(other.dtype)) == bits(other)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("numel", [10, 10_000])
+def test_a_default_device_of_others_changes_no_bit(numel: int, options: dict[str, Any]) -> None:
+    found = []
+    for device in ("cpu", "meta"):
+        param = torch.nn.Parameter(numbers(0, numel))
+        param.grad = numbers(1, numel)
+        optimizer = Adam([param], lr=0.1, backend="native", **options)
+        with torch.device(device):
+            optimizer.step()
+        found.append(bits(param))
+    assert found[0] == found[1]

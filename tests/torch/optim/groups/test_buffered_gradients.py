@@ -211,3 +211,34 @@ def test_buffers_that_inference_mode_made_are_trained():
     (params[0] + 2 * params[1]).sum().backward()
     optimizer.step()
     assert [param.tolist() for param in params] == [[-1.0] * 2, [-2.0] * 2]
+
+
+@pytest.mark.parametrize("options", [{"clip_value": 0.1}, {"max_grad_norm": 0.1, "clip_value": 1e-3}], ids=str)
+@pytest.mark.parametrize("shapes", [[(3,), (5,), (7,)], [(3,), (5000,), (4000,)]], ids=["small", "large together"])
+def test_gradients_of_a_buffer_are_limited_as_those_beside_one(shapes, options):
+    found = []
+    for flatten in (False, True):
+        params = parameters(shapes)
+        optimizer = SGD(params, lr=1.0, backend="native", flatten=flatten, **options)
+        for step in range(2):
+            give_gradients(params, step)
+            optimizer.step()
+        found.append(torch.cat([param.detach() for param in params]))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_gradient_of_another_dtype_keeps_its_parameter_out_of_the_step_of_a_buffer(which, backend):
+    found = []
+    for flatten in (False, True):
+        params = parameters([(4,)] * 3, device=home(backend))
+        params[which].grad_dtype = None
+        optimizer = Adam(params, lr=0.1, backend=backend, flatten=flatten)
+        for step in range(3):
+            give_gradients(params, step)
+            if step:
+                params[which].grad = params[which].grad.bfloat16()
+            optimizer.step()
+        found.append(torch.cat([param.detach() for param in params]))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)

@@ -84,6 +84,18 @@ def test_a_narrow_default_dtype_changes_nothing(mode: str, default: torch.dtype)
     assert bits(params, optimizer) == bits(others, its)
 
 
+def test_roots_of_wide_parameters_are_wide_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for _ in range(2):
+        param = torch.nn.Parameter(torch.ones(10, dtype=torch.float64))
+        optimizer = AdamW([param], lr=0.1, state_dtype=torch.float32, backend="eager")
+        param.grad = torch.linspace(0.1, 0.7, 10, dtype=torch.float64)
+        optimizer.step()
+        found.append(param)
+        monkeypatch.setattr("dragon.vm.torch.optim._formats.bits.numpy_of", lambda device: None)
+    assert torch.equal(*found)
+
+
 def test_pytorchs_generator_is_left_alone() -> None:
     state = torch.get_rng_state()
     params, optimizer = make("split8, 8bit")
