@@ -76,7 +76,7 @@ def uncast(run: Callable[[], T]) -> T:
     return restoring(partial(torch.set_autocast_enabled, "cpu", True), run_without)
 
 
-def if_possible(read: Callable[..., T], *arguments: object, errors: tuple[type[Exception], ...]) -> T | None:
+def if_possible(errors: tuple[type[Exception], ...], read: Callable[..., T], *arguments: object) -> T | None:
     """What a function returns; None if it raises one of these errors."""
     try:
         return read(*arguments)

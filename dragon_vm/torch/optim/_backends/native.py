@@ -20,6 +20,8 @@ from dragon.vm.torch.optim._groups.states import counter_buffer
 from dragon.vm.torch.optim._options import Group, Version
 
 Tensors = Sequence[Tensor]
+# Those that are faster on one thread, and the others.
+Calls = tuple[list[FusedCall], list[FusedCall]]
 
 
 class NativeGroup:
@@ -32,9 +34,9 @@ class NativeGroup:
         self._counters = _Counters(group) if group.signature.counts_steps else None
         self._planner = FusedPlanner(group.signature, entries, algorithm)
         self._needs_steps = False
-        # What calls were planned for; those that are faster on one thread, and the others. One assignment writes
-        # them: whatever interrupts a step, no calls pass for those of another one.
-        self._planned: tuple[object, list[FusedCall], list[FusedCall]] = None, [], []
+        # What calls were planned for, and these. One assignment writes both: whatever interrupts a step, no calls
+        # pass for those of another one.
+        self._planned: tuple[object, Calls] = None, ([], [])
         self._version: Version | None = None
 
     def update(self, tensors: Gathered, groups: Sequence[Group], version: Version, factors: Factors) -> None:
@@ -76,9 +78,7 @@ class NativeGroup:
             # Copies were divided so far.
             divide(list(map(as_real, flats.picked(own_grads, chosen))), factors.kept_scale)
 
-    def _plan(
-        self, rows: Sequence[int], steps: list[float], groups: Sequence[Group], factors: Factors
-    ) -> tuple[list[FusedCall], list[FusedCall]]:
+    def _plan(self, rows: Sequence[int], steps: list[float], groups: Sequence[Group], factors: Factors) -> Calls:
         """Plan the calls for some rows, with flat buffers behind those of the entries, unless they are planned."""
         # Counts advance together: their differences stay, and with them what may share a call.
         differences = [step - steps[0] for step in steps]
@@ -86,17 +86,17 @@ class NativeGroup:
         if planned_for != self._planned[0]:
             calls = self._planner.plan(groups, rows, steps, factors)
             small = [call for call in calls if call.is_small]
-            self._planned = planned_for, small, [call for call in calls if not call.is_small]
-        return self._planned[1:]
+            self._planned = planned_for, (small, [call for call in calls if not call.is_small])
+        return self._planned[1]
 
     def _read(self, groups: Sequence[Group], version: Version) -> None:
         """Take changed hyperparameters. Calls read learning rates where they are, and stay as long as they fit."""
         if self._version is None or version[0] != self._version[0]:
             self._needs_steps = self._planner.read(groups)
-            self._planned = None, [], []
+            self._planned = None, ([], [])
         # A list: an interrupt is lost in a generator that ends early.
-        elif [call for call in chain(*self._planned[1:]) if not call.has_one_rate(groups)]:
-            self._planned = None, [], []
+        elif [call for call in chain(*self._planned[1]) if not call.has_one_rate(groups)]:
+            self._planned = None, ([], [])
         self._version = version
 
     def _run(self, calls: list[FusedCall], columns: list[Tensors], counters: Tensors, steps: list[float]) -> None:

@@ -168,7 +168,7 @@ def has_memory(param: Tensor) -> bool:
         and not torch.nn.parameter.is_lazy(param)
         and param.layout == torch.strided
         # Tensors of XLA have no storage, or one without an address.
-        and bool(if_possible(_has_address, param, errors=(RuntimeError,)))
+        and bool(if_possible((RuntimeError,), _has_address, param))
     )
 
 

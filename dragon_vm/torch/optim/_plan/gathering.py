@@ -100,7 +100,7 @@ class Gatherer:
         """
         if self._guard is None or any(self._pick_others(present)):
             return None
-        return if_possible(self.read, recipe, present, self._guard, errors=_MISSING)
+        return if_possible(_MISSING, self.read, recipe, present, self._guard)
 
     def read(self, recipe: Recipe, present: bytes, guard: Guard | None = None) -> Gathered | None:
         """`gather` as far as a guard tells; without one the tensors are those that the plan was just made for."""
@@ -118,7 +118,7 @@ class Gatherer:
 
     def holds(self, recipe: Recipe) -> bool:
         """Whether parameters and states are what they were, with a gradient or not."""
-        return self._guard is not None and bool(if_possible(self._holds, self._guard, recipe, errors=_MISSING))
+        return self._guard is not None and bool(if_possible(_MISSING, self._holds, self._guard, recipe))
 
     def _holds(self, guard: Guard, recipe: Recipe) -> bool:
         states = self.states.read(recipe, self._pick(recipe.members.params))
