@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ def why_not(backend: str, device: torch.device) -> str | None:
         return None
     if backend == "native":
         return f"it updates tensors on the CPU only, and a parameter is on {device}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if reason := why_no_kernels():
+        return reason
     if device.type in _TRITON_DEVICES:
         return None if has_float64(device) else f"its kernels decide in fp64, in which {device} does not compute"
     if device.type == "cpu":
@@ -37,6 +38,21 @@ def why_not(backend: str, device: torch.device) -> str | None:
         f"it needs a CUDA, ROCm or XPU device, and a parameter is on {device}; "
         "for tests on the CPU, set TRITON_INTERPRET=1 before triton is imported"
     )
+
+
+def why_no_kernels() -> str | None:
+    """Why there are no kernels on any device; None if there are."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None if _have_source() else "the source of the kernels, which triton compiles, was not packed"
+
+
+@cache
+def _have_source() -> bool:
+    """Whether the source of the kernels is there. A program that was packed without it cannot even import them."""
+    spec = importlib.util.find_spec("dragon.kernels")
+    get_source = getattr(spec and spec.loader, "get_source", None)
+    return get_source is not None and get_source("dragon.kernels") is not None
 
 
 def why_slow(backend: str | None, device: torch.device) -> str | None:
