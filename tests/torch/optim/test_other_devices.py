@@ -196,6 +196,17 @@ def test_where_pointers_are_handles_storages_tell_what_overlaps(monkeypatch):
     Adam(pieces)
 
 
+@pytest.mark.parametrize("has_addresses", [True, False])
+def test_an_empty_storage_was_freed_only_where_tensors_have_addresses(has_addresses, monkeypatch):
+    # Devices that are written in Python keep numbers elsewhere than in storages.
+    monkeypatch.setattr(checks, "has_addresses", lambda device: has_addresses)
+    param = torch.nn.Parameter(torch.zeros(3))
+    assert checks.has_memory(param)
+    assert not checks.is_freed(param)
+    param.untyped_storage().resize_(0)
+    assert checks.has_memory(param) == checks.is_freed(param) == has_addresses
+
+
 def test_step_counts_share_a_buffer_only_where_tensors_have_addresses(monkeypatch):
     place = states.CounterPlace(CPU)
     assert states.counter_buffer(states.step_counters([1.0, 2.0], place)) is not None

@@ -75,7 +75,8 @@ def overlapping_pair(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """
     spans = []
     for index, tensor in enumerate(tensors):
-        if tensor.numel():
+        # What was freed, as to offload it, has no memory to share.
+        if tensor.numel() and tensor.untyped_storage().size():
             if not is_dense(tensor) and _overlaps(tensor):
                 return index, index
             spans.append((*_span(tensor), index))
