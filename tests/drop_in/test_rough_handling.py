@@ -194,3 +194,22 @@ def test_a_shallow_copy_shares_groups_and_states(name: str, way: Any) -> None:
     assert torch.equal(param, before)
     for step in other.state_dict()["state"].values():
         assert float(step.get("step", 3)) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"state_dtype": "8bit"}], ids=str)
+def test_parameters_whose_memory_was_freed_train_when_they_have_it_again(options: dict[str, Any]) -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(4)]
+    freed = params[:2]
+    for each in freed:
+        each.untyped_storage().resize_(0)
+    try:
+        optimizer = ours.Adam(params, lr=0.1, **options)
+    finally:
+        # Whoever shows them in a report reads memory.
+        for each in freed:
+            each.untyped_storage().resize_(64)
+    for each in params:
+        each.data.fill_(1)
+        each.grad = torch.ones(3)
+    optimizer.step()
+    assert [each.tolist() for each in params] == [pytest.approx([0.9] * 3)] * 4

@@ -379,22 +379,3 @@ def test_a_parameter_whose_memory_was_freed_is_refused_before_anything_changes(b
         second.untyped_storage().resize_(64)
     assert text == (ValueError, "a parameter of shape (3,) has no memory: its storage was freed")
     assert before == (first.tolist(), [float(state["step"]) for state in optimizer.state.values()])
-
-
-@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"state_dtype": "8bit"}], ids=str)
-def test_parameters_whose_memory_was_freed_train_when_they_have_it_again(options):
-    params = [param(3) for _ in range(4)]
-    freed = params[:2]
-    for each in freed:
-        each.untyped_storage().resize_(0)
-    try:
-        optimizer = Adam(params, lr=0.1, **options)
-    finally:
-        # Whoever shows them in a report reads memory.
-        for each in freed:
-            each.untyped_storage().resize_(64)
-    for each in params:
-        each.data.fill_(1)
-        each.grad = torch.ones(3)
-    optimizer.step()
-    assert [each.tolist() for each in params] == [pytest.approx([0.9] * 3)] * 4
