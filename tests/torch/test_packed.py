@@ -1,5 +1,6 @@
-"""Programs that this library is packed into: modules in an archive, or found by name, without their sources."""
+"""Programs that this library is packed into, and processes in which kernels cannot be imported."""
 
+import importlib
 import subprocess
 import sys
 import zipfile
@@ -10,6 +11,8 @@ import pytest
 import dragon.kernels
 import dragon.vm
 from dragon.vm.torch.optim._groups import eligibility
+
+needs_triton = pytest.mark.skipif(eligibility.why_no_kernels() is not None, reason="needs triton")
 
 ROOTS = {package.__name__: str(Path(package.__file__).parent) for package in (dragon.vm, dragon.kernels)}
 
@@ -55,7 +58,6 @@ from dragon.vm.torch.utils.data import DataLoader
 
 assert Adam is own.optim.Adam is not torch.optim.Adam
 assert DataLoader is torch.utils.data.DataLoader and own.optim.lr_scheduler is torch.optim.lr_scheduler
-assert not Adam.__init__.__code__.co_filename.startswith(ROOTS)
 
 def train(**options):
     param = torch.nn.Parameter(torch.zeros(3))
@@ -68,7 +70,9 @@ def train(**options):
 train()
 """
 
-WITHOUT_SOURCE = """
+IS_PACKED = "assert not Adam.__init__.__code__.co_filename.startswith(ROOTS)"
+
+WITHOUT_KERNELS = """
 from dragon.vm import doctor
 from dragon.vm.torch.optim._groups import eligibility
 from dragon.vm.tune import console
@@ -88,25 +92,58 @@ assert console(["doctor"]) == 0 and console(["tune", "--dry-run"]) == 1
 """
 
 
+BROKEN = """
+import sys
+
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton":
+            raise ImportError("a library is missing")
+
+
+sys.meta_path.insert(0, Broken())
+"""
+ABSENT = "import sys; sys.modules['triton'] = None"
+
+
 def run(*parts):
-    prefixes = tuple(ROOTS.values())
-    names = f"ROOTS, REASON = {prefixes!r}, 'the source of the kernels'\n"
-    return subprocess.run(
-        [sys.executable, "-c", "\n".join((names, *parts))], capture_output=True, text=True, check=False
-    )
+    program = "\n".join((f"ROOTS = {tuple(ROOTS.values())!r}", *parts))
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
 
 def test_a_program_that_finds_modules_by_name_trains_with_ours():
-    done = run(FINDER, TRAINING)
+    done = run(FINDER, TRAINING, IS_PACKED)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(eligibility.why_no_kernels() is not None, reason="needs triton, which asks for the source")
-def test_without_the_source_of_the_kernels_pytorchs_operations_train_and_say_so():
-    done = run(FINDER, TRAINING, WITHOUT_SOURCE)
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        # Triton asks for the source of a kernel.
+        pytest.param(FINDER, "kernels cannot be imported: ", marks=needs_triton),
+        (BROKEN, "kernels cannot be imported: ImportError: a library is missing"),
+        (ABSENT, "triton is not installed"),
+    ],
+    ids=["no sources", "a broken triton", "no triton"],
+)
+def test_where_no_kernels_can_be_imported_pytorchs_operations_train_and_say_so(before, reason):
+    done = run(f"REASON = {reason!r}", before, TRAINING, WITHOUT_KERNELS)
     assert done.returncode == 0, done.stderr
-    assert "There are no kernels to tune: the source of the kernels" in done.stdout
+    assert f"There are no kernels to tune: {reason}" in done.stdout
     assert "passed: native on cpu, eager on cpu; not tested: triton on cpu." in done.stdout
+
+
+def test_an_exception_of_a_signal_handler_is_no_reason_against_kernels(monkeypatch):
+    alarms = [TimeoutError("an alarm")]
+
+    def load(name):
+        if alarms:
+            raise alarms.pop()
+
+    monkeypatch.setattr(importlib, "import_module", load)
+    with pytest.raises(TimeoutError, match="an alarm"):
+        eligibility.why_no_kernels.__wrapped__()
 
 
 def test_an_archive_trains_with_ours(tmp_path):
@@ -115,5 +152,5 @@ def test_an_archive_trains_with_ours(tmp_path):
         for package, folder in ROOTS.items():
             for path in Path(folder).rglob("*.py"):
                 file.write(path, Path(*package.split("."), path.relative_to(folder)))
-    done = run(ARCHIVE.format(archive=str(archive)), TRAINING)
+    done = run(ARCHIVE.format(archive=str(archive)), TRAINING, IS_PACKED)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ PyTorch's lazy tensors on the CPU are such a device on any machine.
 """
 
 import copy
-import importlib.util
 import math
 from contextlib import nullcontext
 from functools import partial
@@ -232,7 +231,7 @@ def test_kernels_need_a_device_with_float64(has_fp64, monkeypatch):
 def gpu_without_triton(monkeypatch):
     """The CPU as a GPU for which triton is not installed."""
     monkeypatch.setattr(eligibility, "_TRITON_DEVICES", ("cpu",))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(eligibility, "why_no_kernels", lambda: "triton is not installed")
 
 
 @pytest.mark.usefixtures("gpu_without_triton")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from functools import cache
 from typing import Any
 
@@ -40,19 +40,27 @@ def why_not(backend: str, device: torch.device) -> str | None:
     )
 
 
+@cache
 def why_no_kernels() -> str | None:
     """Why there are no kernels on any device; None if there are."""
-    if importlib.util.find_spec("triton") is None:
+    error = _error_of_import()
+    if error is None:
+        return None
+    if _error_of_import() is None:
+        # A signal handler had raised it.
+        raise error
+    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
         return "triton is not installed"
-    return None if _have_source() else "the source of the kernels, which triton compiles, was not packed"
+    return f"kernels cannot be imported: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-@cache
-def _have_source() -> bool:
-    """Whether the source of the kernels is there. A program that was packed without it cannot even import them."""
-    spec = importlib.util.find_spec("dragon.kernels")
-    get_source = getattr(spec and spec.loader, "get_source", None)
-    return get_source is not None and get_source("dragon.kernels") is not None
+def _error_of_import() -> Exception | None:
+    try:
+        importlib.import_module("dragon.kernels")
+    # Libraries may be missing, versions differ, or a packer may have left out the sources, which triton compiles.
+    except Exception as error:
+        return error
+    return None
 
 
 def why_slow(backend: str | None, device: torch.device) -> str | None:
