@@ -92,7 +92,8 @@ class MirrorFinder(MetaPathFinder):
         real_name = fullname.removeprefix("dragon.vm.")
         if not _exists(real_name):
             return None
-        return ModuleSpec(fullname, _AliasLoader(real_name))
+        # A package: until it is replaced, another thread may import a module below it.
+        return ModuleSpec(fullname, _AliasLoader(real_name), is_package=True)
 
     def _has_own(self, fullname: str, path: Sequence[str] | None) -> bool:
         """Whether Dragon has a module, in whatever way it was packed: in some it is not found by a path."""
