@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dragon.vm.torch import optim as ours
@@ -213,3 +214,27 @@ def test_parameters_whose_memory_was_freed_train_when_they_have_it_again(options
         each.grad = torch.ones(3)
     optimizer.step()
     assert [each.tolist() for each in params] == [pytest.approx([0.9] * 3)] * 4
+
+
+class PrintingStorages(TorchFunctionMode):
+    """Counts the bytes that PyTorch's `DebugMode` prints, which takes a millisecond for each."""
+
+    n_bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.UntypedStorage):
+            self.n_bytes += result.size()
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"max_grad_norm": 1.0}], ids=str)
+def test_a_mode_that_prints_what_functions_return_gets_no_storage_of_a_parameter(options: dict[str, Any]) -> None:
+    params = [nn.Parameter(torch.ones(1000)) for _ in range(2)]
+    with PrintingStorages() as mode:
+        optimizer = ours.Adam(params, **options)
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.ones(1000)
+            optimizer.step()
+    assert mode.n_bytes < 1000
