@@ -57,8 +57,10 @@ def include_children(swapped: Swap) -> Callable[[], None]:
     # A forked child has the swap already, with what its parent has built.
     multiprocessing.util.register_after_fork(swapped, _begin_anew)
     reference = weakref.ref(swapped)
-    # Of a child by `os.fork` too, which ends as its parent does.
-    os.register_at_fork(after_in_child=lambda: _forget(reference()))
+    # Windows has no forks.
+    if hasattr(os, "register_at_fork"):
+        # Of a child by `os.fork` too, which ends as its parent does.
+        os.register_at_fork(after_in_child=lambda: _forget(reference()))
 
     def undo() -> None:
         multiprocessing.spawn.get_preparation_data = plain

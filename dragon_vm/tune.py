@@ -117,8 +117,10 @@ def _console(arguments: Sequence[str] | None) -> int:
             return tabulate(options.model)
         except ModelError as error:
             parser.error(str(error))
-    if importlib.util.find_spec("triton") is None:
-        print("triton is not installed, and there are no kernels to tune without it.")
+    from dragon.vm.torch.optim._groups.eligibility import why_no_kernels
+
+    if reason := why_no_kernels():
+        print(f"There are no kernels to tune: {reason}.")
         return 1
     try:
         return _tune(options)

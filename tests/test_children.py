@@ -139,7 +139,11 @@ def test_a_report_that_cannot_be_printed_is_no_error(stream: object, monkeypatch
         print_report(swapped)
 
 
-def test_processes_that_start_after_a_run_swap_nothing() -> None:
+@pytest.mark.parametrize("has_forks", [True, False])
+def test_processes_that_start_after_a_run_swap_nothing(has_forks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_forks:
+        # As on Windows.
+        monkeypatch.delattr(os, "register_at_fork")
     plain = multiprocessing.spawn.get_preparation_data
     with swap() as swapped:
         undo = include_children(swapped)

@@ -6,7 +6,6 @@ wrong, 2 if a test that is possible here was not run, else 0.
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -18,7 +17,7 @@ import torch
 from dragon.vm._words import counted
 from dragon.vm.measuring import machine
 from dragon.vm.torch.optim import Adam
-from dragon.vm.torch.optim._groups.eligibility import choose_backend, why_not
+from dragon.vm.torch.optim._groups.eligibility import choose_backend, why_no_kernels, why_not
 
 BACKENDS = ("triton", "native", "eager")
 PACKAGES = ("dragon-vm-torch", "torch", "triton", "numpy", "hypothesis", "argcomplete", "rich", "matplotlib")
@@ -98,8 +97,8 @@ def chosen_backend(device: torch.device) -> Finding:
 
 def tuning_files() -> Iterator[Finding]:
     """Results of this user, and files that are ignored."""
-    if importlib.util.find_spec("triton") is None:
-        yield Finding("tuning", "triton is not installed: nothing is tuned")
+    if reason := why_no_kernels():
+        yield Finding("tuning", f"{reason}: nothing is tuned")
         return
     from dragon.vm.torch.optim._backends.configs import tuning_dir
     from dragon.vm.tuning.store import scan

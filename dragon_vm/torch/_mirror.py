@@ -87,12 +87,22 @@ class MirrorFinder(MetaPathFinder):
             return None
         parent_name = fullname.rpartition(".")[0]
         parent_is_own = sys.modules[parent_name].__name__ == parent_name
-        if parent_is_own and PathFinder.find_spec(fullname, path) is not None:
+        if parent_is_own and self._has_own(fullname, path):
             return None
         real_name = fullname.removeprefix("dragon.vm.")
         if not _exists(real_name):
             return None
-        return ModuleSpec(fullname, _AliasLoader(real_name))
+        # A package: until it is replaced, another thread may import a module below it.
+        return ModuleSpec(fullname, _AliasLoader(real_name), is_package=True)
+
+    def _has_own(self, fullname: str, path: Sequence[str] | None) -> bool:
+        """Whether Dragon has a module, in whatever way it was packed: in some it is not found by a path."""
+        finders = list(sys.meta_path)
+        # It is not among them where somebody has wrapped it.
+        later = finders[finders.index(self) + 1 :] if self in finders else []
+        # Finders of Python 3.11 and earlier may have another method only.
+        asked: list[Any] = [PathFinder, *(finder for finder in later if hasattr(finder, "find_spec"))]
+        return any(finder.find_spec(fullname, path) is not None for finder in asked)
 
 
 def _exists(real_name: str) -> bool:

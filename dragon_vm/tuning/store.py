@@ -80,8 +80,8 @@ def write_atomically(path: Path, data: Any) -> None:
 def remove_stale_parts(folder: Path) -> None:
     """Remove what killed runs have left in a folder."""
     for part in folder.glob(_PART.format("[0-9a-f]" * 32)):
-        # Another run may remove it at the same time.
-        with suppress(FileNotFoundError):
+        # Another run may remove it at the same time, or have it open on Windows, and it may be of another user.
+        with suppress(OSError):
             if time.time() - part.stat().st_mtime > STALE_SECONDS:
                 part.unlink()
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dragon.vm.torch import optim as ours
@@ -194,3 +195,46 @@ def test_a_shallow_copy_shares_groups_and_states(name: str, way: Any) -> None:
     assert torch.equal(param, before)
     for step in other.state_dict()["state"].values():
         assert float(step.get("step", 3)) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"state_dtype": "8bit"}], ids=str)
+def test_parameters_whose_memory_was_freed_train_when_they_have_it_again(options: dict[str, Any]) -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(4)]
+    freed = params[:2]
+    for each in freed:
+        each.untyped_storage().resize_(0)
+    try:
+        optimizer = ours.Adam(params, lr=0.1, **options)
+    finally:
+        # Whoever shows them in a report reads memory.
+        for each in freed:
+            each.untyped_storage().resize_(64)
+    for each in params:
+        each.data.fill_(1)
+        each.grad = torch.ones(3)
+    optimizer.step()
+    assert [each.tolist() for each in params] == [pytest.approx([0.9] * 3)] * 4
+
+
+class PrintingStorages(TorchFunctionMode):
+    """Counts the bytes that PyTorch's `DebugMode` prints, which takes a millisecond for each."""
+
+    n_bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.UntypedStorage):
+            self.n_bytes += result.size()
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"flatten": True}, {"max_grad_norm": 1.0}], ids=str)
+def test_a_mode_that_prints_what_functions_return_gets_no_storage_of_a_parameter(options: dict[str, Any]) -> None:
+    params = [nn.Parameter(torch.ones(1000)) for _ in range(2)]
+    with PrintingStorages() as mode:
+        optimizer = ours.Adam(params, **options)
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.ones(1000)
+            optimizer.step()
+    assert mode.n_bytes < 1000

@@ -4,6 +4,7 @@ import importlib
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch as real
@@ -47,6 +48,23 @@ def test_a_class_in_the_module_where_pytorch_has_it_is_dragons(name):
 )
 def test_a_submodule_is_one_object_under_both_names(name):
     assert importlib.import_module(f"dragon.vm.torch.{name}") is importlib.import_module(f"torch.{name}")
+
+
+def test_another_thread_may_import_from_a_package_whose_alias_is_being_made(monkeypatch):
+    load, found = importlib.import_module, []
+
+    def load_after_another_thread(name):
+        if name == "torch.utils.jit":
+            thread = threading.Thread(target=lambda: found.append(load(f"dragon.vm.{name}.log_extract")))
+            thread.start()
+            thread.join(60)
+        return load(name)
+
+    for name in ("dragon.vm.torch.utils.jit", "dragon.vm.torch.utils.jit.log_extract"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(importlib, "import_module", load_after_another_thread)
+    load("dragon.vm.torch.utils.jit")
+    assert found == [load("torch.utils.jit.log_extract")]
 
 
 def test_an_alias_does_not_change_the_spec_of_pytorchs_module():

@@ -1,16 +1,22 @@
 """Stored results are readable at every moment; a file that cannot be used is named and ignored."""
 
+import importlib
 import json
 import math
 import os
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import module_from_spec
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from zipimport import zipimporter
 
 import pytest
 from hypothesis import example, given
@@ -280,11 +286,17 @@ def test_the_folder_is_in_the_users_cache_unless_it_is_named(monkeypatch: pytest
         assert configs.tuning_dir() == Path("/somebody/.cache/dragon-vm/tuning")
 
 
+def module_at(spec: ModuleSpec | None) -> ModuleType:
+    """A package that is found, but was not run."""
+    assert spec is not None
+    return module_from_spec(spec)
+
+
 def test_the_hash_is_of_every_kernel_and_of_no_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "kernels"
     shutil.copytree(Path(kernels.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
     of_release, new_hash = configs.kernel_hash(), configs.kernel_hash.__wrapped__
-    monkeypatch.setattr(kernels, "__file__", str(folder / "__init__.py"))
+    monkeypatch.setattr(configs, "kernels", module_at(PathFinder.find_spec("kernels", [str(tmp_path)])))
     assert new_hash() == of_release
     for path in folder.glob("*.py"):
         content = path.read_bytes()
@@ -293,3 +305,15 @@ def test_the_hash_is_of_every_kernel_and_of_no_default(tmp_path: Path, monkeypat
         path.write_bytes(content + b"# changed")
         assert (new_hash() == of_release) == (path.name == "config.py")
         path.write_bytes(content)
+
+
+def test_the_hash_is_the_same_in_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_release, new_hash = configs.kernel_hash(), configs.kernel_hash.__wrapped__
+    archive = tmp_path / "application.zip"
+    for content in (b"", b"# changed"):
+        with zipfile.ZipFile(archive, "w") as file:
+            for path in Path(kernels.__file__).parent.glob("*.py"):
+                file.writestr(f"kernels/{path.name}", path.read_bytes() + content * (path.name == "norm.py"))
+        importlib.invalidate_caches()
+        monkeypatch.setattr(configs, "kernels", module_at(zipimporter(str(archive)).find_spec("kernels")))
+        assert (new_hash() == of_release) == (content == b"")

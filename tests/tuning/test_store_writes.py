@@ -147,6 +147,20 @@ def test_a_number_that_is_not_in_json_is_never_written(tuning_folder: Path) -> N
     assert not [path for path in tuning_folder.rglob("*") if path.is_file()]
 
 
+def test_a_part_that_cannot_be_removed_is_no_error(tuning_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = store.save(result())
+    stale = path.with_name(f".{'0' * 32}.part")
+    stale.touch()
+    os.utime(stale, (0, 0))
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError("it is of another user, or open on Windows")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert store.save(result()) == path
+    assert stale.exists()
+
+
 def test_a_part_that_another_run_removes_first_is_no_error(
     tuning_folder: Path, link: Callable[[Path, Path], None]
 ) -> None:

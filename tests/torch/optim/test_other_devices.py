@@ -4,7 +4,6 @@ PyTorch's lazy tensors on the CPU are such a device on any machine.
 """
 
 import copy
-import importlib.util
 import math
 from contextlib import nullcontext
 from functools import partial
@@ -196,6 +195,17 @@ def test_where_pointers_are_handles_storages_tell_what_overlaps(monkeypatch):
     Adam(pieces)
 
 
+@pytest.mark.parametrize("has_addresses", [True, False])
+def test_an_empty_storage_was_freed_only_where_tensors_have_addresses(has_addresses, monkeypatch):
+    # Devices that are written in Python keep numbers elsewhere than in storages.
+    monkeypatch.setattr(checks, "has_addresses", lambda device: has_addresses)
+    param = torch.nn.Parameter(torch.zeros(3))
+    assert checks.has_memory(param)
+    assert not checks.is_freed(param)
+    param.untyped_storage().resize_(0)
+    assert checks.has_memory(param) == checks.is_freed(param) == has_addresses
+
+
 def test_step_counts_share_a_buffer_only_where_tensors_have_addresses(monkeypatch):
     place = states.CounterPlace(CPU)
     assert states.counter_buffer(states.step_counters([1.0, 2.0], place)) is not None
@@ -221,7 +231,7 @@ def test_kernels_need_a_device_with_float64(has_fp64, monkeypatch):
 def gpu_without_triton(monkeypatch):
     """The CPU as a GPU for which triton is not installed."""
     monkeypatch.setattr(eligibility, "_TRITON_DEVICES", ("cpu",))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(eligibility, "why_no_kernels", lambda: "triton is not installed")
 
 
 @pytest.mark.usefixtures("gpu_without_triton")

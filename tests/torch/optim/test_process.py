@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dragon.vm.torch.optim import SGD, Adam
+from dragon.vm.torch.optim._backends import threads
 
 from .support import BACKENDS, give_gradients, home, parameters
 
@@ -172,6 +173,23 @@ def test_small_tensors_are_updated_by_one_thread_and_large_ones_by_all(monkeypat
     give_gradients(params, 0)
     Adam(params, backend="native").step()
     assert threads == {3: 1, 10_000: 2}
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("error", [OSError("not listed"), RuntimeWarning("two of OpenMP")], ids=str)
+def test_a_step_needs_no_list_of_the_libraries_of_the_process(error, monkeypatch):
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(threads, "ThreadpoolController", refuse)
+    params = parameters([(3,)])
+    give_gradients(params, 0)
+    threads._openmp_pools.cache_clear()
+    try:
+        Adam(params, backend="native").step()
+        assert threads._openmp_pools() == []
+    finally:
+        threads._openmp_pools.cache_clear()
 
 
 THREADS = """

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache, lru_cache
+from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,8 +188,9 @@ def kernel_hash() -> str:
     Default configurations are no part of it: a change of them leaves measurements valid.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
-        if path.name != "config.py":
+    # The package may lie in an archive.
+    for path in sorted(resources.files(kernels).iterdir(), key=attrgetter("name")):
+        if path.name.endswith(".py") and path.name != "config.py":
             # In universal newlines, so that a checkout on another system has the same hash.
             digest.update(f"{path.name}\0{path.read_text(encoding='utf-8')}\0".encode())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dragon.vm.torch.optim._modes import restoring
+from dragon.vm.torch.optim._modes import if_possible, restoring
 
 try:
     from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # it has no types
@@ -22,8 +22,9 @@ def _openmp_pools() -> list[Any]:
     """The OpenMP libraries of this process; how many threads one uses is a setting of the calling thread."""
     if ThreadpoolController is None:
         return []
-    controller: Any = ThreadpoolController()
-    return list(controller.select(user_api="openmp").lib_controllers)
+    # Windows may refuse to list them, and where a list is doubtful a warning says so, which may be an error.
+    controller: Any = if_possible(ThreadpoolController, errors=(OSError, Warning))
+    return [] if controller is None else list(controller.select(user_api="openmp").lib_controllers)
 
 
 def on_one_thread(run: Callable[[], None]) -> None:

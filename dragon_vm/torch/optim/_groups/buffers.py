@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dragon.vm.torch.optim._groups.checks import has_memory
+from dragon.vm.torch.optim._groups.checks import has_memory, is_freed
 from dragon.vm.torch.optim._groups.layout import is_dense
 from dragon.vm.torch.optim._groups.states import State, in_own_storage
 
@@ -115,9 +115,9 @@ class Joined(NamedTuple):
 def make_buffers(groups: Iterable[Mapping[str, Any]], *, leaves_shared: bool = False) -> list[FlatBuffer]:
     """Move the small trained parameters on the CPU of each group into flat buffers, one for each dtype.
 
-    Those that are not dense, or that have no memory of their own, stay where they are. A group with `clip_norm`
-    has no buffers: each of its gradients is clipped on its own. With `leaves_shared` those in shared memory
-    stay there.
+    Those that are not dense, or that have no memory of their own, or none now, stay where they are. A group with
+    `clip_norm` has no buffers: each of its gradients is clipped on its own. With `leaves_shared` those in shared
+    memory stay there.
 
     Raises:
         ValueError: else for one in shared memory, which a move would take out of it. Nothing has moved then.
@@ -125,7 +125,7 @@ def make_buffers(groups: Iterable[Mapping[str, Any]], *, leaves_shared: bool = F
     members: dict[tuple[int, torch.dtype], list[Tensor]] = {}
     for index, group in enumerate(groups):
         for param in () if group.get("clip_norm") else group["params"]:
-            if not (param.requires_grad and has_memory(param) and is_dense(param)):
+            if not (param.requires_grad and has_memory(param) and is_dense(param)) or is_freed(param):
                 continue
             if param.device.type != "cpu" or not 0 < param.numel() < SMALL_NUMEL:
                 continue

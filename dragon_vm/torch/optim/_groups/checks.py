@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._devices import has_addresses
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._groups.layout import overlapping_pair
 from dragon.vm.torch.optim._modes import if_possible
@@ -173,13 +174,17 @@ def has_memory(param: Tensor) -> bool:
 
 
 def _has_address(param: Tensor) -> bool:
-    """Whether a tensor has an address, or needs none."""
-    return bool(param.data_ptr() or not param.numel() or not param.untyped_storage().size())
+    """Whether a tensor has an address, or needs none, or had one until its memory was freed."""
+    # Devices without addresses may keep numbers elsewhere than in storages, as one written in Python does.
+    may_be_freed = has_addresses(param.device)
+    return bool(param.data_ptr() or not param.numel() or (may_be_freed and not param.untyped_storage().size()))
 
 
 def is_freed(param: Tensor) -> bool:
     """Whether a parameter has elements, but a program has taken its memory away, as to offload it."""
-    return has_memory(param) and param.numel() > 0 and param.untyped_storage().size() == 0
+    # By the address: PyTorch's `DebugMode` prints a storage that it sees, byte by byte, which takes minutes.
+    is_there = has_memory(param) and param.numel() > 0
+    return is_there and param.data_ptr() == param.storage_offset() * param.element_size()
 
 
 @cache

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ def why_not(backend: str, device: torch.device) -> str | None:
         return None
     if backend == "native":
         return f"it updates tensors on the CPU only, and a parameter is on {device}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if reason := why_no_kernels():
+        return reason
     if device.type in _TRITON_DEVICES:
         return None if has_float64(device) else f"its kernels decide in fp64, in which {device} does not compute"
     if device.type == "cpu":
@@ -37,6 +38,29 @@ def why_not(backend: str, device: torch.device) -> str | None:
         f"it needs a CUDA, ROCm or XPU device, and a parameter is on {device}; "
         "for tests on the CPU, set TRITON_INTERPRET=1 before triton is imported"
     )
+
+
+@cache
+def why_no_kernels() -> str | None:
+    """Why there are no kernels on any device; None if there are."""
+    error = _error_of_import()
+    if error is None:
+        return None
+    if _error_of_import() is None:
+        # A signal handler had raised it.
+        raise error
+    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+        return "triton is not installed"
+    return f"kernels cannot be imported: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _error_of_import() -> Exception | None:
+    try:
+        importlib.import_module("dragon.kernels")
+    # Libraries may be missing, versions differ, or a packer may have left out the sources, which triton compiles.
+    except Exception as error:
+        return error
+    return None
 
 
 def why_slow(backend: str | None, device: torch.device) -> str | None:

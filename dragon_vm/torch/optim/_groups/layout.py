@@ -84,7 +84,8 @@ def overlapping_pair(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
         space, first, _, index = span
         active = [other for other in active if other[0] == space and first < other[2]]
         for other in active:
-            if _overlaps(tensors[other[3]], tensors[index]):
+            # What was freed, as to offload it, has no memory to share.
+            if _overlaps(tensors[other[3]], tensors[index]) and tensors[index].untyped_storage().size():
                 return other[3], index
         active.append(span)
     return None
