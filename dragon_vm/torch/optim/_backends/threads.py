@@ -23,7 +23,7 @@ def _openmp_pools() -> list[Any]:
     if ThreadpoolController is None:
         return []
     # Windows may refuse to list them, and where a list is doubtful a warning says so, which may be an error.
-    controller: Any = if_possible(ThreadpoolController, errors=(OSError, Warning))
+    controller: Any = if_possible((OSError, Warning), ThreadpoolController)
     return [] if controller is None else list(controller.select(user_api="openmp").lib_controllers)
 
 
