@@ -101,3 +101,21 @@ def test_saved_states_of_a_step_of_ones_own_are_loaded_by_a_class_derived_from_p
     reader = derived(getattr(torch.optim, name))([param])
     reader.load_state_dict(saved)
     assert reader.state[param] == {"step": 1, "row": 1.0}
+
+
+def test_a_subclass_may_keep_something_under_a_name_of_ours() -> None:
+    class Clipping(ours.AdamW):
+        def step(self, closure: Any = None, **options: Any) -> Any:
+            self.grad_norm = nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+            self.n_skipped_steps = "none"
+            return super().step(closure, **options)
+
+    param = nn.Parameter(torch.ones(4))
+    optimizer = Clipping([param], max_grad_norm=1.0, skip_nonfinite=True)
+    assert (optimizer.grad_norm, optimizer.n_skipped_steps) == (None, 0)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    assert optimizer.grad_norm == 2.0
+    assert optimizer.n_skipped_steps == "none"
+    # Copies have PyTorch's attributes and ours, as with PyTorch.
+    assert copy.deepcopy(optimizer).n_skipped_steps == 0

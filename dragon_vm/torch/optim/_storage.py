@@ -1,4 +1,4 @@
-"""What an optimizer stores and how: formats, bytes, and the masters of its parameters."""
+"""What an optimizer stores and how, the masters of its parameters, and what its steps have found."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dragon.vm.torch.optim._plan.updater import Updater
 
 
 class StoringOptimizer(AccumulatingOptimizer):
-    """An optimizer that tells what it stores, and keeps masters in step with their parameters."""
+    """An optimizer that tells what it stores and found, and keeps masters in step with their parameters."""
 
     _updater: Updater
     # What it has warned of.
@@ -102,6 +102,27 @@ class StoringOptimizer(AccumulatingOptimizer):
             raise RuntimeError("resync_master() was called inside swap_ema(): the averages would become masters")
         resync(self._all_params(), self.state)
         self._updater.masters.note(self._params_with_masters(), self.state)
+
+    # Classes that programs derive may keep something else under these names.
+    @property
+    def n_skipped_steps(self) -> int:
+        """Steps skipped so far for infinite or NaN gradients. Reading it waits for the device."""
+        own: int = vars(self).get("n_skipped_steps", self._updater.n_skipped)
+        return own
+
+    @n_skipped_steps.setter
+    def n_skipped_steps(self, value: Any) -> None:
+        vars(self)["n_skipped_steps"] = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of scaled, unclipped gradients at the last step that needed it; 0-dim float64, or None before."""
+        own: Tensor | None = vars(self).get("grad_norm", self._updater.grad_norm)
+        return own
+
+    @grad_norm.setter
+    def grad_norm(self, value: Any) -> None:
+        vars(self)["grad_norm"] = value
 
     def memory(self) -> dict[str, int]:
         """Bytes that the tensors of this process take, by kind; the tables of kernels are not among them.

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._C import _disabled_torch_function_impl as without_torch_function
 from torch._compile import _disable_dynamo
 
@@ -248,16 +247,6 @@ class Optimizer(TakingOptimizer):
         """
         return exchanged(self.state, self._originals, self._updater.masters)
 
-    @property
-    def n_skipped_steps(self) -> int:
-        """Steps skipped so far for infinite or NaN gradients. Reading it waits for the device."""
-        return self._updater.n_skipped
-
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """Norm of scaled, unclipped gradients at the last step that needed it; 0-dim float64, or None before."""
-        return self._updater.grad_norm
-
     def __getstate__(self) -> dict[str, Any]:
         """What pickles and copies hold: PyTorch's, the settings, and what is summed and counted."""
         if self._originals:
@@ -271,7 +260,7 @@ class Optimizer(TakingOptimizer):
             "param_groups": unwatched(self.param_groups),
             "_settings": borrowed(self._settings._asdict()),
             "_sums": self._sums,
-            "_n_skipped": self.n_skipped_steps,
+            "_n_skipped": self._updater.n_skipped,
             "_handles_scaling": self._handles_scaling,
         }
 
