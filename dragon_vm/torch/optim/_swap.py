@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import weakref
@@ -225,8 +226,8 @@ def _become_ours(
     If ours refuses, return the reason. The object is PyTorch's again then, and the groups are as they were.
     """
     for name in ("step", "zero_grad"):
-        # Ours has its own. PyTorch wraps them too, and all that tells who has made a wrapper is its globals.
-        if not getattr(getattr(original, name), "__globals__", {}).get("__name__", "").startswith("torch."):
+        # Ours has its own. PyTorch wraps a replacement when it builds the first optimizer of a class.
+        if not _is_pytorchs(inspect.unwrap(getattr(original, name), stop=lambda layer: not _is_pytorchs(layer))):
             return f"the script has replaced its {name}()"
     before = [(group, dict(group)) for group in _groups(args, kwargs)]
     optimizer.__class__ = OURS[original]
@@ -241,6 +242,11 @@ def _become_ours(
             group.update(contents)
         return f"ours refuses it: {type(error).__name__}: {error}"
     return None
+
+
+def _is_pytorchs(function: Any) -> bool:
+    """Whether PyTorch has made a function or a wrapper: all that tells are its globals."""
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("torch.")
 
 
 def _begin_anew(

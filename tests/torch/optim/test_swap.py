@@ -254,6 +254,24 @@ def test_pytorchs_own_is_built_where_the_script_has_replaced_a_method_of_it(
     assert swapped.left_alone == [("torch.optim.SGD", f"the script has replaced its {name}()")]
 
 
+@pytest.mark.parametrize("wrap", [None, torch.no_grad()], ids=["plain", "no_grad"])
+def test_it_is_built_each_time_although_pytorch_has_wrapped_the_replacement(
+    theirs: Any, monkeypatch: pytest.MonkeyPatch, wrap: Any
+) -> None:
+    calls = []
+
+    def step(self: torch.optim.Optimizer, closure: Any = None) -> None:
+        calls.append(self)
+
+    # PyTorch wraps a step when it builds the first optimizer of a class.
+    monkeypatch.setattr(theirs.SGD, "step", wrap(step) if wrap else step)
+    with swap():
+        built = [theirs.SGD([torch.nn.Parameter(torch.ones(3))]) for _ in range(2)]
+        for optimizer in built:
+            optimizer.step()
+    assert calls == built
+
+
 def test_pytorchs_own_is_built_whatever_goes_wrong_in_ours(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     @functools.wraps(Adam.__init__)
     def fail(*args: Any, **kwargs: Any) -> None:
