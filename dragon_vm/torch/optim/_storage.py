@@ -19,7 +19,7 @@ from dragon.vm.torch.optim._distributed.hidden import is_loading
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats.resolve import cannot_forget
 from dragon.vm.torch.optim._groups.bounds import is_on_device
-from dragon.vm.torch.optim._groups.checks import is_trained, names_of
+from dragon.vm.torch.optim._groups.checks import has_memory, is_trained, names_of
 from dragon.vm.torch.optim._groups.eligibility import why_slow
 from dragon.vm.torch.optim._groups.entries import decode_master, kept_format, unflat
 from dragon.vm.torch.optim._groups.masters import resync
@@ -182,7 +182,9 @@ class StoringOptimizer(AccumulatingOptimizer):
                 warnings.warn(text, UserWarning, stacklevel=_levels_to_user())
 
     def _slowness_of(self, group: Mapping[str, Any]) -> str | None:
-        devices = {param.device for param in filter(is_trained, group["params"])}
+        # Kernels are for tensors with memory.
+        shards = map(local, filter(is_trained, group["params"]))
+        devices = {shard.device for shard in filter(has_memory, shards)}
         for device in devices if not group["differentiable"] else ():
             if reason := why_slow(self._settings.backend, device):
                 return (

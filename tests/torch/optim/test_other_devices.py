@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._lazy import ts_backend
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -246,3 +247,13 @@ def test_a_gpu_without_kernels_is_told_of_once_where_they_were_expected():
     Adam([param()], backend="eager")
     Adam([param()], differentiable=True)
     Adam([param().requires_grad_(False)])
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_a_fake_tensor_of_a_gpu_that_is_not_there_is_taken_without_a_word(kind, monkeypatch):
+    monkeypatch.setattr(eligibility, "why_no_kernels", lambda: "triton is not installed")
+    for _ in range(2):
+        with FakeTensorMode():
+            optimizer = Adam([torch.nn.Parameter(torch.zeros(3, device=kind))])
+        assert optimizer.param_groups[0]["params"][0].device.type == kind
+        monkeypatch.setattr(eligibility, "why_no_kernels", lambda: None)
