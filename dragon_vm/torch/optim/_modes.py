@@ -50,11 +50,7 @@ def check_transforms() -> None:
         RuntimeError: within a transform of `torch.func` that wraps them. The states would be wrapped too.
     """
     made = torch.ones(1, dtype=torch.float32, device="cpu")
-    try:
-        is_wrapped = type(made) is torch.Tensor and made.data_ptr() == 0
-    except RuntimeError:
-        is_wrapped = True
-    if is_wrapped:
+    if type(made) is torch.Tensor and not if_possible((RuntimeError,), made.data_ptr):
         raise RuntimeError(
             "step() cannot be prepared within torch.func.grad, vjp, jvp or functionalize, which wrap the states "
             "that it makes: call it outside"

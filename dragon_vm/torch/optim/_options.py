@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dragon.vm.torch.optim._modes import if_possible
+
 # A parameter group.
 Group = dict[str, Any]
 
@@ -148,10 +150,8 @@ def check_numbers(group: Mapping[str, Any]) -> None:
 def check_flags(group: Mapping[str, Any]) -> None:
     """Check that a group's flags are true or false."""
     for name in _FLAGS & group.keys():
-        try:
-            bool(group[name])
-        except (RuntimeError, ValueError):
-            raise TypeError(f"{name} must be true or false, but got {group[name]!r}") from None
+        if if_possible((RuntimeError, ValueError), bool, group[name]) is None:
+            raise TypeError(f"{name} must be true or false, but got {group[name]!r}")
 
 
 def check_keys(group: Any, attributes: Mapping[str, Any]) -> None:

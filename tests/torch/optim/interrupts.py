@@ -13,8 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 WEAKREF_CALLBACK = WeakIdKeyDictionary()._remove.__code__
 
 
-class Interrupt(KeyError):
-    """Raised in the middle of a step. A `KeyError`, which an `except` that expects one could swallow."""
+class Interrupt(KeyError, IndexError, AttributeError, RuntimeError, TypeError):
+    """Raised in the middle of a step. It is of each type that an `except` could swallow."""
 
 
 class Tracer:

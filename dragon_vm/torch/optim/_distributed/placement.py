@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from dragon.vm.torch.optim._distributed.shards import is_distributed, local, locals_of, ready, with_spec
+from dragon.vm.torch.optim._modes import if_possible
 
 _SPEC = attrgetter("_spec")
 _LOCAL = attrgetter("_local_tensor")
@@ -135,11 +136,11 @@ class GradientPlacements:
         wrappers = _wrappers()
         if not wrappers.isdisjoint(map(type, compress(grads, map(not_, self._mask)))):
             return False
-        try:
-            specs = self._specs_of(params, grads)
-            pending = not wrappers.isdisjoint(map(type, map(_LOCAL, compress(grads, self._mask))))
-        except AttributeError:  # a plain gradient
+        # It fails for a plain gradient.
+        specs = if_possible((AttributeError,), self._specs_of, params, grads)
+        if specs is None:
             return False
+        pending = not wrappers.isdisjoint(map(type, map(_LOCAL, compress(grads, self._mask))))
         # Lists of the same objects are compared in C; equal objects by Python calls, this once.
         if pending or specs != self._specs:
             return False

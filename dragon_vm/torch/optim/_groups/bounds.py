@@ -12,6 +12,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._algorithms.algorithm import host_number
 from dragon.vm.torch.optim._distributed.shards import local
 from dragon.vm.torch.optim._formats.bound import clamp_moment, moment_bound
+from dragon.vm.torch.optim._modes import if_possible
 
 # The betas of the last step, and behind them what they and all before allow, once they have changed.
 _KEY = "bound_betas"
@@ -85,13 +86,12 @@ def may_be_narrow(group: Mapping[str, Any]) -> bool:
 
 def _readable(betas: Any) -> tuple[float, float] | None:
     """Betas as numbers; None for those on a device, and for those that the step refuses."""
-    try:
-        if any(map(is_on_device, betas)):
-            return None
-        now = host_number(betas[0]), host_number(betas[1])
-    except (IndexError, RuntimeError, TypeError, ValueError):
-        return None
-    return now if 0 <= min(now) <= max(now) < 1 else None
+    now = if_possible((IndexError, RuntimeError, TypeError, ValueError), _numbers, betas)
+    return now if now and 0 <= min(now) <= max(now) < 1 else None
+
+
+def _numbers(betas: Any) -> tuple[float, float] | None:
+    return None if any(map(is_on_device, betas)) else (host_number(betas[0]), host_number(betas[1]))
 
 
 def _begins(params: Sequence[Tensor], state: Mapping[Any, Any], sums: Container[Any]) -> bool:

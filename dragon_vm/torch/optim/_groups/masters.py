@@ -13,6 +13,7 @@ from torch import Tensor
 from dragon.vm.torch.optim._distributed.shards import is_distributed, is_distributed_type, local
 from dragon.vm.torch.optim._formats.split import Master
 from dragon.vm.torch.optim._groups.native import FORMAT_KEY, MASTER, MASTER_PARTS, parts_of
+from dragon.vm.torch.optim._modes import if_possible
 
 # The speed of C: a step reads the version of each parameter.
 _version_of = attrgetter("_version")
@@ -119,9 +120,8 @@ def reconcile(params: Sequence[Tensor], state: Mapping[Any, Any]) -> None:
 
 def _versions(params: Sequence[Tensor]) -> list[int]:
     """Each grows with each write: to a distributed parameter, which its shard does not count, and to the shard."""
-    try:
-        versions = list(map(_version_of, params))
-    except RuntimeError:
+    versions = if_possible((RuntimeError,), lambda: list(map(_version_of, params)))
+    if versions is None:
         # Tensors that inference mode made have no version. They are frozen.
         versions = [0 if param.is_inference() else param._version for param in params]
     if not any(map(is_distributed_type, set(map(type, params)))):
