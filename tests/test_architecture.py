@@ -34,8 +34,8 @@ FLOORS = (
     {"_groups", "_table"},
     {"_algorithms"},
     {"_formats", "_gradients"},
-    {"_distributed", "_graphs", "_options", "_hints", "_hooks", "_modes", KERNELS},
-    {"_introspection", "_devices"},
+    {"_distributed", "_graphs", "_options", "_hints", "_hooks", KERNELS},
+    {"_introspection", "_devices", "_modes"},
 )
 FOLDERS_OF_OPTIM = {
     "_plan", "_backends", "_groups", "_table", "_algorithms", "_formats", "_gradients", "_distributed", "_graphs",

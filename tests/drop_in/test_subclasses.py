@@ -38,19 +38,20 @@ def test_a_base_class_behind_the_optimizer_is_initialised_and_restored(module: M
     assert optimizer.calls == [[0.5], ["param_groups", "state"]]
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As the optimizer of Lightning Lite 1.5, and as a class derived from PyTorch's does under a swap."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.__dict__ = optimizer.__dict__
+        self.inner = optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
 @each_module
 @each_name
 def test_a_wrapper_that_takes_over_all_attributes_saves_and_loads(module: ModuleType, name: str) -> None:
-    """As the optimizer of Lightning Lite 1.5, and as a class derived from PyTorch's does under a swap."""
-
-    class Wrapper(torch.optim.Optimizer):
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.__dict__ = optimizer.__dict__
-            self.inner = optimizer
-
-        def step(self, closure: Any = None) -> Any:
-            return self.inner.step(closure)
-
     def build(param: nn.Parameter) -> Any:
         return getattr(module, name)([param], lr=0.1, **{"momentum": 0.9} if name == "SGD" else {})
 
@@ -76,6 +77,25 @@ def test_a_wrapper_that_takes_over_all_attributes_saves_and_loads(module: Module
     train(twin, plain)
     assert torch.equal(param, twin)
     assert torch.equal(resumed, twin)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("options", [{"master_weights": "split16"}, {"state_dtype": torch.float32}], ids=str)
+def test_such_a_wrapper_saves_and_loads_nothing_that_pytorch_would_change(
+    name: str, options: dict[str, Any]
+) -> None:
+    param = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = getattr(ours, name)([param], **options)
+    wrapper = Wrapper(optimizer)
+    param.grad = torch.ones_like(param)
+    wrapper.step()
+    before = dict(optimizer.state[param])
+    refused = r"Wrapper, .* cannot save or load its states: call state_dict\(\)"
+    with pytest.raises(RuntimeError, match=refused):
+        wrapper.state_dict()
+    with pytest.raises(RuntimeError, match=refused):
+        wrapper.load_state_dict(optimizer.state_dict())
+    assert all(value is before[key] for key, value in optimizer.state[param].items())
 
 
 @pytest.mark.parametrize("name", NAMES[:2])

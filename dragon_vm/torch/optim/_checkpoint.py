@@ -175,11 +175,33 @@ class _BehindConversion(OrderedDict[int, Callable[..., Any]]):
 
 # An optimizer of others may have taken over the attributes of one of ours. PyTorch saves and loads what they are.
 def _before_loading(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    return optimizer._before_loading(state_dict) if isinstance(optimizer, CheckpointedOptimizer) else None
+    if isinstance(optimizer, CheckpointedOptimizer):
+        return optimizer._before_loading(state_dict)
+    _check_plain(optimizer)
+    return None
 
 
 def _as_saved(optimizer: torch.optim.Optimizer, packed: dict[str, Any]) -> dict[str, Any] | None:
-    return optimizer._as_saved(packed) if isinstance(optimizer, CheckpointedOptimizer) else None
+    if isinstance(optimizer, CheckpointedOptimizer):
+        return optimizer._as_saved(packed)
+    _check_plain(optimizer)
+    return None
+
+
+def _check_plain(optimizer: torch.optim.Optimizer) -> None:
+    """Check that an optimizer of others has states as PyTorch stores them: it loads them in the parameter's dtype.
+
+    Raises:
+        RuntimeError: if it does not.
+    """
+    for group in optimizer.param_groups:
+        for name in ("state_dtype", "master_weights"):
+            if group.get(name) is not None:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}, which has taken over the attributes of an optimizer with "
+                    f"{name}={group[name]!r}, cannot save or load its states: call state_dict() and "
+                    "load_state_dict() of that optimizer"
+                )
 
 
 def _drop_storage(packed: Group, is_flat: bool) -> None:
