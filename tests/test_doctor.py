@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from dragon.vm import doctor
 from dragon.vm.doctor import Verdict
 from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._devices import has_float64
 from dragon.vm.torch.optim._groups.eligibility import why_not
 from dragon.vm.tuning import store
 
@@ -145,6 +147,22 @@ def test_the_eager_backend_is_right_for_a_gpu_of_apples(monkeypatch: pytest.Monk
     finding = doctor.chosen_backend(torch.device("mps", 0))
     assert finding.verdict is Verdict.FINE
     assert finding.text.startswith("Apple's GPU, 16 GiB; backend eager; not triton: ")
+
+
+@pytest.mark.parametrize("has_fp64", [False, True])
+def test_the_eager_backend_is_wrong_for_a_gpu_of_intels_only_if_it_has_float64(
+    has_fp64: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(name="Arc", total_memory=2**34, has_fp64=has_fp64)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.empty(1, device="meta"))
+    has_float64.cache_clear()
+    try:
+        finding = doctor.chosen_backend(torch.device("xpu", 0))
+    finally:
+        has_float64.cache_clear()
+    assert finding.text.startswith("Arc, 16 GiB; backend eager; not triton: ")
+    assert finding.verdict is (Verdict.WRONG if has_fp64 else Verdict.FINE)
 
 
 def test_without_triton_nothing_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import torch
 from dragon.vm._words import counted
 from dragon.vm.measuring import machine
 from dragon.vm.torch.optim import Adam
+from dragon.vm.torch.optim._devices import has_float64
 from dragon.vm.torch.optim._groups.eligibility import choose_backend, why_no_kernels, why_not
 
 BACKENDS = ("triton", "native", "eager")
@@ -91,7 +92,7 @@ def chosen_backend(device: torch.device) -> Finding:
     reasons = [f"not {name}: {reason or 'only on request on this device'}" for name, reason in passed]
     text += f"; backend {chosen}" + "".join(f"; {reason}" for reason in reasons)
     # A GPU that kernels do not run on, though they could, is what nobody installs this library for.
-    is_wrong = device.type in ("cuda", "xpu") and chosen != "triton"
+    is_wrong = device.type in ("cuda", "xpu") and has_float64(device) and chosen != "triton"
     return Finding(str(device), text, Verdict.WRONG if is_wrong else Verdict.FINE)
 
 
