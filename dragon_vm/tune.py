@@ -121,6 +121,8 @@ def _console(arguments: Sequence[str] | None) -> int:
 
     if reason := why_no_kernels():
         print(f"There are no kernels to tune: {reason}.")
+        if reason == "numpy is not installed":
+            print('pip install "dragon-vm-torch[cli]" installs what is needed.')
         return 1
     try:
         return _tune(options)

@@ -49,8 +49,8 @@ def why_no_kernels() -> str | None:
     if _error_of_import() is None:
         # A signal handler had raised it.
         raise error
-    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
-        return "triton is not installed"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
     return f"kernels cannot be imported: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
