@@ -118,6 +118,19 @@ def test_own_options_do_as_on_the_cpu(options, device):
             assert_close(model, other)
 
 
+def test_norms_of_float64_gradients_stay_so_where_a_device_has_them(device):
+    if device.type == "mps":
+        pytest.skip("it has no fp64 tensors")
+    param = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64).to(device))
+    optimizer = SGD([param], lr=1.0, max_grad_norm=1.0)
+    param.grad = torch.full((4,), 1e30, dtype=torch.float64).to(device)
+    optimizer.step()
+    assert float(optimizer.grad_norm) == 2e30
+    torch.testing.assert_close(
+        param.detach().cpu(), torch.full((4,), -0.5, dtype=torch.float64), rtol=1e-12, atol=0
+    )
+
+
 def test_sums_checkpoints_and_steps_without_gradients_do_as_on_the_cpu(device):
     results = []
     for each in (device, CPU):

@@ -37,7 +37,7 @@ def norms_of(grads: Sequence[Tensor], norm_type: float) -> Tensor:
     filled = [as_real(grad) if is_l2 or grad.numel() else torch.zeros(1, device="cpu") for grad in grads]
     norms, members = filled[:], dict[torch.dtype | None, list[int]]()
     for index, grad in enumerate(filled):
-        members.setdefault(_sum_dtype(grad.device) if is_l2 else None, []).append(index)
+        members.setdefault(_sum_dtype(grad) if is_l2 else None, []).append(index)
     for dtype, indices in members.items():
         found = torch._foreach_norm([filled[i] for i in indices], norm_type, dtype=dtype)
         for index, norm in zip(indices, found, strict=True):
@@ -46,8 +46,9 @@ def norms_of(grads: Sequence[Tensor], norm_type: float) -> Tensor:
     return torch.stack([norm.cpu().double() for norm in norms])
 
 
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float64 if has_float64(device) else torch.float32
+def _sum_dtype(grad: Tensor) -> torch.dtype:
+    """The dtype in which squares are summed: fp64 where the device has it, or shows by the gradient that it has."""
+    return torch.float64 if has_float64(grad.device) else torch.promote_types(grad.dtype, torch.float32)
 
 
 class SquareSum:
