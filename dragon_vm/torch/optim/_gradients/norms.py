@@ -47,7 +47,7 @@ def norms_of(grads: Sequence[Tensor], norm_type: float) -> Tensor:
 
 
 def _sum_dtype(grad: Tensor) -> torch.dtype:
-    """The dtype in which squares are summed: fp64 where the device has it, or shows by the gradient that it has."""
+    """The dtype in which squares are summed: fp64 where the device, or the gradient, says that there is fp64."""
     return torch.float64 if has_float64(grad.device) else torch.promote_types(grad.dtype, torch.float32)
 
 
