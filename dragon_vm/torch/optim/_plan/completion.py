@@ -73,8 +73,9 @@ def _check_whole(param: Tensor, state: State, moments: set[str]) -> None:
     Raises:
         ValueError: if one is missing. Beside the others it would be far too small if it began now.
     """
-    missing = {name for name in moments - {"max_exp_avg_sq"} if held_format(state, name) is None}
-    if missing and (missing != moments - {"max_exp_avg_sq"} or float(state.get("step") or 0) > 0):
+    needed = moments - {"max_exp_avg_sq"}
+    missing = {name for name in needed if held_format(state, name) is None}
+    if missing and (missing != needed or float(state.get("step") or 0) > 0):
         raise ValueError(
             f"the state of a parameter of shape {tuple(param.shape)} has no {min(missing)}: it has "
             f"{', '.join(map(str, state))}"
